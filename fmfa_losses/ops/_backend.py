@@ -1,0 +1,56 @@
+"""Which implementation runs: `"auto"` may fall back, an explicit choice that cannot run raises with the reason.
+
+`FMFA_LOSSES_BACKEND` (auto | triton | torch) is the choice of every call that left `backend="auto"`.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ._checks import check_option
+
+__all__ = ["BACKENDS", "select_backend", "why_not_triton"]
+
+BACKENDS = ("auto", "triton", "torch")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def select_backend(backend: str, *tensors: Tensor) -> str:
+    """ "triton" or "torch" for these inputs.
+
+    Raises:
+        ValueError: unknown name, in the argument or in FMFA_LOSSES_BACKEND.
+        RuntimeError: "triton" was asked for and cannot run; the message says why.
+    """
+    check_option("backend", backend, BACKENDS)
+    if backend == "auto":
+        backend = os.environ.get("FMFA_LOSSES_BACKEND", "auto")
+        check_option("FMFA_LOSSES_BACKEND", backend, BACKENDS)
+    if backend == "torch":
+        return "torch"
+    reason = why_not_triton(*tensors)
+    if backend == "triton":
+        if reason is not None:
+            raise RuntimeError(f'backend="triton" cannot run: {reason}; use backend="auto" or "torch"')
+        return "triton"
+    # The interpreter is a debugging tool: "auto" leaves CPU tensors to the torch path.
+    return "triton" if reason is None and tensors[0].device.type == "cuda" else "torch"
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot take these tensors, or None when they can."""
+    for tensor in tensors:
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"its kernels take float16, bfloat16 and float32, got {tensor.dtype}"
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+            return f"its kernels need a CUDA or ROCm device (or TRITON_INTERPRET=1 on the CPU), got {tensor.device}"
+    # A missing triton is a reason; a triton that is there and fails to import is an error that the user must see.
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
