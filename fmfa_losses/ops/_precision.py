@@ -1,0 +1,34 @@
+"""Precision of a loss: float32 or better whatever the input, and no autocast inside."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["accumulation_dtype", "full_precision", "unit_rows"]
+
+# Rows whose norm does not exceed this count as zero vectors.
+ZERO_NORM = 1e-12
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 when any tensor is float64, float32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Context in which matrix products on the tensor's device keep their inputs' dtype, autocast or not."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x / |x| along the last dimension, in float32 or better; a zero vector stays zero, with the gradient of the identity.
+
+    Args:
+        x: [..., D].
+        mask: [...] bool; rows where it is False become zero vectors with zero gradient, whatever they held.
+        dtype: of the result's arithmetic; float32 or float64 by the input when None.
+    """
+    x = x.to(dtype or accumulation_dtype(x))
+    if mask is not None:
+        x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm <= ZERO_NORM, torch.ones_like(norm), norm)
