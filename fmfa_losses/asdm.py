@@ -93,8 +93,8 @@ class ASDMLoss(nn.Module):
         temperature: tau > 0; logits are cos / tau.
         alpha: weight of the gap, >= 0; 0 is SDM. The paper: 10, RSTPReid 1.
         gap: "probability" (max_k p_ik - p_i,positive, the paper) or "cosine" (the released code).
-        positive: which positive the gap is measured to: the "paired" sample (the paper), the best of "any" sample of the
-            same identity, or the "first" of them in the batch (the released code).
+        positive: which positive the gap is measured to: the "paired" sample (the paper), the best of "any" sample of
+            the same identity, or the "first" of them in the batch (the released code).
         detach_weight: keep the weight out of the graph.
         eps: added to the target inside the logarithm.
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
@@ -201,9 +201,7 @@ def _check_hyperparameters(
     check_option("target", target, TARGETS)
 
 
-def _check_inputs(
-    image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None
-) -> None:
+def _check_inputs(image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None) -> None:
     check_float("image_features", image_features, "B D")
     check_float("text_features", text_features, "B D")
     check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])

@@ -5,11 +5,12 @@
     L_x2e = mean_i log sum_{j != i} exp((S_ij - S_ii + margin) / tau2)                  Eq. 11
     L    = L_t2e + L_e2t + L_i2e + L_e2i, the e2x terms on the transposed S             Eq. 12
 
-What the released code does instead is `ranking="released"`: each row of S is L2-normalised, the diagonal stays in the sum as
-exp(0), both directions are summed over the rows of S, and a patch must lie strictly above the threshold. It leaves out
-the factor 1/lambda, which the normalisation of rows makes irrelevant. Its two versions:
+What the released code does instead is `ranking="released"`: each row of S is L2-normalised, the diagonal stays in the
+sum as exp(0), both directions are summed over the rows of S, and a patch must lie strictly above the threshold. It
+leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant. Its two versions:
 
-    2025-08: margin_text=0.1, margin_image=0.9, pool_scale=1        2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
+    2025-08: margin_text=0.1, margin_image=0.9, pool_scale=1
+    2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
 """
 
 import math
@@ -60,24 +61,18 @@ def efa_loss(
         # n > 1/N is n >= the next number after 1/N.
         N, acc = image_tokens.shape[1], accumulation_dtype(image_tokens, text_tokens)
         sparsity = min(1.0, 1 / N + torch.finfo(acc).eps / N)
-    joint = sparse_aggregate(
-        image_tokens, text_tokens, image_mask=image_mask, sparsity=sparsity, backend=backend
-    )
+    joint = sparse_aggregate(image_tokens, text_tokens, image_mask=image_mask, sparsity=sparsity, backend=backend)
 
     def alignment(tokens: Tensor, mask: Tensor | None, margin: float) -> Tensor:
         """Both directions between one modality and the joint embeddings, per sample [B]."""
-        sim = hard_similarity(
-            tokens, joint, x_mask=mask, e_mask=text_mask, pool_scale=pool_scale, backend=backend
-        )
+        sim = hard_similarity(tokens, joint, x_mask=mask, e_mask=text_mask, pool_scale=pool_scale, backend=backend)
         if ranking == "released":
             return _released_ranking(sim, margin, temperature)
         positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
         excluded = positive if pids is None or negatives == "all" else pids[:, None] == pids
         return _ranking(sim, excluded, margin, temperature) + _ranking(sim.T, excluded.T, margin, temperature)
 
-    per_sample = alignment(text_tokens, text_mask, margin_text) + alignment(
-        image_tokens, image_mask, margin_image
-    )
+    per_sample = alignment(text_tokens, text_mask, margin_text) + alignment(image_tokens, image_mask, margin_image)
     return per_sample if reduction == "none" else getattr(per_sample, reduction)()
 
 
@@ -105,7 +100,7 @@ def _released_ranking(sim: Tensor, margin: float, temperature: float) -> Tensor:
 class EFALoss(nn.Module):
     """Pulls each image's patches and each text's tokens to their joint embeddings, away from the other pairs' ones.
 
-        L = mean_i sum over x in {text, image} of log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2), S and its transpose
+        L = mean_i sum_x log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2)    x in {text, image}, S and transposed S
 
     Args:
         margin_text, margin_image: margins of the text and the image terms. The paper: CUHK-PEDES 0.1, 0.1; ICFG-PEDES
@@ -155,9 +150,7 @@ class EFALoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_hyperparameters(
-            margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction
-        )
+        _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
         self.margin_text, self.margin_image = margin_text, margin_image
         self.temperature, self.pool_scale, self.sparsity = temperature, pool_scale, sparsity
         self.ranking, self.negatives, self.reduction, self.backend = ranking, negatives, reduction, backend

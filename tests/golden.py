@@ -33,9 +33,7 @@ def load(file: str) -> dict[str, np.ndarray]:
 
 def golden(case: str, file: str = "small") -> Case:
     arrays = load(file)
-    fields = {
-        key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")
-    }
+    fields = {key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")}
     return Case(
         inputs={
             key.removeprefix("input_"): torch.from_numpy(arrays[str(source)])

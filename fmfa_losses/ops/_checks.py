@@ -30,13 +30,9 @@ def describe(tensor: object) -> str:
 def check_float(name: str, tensor: object, pattern: str) -> None:
     """A floating-point tensor with as many dimensions as `pattern` ("B L D") has letters, none of them empty."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor [{pattern}], got {describe(tensor)}; wrap it in torch.as_tensor"
-        )
+        raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; wrap it in torch.as_tensor")
     if not tensor.is_floating_point():
-        raise TypeError(
-            f"{name} must be a floating-point tensor, got {describe(tensor)}; call {name}.float()"
-        )
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}; call {name}.float()")
     if tensor.ndim != len(pattern.split()):
         raise ValueError(f"{name} must have shape [{pattern}], got {describe(tensor)}; reshape it")
     if 0 in tensor.shape:
@@ -56,17 +52,13 @@ def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, in
         )
     for letter, dim in dims:
         if a.shape[dim] != b.shape[dim]:
-            raise ValueError(
-                f"{names} must agree in {letter} (dimension {dim}), got {describe(a)} and {describe(b)}"
-            )
+            raise ValueError(f"{names} must agree in {letter} (dimension {dim}), got {describe(a)} and {describe(b)}")
 
 
 def check_ids(name: str, ids: object, length: int, device: torch.device) -> None:
     """Integer ids [length] on `device`."""
     if not isinstance(ids, Tensor):
-        raise TypeError(
-            f"{name} must be an integer tensor [{length}], got {describe(ids)}; use torch.as_tensor"
-        )
+        raise TypeError(f"{name} must be an integer tensor [{length}], got {describe(ids)}; use torch.as_tensor")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}.long()")
     check_shape(name, ids, (length,), "one id a sample")
@@ -79,9 +71,7 @@ def check_mask(name: str, mask: object, like: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must be a boolean tensor (True = keep), got {describe(mask)}; call {name}.bool()"
-        )
+        raise TypeError(f"{name} must be a boolean tensor (True = keep), got {describe(mask)}; call {name}.bool()")
     check_shape(name, mask, (like.shape[0], like.shape[1]), "one flag a token")
     if mask.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {describe(mask)}; call {name}.to(...)")

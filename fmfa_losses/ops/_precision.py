@@ -20,7 +20,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x / |x| along the last dimension, in float32 or better; a zero vector stays zero, with the gradient of the identity.
+    """x / |x| along the last dimension, in float32 or better; a zero vector stays, with the gradient of the identity.
 
     Args:
         x: [..., D].

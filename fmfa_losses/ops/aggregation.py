@@ -1,9 +1,9 @@
 """Sparse token-patch aggregation: each text token gathers the patches that matter to it, Eq. 5-8.
 
-With u_k = s_k - min s over the patches that pass the threshold, the weights are a_k = u_k / sum u: the range cancels, so the
-maximum decides who passes and otherwise carries no gradient. That leaves one short backward:
+With u_k = s_k - min s over the patches that pass the threshold, the weights are a_k = u_k / sum u: the range cancels,
+so the maximum decides who passes and otherwise carries no gradient. That leaves one short backward:
 
-    da_k = de . v_k,   ds_k = (da_k - sum_j a_j da_j) / sum u   for patches that passed,   minus their sum at the minimum.
+    da_k = de . v_k,   ds_k = (da_k - sum_j a_j da_j) / sum u   for patches that passed, minus their sum at the minimum
 """
 
 import torch
@@ -30,9 +30,7 @@ def sparse_aggregate_reference(
     """The specification of `sparse_aggregate`: Eq. 5-8 one after the other."""
     acc = accumulation_dtype(image_tokens, text_tokens)
     image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
-    keep = (
-        image_tokens.new_ones(image_tokens.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
-    )
+    keep = image_tokens.new_ones(image_tokens.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
     image_tokens = image_tokens.masked_fill(~rearrange(keep, "b n -> b n 1"), 0)
     keep = rearrange(keep, "b n -> b 1 n")
     count = keep.sum(dim=-1, keepdim=True)
@@ -73,7 +71,8 @@ def sparse_aggregate(
 
     Returns:
         [B, L, D], float32 (float64 when an input is). A token that is equally similar to all patches (and N == 1)
-        gathers them uniformly and sends no gradient through s; a sample without patches gives zeros. Differentiable once.
+        gathers them uniformly and sends no gradient through s; a sample without patches gives zeros. Differentiable
+        once.
 
     Raises:
         TypeError, ValueError: rank, width, batch, dtype, device or mask do not fit; sparsity outside [0, 1].
@@ -108,7 +107,7 @@ def sparse_aggregate(
 
 
 # The operator: one schema, one fake kernel, one gradient formula for both backends. threshold [B];
-# row_min, row_sum [B, L] are min_k s_ik and sum of u (0 marks a constant row), all that the backward needs besides inputs.
+# row_min, row_sum [B, L] are min_k s_ik and sum of u (0 marks a constant row), what the backward needs besides inputs.
 
 
 @torch.library.custom_op(

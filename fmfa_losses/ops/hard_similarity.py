@@ -126,8 +126,8 @@ def hard_similarity_op(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  
 @torch.library.custom_op(
     "fmfa_losses::hard_similarity_backward",
     mutates_args=(),
-    schema="(Tensor dsim, Tensor sim, Tensor maxima, Tensor winners, Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask,"
-    " str pool, float pool_scale, str backend) -> (Tensor, Tensor)",
+    schema="(Tensor dsim, Tensor sim, Tensor maxima, Tensor winners, Tensor x, Tensor e, Tensor? x_mask,"
+    " Tensor? e_mask, str pool, float pool_scale, str backend) -> (Tensor, Tensor)",
 )
 def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
     dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend
@@ -266,9 +266,9 @@ def _backward_torch(
     step = max(1, entries // (Be * P))
     for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
         weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))
-        dx[i] = F.embedding_bag(
-            row, e.reshape(-1, D), mode="sum", per_sample_weights=weight.contiguous()
-        ).view(-1, P, D)
+        dx[i] = F.embedding_bag(row, e.reshape(-1, D), mode="sum", per_sample_weights=weight.contiguous()).view(
+            -1, P, D
+        )
 
     # The same sum seen from e: sorting the matches by the row they chose makes each row own a run of them.
     step = max(1, entries // (Bx * P))
@@ -277,7 +277,7 @@ def _backward_torch(
         row, order = row.sort(stable=True)
         J = j.stop - j.start
         runs = torch.searchsorted(row, torch.arange(J * Q, device=x.device))
-        de[j] = F.embedding_bag(
-            order // J, x.reshape(-1, D), runs, mode="sum", per_sample_weights=weight[order]
-        ).view(-1, Q, D)
+        de[j] = F.embedding_bag(order // J, x.reshape(-1, D), runs, mode="sum", per_sample_weights=weight[order]).view(
+            -1, Q, D
+        )
     return dx, de

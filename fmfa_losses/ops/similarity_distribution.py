@@ -149,9 +149,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dstatistics, dplaces):  # type: ignore[no-untyped-def]
     *tensors, column_sum = ctx.saved_tensors
-    dqueries, dkeys = similarity_distribution_backward_op(
-        dstatistics, *tensors, ctx.factor, column_sum, ctx.eps
-    )
+    dqueries, dkeys = similarity_distribution_backward_op(dstatistics, *tensors, ctx.factor, column_sum, ctx.eps)
     return dqueries, dkeys, *[None] * 9
 
 
@@ -166,9 +164,7 @@ def _row_blocks(R: int, C: int) -> list[slice]:
     return [slice(i, min(i + step, R)) for i in range(0, R, step)]
 
 
-def _forward_torch(
-    queries: Tensor, keys: Tensor, labels: Labels, positive: str, eps: float
-) -> tuple[Tensor, Tensor]:
+def _forward_torch(queries: Tensor, keys: Tensor, labels: Labels, positive: str, eps: float) -> tuple[Tensor, Tensor]:
     R, C = queries.shape[0], keys.shape[0]
     statistics = queries.new_empty(5, R)
     places = torch.empty(2, R, dtype=torch.int64, device=queries.device)  # of top and of positive
@@ -201,7 +197,7 @@ def _backward_torch(
     labels: Labels,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dz = p [dlse + dmean (1 + z - mean) + dcross (log(target + eps) - cross)], plus dtop and dpositive at their places."""
+    """dz = p [dlse + dmean (1 + z - mean) + dcross (log(target + eps) - cross)] + dtop, dpositive at their places."""
     dqueries, dkeys = torch.empty_like(queries), torch.zeros_like(keys)
     for rows in _row_blocks(queries.shape[0], keys.shape[0]):
         z = queries[rows] @ keys.T
