@@ -158,9 +158,9 @@ def ranking_metrics(
     Scores are float32 products (float64 when a side is float64), in the precision that
     torch.set_float32_matmul_precision allows, whatever the features' dtype; a zero feature scores 0.
 
-    Memory: one block of at most 2^24 scores (64 MiB), and about twice that to count in it. A gallery of more
-    than 65536 rows is read block by block, twice for every `block_size` queries, so a memory-mapped gallery may
-    be larger than memory; a larger `block_size` reads it less often.
+    Memory: a block of at most 2^24 scores (64 MiB), and about twice that to count in it. A gallery of more
+    than 65536 rows is read block by block, twice for every `block_size` queries; memory-mapped it may
+    be larger than memory, and a larger `block_size` reads it less often.
 
     Args:
         query_features: [Q, D], any float dtype, tensor or NumPy array (memory-mapped too).
