@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._operator import operator
 from ._precision import full_precision
 
 __all__ = ["Labels", "RowStatistics", "row_statistics", "row_statistics_reference"]
@@ -106,11 +107,9 @@ def row_statistics(
     return RowStatistics(*statistics.unbind())
 
 
-@torch.library.custom_op(
-    "fmfa_losses::similarity_distribution",
-    mutates_args=(),
-    schema="(Tensor queries, Tensor keys, Tensor row_pids, Tensor column_pids, Tensor paired, Tensor? row_image_ids,"
-    " Tensor? column_image_ids, float factor, Tensor? column_sum, str positive, float eps) -> (Tensor, Tensor)",
+@operator(
+    "similarity_distribution(Tensor queries, Tensor keys, Tensor row_pids, Tensor column_pids, Tensor paired,"
+    " Tensor? row_image_ids, Tensor? column_image_ids, float factor, Tensor? column_sum, str positive, float eps) -> (Tensor, Tensor)",
 )
 def similarity_distribution_op(queries, keys, *arguments):  # type: ignore[no-untyped-def]
     *labels, positive, eps = arguments
@@ -118,11 +117,9 @@ def similarity_distribution_op(queries, keys, *arguments):  # type: ignore[no-un
         return _forward_torch(queries, keys, Labels(*labels), positive, eps)
 
 
-@torch.library.custom_op(
-    "fmfa_losses::similarity_distribution_backward",
-    mutates_args=(),
-    schema="(Tensor dstatistics, Tensor statistics, Tensor places, Tensor queries, Tensor keys, Tensor row_pids,"
-    " Tensor column_pids, Tensor paired, Tensor? row_image_ids, Tensor? column_image_ids, float factor,"
+@operator(
+    "similarity_distribution_backward(Tensor dstatistics, Tensor statistics, Tensor places, Tensor queries, Tensor keys,"
+    " Tensor row_pids, Tensor column_pids, Tensor paired, Tensor? row_image_ids, Tensor? column_image_ids, float factor,"
     " Tensor? column_sum, float eps) -> (Tensor, Tensor)",
 )
 def similarity_distribution_backward_op(dstatistics, statistics, places, queries, keys, *arguments):  # type: ignore[no-untyped-def]
@@ -131,13 +128,13 @@ def similarity_distribution_backward_op(dstatistics, statistics, places, queries
         return _backward_torch(dstatistics, statistics, places, queries, keys, Labels(*labels), eps)
 
 
-@similarity_distribution_op.register_fake
+@torch.library.register_fake(similarity_distribution_op)
 def _(queries, keys, row_pids, *arguments):  # type: ignore[no-untyped-def]
     R = queries.shape[0]
     return queries.new_empty(5, R), row_pids.new_empty(2, R, dtype=torch.int64)
 
 
-@similarity_distribution_backward_op.register_fake
+@torch.library.register_fake(similarity_distribution_backward_op)
 def _(dstatistics, statistics, places, queries, keys, *arguments):  # type: ignore[no-untyped-def]
     return torch.empty_like(queries), torch.empty_like(keys)
 
@@ -153,7 +150,7 @@ def _backward(ctx, dstatistics, dplaces):  # type: ignore[no-untyped-def]
     return dqueries, dkeys, *[None] * 9
 
 
-similarity_distribution_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(similarity_distribution_op, _backward, setup_context=_setup_context)
 
 # A block of logits holds this many numbers; about six temporaries of its size are alive at once.
 BLOCK_ELEMENTS = 2**22
