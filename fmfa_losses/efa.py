@@ -57,6 +57,8 @@ def efa_loss(
     """
     _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
     _check_inputs(image_tokens, text_tokens, image_mask, text_mask, pids, negatives)
+    if text_mask is not None:
+        text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
     if ranking == "released" and sparsity is None and image_mask is None:
         # n > 1/N is n >= the next number after 1/N.
         N, acc = image_tokens.shape[1], accumulation_dtype(image_tokens, text_tokens)

@@ -21,7 +21,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-    """u = x / |x| along the last dimension, in float32 or better; a zero vector stays, with the gradient of the identity.
+    """u = x / |x| along the last dimension, in float32 or better; a zero vector stays, its gradient passes as it is.
 
     Args:
         x: [..., D].
