@@ -13,8 +13,6 @@ leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant
     2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -200,7 +198,7 @@ def _check_hyperparameters(
     reduction: str,
 ) -> None:
     for name, margin in (("margin_text", margin_text), ("margin_image", margin_image)):
-        if not math.isfinite(margin):
+        if not -float("inf") < margin < float("inf"):
             raise ValueError(f"{name} must be a finite number, got {margin!r}")
     check_positive("temperature", temperature)
     check_positive("pool_scale", pool_scale)

@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["operator"]
 
-_library = torch.library.Library("fmfa_losses", "FRAGMENT")
+_library = torch.library.Library("fmfa_losses", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -21,8 +21,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def define(implementation: Callable[..., Any]) -> Any:
-        name = _library.define(schema)
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        name = _library.define(schema)  # type: ignore[no-untyped-call]
+        _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         return getattr(torch.ops.fmfa_losses, name.partition("::")[2] or name).default
 
     return define

@@ -6,9 +6,6 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["accumulation_dtype", "full_precision", "unit_rows"]
 
-# Rows whose norm does not exceed this count as zero vectors.
-ZERO_NORM = 1e-12
-
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 when any tensor is float64, float32 otherwise."""
@@ -42,7 +39,7 @@ class _UnitRows(torch.autograd.Function):
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        norm.masked_fill_(norm <= ZERO_NORM, 1)
+        norm.masked_fill_(norm <= 1e-12, 1)  # no longer than this is a zero vector
         unit = x / norm
         ctx.save_for_backward(unit, norm, mask)
         return unit

@@ -106,7 +106,7 @@ def row_statistics(
     return RowStatistics(*statistics.unbind())
 
 
-# The operator returns the statistics [3, R], the normaliser (top, log sum e^(z - top)) [2, R], and the places of top and
+# The operator returns the statistics [3, R], the normaliser (top, log sum e^(z - top)) [2, R] and the places of top and
 # positive [2, R].
 
 
