@@ -35,7 +35,7 @@ bench: .venv/installed
 gpu-bench: .venv/installed
 	$(RUN) -m benchmarks gpu --out runs/gpu
 
-# The wheel, in an environment of its own (torch is borrowed from .venv), used from outside the checkout.
+# The wheel, installed into a clean environment and used from outside the checkout.
 wheel-check: .venv/installed
 	rm -rf build dist /tmp/fmfa-losses-wheel && mkdir -p /tmp/fmfa-losses-wheel
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
