@@ -42,7 +42,7 @@ wheel-check: .venv/installed
 	$(PYTHON) -m venv /tmp/fmfa-losses-wheel/venv
 	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check dist/*.whl
-	cp tests/outside.py /tmp/fmfa-losses-wheel/ && cd /tmp/fmfa-losses-wheel && venv/bin/python outside.py
+	cp .ci/outside.py /tmp/fmfa-losses-wheel/ && cd /tmp/fmfa-losses-wheel && venv/bin/python outside.py
 
 clean:
 	rm -rf .venv build dist *.egg-info
