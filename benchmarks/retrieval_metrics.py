@@ -2,8 +2,8 @@
 
     python -m benchmarks.retrieval_metrics [--out benchmarks/results/retrieval_metrics_cpu.json]
 
-Every case runs in a process of its own, so that one case's memory does not count for the next. Features are drawn
-around one centre an identity, 946 identities as in the test split of ICFG-PEDES.
+Every case runs in a process of its own, so that one case's memory does not count for the next. Features are
+drawn around one centre an identity, 946 identities as in the test split of ICFG-PEDES.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CASES = [("argsort", 3000), ("ours", 3000), ("argsort", 6000), ("ours", 6000), (
 def argsort_metrics(
     text_features: Tensor, image_features: Tensor, text_pids: Tensor, image_pids: Tensor
 ) -> dict[str, dict[str, float]]:
-    """What published evaluators compute: sort the whole gallery of every query, then look where the matches are."""
+    """What published evaluators compute: sort the gallery of every query, then look for the matches."""
     sim = F.normalize(text_features, dim=1) @ F.normalize(image_features, dim=1).T
 
     def direction(sim: Tensor, query_pids: Tensor, gallery_pids: Tensor) -> dict[str, float]:
@@ -103,9 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/retrieval_metrics_cpu.json"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--case", nargs=2, metavar=("EVALUATOR", "SIZE"), help="run one case, print it as JSON"
-    )
+    parser.add_argument("--case", nargs=2, metavar=("EVALUATOR", "SIZE"), help="one case, as JSON")
     options = parser.parse_args()
     if options.case:
         print(json.dumps(run(options.case[0], int(options.case[1]), options.repeats)))
