@@ -113,10 +113,9 @@ def main() -> None:
     for evaluator, size in CASES:
         command = [sys.executable, "-m", "benchmarks.retrieval_metrics", "--case", evaluator, str(size)]
         command += ["--repeats", str(options.repeats)]
-        cases.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        print(
-            f"{evaluator:8} {size:6}  {min(cases[-1]['seconds']):7.2f} s  {cases[-1]['peak_process_mib']:6} MiB"
-        )
+        case = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        cases.append(case)
+        print(f"{evaluator:8} {size:6}  {min(case['seconds']):7.2f} s  {case['peak_process_mib']:6} MiB")
     best = {(case["evaluator"], case["texts"]): min(case["seconds"]) for case in cases}
     result = {
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},

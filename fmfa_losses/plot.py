@@ -202,8 +202,8 @@ def asdm_weights(
 
         w_i = 1 + alpha (max_k p_ik - p_ii)
 
-    Pairs are sorted by weight. Blue pairs rank their own partner first (weight 1); orange, hatched ones do not.
-    The title names the heaviest by their index in the batch.
+    Pairs are sorted by weight. Blue pairs rank their own partner first (weight 1); orange, hatched ones do
+    not. The title names the heaviest by their index in the batch.
 
     Args:
         image_features: [B, D], any float dtype; need not be normalised.
