@@ -1,4 +1,4 @@
-"""Retrieval: published numbers, an evaluator straight from the definitions, ties, missing matches, memory maps."""
+"""Retrieval: published numbers, the definitions, ties, missing matches, memory maps, memory, FAISS."""
 
 import logging
 import math
@@ -190,9 +190,10 @@ def test_nan_comes_out_as_nan(where):
     assert all(math.isnan(value) for value in numbers(metrics).values())
 
 
-def test_nan_features_come_out_as_nan(small_blocks):
+@pytest.mark.parametrize("row", [0, 20, 39])
+def test_nan_features_come_out_as_nan(small_blocks, row):
     text, image, text_pids, image_pids = features()
-    text[3, 2] = math.nan
+    image[row, 2] = math.nan  # in the first, a middle, the last block
     assert math.isnan(ranking_metrics(text, image, text_pids, image_pids).mAP)
 
 
