@@ -6,7 +6,6 @@ Colours are those of Okabe and Ito; where a colour means something, a mark or a 
 """
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,7 @@ def similarity_maps(
     height = PANEL * picture.shape[0] / picture.shape[1]
     rows = math.ceil(len(tokens) / tokens_per_row)
     per_row = math.ceil(len(tokens) / rows)
-    titles = [textwrap.fill(_clean(token), 20, break_long_words=True) for token in tokens]
+    titles = [_wrap(_clean(token), 2 * PANEL, LARGE) for token in tokens]
     title_height = 0.12 + 0.17 * max(title.count("\n") + 1 for title in titles)
     left, gap, group_gap, bars, under = 0.15, 0.06, 0.3, 1.55, 0.3
     group = 2 * PANEL + gap
@@ -158,7 +157,7 @@ def aggregated_patches(
     height = PANEL * picture.shape[0] / picture.shape[1]
     rows = math.ceil(len(tokens) / tokens_per_row)
     per_row = math.ceil(len(tokens) / rows)
-    titles = [textwrap.fill(_clean(token), 11, break_long_words=True) for token in tokens]
+    titles = [_wrap(_clean(token), PANEL, LARGE) for token in tokens]
     title_height = 0.12 + 0.17 * max(title.count("\n") + 1 for title in titles)
     gap, margin, under = 0.22, 0.2, 0.45
     row_height = title_height + height + under
@@ -171,7 +170,7 @@ def aggregated_patches(
         kept = (weights[i] > 0).reshape(grid)
         heaviest, order = weights[i].sort(descending=True)
         # A patch belongs as long as the heavier ones do not hold the share yet.
-        needed = int(((heaviest.cumsum(0) - heaviest) < share * (1 - 1e-9)).logical_and(heaviest > 0).sum())
+        needed = int(((heaviest.cumsum(0) - heaviest) < share - 1e-6).logical_and(heaviest > 0).sum())
         outlined = torch.zeros(kept.numel(), dtype=torch.bool)
         outlined[order[:needed]] = True
 
@@ -309,8 +308,8 @@ def retrieval_strips(
     pictures = [[_image("images", image) for image in row] for row in images]
     width = PANEL
     height = PANEL * max(p.shape[0] / p.shape[1] for row in pictures for p in row)
-    captions = [textwrap.fill(query, 34) for query in queries]
     caption_width, line, gap, margin, under, row_gap = 2.45, 0.155, 0.16, 0.15, 0.24, 0.12
+    captions = [_wrap(query, caption_width, NORMAL) for query in queries]
     heights = [max(height, line * (caption.count("\n") + 1)) for caption in captions]
     figure = Figure(
         figsize=(
@@ -517,6 +516,32 @@ def _smooth(values: Sequence[float], smoothing: float) -> list[float]:
             weight = smoothing * weight + (1 - smoothing)
         smoothed.append(total / weight if weight else math.nan)
     return smoothed
+
+
+def _wrap(text: str, inches: float, points: float) -> str:
+    """Lines that are no wider than `inches`, as the font sets them; a word that is wider is broken."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=points)
+
+    def fits(line: str) -> bool:
+        width: float = text_to_path.get_text_width_height_descent(line, font, ismath=False)[0]
+        return width <= 0.95 * 72 * inches  # the screen rounds each letter to pixels
+
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if fits(joined):
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if not fits(lines[-1] + letter):
+                lines.append("")
+            lines[-1] += letter
+    return "\n".join(lines)
 
 
 def _clean(token: str) -> str:
