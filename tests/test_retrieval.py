@@ -2,8 +2,10 @@
 
 import logging
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -333,16 +335,66 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert grown < 130  # MiB
 
 
-def test_faiss_finds_the_same():
-    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+# --- the documentation's code runs
+
+
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/retrieval.md").read_text(), re.S
+)
+
+
+def document(tmp_path, monkeypatch, containing: str) -> dict[str, object]:
+    """Runs the one block of docs/retrieval.md that contains a text; returns what it defined."""
+    text, image, text_pids, image_pids = features()
+    np.save(tmp_path / "gallery.npy", image.numpy())
+    monkeypatch.chdir(tmp_path)
+    image_loader, text_loader, _ = loaders()
+    model = Towers(text.shape[1])
+    model.get_image_features, model.get_text_features = model.encode_image, model.encode_text
+    scope = {
+        "text_features": text,
+        "image_features": image,
+        "text_pids": text_pids,
+        "image_pids": image_pids,
+        "image_loader": image_loader,
+        "text_loader": text_loader,
+        "model": model,
+        "Evaluator": Evaluator,
+    }
+    (block,) = [block for block in BLOCKS if containing in block]
+    exec(block, scope)
+    return scope
+
+
+def test_document_metrics(tmp_path, monkeypatch):
+    scope = document(tmp_path, monkeypatch, "import retrieval_metrics")
+    assert numbers(scope["metrics"].t2i) == numbers(ranking_metrics(*features()))
+
+
+def test_document_evaluators(tmp_path, monkeypatch):
+    first = document(tmp_path, monkeypatch, "import Evaluator")
+    assert first["rank_1"] == first["metrics"].t2i.cmc[1]
+    second = document(tmp_path, monkeypatch, "get_image_features")
+    assert numbers(second["evaluator"].metrics(first["model"]).t2i) == numbers(first["metrics"].t2i)
+
+
+def test_document_memory_map(tmp_path, monkeypatch):
+    scope = document(tmp_path, monkeypatch, "mmap_mode")
     text, image, *_ = features()
-    text, image = (nn.functional.normalize(x, dim=1) for x in (text, image))
-    index = faiss.IndexFlatIP(image.shape[1])
-    index.add(image.numpy())
-    scores, indices = index.search(text.numpy(), 10)
+    assert torch.equal(scope["indices"], search(text, image, 10)[1])
+
+
+def test_document_faiss(tmp_path, monkeypatch):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    scope = document(tmp_path, monkeypatch, "import faiss")
+    text, image, *_ = features()
     ours_scores, ours_indices = search(text, image, 10)
-    np.testing.assert_allclose(ours_scores, scores, atol=1e-6)
-    np.testing.assert_array_equal(ours_indices, indices)
+    np.testing.assert_allclose(ours_scores, scope["scores"], atol=1e-6)
+    np.testing.assert_array_equal(ours_indices, scope["indices"])
+
+
+def test_every_block_of_the_document_is_run():
+    assert len(BLOCKS) == 5
 
 
 # --- Evaluator
