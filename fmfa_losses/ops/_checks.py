@@ -52,9 +52,7 @@ def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, in
         )
     for letter, dim in dims:
         if a.shape[dim] != b.shape[dim]:
-            raise ValueError(
-                f"{names} must agree in {letter} (dimension {dim}), got {describe(a)} and {describe(b)}"
-            )
+            raise ValueError(f"{names} must agree in {letter} (dimension {dim}), got {describe(a)} and {describe(b)}")
 
 
 def check_ids(name: str, ids: object, length: int, device: torch.device) -> None:

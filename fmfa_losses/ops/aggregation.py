@@ -1,0 +1,210 @@
+"""Sparse token-patch aggregation: each text token gathers the patches that matter to it, Eq. 5-8.
+
+With u_k = s_k - min s over the patches that pass the threshold, the weights are a_k = u_k / sum u: the range cancels,
+so the maximum decides who passes and otherwise carries no gradient. That leaves one short backward:
+
+    da_k = de . v_k,   ds_k = (da_k - sum_j a_j da_j) / sum u   for patches that passed, minus their sum at the minimum
+"""
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from ._backend import select_backend
+from ._checks import check_float, check_mask, check_same
+from ._operator import operator
+from ._precision import accumulation_dtype, full_precision
+
+__all__ = ["sparse_aggregate", "sparse_aggregate_reference"]
+
+# A row whose range is within this many roundings of its largest entry is constant: its order is noise.
+CONSTANT_ROW_EPS = 8
+
+
+def sparse_aggregate_reference(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    sparsity: float | None = None,
+) -> Tensor:
+    """The specification of `sparse_aggregate`: Eq. 5-8 one after the other."""
+    acc = accumulation_dtype(image_tokens, text_tokens)
+    image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
+    keep = image_tokens.new_ones(image_tokens.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
+    image_tokens = image_tokens.masked_fill(~rearrange(keep, "b n -> b n 1"), 0)
+    keep = rearrange(keep, "b n -> b 1 n")
+    count = keep.sum(dim=-1, keepdim=True)
+    threshold = 1 / count if sparsity is None else sparsity
+
+    s = einsum(text_tokens, image_tokens, "b l d, b n d -> b l n")
+    low = s.masked_fill(~keep, torch.inf).min(dim=-1, keepdim=True).values
+    high = s.masked_fill(~keep, -torch.inf).max(dim=-1, keepdim=True).values
+    constant = high - low <= CONSTANT_ROW_EPS * torch.finfo(acc).eps * torch.maximum(high.abs(), low.abs())
+    constant = constant | (count == 0)
+    # The inner fills keep what a constant row does not use, and its gradient, finite.
+    n = (s - low.masked_fill(constant, 0)) / (high - low).masked_fill(constant, 1)
+    m = torch.where(keep & ~(n < threshold), n, 0)
+    a = m / m.sum(dim=-1, keepdim=True).masked_fill(constant, 1)
+    a = torch.where(constant, keep / count.clamp(min=1), a)
+    return einsum(a, image_tokens, "b l n, b n d -> b l d")
+
+
+def sparse_aggregate(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    sparsity: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Joint embedding of every text token: the sparse weighted mean of its own image's patches.
+
+        s_ij = t_i . v_j,   n_ij = (s_ij - min_k s_ik) / (max_k s_ik - min_k s_ik)
+        m_ij = n_ij if n_ij >= sparsity else 0,   a_ij = m_ij / sum_k m_ik,   e_i = sum_j a_ij v_j
+
+    Args:
+        image_tokens: [B, N, D], any float dtype; patches without [CLS], not normalised.
+        text_tokens: [B, L, D], any float dtype.
+        image_mask: [B, N] bool, True = keep; minimum, maximum and N range over the kept patches.
+        sparsity: threshold in [0, 1]; 1/N when None.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        [B, L, D], float32 (float64 when an input is). A token that is equally similar to all patches (and N == 1)
+        gathers them uniformly and sends no gradient through s; a sample without patches gives zeros. Differentiable
+        once.
+
+    Raises:
+        TypeError, ValueError: rank, width, batch, dtype, device or mask do not fit; sparsity outside [0, 1].
+        RuntimeError: backend="triton" cannot run; the message says why.
+
+    Example:
+        >>> patches = torch.tensor([[[4.0, 0.0], [2.0, 1.0], [0.0, 8.0]]])
+        >>> sparse_aggregate(patches, torch.tensor([[[1.0, 0.0]]]))     # s = 4, 2, 0; a = 2/3, 1/3, 0
+        tensor([[[3.3333, 0.3333]]])
+
+    Reference: SPARC, arXiv 2401.09865; Yin et al., arXiv 2509.13754v2, Eq. 5-8.
+    """
+    check_float("image_tokens", image_tokens, "B N D")
+    check_float("text_tokens", text_tokens, "B L D")
+    check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
+    check_mask("image_mask", image_mask, image_tokens)
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must lie in [0, 1] (None: 1/N), got {sparsity!r}")
+    chosen = select_backend(backend, image_tokens, text_tokens)
+    acc = accumulation_dtype(image_tokens, text_tokens)
+    if image_mask is not None:
+        image_tokens = image_tokens.masked_fill(~image_mask.unsqueeze(-1), 0)
+    if chosen == "torch" or image_tokens.dtype != text_tokens.dtype:
+        image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
+    B, N, _ = image_tokens.shape
+    if image_mask is not None and sparsity is None:
+        threshold = 1 / image_mask.sum(dim=1).clamp(min=1).to(acc)
+    else:
+        threshold = image_tokens.new_full((B,), 1 / N if sparsity is None else sparsity, dtype=acc)
+    joint: Tensor = sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, chosen)[0]
+    return joint
+
+
+# The operator: one schema, one fake kernel, one gradient formula for both backends. threshold [B];
+# row_min, row_sum [B, L] are min_k s_ik and sum of u (0 marks a constant row), what the backward needs besides inputs.
+
+
+@operator(
+    "sparse_aggregate(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor threshold, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
+    if backend == "triton":
+        from fmfa_losses.kernels import aggregation as kernels
+
+        return kernels.forward(image_tokens.contiguous(), text_tokens.contiguous(), image_mask, threshold)
+    with full_precision(image_tokens):
+        a, row_min, row_sum = _weights(image_tokens, text_tokens, image_mask, threshold)[:3]
+        return a @ image_tokens, row_min, row_sum
+
+
+@operator(
+    "sparse_aggregate_backward(Tensor djoint, Tensor image_tokens, Tensor text_tokens, Tensor? image_mask,"
+    " Tensor threshold, Tensor row_min, Tensor row_sum, str backend) -> (Tensor, Tensor)",
+)
+def sparse_aggregate_backward_op(  # type: ignore[no-untyped-def]
+    djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend
+):
+    if backend == "triton":
+        from fmfa_losses.kernels import aggregation as kernels
+
+        return kernels.backward(
+            djoint.contiguous(),
+            image_tokens.contiguous(),
+            text_tokens.contiguous(),
+            image_mask,
+            threshold,
+            row_min,
+            row_sum,
+        )
+    with full_precision(djoint):
+        return _backward_torch(djoint, image_tokens, text_tokens, image_mask, threshold)
+
+
+@torch.library.register_fake(sparse_aggregate_op)
+def _(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
+    acc = accumulation_dtype(image_tokens)
+    row = text_tokens.shape[:2]
+    return (
+        text_tokens.new_empty(text_tokens.shape, dtype=acc),
+        text_tokens.new_empty(row, dtype=acc),
+        text_tokens.new_empty(row, dtype=acc),
+    )
+
+
+@torch.library.register_fake(sparse_aggregate_backward_op)
+def _(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(image_tokens), torch.empty_like(text_tokens)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx, djoint, drow_min, drow_sum):  # type: ignore[no-untyped-def]
+    dimage, dtext = sparse_aggregate_backward_op(djoint, *ctx.saved_tensors, ctx.backend)
+    return dimage, dtext, None, None, None
+
+
+torch.library.register_autograd(sparse_aggregate_op, _backward, setup_context=_setup_context)
+
+
+def _weights(
+    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a [B, L, N], min s and sum u [B, L], which patches passed [B, L, N], and the index of the minimum [B, L, 1]."""
+    s = text_tokens @ image_tokens.mT
+    keep = torch.ones_like(s[:, :1], dtype=torch.bool) if image_mask is None else image_mask.unsqueeze(1)
+    if image_mask is not None:
+        s = s.masked_fill(~keep, -torch.inf)
+    high = s.amax(dim=-1, keepdim=True)
+    low, argmin = (s if image_mask is None else s.masked_fill(~keep, torch.inf)).min(dim=-1, keepdim=True)
+    span = high - low
+    constant = span <= CONSTANT_ROW_EPS * torch.finfo(s.dtype).eps * torch.maximum(high.abs(), low.abs())
+    u = s - low
+    # "not below" rather than "at or above": a NaN passes and shows.
+    passed = keep & ~constant & ~(u / span < threshold.view(-1, 1, 1))
+    u = torch.where(passed, u, 0)
+    total = u.sum(dim=-1, keepdim=True)
+    uniform = keep / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(s.dtype)
+    a = torch.where(constant, uniform, u / torch.where(constant, torch.ones_like(total), total))
+    return a, low.squeeze(-1), total.squeeze(-1), passed, argmin
+
+
+def _backward_torch(
+    djoint: Tensor, image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    a, _, total, passed, argmin = _weights(image_tokens, text_tokens, image_mask, threshold)
+    da = djoint @ image_tokens.mT
+    centred = (da - (a * da).sum(dim=-1, keepdim=True)) / total.unsqueeze(-1)
+    ds = torch.where(passed, centred, 0)
+    ds.scatter_add_(-1, argmin, -ds.sum(dim=-1, keepdim=True))
+    return a.mT @ djoint + ds.mT @ text_tokens, ds @ image_tokens

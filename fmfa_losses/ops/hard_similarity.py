@@ -1,0 +1,280 @@
+"""Hard coding and pooling: S_ij = pool_l max_k cos(x_il, e_jk), Eq. 9 and 10.
+
+Every token of x_i takes its best match among the tokens of e_j (hard coding); the matches are pooled over x_i's tokens.
+The gradient passes through the winning k alone, so the backward is a gather and a scatter over Bx Be P winners,
+and nothing of size Bx Be P Q ever exists.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+from ._backend import select_backend
+from ._checks import check_float, check_mask, check_option, check_positive, check_same
+from ._operator import operator
+from ._precision import accumulation_dtype, full_precision, unit_rows
+
+__all__ = ["hard_similarity", "hard_similarity_reference"]
+
+POOLS = ("lse", "sum", "mean")
+
+
+def hard_similarity_reference(
+    x: Tensor,
+    e: Tensor,
+    *,
+    x_mask: Tensor | None = None,
+    e_mask: Tensor | None = None,
+    pool: str = "lse",
+    pool_scale: float = 1.0,
+) -> Tensor:
+    """The specification of `hard_similarity`: the equation as it stands, with the whole [Bx, Be, P, Q] in memory."""
+    cos = einsum(unit_rows(x, x_mask), unit_rows(e, e_mask), "i l d, j k d -> i j l k")
+    if e_mask is not None:
+        cos = cos.masked_fill(~rearrange(e_mask, "j k -> 1 j 1 k"), -torch.inf)
+    best = cos.max(dim=-1).values  # ties: the lowest k
+    x_keep = x.new_ones(x.shape[:2], dtype=torch.bool) if x_mask is None else x_mask
+    e_any = e.new_ones(e.shape[0], dtype=torch.bool) if e_mask is None else e_mask.any(dim=1)
+    keep = rearrange(x_keep, "i l -> i 1 l") & rearrange(e_any, "j -> 1 j 1")
+    if pool == "lse":
+        # A pair with nothing left has similarity 0; the inner fill keeps its gradient finite.
+        logits = (pool_scale * best).masked_fill(~keep, -torch.inf)
+        logits = logits.masked_fill(~keep.any(dim=-1, keepdim=True), 0)
+        return (logits.logsumexp(dim=-1) / pool_scale).masked_fill(~keep.any(dim=-1), 0)
+    total = best.masked_fill(~keep, 0).sum(dim=-1)
+    return total if pool == "sum" else total / keep.sum(dim=-1).clamp(min=1)
+
+
+def hard_similarity(
+    x: Tensor,
+    e: Tensor,
+    *,
+    x_mask: Tensor | None = None,
+    e_mask: Tensor | None = None,
+    pool: str = "lse",
+    pool_scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Similarity of every x with every e: the best match of each token of x, pooled over the tokens of x.
+
+        S_ij = (1/lambda) log sum_l exp(lambda max_k cos(x_il, e_jk))      pool="lse", lambda = pool_scale
+        S_ij = sum_l max_k cos(x_il, e_jk)                                 pool="sum" (MaxSim), or its mean
+
+    Args:
+        x: [Bx, P, D], any float dtype; need not be normalised.
+        e: [Be, Q, D], any float dtype; the batch may differ from x's.
+        x_mask: [Bx, P] bool, True = keep; masked-out tokens are not pooled.
+        e_mask: [Be, Q] bool, True = keep; masked-out tokens are no candidates.
+        pool: "lse", "sum" or "mean".
+        pool_scale: lambda > 0 of "lse"; the larger, the closer to the maximum.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        [Bx, Be], float32 (float64 when an input is). Ties go to the lowest k. Where x_i or e_j has no token left the
+        similarity is 0, with zero gradient. A zero vector has cosine 0 with everything. Memory beyond inputs,
+        gradients and result: O(Bx Be P), no [Bx, Be, P, Q]. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: rank, width, dtype, device or mask do not fit; pool or pool_scale unknown.
+        RuntimeError: backend="triton" cannot run; the message says why.
+
+    Example:
+        >>> x = torch.eye(2).unsqueeze(0)                       # one sample, two orthogonal tokens
+        >>> hard_similarity(x, torch.cat([x, -x]), pool="sum")
+        tensor([[2., 0.]])
+
+    Reference: CHAN (hard coding), SCAN (LSE pooling); Yin et al., arXiv 2509.13754v2, Eq. 9-10.
+    """
+    check_float("x", x, "Bx P D")
+    check_float("e", e, "Be Q D")
+    check_same("x and e", x, e, dims=[("D", 2)])
+    check_mask("x_mask", x_mask, x)
+    check_mask("e_mask", e_mask, e)
+    check_option("pool", pool, POOLS)
+    check_positive("pool_scale", pool_scale)
+    chosen = select_backend(backend, x, e)
+    save = torch.is_grad_enabled() and (x.requires_grad or e.requires_grad)
+    dtype = accumulation_dtype(x, e)
+    x_unit, e_unit = unit_rows(x, x_mask, dtype=dtype), unit_rows(e, e_mask, dtype=dtype)
+    if chosen == "triton":
+        # The tensor cores multiply in the lower of the two precisions and accumulate in float32.
+        dtype = next((t.dtype for t in (x, e) if t.dtype != torch.float32), torch.float32)
+        x_unit, e_unit = x_unit.to(dtype), e_unit.to(dtype)
+    sim: Tensor = hard_similarity_op(x_unit, e_unit, x_mask, e_mask, pool, float(pool_scale), save, chosen)[0]
+    return sim
+
+
+# The operator: one schema, one fake kernel, one gradient formula for both backends.
+# maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`.
+
+
+@operator(
+    "hard_similarity(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+)
+def hard_similarity_op(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no-untyped-def]
+    if backend == "triton":
+        from fmfa_losses.kernels import hard_similarity as kernels
+
+        return kernels.forward(x.contiguous(), e.contiguous(), x_mask, e_mask, pool, pool_scale, save)
+    with full_precision(x):
+        return _forward_torch(x, e, x_mask, e_mask, pool, pool_scale, save)
+
+
+@operator(
+    "hard_similarity_backward(Tensor dsim, Tensor sim, Tensor maxima, Tensor winners, Tensor x, Tensor e,"
+    " Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, str backend) -> (Tensor, Tensor)",
+)
+def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
+    dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend
+):
+    if backend == "triton":
+        from fmfa_losses.kernels import hard_similarity as kernels
+
+        return kernels.backward(
+            dsim, sim, maxima, winners, x.contiguous(), e.contiguous(), x_mask, e_mask, pool, pool_scale
+        )
+    return _backward_torch(dsim, sim, maxima, winners, x, e, x_mask, pool, pool_scale)
+
+
+@torch.library.register_fake(hard_similarity_op)
+def _(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no-untyped-def]
+    matches = (x.shape[0], e.shape[0], x.shape[1])
+    acc = accumulation_dtype(x)
+    saved = x.dtype if backend == "triton" and x.dtype != torch.float32 else acc
+    return (
+        x.new_empty(matches[:2], dtype=acc),
+        x.new_empty(matches if save and pool == "lse" else (0,), dtype=_maxima_dtype(saved)),
+        x.new_empty(matches if save else (0,), dtype=_winner_dtype(e.shape[1])),
+    )
+
+
+@torch.library.register_fake(hard_similarity_backward_op)
+def _(dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(e)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, _, ctx.backend = inputs
+    ctx.save_for_backward(*output, x, e, x_mask, e_mask)
+
+
+def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
+    sim, maxima, winners, x, e, x_mask, e_mask = ctx.saved_tensors
+    dx, de = hard_similarity_backward_op(
+        dsim, sim, maxima, winners, x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, ctx.backend
+    )
+    return dx, de, None, None, None, None, None, None
+
+
+torch.library.register_autograd(hard_similarity_op, _backward, setup_context=_setup_context)
+
+
+def _winner_dtype(Q: int) -> torch.dtype:
+    return torch.int16 if Q <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def _maxima_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A cosine lies in [-1, 1]: float16 holds it more exactly than bfloat16."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
+# The torch path: one matrix product a tile of x rows and whole e samples, reduced before the next one starts.
+
+
+def _tile_elements(device: torch.device) -> int:
+    """Similarities alive at once: 4 MiB of float32 stay near a CPU's cache; an accelerator wants fewer launches."""
+    return 2**20 if device.type == "cpu" else 2**26
+
+
+def _forward_torch(
+    x: Tensor,
+    e: Tensor,
+    x_mask: Tensor | None,
+    e_mask: Tensor | None,
+    pool: str,
+    pool_scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (Bx, P, D), (Be, Q, _) = x.shape, e.shape
+    step_e = min(Be, max(1, 512 // Q))  # about 512 columns make an efficient product
+    step_x = min(Bx, max(1, _tile_elements(x.device) // (step_e * P * Q)))
+    sim = x.new_empty(Bx, Be)
+    maxima = x.new_empty((Bx, Be, P) if save and pool == "lse" else (0,))
+    winners = x.new_empty((Bx, Be, P) if save else (0,), dtype=_winner_dtype(Q))
+    for i in (slice(i, min(i + step_x, Bx)) for i in range(0, Bx, step_x)):
+        rows = x[i].reshape(-1, D)
+        for j in (slice(j, min(j + step_e, Be)) for j in range(0, Be, step_e)):
+            cos = (rows @ e[j].reshape(-1, D).T).view(rows.shape[0], -1, Q)  # [i l, j, k]
+            if e_mask is not None:
+                cos.masked_fill_(~e_mask[j], -torch.inf)
+            best, winner = cos.max(dim=-1)
+            best = rearrange(best, "(i l) j -> i j l", l=P)
+            if x_mask is not None:
+                best = best.masked_fill(~x_mask[i].unsqueeze(1), -torch.inf)
+            sim[i, j] = _pool(best, pool, pool_scale)
+            if save:
+                winner = rearrange(winner, "(i l) j -> i j l", l=P)
+                winners[i, j] = winner.to(winners.dtype).masked_fill(best == -torch.inf, -1)
+                if pool == "lse":
+                    maxima[i, j] = best
+    return sim, maxima, winners
+
+
+def _pool(best: Tensor, pool: str, pool_scale: float) -> Tensor:
+    """[i, j, l] -> [i, j]; -inf marks what is masked out, and a pair with nothing left gives 0."""
+    gone = best == -torch.inf
+    if pool == "lse":
+        return (torch.logsumexp(pool_scale * best, dim=-1) / pool_scale).masked_fill_(gone.all(dim=-1), 0)
+    total = best.masked_fill(gone, 0).sum(dim=-1)
+    return total if pool == "sum" else total / (~gone).sum(dim=-1).clamp(min=1)
+
+
+def _backward_torch(
+    dsim: Tensor,
+    sim: Tensor,
+    maxima: Tensor,
+    winners: Tensor,
+    x: Tensor,
+    e: Tensor,
+    x_mask: Tensor | None,
+    pool: str,
+    pool_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """dx_il = sum_j w_ijl e_jk*,  de_jk = sum over the (i, l) that k won of w_ijl x_il, with w = dsim * dS/dmax."""
+    (Bx, P, D), (Be, Q, _) = x.shape, e.shape
+    dx, de = torch.empty_like(x), torch.empty_like(e)
+    if pool == "mean":
+        count = P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        dsim = dsim / count
+
+    def matches(i: slice, j: slice) -> tuple[Tensor, Tensor]:
+        """Weights w_ijl and rows j Q + k* of e for a block of pairs, [i, j, l] each."""
+        winner = winners[i, j].to(torch.int64)
+        weight = dsim[i, j].unsqueeze(-1).to(x.dtype)
+        if pool == "lse":
+            weight = weight * torch.exp(pool_scale * (maxima[i, j] - sim[i, j].unsqueeze(-1)))
+        weight = weight.expand(winner.shape).masked_fill(winner < 0, 0)
+        first = torch.arange(winner.shape[1], device=x.device).unsqueeze(-1) * Q
+        return weight, winner.clamp(min=0) + first
+
+    entries = _tile_elements(x.device) // 4  # matches alive at once; each costs about 50 bytes
+    step = max(1, entries // (Be * P))
+    for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
+        weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))
+        dx[i] = F.embedding_bag(row, e.reshape(-1, D), mode="sum", per_sample_weights=weight.contiguous()).view(
+            -1, P, D
+        )
+
+    # The same sum seen from e: sorting the matches by the row they chose makes each row own a run of them.
+    step = max(1, entries // (Bx * P))
+    for j in (slice(j, min(j + step, Be)) for j in range(0, Be, step)):
+        weight, row = (rearrange(t, "i j l -> (i l j)") for t in matches(slice(None), j))
+        row, order = row.sort(stable=True)
+        J = j.stop - j.start
+        runs = torch.searchsorted(row, torch.arange(J * Q, device=x.device))
+        de[j] = F.embedding_bag(order // J, x.reshape(-1, D), runs, mode="sum", per_sample_weights=weight[order]).view(
+            -1, Q, D
+        )
+    return dx, de
