@@ -19,7 +19,7 @@ help:
 	touch $@
 
 test: .venv/installed
-	$(RUN) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 demo: .venv/installed
 	$(RUN) -m benchmarks.retrieval --out runs/demo

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops._checks import check_float, check_positive, check_same, describe
+from .ops.aggregation import sparse_aggregate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -422,7 +423,7 @@ def _figure_class() -> "type[Figure]":
 def _sparse_weights(
     similarity: Tensor, tokens: Sequence[str], grid: tuple[int, int], sparsity: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Normalised similarity n and aggregation weights a, both [K, N]; Eq. 5-7. A constant row is uniform."""
+    """Normalised similarity n and EFA's aggregation weights a, both [K, N]; a constant row is uniform."""
     check_float("similarity", similarity, "K N")
     if similarity.shape[0] != len(tokens):
         raise ValueError(
@@ -437,8 +438,9 @@ def _sparse_weights(
     s = similarity.detach().double().cpu()
     low, high = s.amin(1, keepdim=True), s.amax(1, keepdim=True)
     n = torch.where(high > low, (s - low) / (high - low), 1.0)
-    m = n * (n >= (1 / s.shape[1] if sparsity is None else sparsity))
-    return n, m / m.sum(1, keepdim=True)
+    # Aggregating one-hot patches gives the weights themselves.
+    patches = torch.eye(s.shape[1], dtype=s.dtype)
+    return n, sparse_aggregate(patches[None], s[None], sparsity=sparsity, backend="torch")[0]
 
 
 def _image(name: str, image: Any) -> Any:
@@ -449,9 +451,7 @@ def _image(name: str, image: Any) -> Any:
     if array.ndim == 3 and array.shape[0] == 3 and (array.shape[2] != 3 or isinstance(image, Tensor)):
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(
-            f"{name} must be [3, H, W] or [H, W, 3], got {list(array.shape)}; drop the batch dimension"
-        )
+        raise ValueError(f"{name} must be [3, H, W] or [H, W, 3], got {list(array.shape)}; drop the batch dimension")
     array = array / 255 if array.dtype == np.uint8 else array.astype("float64")
     low, high = array.min(), array.max()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
@@ -493,16 +493,12 @@ def _by_term(
     if not isinstance(history, Mapping):
         names = list(history[0]) if len(history) else []
         if any(set(step) != set(names) for step in history):
-            raise ValueError(
-                "every step of history must hold the same terms; fill a missing one with float('nan')"
-            )
+            raise ValueError("every step of history must hold the same terms; fill a missing one with float('nan')")
         history = {name: [step[name] for step in history] for name in names}
     terms = {name: [float(value) for value in values] for name, values in history.items()}
     lengths = {name: len(values) for name, values in terms.items()}
     if not terms or 0 in lengths.values() or len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"history must hold at least one step, as many for every term, got lengths {lengths}"
-        )
+        raise ValueError(f"history must hold at least one step, as many for every term, got lengths {lengths}")
     return terms
 
 
@@ -577,9 +573,7 @@ class _Inches:
 
     def __call__(self, x: float, y: float, width: float, height: float) -> "Axes":
         bottom = self.height - y - height
-        return self.figure.add_axes(
-            (x / self.width, bottom / self.height, width / self.width, height / self.height)
-        )
+        return self.figure.add_axes((x / self.width, bottom / self.height, width / self.width, height / self.height))
 
     def point(self, x: float, y: float) -> tuple[float, float]:
         return x / self.width, 1 - y / self.height

@@ -390,8 +390,7 @@ def _metrics(
     matched = count > 0
     if not matched.any():
         raise ValueError(
-            "at least one query must share its pid with the gallery, got none; "
-            "number the persons of both sides alike"
+            "at least one query must share its pid with the gallery, got none; number the persons of both sides alike"
         )
 
     best_rank, precision, penalty = torch.zeros(3, sizes[0], dtype=torch.float64, device=device)
@@ -597,9 +596,7 @@ def _check_array(name: str, array: Array, pattern: str) -> None:
         check_float(name, array, pattern)
         return
     if array.dtype.kind != "f":
-        raise TypeError(
-            f"{name} must be a floating-point array, got {_describe(array)}; use {name}.astype('f4')"
-        )
+        raise TypeError(f"{name} must be a floating-point array, got {_describe(array)}; use {name}.astype('f4')")
     if array.ndim != len(pattern.split()):
         raise ValueError(f"{name} must have shape [{pattern}], got {_describe(array)}; reshape it")
     if 0 in array.shape:
@@ -610,15 +607,11 @@ def _ids(name: str, ids: Array, length: int, device: torch.device) -> Tensor:
     if _is_numpy(ids):
         ids = torch.from_numpy(ids.copy())
     if not isinstance(ids, Tensor):
-        raise TypeError(
-            f"{name} must be an integer tensor [{length}], got {describe(ids)}; use torch.as_tensor"
-        )
+        raise TypeError(f"{name} must be an integer tensor [{length}], got {describe(ids)}; use torch.as_tensor")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}.long()")
     if tuple(ids.shape) != (length,):
-        raise ValueError(
-            f"{name} must have shape [{length}] (one id a row of the features), got {describe(ids)}"
-        )
+        raise ValueError(f"{name} must have shape [{length}] (one id a row of the features), got {describe(ids)}")
     return ids.to(device, torch.int64)
 
 

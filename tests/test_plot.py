@@ -60,14 +60,10 @@ def panels(figure, label):
 
 
 def test_similarity_maps_draw_the_map_before_and_after(image, similarity):
-    figure = plot.similarity_maps(
-        image, similarity, tokens=["red</w>", "shirt", "bag"], grid=GRID, sparsity=0.4
-    )
+    figure = plot.similarity_maps(image, similarity, tokens=["red</w>", "shirt", "bag"], grid=GRID, sparsity=0.4)
     assert [text.get_text() for text in figure.texts] == ["red", "shirt", "bag"]
     assert len(panels(figure, "image")) == 1
-    np.testing.assert_allclose(
-        panels(figure, "image")[0].images[0].get_array(), image.permute(1, 2, 0), atol=1e-7
-    )
+    np.testing.assert_allclose(panels(figure, "image")[0].images[0].get_array(), image.permute(1, 2, 0), atol=1e-7)
 
     a = weights(similarity, 0.4)
     low, high = similarity.amin(1, keepdim=True), similarity.amax(1, keepdim=True)
@@ -209,9 +205,7 @@ def test_strips_frame_right_green_and_wrong_red():
         "0.500",
         "0.400",
     ]
-    for axes, right, picture in zip(
-        figure.axes, [*correct[0], *correct[1]], images.flatten(0, 1), strict=True
-    ):
+    for axes, right, picture in zip(figure.axes, [*correct[0], *correct[1]], images.flatten(0, 1), strict=True):
         assert to_hex(frame(axes).get_edgecolor()).upper() == (plot.GREEN if right else plot.VERMILION)
         assert (frame(axes).get_linestyle() in ("-", "solid")) == right
         assert [text.get_text() for text in axes.texts] == ["✓" if right else "✗"]
@@ -225,9 +219,7 @@ def test_strips_frame_right_green_and_wrong_red():
 
 
 def test_captions_do_not_reach_the_images():
-    figure = plot.retrieval_strips(
-        ["w" * 34 + " " + "m" * 30], torch.rand(1, 1, 3, 48, 16), [[0.5]], [[True]]
-    )
+    figure = plot.retrieval_strips(["w" * 34 + " " + "m" * 30], torch.rand(1, 1, 3, 48, 16), [[0.5]], [[True]])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     caption = figure.texts[0].get_window_extent(canvas.get_renderer())

@@ -74,12 +74,8 @@ def small_blocks(monkeypatch):
 
 
 def test_golden_numbers_of_irra():
-    case = {
-        k.removeprefix("retrieval_metrics/"): v for k, v in load("small").items() if "retrieval_metrics/" in k
-    }
-    metrics = similarity_metrics(
-        case["similarity"], case["query_pids"], case["gallery_pids"], ranks=range(1, 11)
-    )
+    case = {k.removeprefix("retrieval_metrics/"): v for k, v in load("small").items() if "retrieval_metrics/" in k}
+    metrics = similarity_metrics(case["similarity"], case["query_pids"], case["gallery_pids"], ranks=range(1, 11))
     np.testing.assert_allclose(list(metrics.cmc.values()), case["cmc"], atol=1e-5, rtol=0)
     # Stored in float32 from values of about 15.
     assert metrics.mAP == pytest.approx(float(case["mAP"]), abs=1e-5)
@@ -111,9 +107,7 @@ def test_gallery_blocks_change_nothing(monkeypatch, small_blocks, compared):
     # Rounded scores tie within and across the blocks.
     similarity = (4 * cosine(text, image)).round()
     expected = by_definition(similarity, text_pids, image_pids)
-    assert numbers(similarity_metrics(similarity, text_pids, image_pids, ranks=RANKS)) == pytest.approx(
-        expected
-    )
+    assert numbers(similarity_metrics(similarity, text_pids, image_pids, ranks=RANKS)) == pytest.approx(expected)
     exact = by_definition(cosine(text, image), text_pids, image_pids)
     assert numbers(ranking_metrics(text, image, text_pids, image_pids, ranks=RANKS)) == pytest.approx(exact)
 
@@ -152,9 +146,7 @@ def test_features_of_every_dtype(dtype):
     text, image, text_pids, image_pids = features(dtype=dtype)
     # The features are rounded, the arithmetic is not.
     expected = by_definition(cosine(text.double(), image.double()), text_pids, image_pids)
-    assert numbers(ranking_metrics(text, image, text_pids, image_pids, ranks=RANKS)) == pytest.approx(
-        expected
-    )
+    assert numbers(ranking_metrics(text, image, text_pids, image_pids, ranks=RANKS)) == pytest.approx(expected)
 
 
 def test_inner_products_when_not_normalised():
@@ -329,18 +321,14 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 metrics(6000)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    grown = float(
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    )
+    grown = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert grown < 130  # MiB
 
 
 # --- the documentation's code runs
 
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/retrieval.md").read_text(), re.S
-)
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/retrieval.md").read_text(), re.S)
 
 
 def document(tmp_path, monkeypatch, containing: str) -> dict[str, object]:
@@ -452,10 +440,7 @@ def test_evaluator_takes_other_encoders():
     metrics = evaluator.metrics(torch.tanh)
     expected = retrieval_metrics(text.tanh(), image.tanh(), text_pids, image_pids, ranks=(5,))
     assert numbers(metrics.t2i) == numbers(expected.t2i)
-    assert (
-        evaluator.eval(torch.tanh)
-        == retrieval_metrics(text.tanh(), image.tanh(), text_pids, image_pids).t2i.cmc[1]
-    )
+    assert evaluator.eval(torch.tanh) == retrieval_metrics(text.tanh(), image.tanh(), text_pids, image_pids).t2i.cmc[1]
 
 
 def test_evaluator_shows_a_bar_only_where_tqdm_is_installed(monkeypatch, capsys):
