@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import codebases
 import pytest
 import torch
 
@@ -99,6 +100,19 @@ def test_findings(codebase):
     assert found["model/build.py", 13].code == (
         "objectives.compute_minmax_info_loss(text_feats, image_feats[:, 1:, :], agg_v)"
     )
+
+
+@pytest.mark.parametrize(
+    ("source", "calls"), [("IRRA", ["itc", "sdm", "cmpm", "sdm", "minmax", "id", "mlm"]), ("RDE", ["per_loss", "rbs"])]
+)
+def test_finds_every_objective_of_a_whole_model(tmp_path, source, calls):
+    text = getattr(codebases, source)
+    (tmp_path / "build.py").write_text(text)
+    found = [item for item in scan(tmp_path / "build.py") if item.code.startswith("objectives.")]
+    assert len(found) == text.count("objectives.compute_") == len(calls)
+    for item, call in zip(found, calls, strict=True):
+        assert item.code.startswith(f"objectives.compute_{call}")
+        assert "objectives.compute_" in text.splitlines()[item.line - 1]
 
 
 def test_unreadable_files_are_named(codebase):
