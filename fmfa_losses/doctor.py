@@ -299,6 +299,7 @@ class _Visitor(ast.NodeVisitor):
     def __init__(self, file: Path, tree: ast.Module) -> None:
         self.file = file
         self.findings: list[Finding] = []
+        self.functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         self.aliases: dict[str, str] = {}  # local name -> imported name
         self.ours: set[str] = set()  # local names that come from this library
         for node in ast.walk(tree):
@@ -312,8 +313,8 @@ class _Visitor(ast.NodeVisitor):
                         self.aliases[local] = alias.name
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        # What an objective calls inside goes with the objective.
-        if node.name not in REPLACEMENTS:
+        # What a published function calls inside goes with it; a method of that name is the model's own.
+        if node.name not in REPLACEMENTS or node not in self.functions:
             self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
