@@ -18,40 +18,45 @@ with the number of row blocks; two cost one more matrix product, and every numbe
 equal reruns.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import LDS, dot_precision, launch, memory_class, on_device, precision
+from ._tile import dot_wide
+
 ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as zero vectors
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
 
 
-# Blocks by kernel, size and bytes of a number: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
+# Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
 # Small batches want many programs; large ones tiles that pay for their loads. BLOCK_D is the same in both kernels: the
 # gradient of a peaked row is a small difference that needs the very logits of the forward.
 SMALL = 1024
 BLOCKS = {
-    ("row_loss", "small", 2): (16, 64, 64, None, 4, 3),
-    ("row_loss", "small", 4): (16, 64, 64, None, 4, 3),
-    ("row_loss", "large", 2): (128, 64, 64, None, 8, 3),
-    ("row_loss", "large", 4): (64, 64, 32, None, 8, 3),
-    ("gradient", "small", 2): (16, 64, 64, 128, 4, 2),
-    ("gradient", "small", 4): (16, 64, 64, 128, 4, 2),
-    ("gradient", "large", 2): (64, 64, 64, 256, 8, 2),
-    ("gradient", "large", 4): (64, 32, 32, 128, 8, 2),
+    ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
+    ("row_loss", "small", "tf32"): (16, 64, 64, None, 4, 3),
+    ("row_loss", "small", "ieee"): (16, 32, 32, None, 4, 3),
+    ("row_loss", "large", "half"): (128, 64, 64, None, 8, 3),
+    ("row_loss", "large", "tf32"): (64, 64, 32, None, 8, 3),
+    ("row_loss", "large", "ieee"): (32, 64, 32, None, 4, 3),
+    ("gradient", "small", "half"): (16, 32, 64, 128, 4, 2),
+    ("gradient", "small", "tf32"): (16, 32, 64, 128, 4, 2),
+    ("gradient", "small", "ieee"): (16, 32, 32, 64, 4, 2),
+    ("gradient", "large", "half"): (64, 32, 64, 256, 8, 2),
+    ("gradient", "large", "tf32"): (64, 32, 32, 128, 8, 2),
+    ("gradient", "large", "ieee"): (32, 32, 32, 64, 8, 2),
 }
 
 
-def blocks(kernel: str, rows: int, dtype: torch.dtype) -> dict[str, int]:
+def blocks(kernel: str, rows: int, like: Tensor) -> dict[str, int]:
     """Compile-time sizes and launch options of one kernel."""
-    M, N, D, out, warps, stages = BLOCKS[kernel, "small" if rows <= SMALL else "large", dtype.itemsize]
-    return {
-        "BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": D, **({} if out is None else {"BLOCK_OUT": out}),
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+    M, N, D, out, warps, stages = BLOCKS[kernel, "small" if rows <= SMALL else "large", precision(like.dtype)]
+    if memory_class(like.device) == LDS and warps == 8:
+        warps = 4  # a wave of an AMD chip holds 64 threads
+    sizes = {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": D} | ({} if out is None else {"BLOCK_OUT": out})
+    return sizes | {"num_warps": warps, "num_stages": stages}
 
 
 @triton.jit
@@ -503,14 +508,8 @@ def _gradient_kernel(
             mask=here[:, None] & (d_out < D)[None, :],
             other=0.0,
         )
-        dcos = dz * y_inverse[None, :]
-        if y.dtype == tl.bfloat16:
-            dx = tl.dot(dcos.to(tl.bfloat16), y, dx)
-        elif y.dtype == tl.float16:
-            # A gradient may be as small as 1 / B^2, out of float16's range; float16 features are exact in TF32.
-            dx = tl.dot(dcos, y.to(tl.float32), dx, input_precision="tf32")
-        else:
-            dx = tl.dot(dcos, y, dx, input_precision=PRECISION)
+        # A gradient may be as small as 1 / B^2, out of float16's range.
+        dx = dot_wide(dz * y_inverse[None, :], y, dx, PRECISION)
 
     edge = live[:, None] & (d_out < D)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d_out[None, :], mask=edge, other=0.0).to(tl.float32)
@@ -538,14 +537,17 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
     loss = torch.empty(S, R, device=keys.device)
     scale_ptr, scale = _scale(logit_scale, scale, norms)
     ids = (pids, pids if image_ids is None else image_ids)
-    with _device(keys):
-        _prepare_kernel[(triton.cdiv(max(R, C), 16), 2)](
+    with on_device(keys):
+        launch(
+            _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
             queries, keys, *ids, norms, label_sum, R, C, D, spec.offset, spec.image_id_factor,
             queries.stride(0), keys.stride(0),
             HAS_IMAGES=image_ids is not None, BY_COLUMN=spec.target == "column", BLOCK_M=16, BLOCK_N=128, BLOCK_D=128,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
-        block = blocks("row_loss", R, keys.dtype)
-        _row_loss_kernel[(triton.cdiv(R, block["BLOCK_M"]), S)](
+        block = blocks("row_loss", max(R, C), keys)
+        launch(
+            _row_loss_kernel, (triton.cdiv(R, block["BLOCK_M"]), S),
             queries, keys, *ids, norms if scale_ptr is None else scale_ptr, norms, label_sum, loss, statistics,
             places if spec.weighted else statistics,
             R, C, D, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
@@ -578,16 +580,16 @@ def backward(  # type: ignore[no-untyped-def]
     dscale = torch.empty(R if scale_gradient else 0, device=keys.device)
     scale_ptr, scale = _scale(logit_scale, scale, norms)
     dloss = dloss.expand(R)
-    block = blocks("gradient", max(R, C), keys.dtype)
+    block = blocks("gradient", max(R, C), keys)
     flags = _flags(image_ids, scale_ptr, spec, keys.dtype)
     query = (queries, dqueries, R, spec.offset, 0)
     key = (keys, dkeys, C, 0, R)
 
-    def launch(own: tuple, other: tuple, sides: int, as_rows: bool, as_columns: bool) -> None:
+    def own_gradient(own: tuple, other: tuple, sides: int, as_rows: bool, as_columns: bool) -> None:
         (x, dx, X, x_sample, x_norm), (y, dy, Y, y_sample, y_norm) = own, other
         grid = (triton.cdiv(X, block["BLOCK_M"]), sides, triton.cdiv(D, block["BLOCK_OUT"]))
-        _gradient_kernel[grid](
-            x, y, pids, pids if image_ids is None else image_ids, norms if scale_ptr is None else scale_ptr,
+        launch(
+            _gradient_kernel, grid, x, y, pids, pids if image_ids is None else image_ids, norms if scale_ptr is None else scale_ptr,
             norms, label_sum, statistics, places if spec.weighted else statistics, dloss, dx, dy,
             dscale if scale_gradient else norms,
             X, Y, D, x_sample, y_sample, x_norm, y_norm, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
@@ -596,12 +598,12 @@ def backward(  # type: ignore[no-untyped-def]
             AS_ROWS=as_rows, AS_COLUMNS=as_columns, SCALE_GRADIENT=scale_gradient and as_rows, **flags, **block,
         )  # fmt: skip
 
-    with _device(keys):
+    with on_device(keys):
         if spec.both:
-            launch(query, key, 2, True, True)
+            own_gradient(query, key, 2, True, True)
         else:
-            launch(query, key, 1, True, False)
-            launch(key, query, 1, False, True)
+            own_gradient(query, key, 1, True, False)
+            own_gradient(key, query, 1, False, True)
     return dqueries, dkeys, dscale.sum() if scale_gradient else dscale
 
 
@@ -620,7 +622,6 @@ def _scale(logit_scale: Tensor | None, scale: float, like: Tensor) -> tuple[Tens
 
 
 def _flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec, dtype: torch.dtype) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "STATISTICS": 4 if spec.weighted else 3,
         "HAS_IMAGES": image_ids is not None,
@@ -629,10 +630,5 @@ def _flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec, dtype: torc
         "WEIGHTED": spec.weighted,
         "COSINE_GAP": spec.weighted and spec.gap == "cosine",
         "BY_COLUMN": spec.target == "column",
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": dot_precision(dtype),
     }
-
-
-def _device(like: Tensor):  # type: ignore[no-untyped-def]
-    """Launches go to the tensor's device, whichever is current."""
-    return torch.cuda.device(like.device) if like.is_cuda else nullcontext()

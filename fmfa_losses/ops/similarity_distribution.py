@@ -327,7 +327,9 @@ class _Labels(NamedTuple):
         """One of four values an entry, by what its row and column share."""
         if self.same_image is None:
             return torch.where(self.same, both, neither)
-        return torch.where(self.same, torch.where(self.same_image, both, pid), torch.where(self.same_image, image, neither))
+        return torch.where(
+            self.same, torch.where(self.same_image, both, pid), torch.where(self.same_image, image, neither)
+        )
 
     def target(self, total: Tensor) -> Tensor:
         return self.pick(1 / total, self.factor / total, (1 - self.factor) / total, total.new_zeros(()))
@@ -481,9 +483,9 @@ def _dlogits(
 ) -> Tensor:
     """Gradient in a block of logits of what its rows pay (dim = 1), or its columns (dim = 0, from row `start` on).
 
-        g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
-        g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
-        g (mass p - t)                                                                  cross-entropy
+    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
+    g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
+    g (mass p - t)                                                                  cross-entropy
     """
     top, log_sum, third, *gap = statistics
     excess = (z - top).sub_(log_sum)
