@@ -55,8 +55,9 @@ class Report:
 
 def record(chip: str, kind: str) -> list[Any]:
     """The launches of every operation at the shapes that pick every entry of the block tables."""
-    from fmfa_losses.kernels import aggregation, hard_similarity
+    from fmfa_losses.kernels import aggregation, hard_similarity, similarity_distribution
     from fmfa_losses.kernels._launch import recording
+    from fmfa_losses.ops.similarity_distribution import RowLoss
 
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -79,6 +80,20 @@ def record(chip: str, kind: str) -> list[Any]:
                 threshold, row = empty(B, dtype=torch.float32), empty(B, L, dtype=torch.float32)
                 aggregation.forward(image, text, mask, threshold)
                 aggregation.backward(djoint, image, text, mask, threshold, row, row)
+            # The paper's loss, the released one, rows of one direction, and InfoNCE; small and large tiles.
+            for B in (128, 2048):
+                for R, images, spec in (
+                    (B, False, RowLoss(alpha=10.0)),
+                    (B, True, RowLoss(alpha=0.1, gap="cosine", positive="first", target="column")),
+                    (B, False, RowLoss()),
+                    (B // 2, True, RowLoss(alpha=10.0, positive="any", both=False, offset=16)),
+                    (B, False, RowLoss("cross_entropy")),
+                ):
+                    queries, keys, pids = empty(R, 512), empty(B, 512), empty(B, dtype=torch.int64)
+                    scale = empty(dtype=torch.float32) if images else None
+                    arguments = (queries, keys, pids, pids if images else None, scale, 50.0)
+                    loss, *saved = similarity_distribution.forward(*arguments, spec)
+                    similarity_distribution.backward(torch.empty_like(loss), *saved, *arguments, images, spec)
         return launches
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -86,7 +101,7 @@ def record(chip: str, kind: str) -> list[Any]:
 
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int16: "*i16", torch.int32: "*i32", torch.bool: "*i1",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
 
 

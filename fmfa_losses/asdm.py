@@ -11,18 +11,13 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
     target="column"                  soft labels are divided by the sum of their column's label row instead of their own
 """
 
-import torch
 from torch import Tensor, nn
 
-from .ops._checks import check_float, check_ids, check_option, check_positive, check_same
-from .ops._precision import accumulation_dtype, unit_rows
-from .ops.similarity_distribution import POSITIVES, Labels, RowStatistics, row_statistics
+from .ops._backend import BACKENDS
+from .ops._checks import check_float, check_option, check_positive, check_same
+from .ops.similarity_distribution import RowLoss, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
-
-GAPS = ("probability", "cosine")
-REDUCTIONS = ("mean", "sum", "none")
-TARGETS = ("row", "column")
 
 
 def asdm_loss(
@@ -46,41 +41,31 @@ def asdm_loss(
     """Functional form of `ASDMLoss`, which documents every argument.
 
     Example:
+        >>> import torch
         >>> features = torch.eye(4)
         >>> asdm_loss(features, features, torch.arange(4)) < 1e-6
         tensor(True)
     """
-    _check_hyperparameters(temperature, alpha, gap, positive, eps, reduction, target, image_id_factor)
-    _check_inputs(image_features, text_features, pids, image_ids)
-    acc = accumulation_dtype(image_features, text_features)
-    image, text = unit_rows(image_features, dtype=acc), unit_rows(text_features, dtype=acc)
-    scale = _logit_scale(logit_scale, temperature, image)
-    labels = Labels(
-        row_pids=pids,
-        column_pids=pids,
-        paired=torch.arange(len(pids), device=pids.device),
-        row_image_ids=image_ids,
-        column_image_ids=image_ids,
-        factor=image_id_factor,
+    check_positive("temperature", temperature)
+    check_float("image_features", image_features, "B D")
+    check_float("text_features", text_features, "B D")
+    check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
+    return similarity_distribution_loss(
+        image_features,
+        text_features,
+        pids,
+        logit_scale=1 / temperature if logit_scale is None else logit_scale,
+        image_ids=image_ids,
+        alpha=alpha,
+        gap=gap,
+        positive=positive,
+        detach_weight=detach_weight,
+        eps=eps,
+        image_id_factor=image_id_factor,
+        target=target,
+        reduction=reduction,
+        backend=backend,
     )
-    if target == "column":
-        labels = labels._replace(column_sum=labels.weights(slice(None), acc)[1].sum(dim=1))
-
-    def direction(queries: Tensor, keys: Tensor) -> Tensor:
-        """w_i KL_i of every query, [B]."""
-        row = row_statistics(queries * scale, keys, labels, positive=positive, eps=eps)
-        weight = 1 + alpha * _gap(row, gap, scale)
-        return (weight.detach() if detach_weight else weight) * row.divergence
-
-    per_sample = direction(text, image) + direction(image, text)
-    return per_sample if reduction == "none" else getattr(per_sample, reduction)()
-
-
-def _gap(row: RowStatistics, gap: str, scale: float | Tensor) -> Tensor:
-    """How far the positive stands behind the top of its row, [R]."""
-    if gap == "cosine":
-        return (row.log_top - row.log_positive) / scale
-    return row.log_top.exp() - row.log_positive.exp()
 
 
 class ASDMLoss(nn.Module):
@@ -116,6 +101,7 @@ class ASDMLoss(nn.Module):
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
 
     Example:
+        >>> import torch
         >>> loss = ASDMLoss(alpha=10.0)
         >>> image, text = torch.eye(3), torch.eye(3).roll(1, 0)       # every pair mismatched
         >>> round(loss(image, text, torch.arange(3)).item(), 1)
@@ -139,7 +125,17 @@ class ASDMLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_hyperparameters(temperature, alpha, gap, positive, eps, reduction, target, image_id_factor)
+        check_positive("temperature", temperature)
+        check_option("backend", backend, BACKENDS)
+        RowLoss(
+            alpha=alpha,
+            gap=gap,
+            positive=positive,
+            eps=eps,
+            image_id_factor=image_id_factor,
+            target=target,
+            reduction=reduction,
+        ).checked()
         self.temperature, self.alpha, self.gap, self.positive = temperature, alpha, gap, positive
         self.detach_weight, self.eps, self.reduction = detach_weight, eps, reduction
         self.image_id_factor, self.target, self.backend = image_id_factor, target, backend
@@ -176,50 +172,3 @@ class ASDMLoss(nn.Module):
             f"temperature={self.temperature}, alpha={self.alpha}, gap={self.gap!r}, positive={self.positive!r}, "
             f"reduction={self.reduction!r}"
         )
-
-
-def _check_hyperparameters(
-    temperature: float,
-    alpha: float,
-    gap: str,
-    positive: str,
-    eps: float,
-    reduction: str,
-    target: str,
-    image_id_factor: float,
-) -> None:
-    check_positive("temperature", temperature)
-    check_positive("eps", eps)
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be a finite number >= 0 (0 is SDM), got {alpha!r}")
-    if not 0 <= image_id_factor <= 1:
-        raise ValueError(f"image_id_factor must lie in [0, 1], got {image_id_factor!r}")
-    check_option("gap", gap, GAPS)
-    check_option("positive", positive, POSITIVES)
-    check_option("reduction", reduction, REDUCTIONS)
-    check_option("target", target, TARGETS)
-
-
-def _check_inputs(image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None) -> None:
-    check_float("image_features", image_features, "B D")
-    check_float("text_features", text_features, "B D")
-    check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
-    check_ids("pids", pids, len(image_features), image_features.device)
-    if image_ids is not None:
-        check_ids("image_ids", image_ids, len(image_features), image_features.device)
-
-
-def _logit_scale(logit_scale: float | Tensor | None, temperature: float, like: Tensor) -> float | Tensor:
-    """1 / tau as a number or a 0-dim tensor in `like`'s dtype; a CPU scalar may meet accelerator tensors as it is."""
-    if logit_scale is None:
-        return 1 / temperature
-    if not isinstance(logit_scale, Tensor):
-        check_positive("logit_scale", logit_scale)
-        return logit_scale
-    if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError(
-            f"logit_scale must be a number or a floating-point tensor with one element, got shape "
-            f"{list(logit_scale.shape)} {logit_scale.dtype}; pass 1 / temperature"
-        )
-    device = like.device if like.device.type == "cpu" or logit_scale.device.type != "cpu" else None
-    return logit_scale.reshape(()).to(device=device, dtype=like.dtype)
