@@ -11,11 +11,15 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
     target="column"                  soft labels are divided by the sum of their column's label row instead of their own
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .distributed import GATHER, Peers, meet
 from .ops._checks import check_float, check_ids, check_option, check_positive, check_same
 from .ops._precision import accumulation_dtype, unit_rows
+from .ops.block_distribution import block_statistics, label_sums, merge_blocks
 from .ops.similarity_distribution import POSITIVES, Labels, RowStatistics, row_statistics
 
 __all__ = ["ASDMLoss", "asdm_loss"]
@@ -41,6 +45,9 @@ def asdm_loss(
     image_id_factor: float = 0.3,
     target: str = "row",
     logit_scale: float | Tensor | None = None,
+    gather: bool | str = False,
+    process_group: Any = None,
+    equal_batches: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Functional form of `ASDMLoss`, which documents every argument.
@@ -52,19 +59,24 @@ def asdm_loss(
     """
     _check_hyperparameters(temperature, alpha, gap, positive, eps, reduction, target, image_id_factor)
     _check_inputs(image_features, text_features, pids, image_ids)
+    exchanged = {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids}
+    peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
     acc = accumulation_dtype(image_features, text_features)
     image, text = unit_rows(image_features, dtype=acc), unit_rows(text_features, dtype=acc)
     scale = _logit_scale(logit_scale, temperature, image)
+    ids = torch.stack([pids] if image_ids is None else [pids.long(), image_ids.long()], dim=1)
+    every_id = peers.gather(ids).T.contiguous()
+    every_pid, *every_image_id = every_id
     labels = Labels(
         row_pids=pids,
-        column_pids=pids,
-        paired=torch.arange(len(pids), device=pids.device),
+        column_pids=every_pid,
+        paired=torch.arange(len(pids), device=pids.device) + peers.offset,
         row_image_ids=image_ids,
-        column_image_ids=image_ids,
+        column_image_ids=every_image_id[0] if every_image_id else None,
         factor=image_id_factor,
     )
     if target == "column":
-        labels = labels._replace(column_sum=labels.weights(slice(None), acc)[1].sum(dim=1))
+        labels = labels._replace(column_sum=label_sums(every_id, image_id_factor, acc))
 
     def direction(queries: Tensor, keys: Tensor) -> Tensor:
         """w_i KL_i of every query, [B]."""
@@ -72,8 +84,59 @@ def asdm_loss(
         weight = 1 + alpha * _gap(row, gap, scale)
         return (weight.detach() if detach_weight else weight) * row.divergence
 
-    per_sample = direction(text, image) + direction(image, text)
-    return per_sample if reduction == "none" else getattr(per_sample, reduction)()
+    if peers.ring:
+        pay: dict[str, Any] = {"alpha": alpha, "gap": gap, "detach_weight": detach_weight}
+        labels_by: dict[str, Any] = {"factor": image_id_factor, "target": target, "positive": positive, "eps": eps}
+        per_sample = _ring_rows(image_features, text_features, every_id, scale, peers, **labels_by, **pay)
+    else:
+        # Raw features travel, in their own dtype.
+        every_image, every_text = image, text
+        if gather:
+            every_image, every_text = (unit_rows(peers.gather(x), dtype=acc) for x in (image_features, text_features))
+        per_sample = direction(text, every_image) + direction(image, every_text)
+    if reduction == "mean":
+        return peers.mean(per_sample)
+    return per_sample.sum() if reduction == "sum" else per_sample
+
+
+def _ring_rows(
+    image_features: Tensor,
+    text_features: Tensor,
+    every_id: Tensor,
+    scale: float | Tensor,
+    peers: Peers,
+    *,
+    factor: float,
+    target: str,
+    positive: str,
+    eps: float,
+    alpha: float,
+    gap: str,
+    detach_weight: bool,
+) -> Tensor:
+    """w_i KL_i of the own texts and images, [b], from one rank's block of columns at a time; every_id [1 or 2, B]."""
+    acc = accumulation_dtype(image_features, text_features)
+    ids, sums = peers.blocks(every_id, 1), peers.blocks(label_sums(every_id, factor, acc))
+
+    def with_block(q: int, text: Tensor, image: Tensor, block: Tensor) -> Tensor:
+        """[2, 4, b]: own texts against rank q's images and own images against its texts, block [b_q, 2, D]."""
+        every_image, every_text = unit_rows(block, dtype=acc).unbind(dim=1)
+        divisor = sums[peers.rank][:, None] if target == "row" else sums[q]
+
+        def say(queries: Tensor, keys: Tensor) -> Tensor:
+            labels = (ids[peers.rank], ids[q], divisor)
+            paired = q == peers.rank
+            return block_statistics(queries, keys, *labels, factor=factor, positive=positive, paired=paired, eps=eps)
+
+        return torch.stack([say(text, every_image), say(image, every_text)])
+
+    rows = (unit_rows(text_features, dtype=acc) * scale, unit_rows(image_features, dtype=acc) * scale)
+    statistics = torch.stack(peers.around(with_block, rows, torch.stack([image_features, text_features], dim=1)))
+    t2i, i2t = (
+        merge_blocks(side, scale=scale, alpha=alpha, gap=gap, positive=positive, detach_weight=detach_weight)
+        for side in statistics.unbind(dim=1)
+    )
+    return t2i + i2t
 
 
 def _gap(row: RowStatistics, gap: str, scale: float | Tensor) -> Tensor:
@@ -99,6 +162,13 @@ class ASDMLoss(nn.Module):
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
         target: soft labels are normalised over their "row", or by the "column" as the released code does.
+        gather: False matches within this process's batch. True matches its pairs against the batch of all processes,
+            whose features are gathered; "ring" does so without any process holding all of them, through PyTorch on
+            every device. The mean over the ranks is the loss of one process on the concatenated batch, and so is the
+            gradient under DistributedDataParallel; "sum" and "none" are this rank's part of it. docs/distributed.md.
+        process_group: the processes that share the batch; all when None.
+        equal_batches: promises that all of them have equally many pairs at every call, which saves the exchange of
+            sizes that the host would wait for.
         backend: "auto", "triton" or "torch".
 
     Inputs:
@@ -113,7 +183,8 @@ class ASDMLoss(nn.Module):
         vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
+        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit, here or between processes.
+        RuntimeError: gather without torch.distributed, or a process that died or did not arrive in time.
 
     Example:
         >>> loss = ASDMLoss(alpha=10.0)
@@ -136,13 +207,18 @@ class ASDMLoss(nn.Module):
         reduction: str = "mean",
         image_id_factor: float = 0.3,
         target: str = "row",
+        gather: bool | str = False,
+        process_group: Any = None,
+        equal_batches: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         _check_hyperparameters(temperature, alpha, gap, positive, eps, reduction, target, image_id_factor)
         self.temperature, self.alpha, self.gap, self.positive = temperature, alpha, gap, positive
         self.detach_weight, self.eps, self.reduction = detach_weight, eps, reduction
+        check_option("gather", gather, GATHER)
         self.image_id_factor, self.target, self.backend = image_id_factor, target, backend
+        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
 
     def forward(
         self,
@@ -168,6 +244,9 @@ class ASDMLoss(nn.Module):
             image_id_factor=self.image_id_factor,
             target=self.target,
             logit_scale=logit_scale,
+            gather=self.gather,
+            process_group=self.process_group,
+            equal_batches=self.equal_batches,
             backend=self.backend,
         )
 
