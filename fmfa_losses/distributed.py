@@ -81,7 +81,7 @@ class Peers(NamedTuple):
 
     def blocks(self, x: Tensor, dim: int = 0) -> Sequence[Tensor]:
         """[B, ...] -> W views [b_q, ...]; B may stand at another dim."""
-        return torch.split(x, self.sizes, dim)
+        return torch.split(x, list(self.sizes), dim)
 
     def around(self, f: Callable[..., Tensor], rows: tuple[Tensor, ...], block: Tensor) -> tuple[Tensor, ...]:
         """f(q, *rows, block of rank q) of every rank q, in rank order, while the blocks travel from rank to rank.
@@ -231,7 +231,7 @@ torch.library.register_autograd(transpose_op, _transpose_backward, setup_context
 
 
 def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, unused-ignore]
 
 
 # Meeting: who is there, and whether all came with the same kind of tensors.

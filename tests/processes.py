@@ -1,6 +1,7 @@
 """Real processes that talk over Gloo on this machine."""
 
 import datetime
+import multiprocessing
 import sys
 import tempfile
 import traceback
@@ -13,12 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+# The processes are forked from one that has imported torch and nothing else: a second instead of many.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
+
 
 def run(world: int, work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
-    """What `work(*args)` returns on each of `world` ranks; an exception comes back as its traceback's text."""
+    """What `work(*args)` returns on each rank; the traceback's text where it raised, None where the process ended."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_start, (world, folder, timeout, work, args, sys.path), nprocs=world)
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
+        arguments = (world, folder, timeout, work, args, sys.path)
+        torch.multiprocessing.start_processes(_start, arguments, nprocs=world, start_method="forkserver")
+        files = [Path(folder, f"{rank}.pt") for rank in range(world)]
+        return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
 def _start(

@@ -87,4 +87,5 @@ def label_sums(ids: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     ordered = ids.sort(dim=1).values
     counts = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
     pid, *image = counts.to(dtype)
-    return factor * pid + (1 - factor) * image[0] if image else pid
+    total: Tensor = factor * pid + (1 - factor) * image[0] if image else pid
+    return total
