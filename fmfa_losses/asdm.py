@@ -11,11 +11,16 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
     target="column"                  soft labels are divided by the sum of their column's label row instead of their own
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from ._asdm_ring import asdm_rows_round_the_ring
+from .distributed import GATHER, meet
 from .ops._backend import BACKENDS
-from .ops._checks import check_float, check_option, check_positive, check_same
-from .ops.similarity_distribution import RowLoss, similarity_distribution_loss
+from .ops._checks import check_float, check_ids, check_option, check_positive, check_same
+from .ops.similarity_distribution import REDUCTIONS, RowLoss, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
 
@@ -36,36 +41,74 @@ def asdm_loss(
     image_id_factor: float = 0.3,
     target: str = "row",
     logit_scale: float | Tensor | None = None,
+    gather: bool | str = False,
+    process_group: Any = None,
+    equal_batches: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Functional form of `ASDMLoss`, which documents every argument.
 
     Example:
-        >>> import torch
         >>> features = torch.eye(4)
         >>> asdm_loss(features, features, torch.arange(4)) < 1e-6
         tensor(True)
     """
     check_positive("temperature", temperature)
-    check_float("image_features", image_features, "B D")
-    check_float("text_features", text_features, "B D")
-    check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
-    return similarity_distribution_loss(
-        image_features,
-        text_features,
-        pids,
-        logit_scale=1 / temperature if logit_scale is None else logit_scale,
-        image_ids=image_ids,
-        alpha=alpha,
-        gap=gap,
-        positive=positive,
-        detach_weight=detach_weight,
-        eps=eps,
-        image_id_factor=image_id_factor,
-        target=target,
-        reduction=reduction,
-        backend=backend,
-    )
+    _check_inputs(image_features, text_features, pids, image_ids)
+    exchanged = {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids}
+    peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
+    logit_scale = 1 / temperature if logit_scale is None else logit_scale
+    row_loss: dict[str, Any] = {
+        "alpha": alpha,
+        "gap": gap,
+        "positive": positive,
+        "detach_weight": detach_weight,
+        "eps": eps,
+        "image_id_factor": image_id_factor,
+        "target": target,
+    }
+    if not gather:
+        return similarity_distribution_loss(
+            image_features,
+            text_features,
+            pids,
+            logit_scale=logit_scale,
+            image_ids=image_ids,
+            reduction=reduction,
+            backend=backend,
+            **row_loss,
+        )
+
+    check_option("reduction", reduction, REDUCTIONS)
+    ids = torch.stack([pids] if image_ids is None else [pids.long(), image_ids.long()], dim=1)
+    every_id = peers.gather(ids).T.contiguous()  # [1 or 2, B]
+    if peers.ring:
+        if backend == "triton":
+            raise RuntimeError('backend="triton" cannot run gather="ring", which is PyTorch on every device; use "auto"')
+        per_sample = asdm_rows_round_the_ring(
+            image_features, text_features, every_id, logit_scale, peers, RowLoss(**row_loss).checked()
+        )
+    else:
+
+        def direction(queries: Tensor, keys: Tensor) -> Tensor:
+            """w_i KL_i of the own queries against everybody's keys, [b]. Raw features travel, in their own dtype."""
+            return similarity_distribution_loss(
+                queries,
+                peers.gather(keys),
+                every_id[0],
+                logit_scale=logit_scale,
+                image_ids=None if image_ids is None else every_id[1],
+                offset=peers.offset,
+                both=False,
+                reduction="none",
+                backend=backend,
+                **row_loss,
+            )
+
+        per_sample = direction(text_features, image_features) + direction(image_features, text_features)
+    if reduction == "mean":
+        return peers.mean(per_sample)
+    return per_sample.sum() if reduction == "sum" else per_sample
 
 
 class ASDMLoss(nn.Module):
@@ -84,6 +127,13 @@ class ASDMLoss(nn.Module):
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
         target: soft labels are normalised over their "row", or by the "column" as the released code does.
+        gather: False matches within this process's batch. True matches its pairs against the batch of all processes,
+            whose features are gathered; "ring" does so without any process holding all of them, through PyTorch on
+            every device. The mean over the ranks is the loss of one process on the concatenated batch, and so is the
+            gradient under DistributedDataParallel; "sum" and "none" are this rank's part of it. docs/distributed.md.
+        process_group: the processes that share the batch; all when None.
+        equal_batches: promises that all of them have equally many pairs at every call, which saves the exchange of
+            sizes that the host would wait for.
         backend: "auto", "triton" or "torch".
 
     Inputs:
@@ -98,10 +148,10 @@ class ASDMLoss(nn.Module):
         vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
+        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit, here or between processes.
+        RuntimeError: gather without torch.distributed, or a process that died or did not arrive in time.
 
     Example:
-        >>> import torch
         >>> loss = ASDMLoss(alpha=10.0)
         >>> image, text = torch.eye(3), torch.eye(3).roll(1, 0)       # every pair mismatched
         >>> round(loss(image, text, torch.arange(3)).item(), 1)
@@ -122,11 +172,15 @@ class ASDMLoss(nn.Module):
         reduction: str = "mean",
         image_id_factor: float = 0.3,
         target: str = "row",
+        gather: bool | str = False,
+        process_group: Any = None,
+        equal_batches: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         check_positive("temperature", temperature)
         check_option("backend", backend, BACKENDS)
+        check_option("gather", gather, GATHER)
         RowLoss(
             alpha=alpha,
             gap=gap,
@@ -139,6 +193,7 @@ class ASDMLoss(nn.Module):
         self.temperature, self.alpha, self.gap, self.positive = temperature, alpha, gap, positive
         self.detach_weight, self.eps, self.reduction = detach_weight, eps, reduction
         self.image_id_factor, self.target, self.backend = image_id_factor, target, backend
+        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
 
     def forward(
         self,
@@ -164,6 +219,9 @@ class ASDMLoss(nn.Module):
             image_id_factor=self.image_id_factor,
             target=self.target,
             logit_scale=logit_scale,
+            gather=self.gather,
+            process_group=self.process_group,
+            equal_batches=self.equal_batches,
             backend=self.backend,
         )
 
@@ -172,3 +230,12 @@ class ASDMLoss(nn.Module):
             f"temperature={self.temperature}, alpha={self.alpha}, gap={self.gap!r}, positive={self.positive!r}, "
             f"reduction={self.reduction!r}"
         )
+
+
+def _check_inputs(image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None) -> None:
+    check_float("image_features", image_features, "B D")
+    check_float("text_features", text_features, "B D")
+    check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
+    check_ids("pids", pids, len(image_features), image_features.device)
+    if image_ids is not None:
+        check_ids("image_ids", image_ids, len(image_features), image_features.device)
