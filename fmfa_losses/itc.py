@@ -14,19 +14,18 @@ from ._pairwise import (
     REDUCTIONS,
     check_features,
     check_scores,
-    cosine_scores,
     reduce,
     resolve_scale,
     same_identity,
     soft_targets,
 )
 from .ops._checks import check_option, check_positive
-from .ops._precision import accumulation_dtype, unit_rows
-from .ops.similarity_distribution import Labels, row_statistics
+from .ops.similarity_distribution import similarity_distribution_loss
 
 __all__ = ["ITCLoss", "itc_loss", "itc_loss_from_scores"]
 
 TARGETS = ("paired", "identity")
+NEEDS_PIDS = 'targets="identity" needs the identities: pass pids [B]'
 
 
 def itc_loss(
@@ -39,6 +38,7 @@ def itc_loss(
     reduction: str = "mean",
     logit_scale: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Functional form of `ITCLoss`, which documents every argument.
 
@@ -48,25 +48,22 @@ def itc_loss(
         tensor(True)
     """
     check_option("targets", targets, TARGETS)
-    if targets == "identity":
-        scores = cosine_scores(image_features, text_features)
-        return itc_loss_from_scores(
-            scores,
-            pids,
-            temperature=temperature,
-            targets=targets,
-            reduction=reduction,
-            logit_scale=logit_scale,
-            sample_weight=sample_weight,
-        )
+    check_positive("temperature", temperature)
     check_features(image_features, text_features)
-    dtype = accumulation_dtype(image_features, text_features)
-    image, text = unit_rows(image_features, dtype=dtype), unit_rows(text_features, dtype=dtype)
-    scale = resolve_scale(logit_scale, temperature, image)
-    pairs = torch.arange(len(image), device=image.device)
-    labels = Labels(row_pids=pairs, column_pids=pairs, paired=pairs)
-    t2i, i2t = (row_statistics(q * scale, k, labels).log_positive for q, k in ((text, image), (image, text)))
-    return reduce(-(t2i + i2t) / 2, reduction, sample_weight)
+    if targets == "paired":  # InfoNCE is the cross-entropy of identities that are all different
+        pids = torch.arange(len(text_features), device=text_features.device)
+    elif pids is None:
+        raise ValueError(NEEDS_PIDS)
+    per_sample = similarity_distribution_loss(
+        text_features,
+        image_features,
+        pids,
+        logit_scale=1 / temperature if logit_scale is None else logit_scale,
+        objective="cross_entropy",
+        reduction="none",
+        backend=backend,
+    )
+    return reduce(per_sample / 2, reduction, sample_weight)
 
 
 def itc_loss_from_scores(
@@ -92,7 +89,7 @@ def itc_loss_from_scores(
     if targets == "paired":
         log_p = t2i.diagonal() + i2t.diagonal()
     elif pids is None:
-        raise ValueError('targets="identity" needs the identities: pass pids [B]')
+        raise ValueError(NEEDS_PIDS)
     else:
         log_p = (soft_targets(same_identity(pids, scores), None, 1.0, "row", scores) * (t2i + i2t)).sum(dim=1)
     return reduce(-log_p / 2, reduction, sample_weight)
@@ -107,6 +104,7 @@ class ITCLoss(nn.Module):
         temperature: tau > 0; logits are cos / tau.
         targets: "paired", or "identity": uniform over the samples of the same identity, which needs pids.
         reduction: "mean", "sum", or "none" for the per-sample mean of both directions, [B].
+        backend: "auto", "triton" or "torch".
 
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
@@ -117,7 +115,7 @@ class ITCLoss(nn.Module):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0; a zero vector has
-        cosine 0 with everything. With "paired" targets a block of rows is all the memory, never [B, B].
+        cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -130,12 +128,20 @@ class ITCLoss(nn.Module):
     Reference: Radford et al., arXiv 2103.00020; Cao et al., arXiv 2308.10045 (targets by identity).
     """
 
-    def __init__(self, temperature: float = 0.02, *, targets: str = "paired", reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        temperature: float = 0.02,
+        *,
+        targets: str = "paired",
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         check_positive("temperature", temperature)
         check_option("targets", targets, TARGETS)
         check_option("reduction", reduction, REDUCTIONS)
-        self.temperature, self.targets, self.reduction = temperature, targets, reduction
+        self.temperature, self.targets = temperature, targets
+        self.reduction, self.backend = reduction, backend
 
     def forward(
         self,
@@ -155,6 +161,7 @@ class ITCLoss(nn.Module):
             reduction=self.reduction,
             logit_scale=logit_scale,
             sample_weight=sample_weight,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

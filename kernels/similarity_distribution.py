@@ -100,8 +100,7 @@ def _by_label(same, same_image, both, pid, image, neither, HAS_IMAGES: tl.conste
     """One of four values an entry, by what its row and column share."""
     if HAS_IMAGES:
         return tl.where(same, tl.where(same_image, both, pid), tl.where(same_image, image, neither))
-    else:
-        return tl.where(same, both, neither)
+    return tl.where(same, both, neither)
 
 
 @triton.jit

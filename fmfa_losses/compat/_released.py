@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .._pairwise import cosine_scores, divergence, resolve_scale, same_identity, soft_targets
 from ..asdm import asdm_loss
+from ..distributed import Peers
 from ..efa import _released_ranking
 from ..ops.hard_similarity import hard_similarity
 
@@ -50,4 +51,4 @@ def released_alignment(tokens: Tensor, joint: Tensor, margin: float, pool_temper
     """Both directions of the released ranking between one modality's tokens and the joint embeddings, a scalar."""
     # The factor 1/lambda that the code leaves out cancels where the rows of S are normalised.
     sim = hard_similarity(tokens, joint, pool_scale=1 / pool_temperature)
-    return _released_ranking(sim, margin, 1.0).mean()
+    return _released_ranking(sim, margin, 1.0, Peers(sizes=(len(sim),))).mean()

@@ -173,7 +173,7 @@ def similarity_distribution_loss(
         objective, float(alpha), gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
     ).checked()
     _check_inputs(queries, keys, pids, image_ids, spec)
-    scale = checked_scale(logit_scale)
+    scale = _checked_scale(logit_scale)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     chosen = select_backend(backend, queries, keys)
     loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
@@ -199,7 +199,7 @@ def _check_inputs(queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor
         )
 
 
-def checked_scale(logit_scale: float | Tensor) -> float | Tensor:
+def _checked_scale(logit_scale: float | Tensor) -> float | Tensor:
     if not isinstance(logit_scale, Tensor):
         check_positive("logit_scale", logit_scale)
         return float(logit_scale)
