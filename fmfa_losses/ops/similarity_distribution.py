@@ -107,7 +107,7 @@ def similarity_distribution_loss_reference(
         return (weight.detach() if spec.detach_weight else weight) * divergence
 
     per_sample = per_row(cos) + per_row(cos.T) if spec.both else per_row(cos)
-    return per_sample if spec.reduction == "none" else getattr(per_sample, spec.reduction)()  # type: ignore[no-any-return]
+    return per_sample if spec.reduction == "none" else getattr(per_sample, spec.reduction)()
 
 
 def similarity_distribution_loss(
@@ -162,9 +162,10 @@ def similarity_distribution_loss(
         RuntimeError: backend="triton" cannot run; the message says why.
 
     Example:
-        >>> features = torch.eye(4)
-        >>> pairs = torch.arange(4)                                   # all different: InfoNCE in both directions
-        >>> round(similarity_distribution_loss(features, features, pairs, logit_scale=1.0, objective="cross_entropy").item(), 4)
+        >>> image = text = torch.eye(4)
+        >>> pairs = torch.arange(4)                                        # all different: InfoNCE, both directions
+        >>> loss = similarity_distribution_loss(image, text, pairs, logit_scale=1.0, objective="cross_entropy")
+        >>> round(loss.item(), 4)
         1.4873
 
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM, ITC).
@@ -484,7 +485,7 @@ def _dlogits(
     g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
     g (mass p - t)                                                                  cross-entropy
     """
-    top, log_sum, third, *gap = statistics
+    top, log_sum, third, *gap = statistics.unbind()
     excess = (z - top).sub_(log_sum)
     p = excess.exp()
     if spec.objective == "cross_entropy":
@@ -499,7 +500,7 @@ def _dlogits(
         push = push / s
     else:
         excess.sub_(push * gap[0])
-    for place, sign in zip(places, (1, -1), strict=True):
+    for place, sign in zip(places.unbind(), (1, -1), strict=True):
         index = place.to(torch.int64) - start
         here = (index >= 0) & (index < z.shape[dim])
         excess.scatter_add_(dim, index.clamp(0, z.shape[dim] - 1), torch.where(here, sign * push, 0))
