@@ -1,0 +1,142 @@
+"""ID: images and captions of one person are the same class of one linear classifier.
+
+    L_id = ( CE(W v + b, pid) + CE(W t + b, pid) ) / 2,    averaged over the batch
+
+The classifier is shared by both modalities, so the class vectors pull v and t of a person to one place.
+The released code does the same. Source: Zheng et al., arXiv 1711.05535; IRRA, arXiv 2303.12501, section 3.4.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checkpoint import LoadReport, checkpoint_entries, load_entries
+from .ops._checks import check_float, check_ids, check_same, describe
+
+__all__ = ["IDHead", "IDOutput", "id_loss"]
+
+
+class IDOutput(NamedTuple):
+    """`loss` carries the gradient; the accuracies are fractions in [0, 1] without one."""
+
+    loss: Tensor
+    image_accuracy: Tensor
+    text_accuracy: Tensor
+
+
+def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
+    """Mean of the cross-entropies of the two modalities.
+
+    Args:
+        image_logits: [B, identities], any float dtype.
+        text_logits: [B, identities].
+        pids: [B], integers in [0, identities). Values are not looked at: see `IDHead(check_labels=...)`.
+    Returns:
+        Scalar, float32 or better.
+    Raises:
+        TypeError, ValueError: rank, shape, dtype or device; the message says how to mend it.
+    Example:
+        >>> id_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 3, 1]))
+        tensor(1.3863)
+
+    Reference: IRRA, arXiv 2303.12501, section 3.4.
+    """
+    check_float("image_logits", image_logits, "B identities")
+    check_float("text_logits", text_logits, "B identities")
+    check_same("image_logits and text_logits", image_logits, text_logits, dims=[("B", 0), ("identities", 1)])
+    check_ids("pids", pids, len(image_logits), image_logits.device)
+    image, text = (F.cross_entropy(_at_least_float32(x), pids.long()) for x in (image_logits, text_logits))
+    return (image + text) / 2
+
+
+class IDHead(nn.Module):
+    """Pulls images and captions of one person to one class of a shared linear classifier.
+
+        L_id = ( CE(W v + b, pid) + CE(W t + b, pid) ) / 2
+
+    The product runs in the wider of the dtypes of features and weights and in float32 at least (under
+    autocast: in what autocast chooses), the cross-entropy in float32 at least. A NaN feature comes out as a
+    NaN loss.
+
+    Args:
+        embed_dim: D, width of the features.
+        num_identities: number of training identities; pids lie in [0, num_identities).
+        check_labels: look at the values of pids on an accelerator too, which makes the host wait for it.
+            On the CPU they are always looked at.
+    Shapes:
+        image_features, text_features [B, D] (any float dtype), pids [B] (integers)
+        -> IDOutput(loss, image_accuracy, text_accuracy), scalars.
+    Raises:
+        TypeError, ValueError: rank, width, batch, dtype, device, or a pid outside [0, num_identities).
+    Example:
+        >>> head = IDHead(embed_dim=8, num_identities=5)
+        >>> output = head(torch.randn(3, 8), torch.randn(3, 8), torch.tensor([0, 4, 4]))
+        >>> output.loss.shape, sorted(head.state_dict())
+        (torch.Size([]), ['classifier.bias', 'classifier.weight'])
+
+    Reference: IRRA, arXiv 2303.12501, section 3.4. `classifier` is the name that the optimizers and
+    checkpoints of IRRA-derived codebases look for.
+    """
+
+    def __init__(self, embed_dim: int, num_identities: int, *, check_labels: bool = False) -> None:
+        super().__init__()
+        for name, value in (("embed_dim", embed_dim), ("num_identities", num_identities)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        self.check_labels = check_labels
+        self.classifier = nn.Linear(embed_dim, num_identities)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, image_features: Tensor, text_features: Tensor, pids: Tensor) -> IDOutput:
+        self._check(image_features, text_features, pids)
+        image_logits, text_logits = self._classify(image_features), self._classify(text_features)
+        return IDOutput(
+            loss=id_loss(image_logits, text_logits, pids),
+            image_accuracy=_accuracy(image_logits, pids),
+            text_accuracy=_accuracy(text_logits, pids),
+        )
+
+    def load_irra_state_dict(self, state_dict: Mapping[str, Any]) -> LoadReport:
+        """Copies `classifier.*` out of a whole published checkpoint; see `IRRHead.load_irra_state_dict`."""
+        return load_entries(
+            self,
+            checkpoint_entries(state_dict),
+            "build IDHead with the embed_dim and num_identities of the checkpoint",
+        )
+
+    def _classify(self, features: Tensor) -> Tensor:
+        weight, bias = self.classifier.weight, self.classifier.bias
+        dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
+        return F.linear(features.to(dtype), weight.to(dtype), bias.to(dtype))
+
+    def _check(self, image_features: Tensor, text_features: Tensor, pids: Tensor) -> None:
+        weight = self.classifier.weight
+        for name, features in (("image_features", image_features), ("text_features", text_features)):
+            check_float(name, features, "B D")
+            if features.shape[1] != self.classifier.in_features:
+                raise ValueError(
+                    f"{name} must have the width embed_dim = {self.classifier.in_features}, "
+                    f"got {describe(features)}; build IDHead(embed_dim={features.shape[1]}, ...)"
+                )
+            check_same(f"{name} and the classifier", features, weight)
+        check_same("image_features and text_features", image_features, text_features, dims=[("B", 0)])
+        check_ids("pids", pids, len(image_features), image_features.device)
+        if self.check_labels or pids.device.type == "cpu":
+            low, high = int(pids.min()), int(pids.max())
+            if low < 0 or high >= self.classifier.out_features:
+                raise ValueError(
+                    f"pids must lie in [0, num_identities = {self.classifier.out_features}), got {low} to "
+                    f"{high}; number the training identities from 0 without gaps, or raise num_identities"
+                )
+
+
+def _accuracy(logits: Tensor, pids: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == pids).float().mean()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

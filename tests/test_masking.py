@@ -1,0 +1,168 @@
+"""mask_tokens: what holds for every caption, and the shares over many."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmfa_losses.masking import mask_tokens
+
+MASK, START, END = 49405, 49406, 49407
+SPECIAL = (0, START, END)
+
+ids = st.one_of(st.sampled_from((0, MASK, START, END)), st.integers(1, MASK - 1))
+captions = st.integers(1, 12).flatmap(lambda l: st.lists(st.lists(ids, min_size=l, max_size=l), min_size=1, max_size=5))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def is_content(token_ids: torch.Tensor) -> torch.Tensor:
+    return ~torch.isin(token_ids, torch.tensor((*SPECIAL, MASK)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(captions, st.sampled_from((0.0, 0.15, 0.6, 1.0)), seeds)
+def test_what_holds_for_every_caption(rows, probability, seed):
+    token_ids = torch.tensor(rows)
+    before, content = token_ids.clone(), is_content(token_ids)
+    masked, labels = mask_tokens(token_ids, probability=probability, generator=generator(seed))
+    chosen = labels != 0
+
+    assert torch.equal(token_ids, before), "the input is never changed"
+    assert masked.data_ptr() != token_ids.data_ptr()
+    assert torch.equal(labels, torch.where(chosen, token_ids, 0)), "labels are the ids where chosen"
+    assert torch.equal(masked[~chosen], token_ids[~chosen]), "nothing else changes"
+    assert not (chosen & ~content).any(), "only content is chosen"
+    assert torch.equal(chosen.any(1), content.any(1)), "at least one a caption that has content"
+    replaced = chosen & (masked != token_ids) & (masked != MASK)
+    assert ((masked[replaced] > 0) & (masked[replaced] < MASK)).all(), "random words are ordinary ids"
+    if probability == 1:
+        assert torch.equal(chosen, content)
+    if probability == 0:
+        assert (chosen.sum(1) <= 1).all()
+
+    again = mask_tokens(token_ids, probability=probability, generator=generator(seed))
+    assert torch.equal(masked, again[0])
+    assert torch.equal(labels, again[1])
+
+
+def within(count: int, total: int, share: float) -> bool:
+    """Within 4.5 standard errors of a binomial share, which chance leaves once in 150 000 times; seeds are fixed."""
+    return abs(count - total * share) <= 4.5 * math.sqrt(total * share * (1 - share))
+
+
+def test_shares_over_many_captions():
+    token_ids = torch.full((2000, 77), 1234)
+    token_ids[:, 0], token_ids[:, 40], token_ids[:, 41:] = START, END, 0
+    masked, labels = mask_tokens(token_ids, generator=generator(0))
+    chosen = labels != 0
+    total, content = int(chosen.sum()), int(is_content(token_ids).sum())
+    assert within(total, content, 0.15)  # 39 words a caption: "at least one" adds 0.0002 to the share
+    assert within(int((masked[chosen] == MASK).sum()), total, 0.8)
+    assert within(int((masked[chosen] == 1234).sum()), total, 0.1)
+    words = masked[chosen & (masked != MASK) & (masked != 1234)]
+    assert within(len(words), total, 0.1)
+    assert within(int((words < MASK // 2).sum()), len(words), 0.5), "random words are uniform"
+    assert words.unique().numel() > 0.95 * len(words)
+
+
+def test_every_content_token_is_equally_likely_to_be_the_one():
+    token_ids = torch.tensor([[START, 5, 6, 7, 8, END, 0]]).expand(8000, -1)
+    _, labels = mask_tokens(token_ids, probability=0.0, generator=generator(0))
+    counts = (labels != 0).sum(0)
+    assert counts.sum() == 8000
+    assert all(within(int(count), 8000, 0.25) for count in counts[1:5])
+
+
+def test_random_words_step_over_reserved_ids():
+    token_ids = torch.full((1, 20000), 9)
+    kwargs = {"mask_id": 3, "special_ids": (0, 1, 6), "vocab_size": 10, "probability": 1.0}
+    masked, _ = mask_tokens(token_ids, **kwargs, generator=generator(0))
+    words = masked[masked != 3]
+    assert words.unique().tolist() == [2, 4, 5, 7, 8, 9]
+    drawn = [int((words == word).sum()) for word in (2, 4, 5, 7, 8)]
+    assert all(within(count, 2000, 1 / 6) for count in drawn)
+
+
+def test_default_words_reach_both_ends_of_the_ordinary_ids():
+    token_ids = torch.full((1, 20000), 5)
+    masked, _ = mask_tokens(token_ids, mask_id=8, special_ids=(0, 9, 10), probability=1.0, generator=generator(0))
+    words = masked[masked != 8].unique().tolist()
+    assert words == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_zero_is_padding_whatever_the_special_ids():
+    token_ids = torch.tensor([[0, 5, 0]])
+    masked, labels = mask_tokens(token_ids, special_ids=(), probability=1.0)
+    assert labels.tolist() == [[0, 5, 0]]
+    assert masked[0, [0, 2]].tolist() == [0, 0]
+
+
+def test_captions_without_content_get_no_mask():
+    token_ids = torch.tensor([[START, END, 0, 0], [0, 0, 0, 0], [START, MASK, END, 0], [START, 7, END, 0]])
+    masked, labels = mask_tokens(token_ids, probability=1.0)
+    assert torch.equal(masked[:3], token_ids[:3])
+    assert labels.tolist() == [[0] * 4, [0] * 4, [0] * 4, [0, 7, 0, 0]]
+
+
+def test_one_caption_and_one_token():
+    masked, labels = mask_tokens(torch.tensor([START, 5, 6, END]), generator=generator(1))
+    assert masked.shape == labels.shape == (4,)
+    assert (labels != 0).any()
+    assert mask_tokens(torch.tensor([[5]]))[1].tolist() == [[5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_dtype_is_kept(dtype):
+    token_ids = torch.tensor([[START, 5, 6, END]], dtype=dtype)
+    masked, labels = mask_tokens(token_ids, probability=1.0)
+    assert masked.dtype == labels.dtype == dtype
+
+
+def test_global_generator_follows_the_seed():
+    token_ids = torch.randint(1, MASK, (4, 20))
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        results.append(mask_tokens(token_ids)[0])
+    assert torch.equal(*results)
+
+
+def test_nothing_reads_values_of_an_accelerator():
+    # Meta tensors have no values: whatever would wait for an accelerator raises here.
+    masked, labels = mask_tokens(torch.zeros(3, 7, dtype=torch.long, device="meta"))
+    assert masked.device.type == labels.device.type == "meta"
+    assert masked.shape == labels.shape == (3, 7)
+
+
+CAPTION = torch.tensor([[START, 5, 6, END]])
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "kwargs", "error", "message"),
+    [
+        (CAPTION.tolist(), {}, TypeError, r"token_ids must be an integer tensor \[B, L\], got list"),
+        (CAPTION.float(), {}, TypeError, r"token_ids must be an integer tensor, got float32 .*token_ids.long\(\)"),
+        (CAPTION.bool(), {}, TypeError, r"token_ids must be an integer tensor, got bool"),
+        (CAPTION[None], {}, ValueError, r"token_ids must be \[B, L\] or \[L\] and not empty, got int64 \[1, 1, 4\]"),
+        (CAPTION[:, :0], {}, ValueError, r"not empty, got int64 \[1, 0\]"),
+        (CAPTION.short(), {}, ValueError, r"must be of a dtype that holds the ids 0 to 49407, got int16 .*long\(\)"),
+        (CAPTION, {"probability": 1.5}, ValueError, r"probability must lie in \[0, 1\], got 1.5"),
+        (CAPTION, {"probability": math.nan}, ValueError, r"probability must lie in \[0, 1\], got nan"),
+        (CAPTION, {"mask_id": 1}, ValueError, r"must be an ordinary id below 1 .*pass vocab_size"),
+        (
+            CAPTION.to("meta"),
+            {"generator": torch.Generator()},
+            ValueError,
+            r"generator must be on the device of token_ids",
+        ),
+    ],
+)
+def test_bad_input(token_ids, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        mask_tokens(token_ids, **kwargs)
