@@ -1,0 +1,59 @@
+"""What the library sets out to reach, next to what was measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .cases import Case
+from .providers import REFERENCE, RELEASED, TORCH
+
+__all__ = ["find", "micro_targets", "ratio", "target"]
+
+
+def find(measurements: Sequence[dict[str, Any]], case: Case, provider: str, **fields: Any) -> dict[str, Any] | None:
+    """The successful measurement of a provider on a case, if there is one."""
+    wanted = {"case": case.name, "provider": provider, "status": "ok"} | fields
+    return next((row for row in measurements if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def target(goal: str, measured: str | None, met: bool | None) -> dict[str, Any]:
+    return {"goal": goal, "measured": measured or "not measured", "met": met}
+
+
+def ratio(a: dict[str, Any] | None, b: dict[str, Any] | None, key: str = "both") -> float | None:
+    """How many times a's figure is b's."""
+    if a is None or b is None:
+        return None
+    first, second = (row[key]["median"] if isinstance(row[key], dict) else row[key] for row in (a, b))
+    return float(first / max(second, 1e-12))
+
+
+def at_least(goal: str, value: float | None, bound: float) -> dict[str, Any]:
+    return target(goal, value and f"{value:.1f}x", None if value is None else value >= bound)
+
+
+def below(goal: str, row: dict[str, Any] | None, gb: float) -> dict[str, Any]:
+    used = row and row["process_mib"] * 2**20 / 1e9
+    return target(goal, used and f"{used:.2f} GB", None if used is None else used < gb)
+
+
+def micro_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    efa, irr = Case("efa", 64), Case("irr", 16, N=193)
+    released, reference, ours = (find(rows, efa, name) for name in (RELEASED, REFERENCE, TORCH))
+    speed = "EFA, B 64, forward and backward: 8x faster than the "
+    return [
+        at_least(speed + RELEASED, ratio(released, ours), 8),
+        at_least(speed + REFERENCE, ratio(reference, ours), 8),
+        at_least(f"EFA, B 64: 1/12 of the process memory of the {RELEASED}", ratio(released, ours, "process_mib"), 12),
+        at_least(
+            f"EFA, B 64: 1/12 of the memory above inputs of the {RELEASED}",
+            ratio(released, ours, "above_inputs_mib"),
+            12,
+        ),
+        below("EFA, B 256: a process under 2 GB", find(rows, Case("efa", 256), TORCH), 2),
+        at_least(
+            "IRRHead, B 16, 5 % masked: 3x faster than the dense head",
+            ratio(find(rows, irr, REFERENCE), find(rows, irr, TORCH)),
+            3,
+        ),
+        below("A-SDM, B 16384: a process under 1.5 GB", find(rows, Case("asdm", 16384), TORCH), 1.5),
+    ]
