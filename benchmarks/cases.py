@@ -67,6 +67,7 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
         return {"image_features": features(B, D), "text_features": features(B, D), "pids": pids}
     if case.op == "id":
         pids = torch.randint(case.V, (B,), device=device, generator=generator)
+        torch.manual_seed(seed)  # the initial weights
         head = IDHead(D, case.V).to(device)
         return {"head": head, "image_features": features(B, D), "text_features": features(B, D), "pids": pids}
     if case.op == "irr":

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from .cases import leaves
 
-__all__ = ["DTYPES", "PRECISIONS", "matmul_precision", "measure_cpu", "measure_cuda", "spread"]
+__all__ = ["DTYPES", "PASSES", "autocast", "disagreement", "matmul_precision", "measure_cpu", "measure_cuda", "spread"]
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = tuple(DTYPES)
 PASSES = ("forward", "backward", "both")
 
 
@@ -32,9 +31,11 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def measure_cpu(fn: Callable[..., Tensor], arguments: dict[str, Any], *, seconds: float = 5.0) -> dict[str, Any]:
-    """Repeats for `seconds` (3 times at least, 200 at most). Run it in a fresh process: the peak is the process's."""
+    """Repeats for `seconds` (3 times at least, 200 at most). Run it in a fresh process: the peak is the process's.
+
+    `process_mib` is all of it, `above_inputs_mib` what came on top of inputs and libraries, gradients included.
+    """
     targets = leaves(arguments)
-    _wake_libraries()
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     value, grads = _run(fn, arguments, targets)[:2]
@@ -68,21 +69,15 @@ def _run(
     return value.detach(), grads, stamps
 
 
-def _wake_libraries() -> None:
-    """Threads of products and of autograd are up, so that what they hold does not count as the case's memory."""
-    x = torch.randn(256, 256, requires_grad=True)
-    (x @ x).logsumexp(dim=1).sum().backward()
-
-
 def _durations(stamps: Sequence[float]) -> tuple[float, float, float]:
     start, middle, end = stamps
     return middle - start, end - middle, end - start
 
 
 def cotangent(value: Tensor) -> Tensor:
-    """A gradient for the output that is neither constant nor zero; 1 for a loss."""
+    """A gradient for the output that is neither constant nor zero; for a loss a scale, as fp16 training needs one."""
     if value.ndim == 0:
-        return torch.ones_like(value)
+        return torch.full_like(value, 1024)
     return torch.linspace(0.5, 1.5, value.numel(), device=value.device, dtype=value.dtype).view(value.shape)
 
 
@@ -91,6 +86,15 @@ def fingerprint(value: Tensor, grads: Sequence[Tensor]) -> dict[str, float]:
     squares = [grad.detach().double().square().sum() for grad in grads]
     norm = torch.stack(squares).sum().sqrt().item() if squares else 0.0
     return {"value": value.double().sum().item(), "gradient_norm": norm}
+
+
+def disagreement(row: dict[str, Any], baseline: dict[str, Any], tolerance: float) -> str | None:
+    """Why two providers cannot have computed the same, or None."""
+    for key in ("value", "gradient_norm"):
+        a, b = row[key], baseline[key]
+        if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
+            return f"{key} {a:.6g}, where {baseline['provider']} has {b:.6g}"
+    return None
 
 
 def peak_process_bytes() -> int:

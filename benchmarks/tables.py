@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["markdown", "micro_table", "milliseconds", "target_table"]
+from .providers import REFERENCE
+from .roofline import share_of_roof
+
+__all__ = ["gpu_tables", "markdown", "micro_table", "milliseconds", "target_table"]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -59,3 +62,37 @@ def target_table(targets: Sequence[dict[str, Any]]) -> str:
     verdict = {True: "met", False: "missed", None: "not measured"}
     rows = [(entry["goal"], verdict[entry["met"]], entry["measured"]) for entry in targets]
     return markdown(("target", "verdict", "measured"), rows)
+
+
+def gpu_tables(result: dict[str, Any]) -> str:
+    """Ceilings, one table of what was measured, and a list of what was not."""
+    parts, ceilings = [], result["ceilings"]
+    if ceilings:
+        rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in ceilings.items() if name != "copy")
+        parts.append(f"Ceilings: copy {ceilings['copy'] / 1e12:.2f} TB/s; large product in TFLOP/s: {rates}.")
+    measured = [row for row in result["measurements"] if row["status"] == "ok"]
+    if measured:
+        parts.append(_gpu_table(measured, ceilings))
+    others = [row for row in result["measurements"] if row["status"] != "ok"]
+    if others:
+        parts.append(
+            "Without a figure:\n\n"
+            + "\n".join(f"- {row['case']}, {row['dtype']}, {row['provider']}: {row['status']}" for row in others)
+        )
+    return "\n\n".join(parts)
+
+
+def _gpu_table(rows: Sequence[dict[str, Any]], ceilings: dict[str, float] | None) -> str:
+    head = ("case", "provider", "dtype", "forward ms", "backward ms", "both ms", "speed-up", "roof", "above MiB")
+    order = {(row["case"], row["dtype"]): i for i, row in reversed(list(enumerate(rows)))}
+    table = []
+    for row in sorted(rows, key=lambda row: order[row["case"], row["dtype"]]):
+        first = rows[order[row["case"], row["dtype"]]]
+        baseline = first if first["provider"] == REFERENCE else None
+        share = share_of_roof(row, "both", ceilings) if ceilings else None
+        times = [milliseconds(row, key) for key in ("forward", "backward", "both")]
+        roof = "-" if share is None else f"{share:.0%}"
+        provider = row["provider"] + ("" if row.get("checked") or row is first else " (unchecked)")
+        memory = f"{row['above_mib']:.0f}"
+        table.append((row["case"], provider, row["dtype"], *times, speedup(row, baseline), roof, memory))
+    return markdown(head, table)
