@@ -22,6 +22,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "load": round(os.getloadavg()[0], 1),  # processes at work before the first measurement; 0 on a quiet machine
         "system": f"{platform.system()} {platform.machine()}",
     }
     if torch.cuda.is_available():

@@ -109,12 +109,13 @@ def main(argv: list[str] | None = None) -> int:
     plan = QUICK if options.quick else FULL
     plan = [(case, names) for case, names in plan if options.only is None or case.op in options.only]
 
+    machine = describe_machine() | {"threads": options.threads}
     measurements = run(plan, seconds, options.threads)
     result = {
         "kind": "micro",
         "command": "python -m benchmarks micro" + " --quick" * options.quick,
         "date": today(),
-        "machine": describe_machine() | {"threads": options.threads},
+        "machine": machine,
         "versions": describe_versions(),
         "seconds_of_repeats": seconds,
         "targets": micro_targets(measurements),

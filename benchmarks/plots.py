@@ -83,13 +83,15 @@ def _roof(rows: Sequence[dict[str, Any]], device: str, ceilings: dict[str, float
     """Bars of forward and backward for ours and the reference, at the batch of 128 that everything is measured at."""
     chosen = [row for row in rows if row["B"] == 128 and row["provider"] in (REFERENCE, TRITON)]
     chosen = [row for row in chosen if share_of_roof(row, "both", ceilings) is not None]
-    keys = list(dict.fromkeys((row["case"], row["dtype"]) for row in chosen))
+    cases = list(dict.fromkeys(row["case"] for row in chosen))
+    keys = [(case, dtype) for case in cases for dtype in PRECISIONS]
+    keys = [key for key in keys if any((row["case"], row["dtype"]) == key for row in chosen)]
     if not keys:
         return None
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(keys)), layout="constrained")
     figure.suptitle(f"Share of the roof (counted work at the measured ceilings) on {device}")
     panels = figure.subplots(1, 2, sharey=True)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(keys) - 0.4, -0.6)
     for axes, part in zip(panels, ("forward", "backward"), strict=True):
         for offset, provider in ((-0.2, TRITON), (0.2, REFERENCE)):
             places, shares = [], []

@@ -44,6 +44,8 @@ def describe(name: str, result: dict[str, Any]) -> str:
     """Where the figures come from."""
     machine, versions = result["machine"], result["versions"]
     what = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB"
+    if machine.get("load", 0) >= 1:
+        what += f"; {machine['load']:.0f} other processes at work, so that times are noise"
     if "gpu" in machine:
         what = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {machine['cuda']}; {what}"
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())

@@ -46,9 +46,8 @@ def tokens(Bx, Be, P, Q, D):
 
 
 def random_tokens(B, N, L, D, dtype=torch.float32):
-    generator = torch.Generator("cuda").manual_seed(0)
-    shapes = ((B, N, D), (B, L, D))
-    return [torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in shapes]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, T, D, generator=generator).to("cuda", dtype) for T in (N, L)]
 
 
 @pytest.mark.parametrize(("shape", "pool", "precision"), SIMILARITIES)
