@@ -19,7 +19,7 @@ help:
 	touch $@
 
 test: .venv/installed
-	$(RUN) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 demo: .venv/installed
 	$(RUN) -m benchmarks.retrieval --out runs/demo
@@ -42,7 +42,7 @@ wheel-check: .venv/installed
 	$(PYTHON) -m venv /tmp/fmfa-losses-wheel/venv
 	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check dist/*.whl
-	cp tests/outside.py /tmp/fmfa-losses-wheel/ && cd /tmp/fmfa-losses-wheel && venv/bin/python outside.py
+	cp .ci/outside.py /tmp/fmfa-losses-wheel/ && cd /tmp/fmfa-losses-wheel && venv/bin/python outside.py
 
 clean:
 	rm -rf .venv build dist *.egg-info
