@@ -5,6 +5,7 @@ costs that job alone.
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -29,32 +30,39 @@ AGREEMENT = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def measure(job: Job) -> dict[str, Any]:
+    """The measurement or the reason why there is none; afterwards the device is as empty as before."""
     matmul_precision(job.precision)
-    plain = job.provider in (REFERENCE, COMPILED)
     try:
-        fn = providers.provider(job.provider, job.case.op)
-
-        def call(**arguments: Any) -> torch.Tensor:
-            if not plain:
-                return fn(**arguments)
-            with autocast(job.precision, DEVICE):
-                return fn(**arguments)
-
-        def make(seed: int) -> dict[str, Any]:
-            return inputs(job.case, dtype=DTYPES[job.precision], device=DEVICE, seed=seed)
-
-        step = torch.compiler.cudagraph_mark_step_begin if job.provider == COMPILED else lambda: None
-        return {"status": "ok"} | measure_cuda(call, make, before_run=step)
+        return {"status": "ok"} | _measure(job)
     except torch.cuda.OutOfMemoryError:
         return {"status": "failed: out of memory"}
     except Exception as error:
         if "illegal memory access" in str(error) or "launch failure" in str(error):
             raise  # the device context is lost, and with it this process
-        return {"status": f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else '':.200}"}
+        message = (str(error).splitlines() or [""])[0]
+        return {"status": f"failed: {type(error).__name__}: {message:.200}"}
     finally:
         if job.provider == COMPILED:
             torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    fn = providers.provider(job.provider, job.case.op)
+    plain = job.provider in (REFERENCE, COMPILED)
+
+    def call(**arguments: Any) -> torch.Tensor:
+        if not plain:
+            return fn(**arguments)
+        with autocast(job.precision, DEVICE):
+            return fn(**arguments)
+
+    def make(seed: int) -> dict[str, Any]:
+        return inputs(job.case, dtype=DTYPES[job.precision], device=DEVICE, seed=seed)
+
+    step = torch.compiler.cudagraph_mark_step_begin if job.provider == COMPILED else lambda: None
+    return measure_cuda(call, make, before_run=step)
 
 
 def why_not(job: Job, red: set[str]) -> str | None:

@@ -165,7 +165,7 @@ def measure_cuda(
     once = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - base - gradient_bytes
 
-    repeats = int(min(200, max(10, seconds / max(once, 1e-5))))
+    repeats = int(min(200, max(5, seconds / max(once, 1e-5))))
     recorded = [run(sets[i % count])[2] for i in range(repeats)]
     torch.cuda.synchronize()
     times = {name: [] for name in PASSES}
