@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,13 @@ def measure_in_process(case: Case, provider: str, seconds: float, threads: int) 
     return {"status": f"failed (exit {process.returncode}): {reason:.200}"}
 
 
-def run(plan: Sequence[tuple[Case, tuple[str, ...]]], seconds: float, threads: int) -> list[dict[str, Any]]:
+def run(
+    plan: Sequence[tuple[Case, tuple[str, ...]]],
+    seconds: float,
+    threads: int,
+    save: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """All measurements; `save` sees those so far after every case, so that a run cut short leaves what it has."""
     measurements: list[dict[str, Any]] = []
     with tqdm(total=sum(len(names) for _, names in plan), unit="measurement") as bar:
         for case, names in plan:
@@ -92,6 +98,7 @@ def run(plan: Sequence[tuple[Case, tuple[str, ...]]], seconds: float, threads: i
                 if wrong:  # no speed of a wrong result
                     rows[rows.index(row)] = {key: row[key] for key in identity} | {"status": f"failed: {wrong}"}
             measurements += rows
+            save(measurements)
     return measurements
 
 
@@ -109,22 +116,22 @@ def main(argv: list[str] | None = None) -> int:
     plan = QUICK if options.quick else FULL
     plan = [(case, names) for case, names in plan if options.only is None or case.op in options.only]
 
-    machine = describe_machine() | {"threads": options.threads}
-    measurements = run(plan, seconds, options.threads)
-    result = {
+    head = {
         "kind": "micro",
         "command": "python -m benchmarks micro" + " --quick" * options.quick,
         "date": today(),
-        "machine": machine,
+        "machine": describe_machine() | {"threads": options.threads},
         "versions": describe_versions(),
         "seconds_of_repeats": seconds,
-        "targets": micro_targets(measurements),
-        "measurements": measurements,
     }
-    write(out, result)
+
+    def save(measurements: list[dict[str, Any]]) -> None:
+        write(out, head | {"targets": micro_targets(measurements), "measurements": measurements})
+
+    measurements = run(plan, seconds, options.threads, save)
     print(micro_table(measurements))
     if not options.quick:
-        print("\n" + target_table(result["targets"]))
+        print("\n" + target_table(micro_targets(measurements)))
     print(f"\nwritten to {out}")
     return int(any(row["status"] != "ok" for row in measurements))
 
