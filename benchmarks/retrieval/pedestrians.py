@@ -6,10 +6,11 @@ build, skin. Pose, direction, light, background, distance, occlusion, blur and n
 Everything follows from integers: the same seed draws the same pixels.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 __all__ = ["COLORS", "HEIGHT", "WIDTH", "Identity", "Photo", "make_identities", "render"]
 
@@ -172,6 +173,10 @@ Color = tuple[int, int, int]
 Point = tuple[float, float]
 
 
+_HALF_TURN = tuple(math.pi * (0.5 + k / 6) for k in range(7))
+_CIRCLE = tuple((math.cos(2 * math.pi * k / 28), math.sin(2 * math.pi * k / 28)) for k in range(28))
+
+
 def _shift(color: Color, amount: float) -> Color:
     r, g, b = (int(min(255, max(0, channel + amount))) for channel in color)
     return r, g, b
@@ -195,28 +200,24 @@ class _Canvas:
         self.image.paste(fill.crop(box) if isinstance(fill, Image.Image) else fill, box, mask)
         if shade <= 0:
             return
-        center = sum(x for x, _ in local) / len(local)
-        for reach, offset, tone in ((1.0, -0.40, (0, 0, 0)), (0.62, 0.16, (255, 255, 255))):
-            # What the shrunken, shifted outline leaves uncovered lies in shadow; a narrow one catches the light.
-            inner = [((x - center) * (0.72 if tone[0] == 0 else reach * 0.5) + center
-                      + self.light * offset * -0.3 * (x1 - x0), y) for x, y in local]  # fmt: skip
-            veil = Image.new("L", mask.size, int(shade * 2.4) if tone[0] == 0 else 0)
-            ImageDraw.Draw(veil).polygon(inner, fill=0 if tone[0] == 0 else int(shade * 0.7))
-            veil = veil.filter(ImageFilter.BoxBlur(max(1.0, (x1 - x0) * 0.09)))
-            self.image.paste(tone, box, Image.composite(veil, Image.new("L", mask.size), mask))
+        # What the outline leaves uncovered when it shrinks and moves towards the light lies in shadow.
+        width = x1 - x0
+        center = sum(x for x, _ in local) / len(local) + 0.12 * self.light * width
+        veil = Image.new("L", mask.size, int(shade * 2.4))
+        ImageDraw.Draw(veil).polygon([((x - center) * 0.72 + center, y) for x, y in local], fill=0)
+        veil = veil.filter(ImageFilter.BoxBlur(max(1.0, width * 0.09)))
+        self.image.paste((0, 0, 0), box, ImageChops.multiply(veil, mask))
 
     def limb(self, a: Point, b: Point, ra: float, rb: float, fill: Color | Image.Image, shade: float = 26.0) -> None:
         """A tapered tube with round ends from `a` to `b`."""
-        angle = np.arctan2(b[1] - a[1], b[0] - a[0])
-        arc = np.linspace(np.pi / 2, 3 * np.pi / 2, 7)
-        start = [(a[0] + ra * np.cos(angle + t), a[1] + ra * np.sin(angle + t)) for t in arc]
-        end = [(b[0] - rb * np.cos(angle + t), b[1] - rb * np.sin(angle + t)) for t in arc]
-        self.polygon([(float(x), float(y)) for x, y in start + end], fill, shade)
+        angle = math.atan2(b[1] - a[1], b[0] - a[0])
+        turns = [(math.cos(angle + t), math.sin(angle + t)) for t in _HALF_TURN]
+        start = [(a[0] + ra * cos, a[1] + ra * sin) for cos, sin in turns]
+        end = [(b[0] - rb * cos, b[1] - rb * sin) for cos, sin in turns]
+        self.polygon(start + end, fill, shade)
 
     def ellipse(self, center: Point, rx: float, ry: float, fill: Color | Image.Image, shade: float = 22.0) -> None:
-        t = np.linspace(0, 2 * np.pi, 28, endpoint=False)
-        points = [(center[0] + rx * float(np.cos(a)), center[1] + ry * float(np.sin(a))) for a in t]
-        self.polygon(points, fill, shade)
+        self.polygon([(center[0] + rx * cos, center[1] + ry * sin) for cos, sin in _CIRCLE], fill, shade)
 
     def line(self, points: list[Point], fill: Color, width: float) -> None:
         self.draw.line(points, fill=fill, width=max(1, round(width)), joint="curve")
@@ -344,7 +345,7 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
     def leg(side: str, sign: int) -> None:
         hip, knee, ankle, toe = (pose.joint(f"{name}_{side}") for name in ("hip", "knee", "ankle", "toe"))
         bare = dress or who.lower in ("shorts", "skirt")
-        thick, slim = (0.052 * b, 0.036 * b) if not bare else (0.046 * b, 0.031 * b)
+        thick, slim = (0.055 * b, 0.038 * b) if not bare else (0.046 * b, 0.031 * b)
         cover = skin if bare else lower
         far = 10 if pose.depth(sign * 0.06, 0) < -0.02 else 0  # the far leg lies in the near one's shadow
         cover = _shift(cover, -far)
@@ -365,10 +366,10 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         rings = [(0.168, 0.03, 0.035), (0.182, 0.088 * b, 0.05), (0.2, 0.113 * b, 0.06), (0.26, 0.107 * b, 0.074 * b),
                  (0.32, 0.097 * b, 0.072 * b), (0.42, waist * b, 0.064 * b), (0.5, hips * b, 0.07 * b)]  # fmt: skip
         rings = [(y, across * (loose if y > 0.2 else 1), along * (loose if y > 0.2 else 1)) for y, across, along in rings]
-        legs = 0.062 * abs(pose.sin)  # a long garment follows the stride
+        legs = 0.03 * abs(pose.sin)  # a long garment follows the stride
         if not dress:  # the seat of the trousers, or the skirt
-            seat = [(0.46, waist * b, 0.06 * b), (0.52, hips * b * 1.04, 0.07 * b), (0.565, hips * b * 1.02, 0.066 * b)]
-            if who.lower == "skirt":
+            seat = [(0.46, waist * b, 0.06 * b), (0.52, hips * b * 1.04, 0.07 * b), (0.555, hips * b * 0.98, 0.066 * b)]
+            if who.lower == "skirt" and not coat:
                 seat = [*seat[:2], (0.6, 0.112 * b, 0.095 + legs), (0.69, 0.132 * b, 0.105 + legs)]
             canvas.polygon(pose.outline(seat), lower)
         if coat:
@@ -473,6 +474,10 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         elif who.hair == "ponytail":
             canvas.limb(pose.at(0, 0.06, -0.055), pose.at(0, 0.185, -0.075), 0.017 * s, 0.012 * s, hair, 16)
 
+    def strands() -> None:
+        for sign in (-1, 1):
+            canvas.limb(pose.at(sign * 0.046, 0.075, 0.01), pose.at(sign * 0.056, 0.225, 0.03), 0.014 * s, 0.009 * s, hair, 12)
+
     def backpack() -> None:
         x, _ = pose.at(0, 0, -0.115)
         w = pose.half_width(0.082 * b, 0.05)
@@ -512,8 +517,10 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         parts.append((pose.depth(hand[0], hand[2] * 0.6) + 0.004, lambda side=side: arm(side)))
     parts.append((0.0, torso))
     parts.append((0.03, head))
-    # Hair behind the head: over the coat from behind, under the face from ahead.
-    parts.append((0.029 if facing > 0 else 0.045, back_hair))
+    # Hair behind the head: over the coat from behind; from ahead under it, but for two strands.
+    parts.append((-0.02 if facing > 0.25 else 0.029 if facing > -0.25 else 0.045, back_hair))
+    if who.hair == "long" and facing > 0.25:
+        parts.append((0.031, strands))
     if who.bag == "backpack":
         parts.append((pose.depth(0, -0.1), backpack))
         if facing > -0.3:
@@ -572,7 +579,7 @@ def _street(rng: np.random.Generator) -> Image.Image:
             draw.line((0, y, WIDTH, y), fill=line)
             y += 6 + (y - horizon) * 0.22
         draw.rectangle((0, horizon - 22, WIDTH, horizon - 1), fill=_shift(wall, -12))
-    image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.8, 2.4))))
+    image = image.filter(ImageFilter.BoxBlur(float(rng.uniform(0.8, 2.4))))
     return image.resize((W, H), Image.Resampling.BILINEAR)
 
 
@@ -610,10 +617,11 @@ def render(who: Identity, *, seed: tuple[int, ...]) -> Photo:
     pose = _Pose(rng, walking, float(turn), who.build, scale, foot)
 
     image = _street(rng)
-    shadow = Image.new("L", (W // 4, H // 4))
-    x, y, r = foot[0] / 4, foot[1] / 4, scale * 0.13 / 4
-    ImageDraw.Draw(shadow).ellipse((x - r * 1.2, y - r * 0.34, x + r * 1.2, y + r * 0.3), fill=150)
-    image.paste((12, 12, 16), (0, 0), shadow.filter(ImageFilter.GaussianBlur(3)).resize((W, H)))
+    reach = int(scale * 0.2)
+    shadow = Image.new("L", (reach // 2, reach // 4))
+    ImageDraw.Draw(shadow).ellipse((reach * 0.08, reach * 0.06, reach * 0.42, reach * 0.19), fill=150)
+    shadow = shadow.filter(ImageFilter.GaussianBlur(3)).resize((2 * reach, reach))
+    image.paste((12, 12, 16), (int(foot[0]) - reach, int(foot[1]) - reach // 2), shadow)
     _draw_person(_Canvas(image, scale, float(rng.choice((-1, 1)) * rng.uniform(0.3, 1.0))), who, pose)
     feet_hidden = rng.random() < 0.25 and _occlude(ImageDraw.Draw(image), rng)
     image = image.reduce(SUPERSAMPLING)
