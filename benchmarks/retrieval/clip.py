@@ -59,8 +59,9 @@ class CLIPWords:
         return torch.tensor(rows, dtype=torch.long)
 
     def words(self, token_ids: Tensor) -> list[str]:
-        """The tokens of one caption [L], without the special ids."""
-        inner = [int(i) for i in token_ids if int(i) not in self.special_ids]
+        """The tokens of one caption [L], between SOT and EOT."""
+        ids = token_ids.tolist()
+        inner = ids[1 : ids.index(self.eot_id)]
         return [token.removesuffix("</w>") for token in self.tokenizer.convert_ids_to_tokens(inner)]
 
 
@@ -93,7 +94,9 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x), device=x.device), eot], x
 
     def text_mask(self, token_ids: Tensor) -> Tensor:
-        return token_ids != 0
+        # Up to EOT: 0 is padding behind it, and an exclamation mark before it.
+        ended = (token_ids == self.eot_id).cumsum(dim=1) - (token_ids == self.eot_id).int()
+        return ended == 0
 
 
 def load_clip(
