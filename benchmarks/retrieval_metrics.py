@@ -103,9 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/retrieval_metrics_cpu.json"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--case", nargs=2, metavar=("EVALUATOR", "SIZE"), help="run one case, print it as JSON"
-    )
+    parser.add_argument("--case", nargs=2, metavar=("EVALUATOR", "SIZE"), help="run one case, print it as JSON")
     options = parser.parse_args()
     if options.case:
         print(json.dumps(run(options.case[0], int(options.case[1]), options.repeats)))
@@ -116,9 +114,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.retrieval_metrics", "--case", evaluator, str(size)]
         command += ["--repeats", str(options.repeats)]
         cases.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        print(
-            f"{evaluator:8} {size:6}  {min(cases[-1]['seconds']):7.2f} s  {cases[-1]['peak_process_mib']:6} MiB"
-        )
+        print(f"{evaluator:8} {size:6}  {min(cases[-1]['seconds']):7.2f} s  {cases[-1]['peak_process_mib']:6} MiB")
     best = {(case["evaluator"], case["texts"]): min(case["seconds"]) for case in cases}
     result = {
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},

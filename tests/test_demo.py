@@ -22,7 +22,19 @@ from benchmarks.retrieval.train import Beginner, Recipe, Trainee, Trainer, param
 from fmfa_losses.objective import FMFALoss
 
 ROOT = Path(__file__).parents[1]
-TINY_RUN = ["--identities", "12", "--test-identities", "6", "--batch-size", "16", "--epochs", "2", "--quiet", "--device", "cpu"]
+TINY_RUN = [
+    "--identities",
+    "12",
+    "--test-identities",
+    "6",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "2",
+    "--quiet",
+    "--device",
+    "cpu",
+]
 
 
 # --------------------------------------------------------------------------------------------------- pedestrians
@@ -100,7 +112,9 @@ def test_identity_batches_hold_groups_and_ranks_share_them() -> None:
     shares = [list(IdentitySampler(pids, per_identity=4, seed=1, rank=rank, world_size=2)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1]) == 40
     assert not set(shares[0]) & set(shares[1])
-    assert (pids[torch.tensor(shares[0])].view(-1, 4).amax(1) == pids[torch.tensor(shares[0])].view(-1, 4).amin(1)).all()
+    assert (
+        pids[torch.tensor(shares[0])].view(-1, 4).amax(1) == pids[torch.tensor(shares[0])].view(-1, 4).amin(1)
+    ).all()
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -121,7 +135,9 @@ def folder_of(root: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_folder_in_each_layout_trains_two_steps_and_resumes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_in_each_layout_trains_two_steps_and_resumes(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     root = folder_of(tmp_path, name)
     train, test = (read_dataset(name, root, split) for split in ("train", "test"))
     assert train.image_pids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -130,7 +146,19 @@ def test_a_folder_in_each_layout_trains_two_steps_and_resumes(name: str, tmp_pat
     assert train.photograph(3).size == (WIDTH, HEIGHT)
 
     out = tmp_path / "out"
-    common = ["--dataset", name, "--root", str(root), "--tiny", "--device", "cpu", "--batch-size", "8", "--workers", "0"]
+    common = [
+        "--dataset",
+        name,
+        "--root",
+        str(root),
+        "--tiny",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+    ]
     common += ["--quiet", "--out", str(out), "--epochs", "2"]
     main(common)
     result = json.loads((out / "metrics.json").read_text())
@@ -141,7 +169,9 @@ def test_a_folder_in_each_layout_trains_two_steps_and_resumes(name: str, tmp_pat
     main([*common, "--resume"])  # nothing left to train: the same numbers
     again = json.loads((out / "metrics.json").read_text())
     assert again["t2i"] == result["t2i"]
-    assert all(torch.equal(weights[k], v) for k, v in torch.load(out / "checkpoint.pt", weights_only=True)["trainee"].items())
+    assert all(
+        torch.equal(weights[k], v) for k, v in torch.load(out / "checkpoint.pt", weights_only=True)["trainee"].items()
+    )
     assert "dry run" in capsys.readouterr().out
 
 
@@ -167,7 +197,17 @@ def test_clip_weights_from_a_folder(tmp_path: Path) -> None:
     from benchmarks.retrieval.clip import TINY, load_clip
 
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
-    words = ["!", "!</w>", *letters, *(f"{x}</w>" for x in letters), "re", "red</w>", "[mask]", "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        "!",
+        "!</w>",
+        *letters,
+        *(f"{x}</w>" for x in letters),
+        "re",
+        "red</w>",
+        "[mask]",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
     CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
@@ -203,7 +243,9 @@ def small_trainer(file: Path | None, *, beginner: bool = False) -> Trainer:
     train, _ = rendered_splits(6, 1, images=2, seed=0)
     tokenizer = WordTokenizer(train.captions, context_length=40)
     torch.manual_seed(0)
-    model = TwoStream(tokenizer.vocab_size, context_length=40, image_size=(48, 16), width=32, heads=2, image_depth=1, text_depth=1)
+    model = TwoStream(
+        tokenizer.vocab_size, context_length=40, image_size=(48, 16), width=32, heads=2, image_depth=1, text_depth=1
+    )
     objective = FMFALoss(32, 6, vocab_size=tokenizer.vocab_size, irr={"depth": 1, "num_heads": 2})
     trainee = Beginner(model) if beginner else Trainee(model, objective)
     pairs = Pairs(train, tokenizer(train.captions), size=(48, 16), seed=0)
@@ -302,12 +344,29 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--identities", "4", "--test-identities", "2", "--batch-size", "16", "--epochs", "2", "--quiet", "--device", "cpu"]
+    options = [
+        "--identities",
+        "4",
+        "--test-identities",
+        "2",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "2",
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     command += ["-m", "benchmarks.retrieval", *options, "--out", str(tmp_path)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True, text=True, timeout=240
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to") == 1

@@ -41,7 +41,9 @@ BEGINNING_SHARE = 0.35  # of --minutes
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--epochs", type=int, help="default: 8 on rendered pedestrians, 60 on a data set")
@@ -55,14 +57,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     rendered.add_argument("--identities", type=int, default=400, help="in training")
     rendered.add_argument("--test-identities", type=int, default=150)
     rendered.add_argument(
-        "--minutes", type=float, default=3.0, help="a machine too slow for --epochs gets fewer (default: %(default)s; 0: no limit)"
+        "--minutes",
+        type=float,
+        default=3.0,
+        help="a machine too slow for --epochs gets fewer (default: %(default)s; 0: no limit)",
     )
     rendered.add_argument("--ablation", action="store_true", help="SDM, A-SDM, EFA and both, over several seeds")
     rendered.add_argument("--seeds", type=int, default=3, help="of the ablation")
     real = parser.add_argument_group("a data set")
     real.add_argument("--dataset", choices=tuple(LAYOUTS))
     real.add_argument("--root", type=Path, help="folder that holds the data set's folder")
-    real.add_argument("--weights", type=Path, help="folder of a saved CLIPModel; without it weights are random: a dry run")
+    real.add_argument(
+        "--weights", type=Path, help="folder of a saved CLIPModel; without it weights are random: a dry run"
+    )
     real.add_argument("--tiny", action="store_true", help="without --weights: a tiny CLIP instead of ViT-B/16")
     args = parser.parse_args(argv)
     if args.dataset and not args.root:
@@ -138,7 +145,9 @@ def _both(pairs: Callable[..., Pairs], train: Split, test: Split, tokenizer: Any
     return pairs(train, tokenizer(train.captions)), pairs(test, tokenizer(test.captions), augment=False)
 
 
-def run(args: argparse.Namespace, task: Task, world: World, *, variant: dict[str, Any], out: Path | None) -> dict[str, Any]:
+def run(
+    args: argparse.Namespace, task: Task, world: World, *, variant: dict[str, Any], out: Path | None
+) -> dict[str, Any]:
     """Trains one model and evaluates it; writes into `out`, if there is one."""
     start = time.perf_counter()
     torch.manual_seed(task.recipe.seed)
@@ -196,7 +205,11 @@ def run(args: argparse.Namespace, task: Task, world: World, *, variant: dict[str
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     return {
         "device": name,
         "python": platform.python_version(),
@@ -216,7 +229,9 @@ def ablation(args: argparse.Namespace, task: Task, world: World) -> None:
             result = run(args, seeded, world, variant=variant, out=None)
             if world.leads:
                 runs[name].append(result)
-                print(f"seed {seed}  {name:<20} R1 {result['t2i']['R1']:.2f}  mAP {result['t2i']['mAP']:.2f}", flush=True)
+                print(
+                    f"seed {seed}  {name:<20} R1 {result['t2i']['R1']:.2f}  mAP {result['t2i']['mAP']:.2f}", flush=True
+                )
     if not world.leads:
         return
     columns = list(runs["SDM"][0]["t2i"])
@@ -240,7 +255,9 @@ def ablation(args: argparse.Namespace, task: Task, world: World) -> None:
         cells = " | ".join("{mean:.2f} ± {std:.2f}".format(**cell) for cell in row.values())
         lines.append(f"| {name} | {cells} |")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "ablation.json").write_text(json.dumps({"table": table, "runs": runs}, indent=2) + "\n", encoding="utf-8")
+    (args.out / "ablation.json").write_text(
+        json.dumps({"table": table, "runs": runs}, indent=2) + "\n", encoding="utf-8"
+    )
     (args.out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n" + "\n".join(lines) + f"\n\nWritten: {args.out / 'ablation.json'}, {args.out / 'ablation.md'}")
 
@@ -259,7 +276,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.dataset:
             task = dataset_task(args)
         else:
-            task = rendered_task(args, partial(tqdm, desc="rendering", unit="photo", disable=args.quiet or not world.leads))
+            task = rendered_task(
+                args, partial(tqdm, desc="rendering", unit="photo", disable=args.quiet or not world.leads)
+            )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     if world.leads:

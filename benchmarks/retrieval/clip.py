@@ -114,7 +114,9 @@ def load_clip(
     if weights is not None:
         folder = Path(weights)
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {folder}; --weights is the folder of a saved CLIPModel and its tokenizer")
+            raise FileNotFoundError(
+                f"no config.json in {folder}; --weights is the folder of a saved CLIPModel and its tokenizer"
+            )
         words = CLIPWords(CLIPTokenizer.from_pretrained(folder, local_files_only=True))
         model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return CLIP(model, eot_id=words.eot_id, image_size=image_size), words

@@ -17,9 +17,7 @@ __all__ = ["as_dict", "chance", "draw", "encode", "evaluate"]
 
 # Words that point at nothing in an image.
 SILENT = frozenset(
-    "a an and away are at back behind by camera carries carrying dressed footwear has he her his holds in is it its man of on "
-    "over pedestrian person she side stands standing that the this to towards waits walking walks wearing wears who with woman "
-    "guy lady female male young . ,".split()
+    ["a", "an", "and", "away", "are", "at", "back", "behind", "by", "camera", "carries", "carrying", "dressed", "footwear", "has", "he", "her", "his", "holds", "in", "is", "it", "its", "man", "of", "on", "over", "pedestrian", "person", "she", "side", "stands", "standing", "that", "the", "this", "to", "towards", "waits", "walking", "walks", "wearing", "wears", "who", "with", "woman", "guy", "lady", "female", "male", "young", ".", ","]
 )
 
 
@@ -81,9 +79,9 @@ def draw(
     # Captions at even distances, not the ones that went well.
     chosen = np.linspace(0, len(split.captions) - 1, min(queries, len(split.captions))).astype(int).tolist()
     strips = [[np.asarray(split.photograph(int(i))) for i in found[q]] for q in chosen]
-    plot.retrieval_strips([_sentence(split.captions[q]) for q in chosen], strips, scores[chosen], correct[chosen]).savefig(
-        files["retrieval"], dpi=130
-    )
+    plot.retrieval_strips(
+        [_sentence(split.captions[q]) for q in chosen], strips, scores[chosen], correct[chosen]
+    ).savefig(files["retrieval"], dpi=130)
 
     # The caption that names the most things, among those that found their person.
     named = [_named(tokenizer.words(ids)) for ids in pairs.token_ids]

@@ -281,13 +281,21 @@ class _Pose:
             thigh = sign * swing
             bend = 0.12 + (0.75 * abs(swing) if thigh < 0 else 0.05)  # the leg behind bends its knee
             knee = (sign * (hip + spread * 0.4), 0.525 + 0.215 * np.cos(thigh), 0.215 * np.sin(thigh))
-            ankle = (sign * (hip + spread * 0.8), knee[1] + 0.215 * np.cos(thigh - bend), knee[2] + 0.215 * np.sin(thigh - bend))
+            ankle = (
+                sign * (hip + spread * 0.8),
+                knee[1] + 0.215 * np.cos(thigh - bend),
+                knee[2] + 0.215 * np.sin(thigh - bend),
+            )
             toe = (ankle[0] + sign * 0.018, ankle[1] + 0.025, ankle[2] + 0.085)
             arm = -sign * swing * 0.8 + rng.normal(0, 0.06)
             elbow_bend = rng.uniform(0.1, 0.45) if rng.random() < 0.75 else rng.uniform(0.6, 1.7)
             out = rng.uniform(0.012, 0.045)
             elbow = (sign * (shoulder + out), 0.205 + 0.16 * np.cos(arm), 0.16 * np.sin(arm))
-            hand = (sign * (shoulder + out * 0.7), elbow[1] + 0.155 * np.cos(arm + elbow_bend), elbow[2] + 0.155 * np.sin(arm + elbow_bend))
+            hand = (
+                sign * (shoulder + out * 0.7),
+                elbow[1] + 0.155 * np.cos(arm + elbow_bend),
+                elbow[2] + 0.155 * np.sin(arm + elbow_bend),
+            )
             self.joints |= {
                 f"hip_{side}": (sign * hip, 0.525, 0.0), f"knee_{side}": knee, f"ankle_{side}": ankle, f"toe_{side}": toe,
                 f"shoulder_{side}": (sign * shoulder, 0.205, 0.0), f"elbow_{side}": elbow, f"hand_{side}": hand,
@@ -350,7 +358,9 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         far = 10 if pose.depth(sign * 0.06, 0) < -0.02 else 0  # the far leg lies in the near one's shadow
         cover = _shift(cover, -far)
         canvas.limb(ankle, toe, 0.026 * s, 0.019 * s, _shift(shoes, -far), 20)
-        canvas.limb((toe[0], toe[1] + 0.012 * s), (ankle[0], ankle[1] + 0.034 * s), 0.006 * s, 0.008 * s, _shift(shoes, -60), 0)
+        canvas.limb(
+            (toe[0], toe[1] + 0.012 * s), (ankle[0], ankle[1] + 0.034 * s), 0.006 * s, 0.008 * s, _shift(shoes, -60), 0
+        )
         canvas.limb(knee, ankle, slim * s, (0.021 if bare else 0.03) * s, cover)
         canvas.limb(hip, knee, thick * s, (slim + 0.003) * s, cover)
         if who.lower == "jeans" and not bare:
@@ -365,7 +375,9 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         loose = {"hoodie": 1.1, "jacket": 1.1, "coat": 1.13, "dress": 0.97, "tank top": 0.93}.get(who.upper, 1.0)
         rings = [(0.168, 0.03, 0.035), (0.182, 0.088 * b, 0.05), (0.2, 0.113 * b, 0.06), (0.26, 0.107 * b, 0.074 * b),
                  (0.32, 0.097 * b, 0.072 * b), (0.42, waist * b, 0.064 * b), (0.5, hips * b, 0.07 * b)]  # fmt: skip
-        rings = [(y, across * (loose if y > 0.2 else 1), along * (loose if y > 0.2 else 1)) for y, across, along in rings]
+        rings = [
+            (y, across * (loose if y > 0.2 else 1), along * (loose if y > 0.2 else 1)) for y, across, along in rings
+        ]
         legs = 0.03 * abs(pose.sin)  # a long garment follows the stride
         if not dress:  # the seat of the trousers, or the skirt
             seat = [(0.46, waist * b, 0.06 * b), (0.52, hips * b * 1.04, 0.07 * b), (0.555, hips * b * 0.98, 0.066 * b)]
@@ -395,24 +407,40 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                     opening = [*opening[:3], middle(0.46, 0.008), middle(0.46, -0.008), opening[5]]
                 canvas.polygon(opening, second, 10)
                 for sign in (-1, 1):
-                    canvas.line([middle(0.168, sign * 0.026), middle(0.34, sign * 0.02), middle(0.46, sign * 0.01)], _shift(upper, -30), 0.008 * s)
+                    canvas.line(
+                        [middle(0.168, sign * 0.026), middle(0.34, sign * 0.02), middle(0.46, sign * 0.01)],
+                        _shift(upper, -30),
+                        0.008 * s,
+                    )
         elif who.upper in ("t-shirt", "tank top", "dress") and facing > 0.0:
             depth = 0.02 if who.upper == "t-shirt" else 0.035
             canvas.ellipse(pose.at(0, 0.172, 0.03), pose.half_width(0.032, 0.03), depth * s, skin, 0)
         elif who.upper == "hoodie":
             z = 0.03 if facing > 0 else -0.045
-            canvas.ellipse(pose.at(0, 0.182, z), pose.half_width(0.056, 0.045), (0.022 if facing > 0 else 0.04) * s, _shift(upper, -20), 14)
+            canvas.ellipse(
+                pose.at(0, 0.182, z),
+                pose.half_width(0.056, 0.045),
+                (0.022 if facing > 0 else 0.04) * s,
+                _shift(upper, -20),
+                14,
+            )
             if facing > 0.25:  # pocket and strings
                 canvas.line([pose.at(-0.045, 0.48, 0.07), pose.at(-0.03, 0.42, 0.07), pose.at(0.03, 0.42, 0.07), pose.at(0.045, 0.48, 0.07)],
                             _shift(upper, -36), 0.006 * s)  # fmt: skip
                 for sign in (-1, 1):
-                    canvas.line([pose.at(sign * 0.014, 0.19, 0.06), pose.at(sign * 0.016, 0.25, 0.07)], _shift(upper, 60), 0.005 * s)
+                    canvas.line(
+                        [pose.at(sign * 0.014, 0.19, 0.06), pose.at(sign * 0.016, 0.25, 0.07)],
+                        _shift(upper, 60),
+                        0.005 * s,
+                    )
         if who.pattern == "logo" and facing > 0.25:
             x, y = pose.at(0, 0.295, 0.07)
             canvas.ellipse((x, y), 0.046 * s * facing, 0.04 * s, second, 0)
             canvas.ellipse((x, y), 0.024 * s * facing, 0.02 * s, upper, 0)
         if dress:
-            canvas.polygon(pose.outline([(0.415, waist * b, 0.066 * b), (0.435, waist * b, 0.066 * b)]), _shift(upper, -45), 0)
+            canvas.polygon(
+                pose.outline([(0.415, waist * b, 0.066 * b), (0.435, waist * b, 0.066 * b)]), _shift(upper, -45), 0
+            )
 
     def arm(side: str) -> None:
         shoulder, elbow, hand = (pose.joint(f"{name}_{side}") for name in ("shoulder", "elbow", "hand"))
@@ -438,7 +466,9 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         if facing > -0.4:  # the face, ahead of and below the hair
             ahead = 0.026 * pose.sin * s
             low = 0.0 if bald else 0.014 * s
-            canvas.ellipse((x + ahead, y + low), rx * (0.92 - 0.28 * abs(pose.sin)), ry * (1.0 if bald else 0.86), skin, 14)
+            canvas.ellipse(
+                (x + ahead, y + low), rx * (0.92 - 0.28 * abs(pose.sin)), ry * (1.0 if bald else 0.86), skin, 14
+            )
             if not bald:  # the hairline
                 canvas.ellipse((x + ahead * 0.4, y - 0.05 * s), rx * 0.98, 0.021 * s, hair, 8)
             for sign in (-1, 1):
@@ -446,24 +476,62 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                 if pose.depth(sign * 0.019, 0.045) > 0.004:
                     eye = (x + eye_x * s, y + 0.004 * s)
                     canvas.ellipse(eye, 0.0062 * s, 0.0055 * s, (34, 26, 24), 0)
-                    canvas.line([(eye[0] - 0.009 * s, eye[1] - 0.013 * s), (eye[0] + 0.009 * s, eye[1] - 0.014 * s)], _shift(hair, -10), 0.004 * s)
+                    canvas.line(
+                        [(eye[0] - 0.009 * s, eye[1] - 0.013 * s), (eye[0] + 0.009 * s, eye[1] - 0.014 * s)],
+                        _shift(hair, -10),
+                        0.004 * s,
+                    )
                     if who.glasses:
                         r = 0.0135 * s
-                        canvas.draw.ellipse((eye[0] - r, eye[1] - r, eye[0] + r, eye[1] + r), outline=(16, 16, 18), width=max(1, round(0.005 * s)))
+                        canvas.draw.ellipse(
+                            (eye[0] - r, eye[1] - r, eye[0] + r, eye[1] + r),
+                            outline=(16, 16, 18),
+                            width=max(1, round(0.005 * s)),
+                        )
             if who.glasses and facing > -0.1:
-                canvas.line([(x + 0.045 * pose.sin * s - 0.008 * s, y + 0.003 * s), (x + 0.045 * pose.sin * s + 0.008 * s, y + 0.003 * s)], (16, 16, 18), 0.004 * s)
+                canvas.line(
+                    [
+                        (x + 0.045 * pose.sin * s - 0.008 * s, y + 0.003 * s),
+                        (x + 0.045 * pose.sin * s + 0.008 * s, y + 0.003 * s),
+                    ],
+                    (16, 16, 18),
+                    0.004 * s,
+                )
             mouth = x + 0.047 * pose.sin * s
             canvas.line([(mouth - 0.011 * s * max(0.3, facing), y + 0.037 * s), (mouth + 0.011 * s * max(0.3, facing), y + 0.037 * s)],
                         _shift(skin, -70), 0.006 * s)  # fmt: skip
-            canvas.line([(x + 0.05 * pose.sin * s, y + 0.012 * s), (x + 0.054 * pose.sin * s, y + 0.022 * s)], _shift(skin, -34), 0.006 * s)
+            canvas.line(
+                [(x + 0.05 * pose.sin * s, y + 0.012 * s), (x + 0.054 * pose.sin * s, y + 0.022 * s)],
+                _shift(skin, -34),
+                0.006 * s,
+            )
         if who.hat == "cap":
-            canvas.polygon([(x + rx * 1.14 * float(np.cos(t)), y - 0.02 * s + 0.056 * s * float(np.sin(t))) for t in np.linspace(np.pi, 2 * np.pi, 14)], hat)
+            canvas.polygon(
+                [
+                    (x + rx * 1.14 * float(np.cos(t)), y - 0.02 * s + 0.056 * s * float(np.sin(t)))
+                    for t in np.linspace(np.pi, 2 * np.pi, 14)
+                ],
+                hat,
+            )
             if facing > -0.35:
                 brim = x + 0.05 * pose.sin * s
                 canvas.ellipse((brim, y - 0.021 * s), pose.half_width(0.04, 0.04), 0.009 * s, _shift(hat, -30), 0)
         elif who.hat == "beanie":
-            canvas.polygon([(x + rx * 1.14 * float(np.cos(t)), y - 0.026 * s + 0.062 * s * float(np.sin(t))) for t in np.linspace(np.pi, 2 * np.pi, 14)], hat)
-            canvas.limb((x - rx * 1.02, y - 0.028 * s), (x + rx * 1.02, y - 0.028 * s), 0.013 * s, 0.013 * s, _shift(hat, -24), 0)
+            canvas.polygon(
+                [
+                    (x + rx * 1.14 * float(np.cos(t)), y - 0.026 * s + 0.062 * s * float(np.sin(t)))
+                    for t in np.linspace(np.pi, 2 * np.pi, 14)
+                ],
+                hat,
+            )
+            canvas.limb(
+                (x - rx * 1.02, y - 0.028 * s),
+                (x + rx * 1.02, y - 0.028 * s),
+                0.013 * s,
+                0.013 * s,
+                _shift(hat, -24),
+                0,
+            )
 
     def back_hair() -> None:
         if who.hair == "long":
@@ -476,7 +544,9 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
 
     def strands() -> None:
         for sign in (-1, 1):
-            canvas.limb(pose.at(sign * 0.046, 0.075, 0.01), pose.at(sign * 0.056, 0.225, 0.03), 0.014 * s, 0.009 * s, hair, 12)
+            canvas.limb(
+                pose.at(sign * 0.046, 0.075, 0.01), pose.at(sign * 0.056, 0.225, 0.03), 0.014 * s, 0.009 * s, hair, 12
+            )
 
     def backpack() -> None:
         x, _ = pose.at(0, 0, -0.115)
@@ -487,13 +557,26 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                   (x - w + r * 0.5, bottom), (x - w, bottom - r * 0.6), (x - w, top + r)]  # fmt: skip
         canvas.polygon(points, bag)
         if facing < 0.2:
-            pocket = [(x - w * 0.7, bottom - 0.1 * s), (x + w * 0.7, bottom - 0.1 * s), (x + w * 0.7, bottom - 0.02 * s), (x - w * 0.7, bottom - 0.02 * s)]
+            pocket = [
+                (x - w * 0.7, bottom - 0.1 * s),
+                (x + w * 0.7, bottom - 0.1 * s),
+                (x + w * 0.7, bottom - 0.02 * s),
+                (x - w * 0.7, bottom - 0.02 * s),
+            ]
             canvas.polygon(pocket, _shift(bag, -24), 8)
             canvas.line([(x - w * 0.75, top + 0.055 * s), (x + w * 0.75, top + 0.055 * s)], _shift(bag, -44), 0.006 * s)
 
     def straps() -> None:
         for sign in (-1, 1):
-            canvas.line([pose.at(sign * 0.058 * b, 0.176, 0.0), pose.at(sign * 0.066 * b, 0.25, 0.07), pose.at(sign * 0.08 * b, 0.37, 0.045)], bag, 0.021 * s)
+            canvas.line(
+                [
+                    pose.at(sign * 0.058 * b, 0.176, 0.0),
+                    pose.at(sign * 0.066 * b, 0.25, 0.07),
+                    pose.at(sign * 0.08 * b, 0.37, 0.045),
+                ],
+                bag,
+                0.021 * s,
+            )
 
     def handbag() -> None:
         x, y = pose.joint("hand_l")
@@ -507,7 +590,10 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         canvas.line([pose.at(0.06 * b, 0.176, 0), pose.at(0.0, 0.31, front), (x, y)], _shift(bag, -26), 0.014 * s)
         if pose.depth(-0.125 * b, 0) > -0.11:
             w, h = pose.half_width(0.03, 0.068), 0.052 * s
-            canvas.polygon([(x - w, y - h * 0.4), (x + w, y - h * 0.4), (x + w * 1.04, y + h * 1.2), (x - w * 1.04, y + h * 1.2)], bag)
+            canvas.polygon(
+                [(x - w, y - h * 0.4), (x + w, y - h * 0.4), (x + w * 1.04, y + h * 1.2), (x - w * 1.04, y + h * 1.2)],
+                bag,
+            )
             canvas.line([(x - w, y + h * 0.2), (x + w, y + h * 0.2)], _shift(bag, -40), 0.006 * s)
 
     for side, sign in (("l", 1), ("r", -1)):
@@ -568,7 +654,9 @@ def _street(rng: np.random.Generator) -> Image.Image:
             draw.rectangle((x, y, x + rng.uniform(10, 60), y + rng.uniform(14, 80)), fill=tone(40, 220, 34))
     draw.rectangle((0, horizon, WIDTH, HEIGHT), fill=ground)
     if rng.random() < 0.5:  # a kerb, then paving
-        draw.rectangle((0, horizon, WIDTH, horizon + rng.uniform(4, 14)), fill=_shift(ground, float(rng.uniform(-40, 40))))
+        draw.rectangle(
+            (0, horizon, WIDTH, horizon + rng.uniform(4, 14)), fill=_shift(ground, float(rng.uniform(-40, 40)))
+        )
     vanish = rng.uniform(-60, WIDTH + 60)
     if rng.random() < 0.7:
         line = _shift(ground, float(rng.choice((-16, 18))))

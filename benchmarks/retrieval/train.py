@@ -88,7 +88,9 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor) -> FMFAOutput:
+    def forward(
+        self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
+    ) -> FMFAOutput:
         image_features, image_tokens = self.model.encode_image(pixels)
         # Captions and masked captions share one pass through the text stream.
         features, tokens = self.model.encode_text(torch.cat([token_ids, masked_ids]))
@@ -117,7 +119,9 @@ class Beginner(nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor) -> FMFAOutput:
+    def forward(
+        self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
+    ) -> FMFAOutput:
         image, _ = self.model.encode_image(pixels)
         text, _ = self.model.encode_text(token_ids)
         logits = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T / self.temperature
@@ -190,7 +194,9 @@ class Trainer:
                 possible = first + max(1, int(minutes * 60 / (time.perf_counter() - start)))
                 if possible < last:
                     self.epochs = last = self._agree(possible)
-                    bar.write(f"This machine is slower than the default expects: {last} epochs to stay within {minutes:g} minutes.")
+                    bar.write(
+                        f"This machine is slower than the default expects: {last} epochs to stay within {minutes:g} minutes."
+                    )
                     bar.total = (last - first) * self.steps_per_epoch
             self._save()
         bar.close()
@@ -206,10 +212,14 @@ class Trainer:
         steps: list[dict[str, Tensor]] = []
         for batch in self.loader:
             out = self._step(batch, masks)
-            steps.append({name: value.detach() for name, value in {"loss": out.loss, **out.terms, **out.metrics}.items()})
+            steps.append(
+                {name: value.detach() for name, value in {"loss": out.loss, **out.terms, **out.metrics}.items()}
+            )
             bar.update()
             if bar.n % 10 == 0:
-                bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}  loss {float(out.loss.detach()):.3f}", refresh=False)
+                bar.set_description(
+                    f"epoch {self.epoch + 1}/{self.epochs}  loss {float(out.loss.detach()):.3f}", refresh=False
+                )
         return {name: self._mean(torch.stack([step[name] for step in steps])) for name in steps[0]}
 
     def _step(self, batch: dict[str, Tensor], masks: torch.Generator) -> FMFAOutput:
