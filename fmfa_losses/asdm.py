@@ -69,9 +69,8 @@ def asdm_loss(
     def direction(queries: Tensor, keys: Tensor) -> Tensor:
         """w_i KL_i of every query, [B]."""
         row = row_statistics(queries * scale, keys, labels, positive=positive, eps=eps)
-        divergence = row.mean - row.lse - row.cross
         weight = 1 + alpha * _gap(row, gap, scale)
-        return (weight.detach() if detach_weight else weight) * divergence
+        return (weight.detach() if detach_weight else weight) * row.divergence
 
     per_sample = direction(text, image) + direction(image, text)
     return per_sample if reduction == "none" else getattr(per_sample, reduction)()
@@ -80,8 +79,8 @@ def asdm_loss(
 def _gap(row: RowStatistics, gap: str, scale: float | Tensor) -> Tensor:
     """How far the positive stands behind the top of its row, [R]."""
     if gap == "cosine":
-        return (row.top - row.positive) / scale
-    return (row.top - row.lse).exp() - (row.positive - row.lse).exp()
+        return (row.log_top - row.log_positive) / scale
+    return row.log_top.exp() - row.log_positive.exp()
 
 
 class ASDMLoss(nn.Module):

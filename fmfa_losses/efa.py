@@ -13,8 +13,6 @@ leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant
     2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +55,8 @@ def efa_loss(
     """
     _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
     _check_inputs(image_tokens, text_tokens, image_mask, text_mask, pids, negatives)
+    if text_mask is not None:
+        text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
     if ranking == "released" and sparsity is None and image_mask is None:
         # n > 1/N is n >= the next number after 1/N.
         N, acc = image_tokens.shape[1], accumulation_dtype(image_tokens, text_tokens)
@@ -198,7 +198,7 @@ def _check_hyperparameters(
     reduction: str,
 ) -> None:
     for name, margin in (("margin_text", margin_text), ("margin_image", margin_image)):
-        if not math.isfinite(margin):
+        if not -float("inf") < margin < float("inf"):
             raise ValueError(f"{name} must be a finite number, got {margin!r}")
     check_positive("temperature", temperature)
     check_positive("pool_scale", pool_scale)

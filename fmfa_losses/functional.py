@@ -2,7 +2,8 @@
 
 from .asdm import asdm_loss
 from .efa import efa_loss
+from .identity import id_loss
 from .ops.aggregation import sparse_aggregate
 from .ops.hard_similarity import hard_similarity
 
-__all__ = ["asdm_loss", "efa_loss", "hard_similarity", "sparse_aggregate"]
+__all__ = ["asdm_loss", "efa_loss", "hard_similarity", "id_loss", "sparse_aggregate"]

@@ -66,9 +66,11 @@ class IDHead(nn.Module):
         num_identities: number of training identities; pids lie in [0, num_identities).
         check_labels: look at the values of pids on an accelerator too, which makes the host wait for it.
             On the CPU they are always looked at.
-    Shapes:
-        image_features, text_features [B, D] (any float dtype), pids [B] (integers)
-        -> IDOutput(loss, image_accuracy, text_accuracy), scalars.
+    Inputs:
+        image_features, text_features: [B, D], any float dtype.
+        pids: [B], integers in [0, num_identities).
+    Returns:
+        IDOutput(loss, image_accuracy, text_accuracy): scalars, float32 or better.
     Raises:
         TypeError, ValueError: rank, width, batch, dtype, device, or a pid outside [0, num_identities).
     Example:

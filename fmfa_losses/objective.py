@@ -51,8 +51,8 @@ class FMFALoss(nn.Module):
         image_tokens: [B, N, D] patches without [CLS]. The IRR term sees image_features in [CLS]'s place before them.
         text_tokens: [B, L, D].
         pids: [B] integer identities.
-        masked_text_tokens, masked_labels: [B, L, D] tokens of the masked captions and [B, L] original ids (0 elsewhere);
-            without them the IRR term is left out.
+        masked_text_tokens, masked_labels: [B, L, D] tokens of the masked captions and [B, L] original ids (0
+            elsewhere), best left on the CPU (see IRRHead); without them the IRR term is left out.
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
         image_ids, logit_scale: as ASDMLoss takes them.
 

@@ -1,12 +1,11 @@
-"""Figures of what the objectives do: which patches a token looks at, which pairs are pulled harder, what is found.
+"""Figures of what the objectives do: where a token looks, which pairs are pulled harder, what is found.
 
-Needs matplotlib: `pip install "fmfa-losses[plot]"`. Every function returns a `matplotlib.figure.Figure` made without
-pyplot, so nothing global changes and nothing has to be closed; `figure.savefig("maps.png")` writes it. Colours are
-those of Okabe and Ito; where a colour means something, a mark or a line style says it too.
+Needs matplotlib: `pip install "fmfa-losses[plot]"`. Every function returns a `matplotlib.figure.Figure` made
+without pyplot: nothing global changes, nothing has to be closed; `figure.savefig("maps.png")` writes it.
+Colours are those of Okabe and Ito; where a colour means something, a mark or a line style says it too.
 """
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops._checks import check_float, check_positive, check_same, describe
+from .ops.aggregation import sparse_aggregate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,12 +36,12 @@ def similarity_maps(
     sparsity: float | None = None,
     tokens_per_row: int = 4,
 ) -> "Figure":
-    """Each token's similarity to the patches before and after sparsification, over the image (the paper's Figure 5).
+    """Each token's similarity to the patches, before and after sparsification (the paper's Figure 5).
 
         before: n_ij = (s_ij - min_k s_ik) / (max_k s_ik - min_k s_ik)
         after:  a_ij = m_ij / sum_k m_ik,  m_ij = n_ij if n_ij >= sparsity else 0
 
-    The weight a is drawn in multiples of the uniform weight 1/N; patches that were dropped show the bare image.
+    The weight a is drawn in multiples of the uniform weight 1/N; dropped patches show the bare image.
 
     Args:
         image: [3, H, W] or [H, W, 3], uint8 or float in [0, 1], tensor, NumPy array or PIL image.
@@ -54,9 +54,11 @@ def similarity_maps(
         ValueError: shapes that do not fit, or an image outside [0, 1].
         ImportError: matplotlib is missing.
     Example:
-        >>> figure = similarity_maps(torch.rand(3, 48, 16), torch.randn(2, 12), tokens=["red", "shirt"], grid=(6, 2))
+        >>> image, similarity = torch.rand(3, 48, 16), torch.randn(2, 12)
+        >>> figure = similarity_maps(image, similarity, tokens=["red", "shirt"], grid=(6, 2))
         >>> [text.get_text() for text in figure.texts]
         ['red', 'shirt']
+
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-8 and Figure 5.
     """
     Figure = _figure_class()
@@ -66,9 +68,9 @@ def similarity_maps(
     top = relative.max().item()
 
     height = PANEL * picture.shape[0] / picture.shape[1]
-    per_row = min(tokens_per_row, len(tokens))
-    rows = math.ceil(len(tokens) / per_row)
-    titles = [textwrap.fill(_clean(token), 20, break_long_words=True) for token in tokens]
+    rows = math.ceil(len(tokens) / tokens_per_row)
+    per_row = math.ceil(len(tokens) / rows)
+    titles = [_wrap(_clean(token), 2 * PANEL, LARGE) for token in tokens]
     title_height = 0.12 + 0.17 * max(title.count("\n") + 1 for title in titles)
     left, gap, group_gap, bars, under = 0.15, 0.06, 0.3, 1.55, 0.3
     group = 2 * PANEL + gap
@@ -107,10 +109,8 @@ def similarity_maps(
                     x_bar = left + PANEL + per_row * (group_gap + group) + 0.2 + step
                     bar = place(x_bar, y, 0.11, height)
                     figure.colorbar(heat, cax=bar)
-                    bar.set_ylabel(
-                        "before: normalised similarity" if name == "before" else "after: weight × N"
-                    )
-                    bar.yaxis.label.set_size(SMALL)
+                    label = "before: normalised similarity" if name == "before" else "after: weight × N"
+                    bar.set_ylabel(label, fontsize=SMALL)
                     bar.tick_params(labelsize=SMALL, length=2, pad=1)
             figure.text(*place.point(x + group / 2, y - 0.07), titles[i], **_centred(LARGE, "bottom"))
     return figure
@@ -145,6 +145,7 @@ def aggregated_patches(
         >>> figure = aggregated_patches(torch.rand(3, 48, 16), torch.eye(12)[:1], tokens=["red"], grid=(6, 2))
         >>> figure.axes[0].get_xlabel()
         '1 of 12 kept\\n50 % in 1'
+
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-8.
     """
     Figure = _figure_class()
@@ -155,9 +156,9 @@ def aggregated_patches(
     picture = _image("image", image)
     _, weights = _sparse_weights(similarity, tokens, grid, sparsity)
     height = PANEL * picture.shape[0] / picture.shape[1]
-    per_row = min(tokens_per_row, len(tokens))
-    rows = math.ceil(len(tokens) / per_row)
-    titles = [textwrap.fill(_clean(token), 11, break_long_words=True) for token in tokens]
+    rows = math.ceil(len(tokens) / tokens_per_row)
+    per_row = math.ceil(len(tokens) / rows)
+    titles = [_wrap(_clean(token), PANEL, LARGE) for token in tokens]
     title_height = 0.12 + 0.17 * max(title.count("\n") + 1 for title in titles)
     gap, margin, under = 0.22, 0.2, 0.45
     row_height = title_height + height + under
@@ -170,7 +171,7 @@ def aggregated_patches(
         kept = (weights[i] > 0).reshape(grid)
         heaviest, order = weights[i].sort(descending=True)
         # A patch belongs as long as the heavier ones do not hold the share yet.
-        needed = int(((heaviest.cumsum(0) - heaviest) < share * (1 - 1e-9)).logical_and(heaviest > 0).sum())
+        needed = int(((heaviest.cumsum(0) - heaviest) < share - 1e-6).logical_and(heaviest > 0).sum())
         outlined = torch.zeros(kept.numel(), dtype=torch.bool)
         outlined[order[:needed]] = True
 
@@ -181,7 +182,9 @@ def aggregated_patches(
         axes.imshow(shown, aspect="auto")
         edges = _outline(outlined.reshape(grid), picture.shape[0] / grid[0], picture.shape[1] / grid[1])
         for colour, line in (("white", 3.2), (VERMILION, 1.6)):
-            axes.add_collection(LineCollection(edges, colors=colour, linewidths=line, capstyle="projecting"))
+            axes.add_collection(
+                LineCollection(edges, colors=colour, linewidths=line, capstyle="projecting", clip_on=False)
+            )
         _bare(axes, f"{int(kept.sum())} of {kept.numel()} kept\n{share:.0%} in {needed}".replace("%", " %"))
         figure.text(*place.point(x + PANEL / 2, y - 0.07), title, **_centred(LARGE, "bottom"))
     return figure
@@ -193,26 +196,30 @@ def asdm_weights(
     *,
     temperature: float = 0.02,
     alpha: float = 10.0,
-    labels: int = 5,
+    named: int = 5,
 ) -> "Figure":
-    """How much harder A-SDM pulls each pair of a batch: w_i = 1 + alpha (max_k p_ik - p_ii), both directions.
+    """How much harder A-SDM pulls each pair of a batch, both directions.
 
-    Pairs are sorted by weight. Blue pairs rank their own partner first (weight 1); orange, hatched ones do not. The
-    heaviest carry their index in the batch.
+        w_i = 1 + alpha (max_k p_ik - p_ii)
+
+    Pairs are sorted by weight. Blue pairs rank their own partner first (weight 1); orange, hatched ones do
+    not. The title names the heaviest by their index in the batch.
 
     Args:
         image_features: [B, D], any float dtype; need not be normalised.
         text_features: [B, D], row i belongs to image i.
         temperature: tau1 of ASDMLoss.
         alpha: of ASDMLoss.
-        labels: how many of the heaviest pairs carry their index.
+        named: how many of the heaviest pairs are named by their index.
     Raises:
         ValueError: shapes that do not fit.
         ImportError: matplotlib is missing.
     Example:
         >>> figure = asdm_weights(torch.eye(4), torch.eye(4).roll(1, 0))
-        >>> [axes.get_title() for axes in figure.axes]
-        ['t2i: 4 of 4 pairs pulled harder', 'i2t: 4 of 4 pairs pulled harder']
+        >>> print(figure.axes[0].get_title())
+        t2i: 4 of 4 pairs pulled harder
+        heaviest: 0, 1, 2, 3
+
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 2.
     """
     Figure = _figure_class()
@@ -227,7 +234,7 @@ def asdm_weights(
     for axes, name, z in zip(panels, ("t2i", "i2t"), (logits, logits.T), strict=True):
         p = z.softmax(dim=1)
         weight = 1 + alpha * (p.amax(1) - p.diagonal())
-        weight, pair = weight.sort(descending=True)
+        weight, pair = weight.sort(descending=True, stable=True)
         harder = int((weight > 1).sum())
         place = torch.arange(len(weight))
         for part, colour, hatch, label in (
@@ -238,25 +245,18 @@ def asdm_weights(
                 axes.bar(
                     place[part].numpy(),
                     weight[part].numpy(),
-                    width=0.9,
+                    width=1.0,
                     color=colour,
                     hatch=hatch,
-                    edgecolor="white",
-                    linewidth=0,
+                    edgecolor="white" if hatch else colour,
+                    linewidth=0 if hatch else 0.5,
                     label=label,
                 )
-        for i in range(min(labels, harder)):
-            axes.annotate(
-                f"{pair[i]}",
-                (i, weight[i].item()),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=SMALL,
-            )
         mean = weight.mean().item()
         axes.axhline(mean, color=GREY, linestyle="--", linewidth=1, label=f"mean {mean:.2f}")
-        axes.set_title(f"{name}: {harder} of {len(weight)} pairs pulled harder", fontsize=LARGE)
+        heaviest = ", ".join(str(i) for i in pair[: min(named, harder)].tolist()) or "none"
+        title = f"{name}: {harder} of {len(weight)} pairs pulled harder\nheaviest: {heaviest}"
+        axes.set_title(title, fontsize=LARGE)
         axes.set_xlabel("pairs of the batch, by weight", fontsize=NORMAL)
         axes.set_xlim(-0.8, len(weight) - 0.2)
         axes.legend(fontsize=SMALL, frameon=False, loc="upper right")
@@ -275,7 +275,7 @@ def retrieval_strips(
 ) -> "Figure":
     """The top-k images of each caption, best first (the paper's Figure 6).
 
-    Right ones stand in a solid green frame with a ✓, wrong ones in a dashed red frame with a ✗; the score is below.
+    Right ones stand in a solid green frame with a ✓, wrong ones in a dashed red one with a ✗; scores below.
 
     Args:
         queries: Q captions; long ones wrap, and the strip grows with them.
@@ -286,9 +286,11 @@ def retrieval_strips(
         ValueError: shapes that do not fit, or an image outside [0, 1].
         ImportError: matplotlib is missing.
     Example:
-        >>> figure = retrieval_strips(["a man in red"], [torch.rand(2, 3, 48, 16)], [[0.8, 0.7]], [[True, False]])
+        >>> images = torch.rand(1, 2, 3, 48, 16)
+        >>> figure = retrieval_strips(["a man in red"], images, [[0.8, 0.7]], [[True, False]])
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['0.800', '0.700']
+
     Reference: Yin et al., arXiv 2509.13754v2, Figure 6.
     """
     Figure = _figure_class()
@@ -307,8 +309,8 @@ def retrieval_strips(
     pictures = [[_image("images", image) for image in row] for row in images]
     width = PANEL
     height = PANEL * max(p.shape[0] / p.shape[1] for row in pictures for p in row)
-    captions = [textwrap.fill(query, 34) for query in queries]
     caption_width, line, gap, margin, under, row_gap = 2.45, 0.155, 0.16, 0.15, 0.24, 0.12
+    captions = [_wrap(query, caption_width, NORMAL) for query in queries]
     heights = [max(height, line * (caption.count("\n") + 1)) for caption in captions]
     figure = Figure(
         figsize=(
@@ -400,7 +402,7 @@ def loss_curves(
         axes.plot(steps, _smooth(values, smoothing), color=BLUE, linewidth=1.8, label="smoothed")
         for step in lost:
             axes.axvline(step, color=VERMILION, linestyle=":", linewidth=1)
-        note = f" ({len(lost)} steps not finite)" if lost else ""
+        note = f" ({len(lost)} of {len(values)} steps not finite)" if lost else ""
         axes.set_title(name + note, fontsize=LARGE, parse_math=False)
         if i >= len(terms) - columns:
             axes.set_xlabel("step", fontsize=NORMAL)
@@ -421,11 +423,12 @@ def _figure_class() -> "type[Figure]":
 def _sparse_weights(
     similarity: Tensor, tokens: Sequence[str], grid: tuple[int, int], sparsity: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Normalised similarity n and aggregation weights a, both [K, N]; Eq. 5-7. A constant row is uniform."""
+    """Normalised similarity n and EFA's aggregation weights a, both [K, N]; a constant row is uniform."""
     check_float("similarity", similarity, "K N")
     if similarity.shape[0] != len(tokens):
         raise ValueError(
-            f"similarity [K, N] must have one row a token, got {describe(similarity)} and {len(tokens)} tokens"
+            f"similarity [K, N] must have one row a token, got {describe(similarity)} and "
+            f"{len(tokens)} tokens; take the rows of the chosen tokens"
         )
     if similarity.shape[1] != grid[0] * grid[1]:
         raise ValueError(
@@ -435,8 +438,9 @@ def _sparse_weights(
     s = similarity.detach().double().cpu()
     low, high = s.amin(1, keepdim=True), s.amax(1, keepdim=True)
     n = torch.where(high > low, (s - low) / (high - low), 1.0)
-    m = n * (n >= (1 / s.shape[1] if sparsity is None else sparsity))
-    return n, m / m.sum(1, keepdim=True)
+    # Aggregating one-hot patches gives the weights themselves.
+    patches = torch.eye(s.shape[1], dtype=s.dtype)
+    return n, sparse_aggregate(patches[None], s[None], sparsity=sparsity, backend="torch")[0]
 
 
 def _image(name: str, image: Any) -> Any:
@@ -447,9 +451,7 @@ def _image(name: str, image: Any) -> Any:
     if array.ndim == 3 and array.shape[0] == 3 and (array.shape[2] != 3 or isinstance(image, Tensor)):
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(
-            f"{name} must be [3, H, W] or [H, W, 3], got {list(array.shape)}; drop the batch dimension"
-        )
+        raise ValueError(f"{name} must be [3, H, W] or [H, W, 3], got {list(array.shape)}; drop the batch dimension")
     array = array / 255 if array.dtype == np.uint8 else array.astype("float64")
     low, high = array.min(), array.max()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
@@ -476,7 +478,6 @@ def _patch_of_pixel(picture: Any, grid: tuple[int, int]) -> tuple[Any, Any]:
 
 def _outline(inside: Tensor, dy: float, dx: float) -> list[list[tuple[float, float]]]:
     """The border of a region of patches, as line segments in pixels."""
-    rows, columns = inside.shape
     padded = F.pad(inside, (1, 1, 1, 1))
     segments = []
     for r, c in (padded[1:, 1:-1] != padded[:-1, 1:-1]).nonzero().tolist():
@@ -492,21 +493,17 @@ def _by_term(
     if not isinstance(history, Mapping):
         names = list(history[0]) if len(history) else []
         if any(set(step) != set(names) for step in history):
-            raise ValueError(
-                "every step of history must hold the same terms; fill a missing one with float('nan')"
-            )
+            raise ValueError("every step of history must hold the same terms; fill a missing one with float('nan')")
         history = {name: [step[name] for step in history] for name in names}
     terms = {name: [float(value) for value in values] for name, values in history.items()}
     lengths = {name: len(values) for name, values in terms.items()}
     if not terms or 0 in lengths.values() or len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"history must hold at least one step, as many for every term, got lengths {lengths}"
-        )
+        raise ValueError(f"history must hold at least one step, as many for every term, got lengths {lengths}")
     return terms
 
 
 def _smooth(values: Sequence[float], smoothing: float) -> list[float]:
-    """Exponential mean without the bias towards zero of the first steps; values that are not finite are left out."""
+    """Exponential mean without a bias of the first steps towards zero; leaves out what is not finite."""
     total = weight = 0.0
     smoothed = []
     for value in values:
@@ -515,6 +512,32 @@ def _smooth(values: Sequence[float], smoothing: float) -> list[float]:
             weight = smoothing * weight + (1 - smoothing)
         smoothed.append(total / weight if weight else math.nan)
     return smoothed
+
+
+def _wrap(text: str, inches: float, points: float) -> str:
+    """Lines that are no wider than `inches`, as the font sets them; a word that is wider is broken."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=points)
+
+    def fits(line: str) -> bool:
+        width: float = text_to_path.get_text_width_height_descent(line, font, ismath=False)[0]
+        return width <= 0.95 * 72 * inches  # the screen rounds each letter to pixels
+
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if fits(joined):
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if not fits(lines[-1] + letter):
+                lines.append("")
+            lines[-1] += letter
+    return "\n".join(lines)
 
 
 def _clean(token: str) -> str:
@@ -550,9 +573,7 @@ class _Inches:
 
     def __call__(self, x: float, y: float, width: float, height: float) -> "Axes":
         bottom = self.height - y - height
-        return self.figure.add_axes(
-            (x / self.width, bottom / self.height, width / self.width, height / self.height)
-        )
+        return self.figure.add_axes((x / self.width, bottom / self.height, width / self.width, height / self.height))
 
     def point(self, x: float, y: float) -> tuple[float, float]:
         return x / self.width, 1 - y / self.height

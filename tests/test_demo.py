@@ -19,7 +19,7 @@ from benchmarks.retrieval.model import TwoStream
 from benchmarks.retrieval.pedestrians import HEIGHT, WIDTH, make_identities, render
 from benchmarks.retrieval.tokenizer import WordTokenizer
 from benchmarks.retrieval.train import Beginner, Recipe, Trainee, Trainer, parameter_groups
-from fmfa_losses.objective import FMFALoss
+from fmfa_losses import FMFALoss
 
 ROOT = Path(__file__).parents[1]
 TINY_RUN = [
@@ -273,7 +273,7 @@ def test_a_resumed_run_keeps_its_recipe(tmp_path: Path) -> None:
     stopped.fit(until=1)
     other = small_trainer(None)
     other.recipe = Recipe(epochs=4, batch_size=8, lr=2e-3)
-    with pytest.raises(ValueError, match="lr was 0.001 and is 0.002"):
+    with pytest.raises(ValueError, match=r"lr was 0\.001 and is 0\.002"):
         other.resume(tmp_path / "state.pt")
 
 

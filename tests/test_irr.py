@@ -158,6 +158,13 @@ def test_accuracy_is_a_fraction_of_the_masked_positions():
     assert head(image, text, labels).accuracy.item() == pytest.approx(1 - 3 / labels.numel())
 
 
+def test_predicting_the_ignored_id_at_an_unmasked_position_is_not_a_hit():
+    head, (image, text, labels) = make_head(), make_inputs()
+    with torch.no_grad():
+        head.mlm_head.fc.bias[0] = 1e3  # every prediction is the ignore_index
+    assert head._forward(image, text, labels, None, True).accuracy == 0
+
+
 # --- the vocabulary is met by the masked rows alone, and nobody waits -------------------------------------------------
 
 
@@ -278,6 +285,30 @@ def test_a_caption_that_is_all_padding_takes_no_part():
     nothing = head(image, text, labels, text_mask=torch.zeros_like(text_mask))
     assert nothing.loss.item() == 0
     assert all(grad.abs().max() == 0 for grad in gradients(head, nothing.loss, image, text).values())
+
+
+def test_attention_always_has_something_to_attend_to(monkeypatch):
+    # A row without a key is NaN in some kernels and zero in others: none may be asked.
+    masks = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *x, attn_mask: masks.append(attn_mask) or attention(*x, attn_mask)
+    )
+    head, inputs = make_head(), make_inputs()
+    head(*inputs, text_mask=torch.tensor([[True] * L, [False] * L, [False] * (L - 1) + [True]]))
+    assert [mask is None for mask in masks] == [True, False, False], "cross-attention, then the blocks"
+    assert all(mask.any(-1).all() for mask in masks[1:])
+
+
+@pytest.mark.parametrize("weights", [torch.float16, torch.float32])
+def test_layer_norm_computes_in_float32_and_in_one_dtype(monkeypatch, weights):
+    seen = []
+    norm = F.layer_norm
+    monkeypatch.setattr(
+        F, "layer_norm", lambda *x: seen.extend(t.dtype for t in x if isinstance(t, Tensor)) or norm(*x)
+    )
+    assert irr.LayerNorm(D).to(weights)(torch.randn(2, D).half()).dtype == torch.float16
+    assert seen == [torch.float32] * 3  # kernels of accelerators take no mixture
 
 
 def test_permuting_the_batch_changes_nothing():
@@ -429,6 +460,12 @@ def test_load_irra_state_dict():
     assert report.missing == ()
     assert report.ignored == ("base_model.visual.proj",)
     assert str(report) == "loaded 40 of 40 tensors; ignored 1 other entries of the checkpoint"
+
+
+def test_load_strips_the_prefixes_of_compile_and_ddp():
+    head, other = make_head(), make_head()
+    weights = {f"_orig_mod.module.{name}": value for name, value in head.state_dict().items()}
+    assert other.load_irra_state_dict(weights).missing == ()
 
 
 def test_load_plain_state_dict_of_the_golden_head():

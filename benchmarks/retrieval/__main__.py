@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fmfa_losses
-from fmfa_losses.objective import FMFALoss
+from fmfa_losses import FMFALoss
 
 from .datasets import LAYOUTS, Pairs, Split, read_dataset, rendered_splits
 from .evaluation import as_dict, chance, draw, encode, evaluate

@@ -1,7 +1,8 @@
 """CLIP through Hugging Face `transformers`, seen as a two-stream model (the contract stands in `model.py`).
 
-Token features take the way of the global ones: last norm, then projection, so that patches, [CLS] and words share the
-joint space. Images of any size: position embeddings are interpolated. Nothing is downloaded: weights come from a folder.
+Token features take the way of the global ones: last norm, then projection, so that patches, [CLS] and words share
+the joint space. Images of any size: position embeddings are interpolated. Weights come from a folder, never from
+the network.
 """
 
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ TINY = {
 
 
 class CLIPWords:
-    """CLIP's byte-pair tokenizer with the conventions of TIPR codebases: padding 0, 77 tokens, [mask] third from the end."""
+    """CLIP's byte-pair tokenizer as TIPR codebases use it: 77 tokens, padding 0, [mask] third from the end."""
 
     pad_id = 0
 

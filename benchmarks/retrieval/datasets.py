@@ -4,7 +4,7 @@
     ROOT/ICFG-PEDES/ICFG-PEDES.json      the same fields                                   images under ICFG-PEDES/imgs/
     ROOT/RSTPReid/data_captions.json     "img_path" instead of "file_path"                 images under RSTPReid/imgs/
 
-ROOT may also be the data set's own folder. Every caption is a pair; identities of the training split are numbered from 0.
+ROOT may also be the data set's own folder. Every caption is a pair; training identities are numbered from 0.
 """
 
 import json
@@ -123,7 +123,7 @@ def read_dataset(name: str, root: str | Path, split: str) -> Split:
 def rendered_splits(
     train: int, test: int, *, images: int = 4, test_images: int = 2, seed: int = 0, progress: Callable[..., Any] = iter
 ) -> tuple[Split, Split]:
-    """Training and test split of rendered pedestrians: so many identities, and photographs of each; two captions a photograph.
+    """Training and test split of rendered pedestrians; every photograph has two captions.
 
     The test identities come after the training ones in one list of distinct people: none is in both.
     """

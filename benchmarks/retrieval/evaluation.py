@@ -17,7 +17,7 @@ __all__ = ["as_dict", "chance", "draw", "encode", "evaluate"]
 
 # Words that point at nothing in an image.
 SILENT = frozenset(
-    ["a", "an", "and", "away", "are", "at", "back", "behind", "by", "camera", "carries", "carrying", "dressed", "footwear", "has", "he", "her", "his", "holds", "in", "is", "it", "its", "man", "of", "on", "over", "pedestrian", "person", "she", "side", "stands", "standing", "that", "the", "this", "to", "towards", "waits", "walking", "walks", "wearing", "wears", "who", "with", "woman", "guy", "lady", "female", "male", "young", ".", ","]
+    ["a", "an", "and", "away", "are", "at", "back", "behind", "by", "camera", "carries", "carrying", "dressed", "female", "footwear", "guy", "has", "he", "her", "his", "holds", "in", "is", "it", "its", "lady", "male", "man", "of", "on", "over", "pedestrian", "person", "she", "side", "stands", "standing", "that", "the", "this", "to", "towards", "waits", "walking", "walks", "wearing", "wears", "who", "with", "woman", "young", ".", ","]
 )
 
 

@@ -1,9 +1,9 @@
 """Rendered pedestrians: who they are (`Identity`) and how one photograph of them looks (`render`).
 
-A skeleton in three dimensions is posed, turned and projected; clothes are drawn around its limbs from the farthest to the
-nearest, in front of a street. Identity is what a witness could describe: clothes, colours, pattern, shoes, hair, hat, bag,
-build, skin. Pose, direction, light, background, distance, occlusion, blur and noise change from one photograph to the next.
-Everything follows from integers: the same seed draws the same pixels.
+A skeleton in three dimensions is posed, turned and projected; clothes are drawn around its limbs from the farthest to
+the nearest, in front of a street. Identity is what a witness could describe: clothes, colours, pattern, shoes, hair,
+hat, bag, build, skin. Pose, direction, light, background, distance, occlusion, blur and noise change from one
+photograph to the next. Everything follows from integers: the same seed draws the same pixels.
 """
 
 import math
@@ -297,9 +297,14 @@ class _Pose:
                 elbow[2] + 0.155 * np.sin(arm + elbow_bend),
             )
             self.joints |= {
-                f"hip_{side}": (sign * hip, 0.525, 0.0), f"knee_{side}": knee, f"ankle_{side}": ankle, f"toe_{side}": toe,
-                f"shoulder_{side}": (sign * shoulder, 0.205, 0.0), f"elbow_{side}": elbow, f"hand_{side}": hand,
-            }  # fmt: skip
+                f"hip_{side}": (sign * hip, 0.525, 0.0),
+                f"knee_{side}": knee,
+                f"ankle_{side}": ankle,
+                f"toe_{side}": toe,
+                f"shoulder_{side}": (sign * shoulder, 0.205, 0.0),
+                f"elbow_{side}": elbow,
+                f"hand_{side}": hand,
+            }
         self.ground = max(self.joints["ankle_l"][1], self.joints["ankle_r"][1]) + 0.035
         self.nod = float(rng.normal(0, 0.006))
         self.lift = lift
@@ -319,7 +324,7 @@ class _Pose:
         return z * self.cos - x * self.sin
 
     def half_width(self, across: float, along: float) -> float:
-        """Half the silhouette of an elliptic cross-section with half-axes `across` and `along` the walking direction."""
+        """Half the silhouette of an elliptic ring with half-axes `across` and `along` the walking direction."""
         return float(np.hypot(across * self.cos, along * self.sin)) * self.scale
 
     def outline(self, rings: list[tuple[float, float, float]]) -> list[Point]:
@@ -373,8 +378,15 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         waist = 0.066 if who.female else 0.079
         hips = 0.088 if who.female else 0.083
         loose = {"hoodie": 1.1, "jacket": 1.1, "coat": 1.13, "dress": 0.97, "tank top": 0.93}.get(who.upper, 1.0)
-        rings = [(0.168, 0.03, 0.035), (0.182, 0.088 * b, 0.05), (0.2, 0.113 * b, 0.06), (0.26, 0.107 * b, 0.074 * b),
-                 (0.32, 0.097 * b, 0.072 * b), (0.42, waist * b, 0.064 * b), (0.5, hips * b, 0.07 * b)]  # fmt: skip
+        rings = [
+            (0.168, 0.03, 0.035),
+            (0.182, 0.088 * b, 0.05),
+            (0.2, 0.113 * b, 0.06),
+            (0.26, 0.107 * b, 0.074 * b),
+            (0.32, 0.097 * b, 0.072 * b),
+            (0.42, waist * b, 0.064 * b),
+            (0.5, hips * b, 0.07 * b),
+        ]
         rings = [
             (y, across * (loose if y > 0.2 else 1), along * (loose if y > 0.2 else 1)) for y, across, along in rings
         ]
@@ -401,8 +413,14 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                 canvas.line([middle(0.18), middle(0.52)], _shift(upper, -38), 0.005 * s)
                 canvas.polygon([middle(0.172, -0.03), middle(0.172, 0.03), middle(0.21)], skin, 0)
             else:  # open over another shirt
-                opening = [middle(0.168, -0.026), middle(0.168, 0.026), middle(0.34, 0.02), middle(hem, 0.034 if coat else 0.026),
-                           middle(hem, -0.034 if coat else -0.026), middle(0.34, -0.02)]  # fmt: skip
+                opening = [
+                    middle(0.168, -0.026),
+                    middle(0.168, 0.026),
+                    middle(0.34, 0.02),
+                    middle(hem, 0.034 if coat else 0.026),
+                    middle(hem, -0.034 if coat else -0.026),
+                    middle(0.34, -0.02),
+                ]
                 if coat:
                     opening = [*opening[:3], middle(0.46, 0.008), middle(0.46, -0.008), opening[5]]
                 canvas.polygon(opening, second, 10)
@@ -425,8 +443,16 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                 14,
             )
             if facing > 0.25:  # pocket and strings
-                canvas.line([pose.at(-0.045, 0.48, 0.07), pose.at(-0.03, 0.42, 0.07), pose.at(0.03, 0.42, 0.07), pose.at(0.045, 0.48, 0.07)],
-                            _shift(upper, -36), 0.006 * s)  # fmt: skip
+                canvas.line(
+                    [
+                        pose.at(-0.045, 0.48, 0.07),
+                        pose.at(-0.03, 0.42, 0.07),
+                        pose.at(0.03, 0.42, 0.07),
+                        pose.at(0.045, 0.48, 0.07),
+                    ],
+                    _shift(upper, -36),
+                    0.006 * s,
+                )
                 for sign in (-1, 1):
                     canvas.line(
                         [pose.at(sign * 0.014, 0.19, 0.06), pose.at(sign * 0.016, 0.25, 0.07)],
@@ -498,8 +524,14 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                     0.004 * s,
                 )
             mouth = x + 0.047 * pose.sin * s
-            canvas.line([(mouth - 0.011 * s * max(0.3, facing), y + 0.037 * s), (mouth + 0.011 * s * max(0.3, facing), y + 0.037 * s)],
-                        _shift(skin, -70), 0.006 * s)  # fmt: skip
+            canvas.line(
+                [
+                    (mouth - 0.011 * s * max(0.3, facing), y + 0.037 * s),
+                    (mouth + 0.011 * s * max(0.3, facing), y + 0.037 * s),
+                ],
+                _shift(skin, -70),
+                0.006 * s,
+            )
             canvas.line(
                 [(x + 0.05 * pose.sin * s, y + 0.012 * s), (x + 0.054 * pose.sin * s, y + 0.022 * s)],
                 _shift(skin, -34),
@@ -537,8 +569,19 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         if who.hair == "long":
             x, y = pose.at(0, 0.08, -0.018)
             w = pose.half_width(0.056, 0.05)
-            canvas.polygon([(x - w * 0.8, y - 0.04 * s), (x + w * 0.8, y - 0.04 * s), (x + w * 1.06, y + 0.05 * s), (x + w, y + 0.15 * s),
-                            (x, y + 0.165 * s), (x - w, y + 0.15 * s), (x - w * 1.06, y + 0.05 * s)], hair, 22)  # fmt: skip
+            canvas.polygon(
+                [
+                    (x - w * 0.8, y - 0.04 * s),
+                    (x + w * 0.8, y - 0.04 * s),
+                    (x + w * 1.06, y + 0.05 * s),
+                    (x + w, y + 0.15 * s),
+                    (x, y + 0.165 * s),
+                    (x - w, y + 0.15 * s),
+                    (x - w * 1.06, y + 0.05 * s),
+                ],
+                hair,
+                22,
+            )
         elif who.hair == "ponytail":
             canvas.limb(pose.at(0, 0.06, -0.055), pose.at(0, 0.185, -0.075), 0.017 * s, 0.012 * s, hair, 16)
 
@@ -553,8 +596,16 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         w = pose.half_width(0.082 * b, 0.05)
         top, bottom = pose.at(0, 0.205, 0)[1], pose.at(0, 0.455, 0)[1]
         r = 0.028 * s
-        points = [(x - w + r, top), (x + w - r, top), (x + w, top + r), (x + w, bottom - r * 0.6), (x + w - r * 0.5, bottom),
-                  (x - w + r * 0.5, bottom), (x - w, bottom - r * 0.6), (x - w, top + r)]  # fmt: skip
+        points = [
+            (x - w + r, top),
+            (x + w - r, top),
+            (x + w, top + r),
+            (x + w, bottom - r * 0.6),
+            (x + w - r * 0.5, bottom),
+            (x - w + r * 0.5, bottom),
+            (x - w, bottom - r * 0.6),
+            (x - w, top + r),
+        ]
         canvas.polygon(points, bag)
         if facing < 0.2:
             pocket = [

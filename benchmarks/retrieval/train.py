@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from fmfa_losses.masking import mask_tokens
-from fmfa_losses.objective import FMFALoss, FMFAOutput
+from fmfa_losses import FMFALoss, FMFAOutput, mask_tokens
 
 from .datasets import IdentitySampler, Pairs
 
@@ -195,7 +194,7 @@ class Trainer:
                 if possible < last:
                     self.epochs = last = self._agree(possible)
                     bar.write(
-                        f"This machine is slower than the default expects: {last} epochs to stay within {minutes:g} minutes."
+                        f"This machine is slower than expected: {last} epochs, to stay within {minutes:.1f} minutes."
                     )
                     bar.total = (last - first) * self.steps_per_epoch
             self._save()

@@ -2,11 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["accumulation_dtype", "full_precision", "unit_rows"]
-
-# Rows whose norm does not exceed this count as zero vectors.
-ZERO_NORM = 1e-12
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -20,15 +18,38 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x / |x| along the last dimension, in float32 or better; a zero vector stays, with the gradient of the identity.
+    """u = x / |x| along the last dimension, in float32 or better; a zero vector stays, its gradient passes as it is.
 
     Args:
         x: [..., D].
         mask: [...] bool; rows where it is False become zero vectors with zero gradient, whatever they held.
-        dtype: of the result's arithmetic; float32 or float64 by the input when None.
+        dtype: of the result and its arithmetic; float32 or float64 by the input when None.
     """
-    x = x.to(dtype or accumulation_dtype(x))
-    if mask is not None:
-        x = x.masked_fill(~mask.unsqueeze(-1), 0)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm <= ZERO_NORM, torch.ones_like(norm), norm)
+    unit: Tensor = _UnitRows.apply(x, mask, dtype or accumulation_dtype(x))  # type: ignore[no-untyped-call]
+    return unit
+
+
+class _UnitRows(torch.autograd.Function):
+    """Keeps u and |x|; dx = (du - u (u . du)) / |x|."""
+
+    @staticmethod
+    def forward(ctx, x, mask, dtype):  # type: ignore[no-untyped-def]
+        ctx.dtype = x.dtype
+        x = x.to(dtype)
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm.masked_fill_(norm <= 1e-12, 1)  # no longer than this is a zero vector
+        unit = x / norm
+        ctx.save_for_backward(unit, norm, mask)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dunit):  # type: ignore[no-untyped-def]
+        unit, norm, mask = ctx.saved_tensors
+        radial = (unit * dunit).sum(dim=-1, keepdim=True)
+        dx = torch.addcmul(dunit, unit, radial, value=-1).div_(norm)
+        if mask is not None:
+            dx.masked_fill_(~mask.unsqueeze(-1), 0)
+        return dx.to(ctx.dtype), None, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._backend import select_backend
 from ._checks import check_float, check_mask, check_same
+from ._operator import operator
 from ._precision import accumulation_dtype, full_precision
 
 __all__ = ["sparse_aggregate", "sparse_aggregate_reference"]
@@ -110,10 +111,8 @@ def sparse_aggregate(
 # row_min, row_sum [B, L] are min_k s_ik and sum of u (0 marks a constant row), what the backward needs besides inputs.
 
 
-@torch.library.custom_op(
-    "fmfa_losses::sparse_aggregate",
-    mutates_args=(),
-    schema="(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor threshold, str backend)"
+@operator(
+    "sparse_aggregate(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor threshold, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
@@ -126,11 +125,9 @@ def sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, backen
         return a @ image_tokens, row_min, row_sum
 
 
-@torch.library.custom_op(
-    "fmfa_losses::sparse_aggregate_backward",
-    mutates_args=(),
-    schema="(Tensor djoint, Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor threshold,"
-    " Tensor row_min, Tensor row_sum, str backend) -> (Tensor, Tensor)",
+@operator(
+    "sparse_aggregate_backward(Tensor djoint, Tensor image_tokens, Tensor text_tokens, Tensor? image_mask,"
+    " Tensor threshold, Tensor row_min, Tensor row_sum, str backend) -> (Tensor, Tensor)",
 )
 def sparse_aggregate_backward_op(  # type: ignore[no-untyped-def]
     djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend
@@ -151,7 +148,7 @@ def sparse_aggregate_backward_op(  # type: ignore[no-untyped-def]
         return _backward_torch(djoint, image_tokens, text_tokens, image_mask, threshold)
 
 
-@sparse_aggregate_op.register_fake
+@torch.library.register_fake(sparse_aggregate_op)
 def _(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
     acc = accumulation_dtype(image_tokens)
     row = text_tokens.shape[:2]
@@ -162,7 +159,7 @@ def _(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignor
     )
 
 
-@sparse_aggregate_backward_op.register_fake
+@torch.library.register_fake(sparse_aggregate_backward_op)
 def _(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(image_tokens), torch.empty_like(text_tokens)
 
@@ -177,7 +174,7 @@ def _backward(ctx, djoint, drow_min, drow_sum):  # type: ignore[no-untyped-def]
     return dimage, dtext, None, None, None
 
 
-sparse_aggregate_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(sparse_aggregate_op, _backward, setup_context=_setup_context)
 
 
 def _weights(

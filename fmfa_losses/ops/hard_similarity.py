@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._backend import select_backend
 from ._checks import check_float, check_mask, check_option, check_positive, check_same
+from ._operator import operator
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = ["hard_similarity", "hard_similarity_reference"]
@@ -108,11 +109,9 @@ def hard_similarity(
 # maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`.
 
 
-@torch.library.custom_op(
-    "fmfa_losses::hard_similarity",
-    mutates_args=(),
-    schema="(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+@operator(
+    "hard_similarity(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
 )
 def hard_similarity_op(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no-untyped-def]
     if backend == "triton":
@@ -123,11 +122,9 @@ def hard_similarity_op(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  
         return _forward_torch(x, e, x_mask, e_mask, pool, pool_scale, save)
 
 
-@torch.library.custom_op(
-    "fmfa_losses::hard_similarity_backward",
-    mutates_args=(),
-    schema="(Tensor dsim, Tensor sim, Tensor maxima, Tensor winners, Tensor x, Tensor e, Tensor? x_mask,"
-    " Tensor? e_mask, str pool, float pool_scale, str backend) -> (Tensor, Tensor)",
+@operator(
+    "hard_similarity_backward(Tensor dsim, Tensor sim, Tensor maxima, Tensor winners, Tensor x, Tensor e,"
+    " Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, str backend) -> (Tensor, Tensor)",
 )
 def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
     dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend
@@ -141,7 +138,7 @@ def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
     return _backward_torch(dsim, sim, maxima, winners, x, e, x_mask, pool, pool_scale)
 
 
-@hard_similarity_op.register_fake
+@torch.library.register_fake(hard_similarity_op)
 def _(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no-untyped-def]
     matches = (x.shape[0], e.shape[0], x.shape[1])
     acc = accumulation_dtype(x)
@@ -153,7 +150,7 @@ def _(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no
     )
 
 
-@hard_similarity_backward_op.register_fake
+@torch.library.register_fake(hard_similarity_backward_op)
 def _(dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(e)
 
@@ -171,7 +168,7 @@ def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
     return dx, de, None, None, None, None, None, None
 
 
-hard_similarity_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(hard_similarity_op, _backward, setup_context=_setup_context)
 
 
 def _winner_dtype(Q: int) -> torch.dtype:
@@ -262,7 +259,7 @@ def _backward_torch(
         first = torch.arange(winner.shape[1], device=x.device).unsqueeze(-1) * Q
         return weight, winner.clamp(min=0) + first
 
-    entries = 4 * _tile_elements(x.device)
+    entries = _tile_elements(x.device) // 4  # matches alive at once; each costs about 50 bytes
     step = max(1, entries // (Be * P))
     for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
         weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))

@@ -1,13 +1,17 @@
-"""Row statistics of the similarity distribution p_i = softmax_j(q_i . k_j) against the target of the labels, Eq. 1-4.
+"""The similarity distribution p_i = softmax_j(q_i . k_j) of every row against the target of the labels, Eq. 1-4.
 
-Everything A-SDM needs of a row are seven numbers, found while its logits z_ij = q_i . k_j are at hand:
+Three numbers of a row are all that A-SDM, SDM and InfoNCE need, found while its logits z_ij = q_i . k_j are at hand:
 
-    lse = log sum_j e^z      mean = sum_j p_j z_j      cross = sum_j p_j log(target_j + eps)
-    top = max_j z_j          positive = z at the positive       and the two places
+    divergence    KL(p || target + eps) = sum_j p_j (log p_j - log(target_j + eps))
+    log_top       log max_j p_j
+    log_positive  log p at the positive
 
-    KL(p || target + eps) = mean - lse - cross,     p_top - p_positive = e^(top - lse) - e^(positive - lse)
+so the [R, C] matrix is only ever there in blocks of rows, and the backward recomputes those blocks:
 
-so the [R, C] matrix is only ever there in blocks of rows, and the backward recomputes those blocks.
+    dz = p [ddivergence (log p - log(target + eps) - divergence) - dlog_top - dlog_positive]
+         + dlog_top at the top, + dlog_positive at the positive
+
+log p = (z - top) - log sum e^(z - top): logits of size 50 cancel against their maximum before anything else is done.
 """
 
 from typing import NamedTuple
@@ -15,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._operator import operator
 from ._precision import full_precision
 
-__all__ = ["Labels", "RowStatistics", "row_statistics", "row_statistics_reference"]
+__all__ = ["POSITIVES", "Labels", "RowStatistics", "row_statistics", "row_statistics_reference"]
 
 POSITIVES = ("paired", "any", "first")
 
@@ -55,11 +60,9 @@ class Labels(NamedTuple):
 class RowStatistics(NamedTuple):
     """[R] each; see the head of this file."""
 
-    lse: Tensor
-    mean: Tensor
-    cross: Tensor
-    top: Tensor
-    positive: Tensor
+    divergence: Tensor
+    log_top: Tensor
+    log_positive: Tensor
 
 
 def _positive_index(z: Tensor, same: Tensor, paired: Tensor, positive: str) -> Tensor:
@@ -74,16 +77,13 @@ def row_statistics_reference(
     queries: Tensor, keys: Tensor, labels: Labels, *, positive: str = "paired", eps: float = 1e-8
 ) -> RowStatistics:
     """The specification of `row_statistics`: the whole [R, C] matrix, and autograd."""
-    z = queries @ keys.T
-    same, target = labels.targets(slice(None), z.dtype)
-    p = z.softmax(dim=1)
-    index = _positive_index(z, same, labels.paired, positive)
+    log_p = (queries @ keys.T).log_softmax(dim=1)
+    same, target = labels.targets(slice(None), log_p.dtype)
+    index = _positive_index(log_p, same, labels.paired, positive)
     return RowStatistics(
-        lse=z.logsumexp(dim=1),
-        mean=(p * z).sum(dim=1),
-        cross=(p * (target + eps).log()).sum(dim=1),
-        top=z.max(dim=1).values,
-        positive=z.gather(1, index[:, None]).squeeze(1),
+        divergence=(log_p.exp() * (log_p - (target + eps).log())).sum(dim=1),
+        log_top=log_p.max(dim=1).values,
+        log_positive=log_p.gather(1, index[:, None]).squeeze(1),
     )
 
 
@@ -106,11 +106,14 @@ def row_statistics(
     return RowStatistics(*statistics.unbind())
 
 
-@torch.library.custom_op(
-    "fmfa_losses::similarity_distribution",
-    mutates_args=(),
-    schema="(Tensor queries, Tensor keys, Tensor row_pids, Tensor column_pids, Tensor paired, Tensor? row_image_ids,"
-    " Tensor? column_image_ids, float factor, Tensor? column_sum, str positive, float eps) -> (Tensor, Tensor)",
+# The operator returns the statistics [3, R], the normaliser (top, log sum e^(z - top)) [2, R] and the places of top and
+# positive [2, R].
+
+
+@operator(
+    "similarity_distribution(Tensor queries, Tensor keys, Tensor row_pids, Tensor column_pids, Tensor paired,"
+    " Tensor? row_image_ids, Tensor? column_image_ids, float factor, Tensor? column_sum, str positive, float eps)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 def similarity_distribution_op(queries, keys, *arguments):  # type: ignore[no-untyped-def]
     *labels, positive, eps = arguments
@@ -118,27 +121,27 @@ def similarity_distribution_op(queries, keys, *arguments):  # type: ignore[no-un
         return _forward_torch(queries, keys, Labels(*labels), positive, eps)
 
 
-@torch.library.custom_op(
-    "fmfa_losses::similarity_distribution_backward",
-    mutates_args=(),
-    schema="(Tensor dstatistics, Tensor statistics, Tensor places, Tensor queries, Tensor keys, Tensor row_pids,"
-    " Tensor column_pids, Tensor paired, Tensor? row_image_ids, Tensor? column_image_ids, float factor,"
-    " Tensor? column_sum, float eps) -> (Tensor, Tensor)",
+@operator(
+    "similarity_distribution_backward(Tensor dstatistics, Tensor statistics, Tensor normaliser, Tensor places,"
+    " Tensor queries, Tensor keys, Tensor row_pids, Tensor column_pids, Tensor paired, Tensor? row_image_ids,"
+    " Tensor? column_image_ids, float factor, Tensor? column_sum, float eps) -> (Tensor, Tensor)"
 )
-def similarity_distribution_backward_op(dstatistics, statistics, places, queries, keys, *arguments):  # type: ignore[no-untyped-def]
+def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
+    dstatistics, statistics, normaliser, places, queries, keys, *arguments
+):
     *labels, eps = arguments
     with full_precision(queries):
-        return _backward_torch(dstatistics, statistics, places, queries, keys, Labels(*labels), eps)
+        return _backward_torch(dstatistics, statistics, normaliser, places, queries, keys, Labels(*labels), eps)
 
 
-@similarity_distribution_op.register_fake
+@torch.library.register_fake(similarity_distribution_op)
 def _(queries, keys, row_pids, *arguments):  # type: ignore[no-untyped-def]
     R = queries.shape[0]
-    return queries.new_empty(5, R), row_pids.new_empty(2, R, dtype=torch.int64)
+    return queries.new_empty(3, R), queries.new_empty(2, R), row_pids.new_empty(2, R, dtype=torch.int64)
 
 
-@similarity_distribution_backward_op.register_fake
-def _(dstatistics, statistics, places, queries, keys, *arguments):  # type: ignore[no-untyped-def]
+@torch.library.register_fake(similarity_distribution_backward_op)
+def _(dstatistics, statistics, normaliser, places, queries, keys, *arguments):  # type: ignore[no-untyped-def]
     return torch.empty_like(queries), torch.empty_like(keys)
 
 
@@ -147,13 +150,13 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*output, *tensors, column_sum)
 
 
-def _backward(ctx, dstatistics, dplaces):  # type: ignore[no-untyped-def]
+def _backward(ctx, dstatistics, dnormaliser, dplaces):  # type: ignore[no-untyped-def]
     *tensors, column_sum = ctx.saved_tensors
     dqueries, dkeys = similarity_distribution_backward_op(dstatistics, *tensors, ctx.factor, column_sum, ctx.eps)
     return dqueries, dkeys, *[None] * 9
 
 
-similarity_distribution_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(similarity_distribution_op, _backward, setup_context=_setup_context)
 
 # A block of logits holds this many numbers; about six temporaries of its size are alive at once.
 BLOCK_ELEMENTS = 2**22
@@ -164,50 +167,48 @@ def _row_blocks(R: int, C: int) -> list[slice]:
     return [slice(i, min(i + step, R)) for i in range(0, R, step)]
 
 
-def _forward_torch(queries: Tensor, keys: Tensor, labels: Labels, positive: str, eps: float) -> tuple[Tensor, Tensor]:
+def _forward_torch(
+    queries: Tensor, keys: Tensor, labels: Labels, positive: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     R, C = queries.shape[0], keys.shape[0]
-    statistics = queries.new_empty(5, R)
-    places = torch.empty(2, R, dtype=torch.int64, device=queries.device)  # of top and of positive
+    statistics, normaliser = queries.new_empty(3, R), queries.new_empty(2, R)
+    places = torch.empty(2, R, dtype=torch.int64, device=queries.device)
     for rows in _row_blocks(R, C):
         z = queries[rows] @ keys.T
         same, target = labels.targets(rows, z.dtype)
-        lse = z.logsumexp(dim=1)
-        p = (z - lse[:, None]).exp_()
         top, top_index = z.max(dim=1)
         index = _positive_index(z, same, labels.paired[rows], positive)
-        statistics[:, rows] = torch.stack(
-            [
-                lse,
-                (p * z).sum(dim=1),
-                (p * (target + eps).log_()).sum(dim=1),
-                top,
-                z.gather(1, index[:, None]).squeeze(1),
-            ]
-        )
-        places[0, rows], places[1, rows] = top_index, index
-    return statistics, places
+        z -= top[:, None]
+        lse = z.logsumexp(dim=1)
+        log_p = z.sub_(lse[:, None])
+        log_positive = log_p.gather(1, index[:, None]).squeeze(1)
+        divergence = log_p.exp().mul_(log_p - target.add_(eps).log_()).sum(dim=1)
+        statistics[:, rows] = torch.stack([divergence, -lse, log_positive])
+        normaliser[:, rows] = torch.stack([top, lse])
+        places[:, rows] = torch.stack([top_index, index])
+    return statistics, normaliser, places
 
 
 def _backward_torch(
     dstatistics: Tensor,
     statistics: Tensor,
+    normaliser: Tensor,
     places: Tensor,
     queries: Tensor,
     keys: Tensor,
     labels: Labels,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dz = p [dlse + dmean (1 + z - mean) + dcross (log(target + eps) - cross)] + dtop, dpositive at their places."""
     dqueries, dkeys = torch.empty_like(queries), torch.zeros_like(keys)
     for rows in _row_blocks(queries.shape[0], keys.shape[0]):
-        z = queries[rows] @ keys.T
-        _, target = labels.targets(rows, z.dtype)
-        lse, mean, cross, _, _ = statistics[:, rows, None]
-        dlse, dmean, dcross, dtop, dpositive = dstatistics[:, rows, None]
-        dz = dlse + dmean * (1 + z - mean) + dcross * ((target + eps).log_() - cross)
-        dz *= (z - lse).exp_()
-        dz.scatter_add_(1, places[0, rows, None], dtop)
-        dz.scatter_add_(1, places[1, rows, None], dpositive)
+        top, lse = normaliser[:, rows, None]
+        ddivergence, dlog_top, dlog_positive = dstatistics[:, rows, None]
+        log_p = (queries[rows] @ keys.T).sub_(top).sub_(lse)
+        _, target = labels.targets(rows, log_p.dtype)
+        dz = (log_p - target.add_(eps).log_()).sub_(statistics[0, rows, None]).mul_(ddivergence)
+        dz = dz.sub_(dlog_top + dlog_positive).mul_(log_p.exp_())
+        dz.scatter_add_(1, places[0, rows, None], dlog_top)
+        dz.scatter_add_(1, places[1, rows, None], dlog_positive)
         dqueries[rows] = dz @ keys
         dkeys.addmm_(dz.T, queries[rows])
     return dqueries, dkeys

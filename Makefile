@@ -1,0 +1,48 @@
+# Everything a fresh machine with Python needs; safe to repeat. Override TORCH to pick another build.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+RUN := $(BIN)/python
+
+.PHONY: demo test lint bench gpu-bench wheel-check clean help
+
+help:
+	@echo "make demo   train on rendered pedestrians and show where the pictures are"
+	@echo "make test   all tests          make lint   ruff, mypy"
+	@echo "make bench  time and memory of every loss on this machine"
+
+# torch first: a bare requirement on it would otherwise pull the newest build, whatever TORCH says.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,demo,bench,plot]"
+	touch $@
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+demo: .venv/installed
+	$(RUN) -m benchmarks.retrieval --out runs/demo
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(RUN) -m benchmarks micro
+
+gpu-bench: .venv/installed
+	$(RUN) -m benchmarks gpu --out runs/gpu
+
+# The wheel, installed into a clean environment and used from outside the checkout.
+wheel-check: .venv/installed
+	rm -rf build dist /tmp/fmfa-losses-wheel && mkdir -p /tmp/fmfa-losses-wheel
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv /tmp/fmfa-losses-wheel/venv
+	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	cp .ci/outside.py /tmp/fmfa-losses-wheel/ && cd /tmp/fmfa-losses-wheel && venv/bin/python outside.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,53 @@
+"""How far two results may lie apart: relative to the largest entry, or by an error budget."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest expected entry (over 1 where all are 0)."""
+    scale = expected.abs().max().item() or 1.0
+    return (got.to(torch.float64) - expected.to(torch.float64)).abs().max().item() / scale
+
+
+def value_and_grads(
+    fn: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor | None = None
+) -> list[Tensor]:
+    """[fn(*inputs), gradient of each input] from fresh leaves; the cotangent is fixed by the seed of its shape."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    value = fn(*leaves)
+    if cotangent is None:
+        cotangent = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).reshape(value.shape)
+    grads = torch.autograd.grad(value, leaves, cotangent.to(value.dtype))
+    return [value.detach(), *grads]
+
+
+def assert_close(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.shape == b.shape
+        error = relative_error(a, b)
+        assert error <= tolerance, f"entry {index}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_within_budget(
+    fast: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    slack: float,
+) -> None:
+    """In `dtype`, `fast` errs against float64 no more than `plain` PyTorch does in that dtype, plus a little."""
+    exact = value_and_grads(plain, [t.to(dtype).double() for t in inputs])
+    ours = value_and_grads(fast, [t.to(dtype) for t in inputs])
+    theirs = value_and_grads(plain, [t.to(dtype) for t in inputs])
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert torch.isfinite(a).all()
+        budget = relative_error(b, c) + slack if torch.isfinite(b).all() else float("inf")
+        assert relative_error(a, c) <= budget, f"error {relative_error(a, c):.2e} over the budget {budget:.2e}"
+
+
+def assert_finite(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        assert torch.isfinite(tensor).all()

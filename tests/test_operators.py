@@ -1,0 +1,100 @@
+"""The operators as torch.library sees them: opcheck, torch.compile, choice of backend."""
+
+import pytest
+import torch
+from compare import value_and_grads
+
+from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, sparse_aggregate
+from fmfa_losses.ops._backend import select_backend, why_not_triton
+from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
+from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pool", ["lse", "mean"])
+def test_opcheck_hard_similarity(pool, masked):
+    x, e = torch.randn(2, 3, 4), torch.randn(3, 5, 4)
+    x_mask, e_mask = (torch.rand(2, 3) > 0.3, torch.rand(3, 5) > 0.3) if masked else (None, None)
+    args = (x.requires_grad_(), e.requires_grad_(), x_mask, e_mask, pool, 1.0, True, "torch")
+    torch.library.opcheck(hard_similarity_op, args)
+    sim, maxima, winners = (t.detach() for t in hard_similarity_op(*args))
+    torch.library.opcheck(
+        hard_similarity_backward_op,
+        (torch.ones_like(sim), sim, maxima, winners, x.detach(), e.detach(), x_mask, e_mask, pool, 1.0, "torch"),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_sparse_aggregate(masked):
+    image, text = torch.randn(2, 6, 4), torch.randn(2, 3, 4)
+    mask = torch.rand(2, 6) > 0.3 if masked else None
+    threshold = torch.full((2,), 1 / 6)
+    torch.library.opcheck(
+        sparse_aggregate_op, (image.requires_grad_(), text.requires_grad_(), mask, threshold, "torch")
+    )
+    joint, low, total = (t.detach() for t in sparse_aggregate_op(image, text, mask, threshold, "torch"))
+    torch.library.opcheck(
+        sparse_aggregate_backward_op,
+        (torch.ones_like(joint), image.detach(), text.detach(), mask, threshold, low, total, "torch"),
+    )
+
+
+def losses(dtype=torch.float32):
+    image, text = torch.randn(4, 6, 8, dtype=dtype), torch.randn(4, 5, 8, dtype=dtype)
+    masks = {"image_mask": torch.rand(4, 6) > 0.2, "text_mask": torch.rand(4, 5) > 0.2}
+    pids = torch.tensor([0, 1, 0, 2])
+    return {
+        "hard_similarity": (lambda i, t: hard_similarity(i, t, x_mask=masks["image_mask"]), (image, text)),
+        "sparse_aggregate": (lambda i, t: sparse_aggregate(i, t, image_mask=masks["image_mask"]), (image, text)),
+        "efa": (lambda i, t: efa_loss(i, t, **masks), (image, text)),
+        "asdm": (lambda i, t: asdm_loss(i, t, pids), (image[:, 0], text[:, 0])),
+    }
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["hard_similarity", "sparse_aggregate", "efa", "asdm"])
+# The compiler itself warns about its own internals, by version; the comparison below is what counts here.
+@pytest.mark.filterwarnings("ignore")
+def test_compile_fullgraph_equals_eager(name, dynamic):
+    torch._dynamo.reset()
+    fn, inputs = losses()[name]
+    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for a, b in zip(value_and_grads(compiled, inputs), value_and_grads(fn, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_explicit_triton_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match=r'backend="triton" cannot run: .*CUDA or ROCm.*cpu.*"auto" or "torch"'):
+        hard_similarity(x, x, backend="triton")
+    with pytest.raises(RuntimeError, match="float64"):
+        sparse_aggregate(x.double(), x.double(), backend="triton")
+
+
+def test_the_environment_chooses_where_the_call_did_not(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.randn(2, 3, 4)
+    monkeypatch.setenv("FMFA_LOSSES_BACKEND", "torch")
+    assert select_backend("auto", x) == "torch"
+    monkeypatch.setenv("FMFA_LOSSES_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="cannot run"):
+        hard_similarity(x, x)
+    assert select_backend("torch", x) == "torch"
+    monkeypatch.setenv("FMFA_LOSSES_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="FMFA_LOSSES_BACKEND must be one of"):
+        hard_similarity(x, x)
+
+
+def test_auto_leaves_cpu_tensors_to_torch_even_under_the_interpreter(monkeypatch):
+    monkeypatch.delenv("FMFA_LOSSES_BACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.randn(2, 3, 4)
+    assert select_backend("auto", x) == "torch"
+    assert why_not_triton(x) is None or "not installed" in why_not_triton(x)
+
+
+def test_a_missing_triton_is_a_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not installed" in why_not_triton(torch.randn(2))
