@@ -121,7 +121,7 @@ def read_dataset(name: str, root: str | Path, split: str) -> Split:
 
 
 def rendered_splits(
-    train: int, test: int, *, images: int = 4, test_images: int = 2, seed: int = 0, progress: Callable[..., Any] = iter
+    train: int, test: int, *, images: int = 2, test_images: int = 2, seed: int = 0, progress: Callable[..., Any] = iter
 ) -> tuple[Split, Split]:
     """Training and test split of rendered pedestrians; every photograph has two captions.
 

@@ -16,9 +16,12 @@ from .datasets import Pairs
 __all__ = ["as_dict", "chance", "draw", "encode", "evaluate"]
 
 # Words that point at nothing in an image.
-SILENT = frozenset(
-    ["a", "an", "and", "away", "are", "at", "back", "behind", "by", "camera", "carries", "carrying", "dressed", "female", "footwear", "guy", "has", "he", "her", "his", "holds", "in", "is", "it", "its", "lady", "male", "man", "of", "on", "over", "pedestrian", "person", "she", "side", "stands", "standing", "that", "the", "this", "to", "towards", "waits", "walking", "walks", "wearing", "wears", "who", "with", "woman", "young", ".", ","]
+_SILENT = (
+    "a an and away are at back behind by camera carries carrying dressed female footwear guy has he her his holds in",
+    "is it its lady male man of on over pedestrian person she side stands standing that the this to towards waits",
+    "walking walks wearing wears who with woman young . ,",
 )
+SILENT = frozenset(word for line in _SILENT for word in line.split())
 
 
 @torch.no_grad()
