@@ -135,8 +135,8 @@ def folder_of(root: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_folder_in_each_layout_trains_two_steps_and_resumes(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_a_folder_in_each_layout_trains_and_resumes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     root = folder_of(tmp_path, name)
     train, test = (read_dataset(name, root, split) for split in ("train", "test"))
@@ -145,33 +145,23 @@ def test_a_folder_in_each_layout_trains_two_steps_and_resumes(
     assert (len(train.captions), len(test.captions)) == (16, 8)
     assert train.photograph(3).size == (WIDTH, HEIGHT)
 
-    out = tmp_path / "out"
-    common = [
-        "--dataset",
-        name,
-        "--root",
-        str(root),
-        "--tiny",
-        "--device",
-        "cpu",
-        "--batch-size",
-        "8",
-        "--workers",
-        "0",
-    ]
-    common += ["--quiet", "--out", str(out), "--epochs", "2"]
-    main(common)
+    out, fit = tmp_path / "out", Trainer.fit
+    command = ["--dataset", name, "--root", str(root), "--tiny", "--device", "cpu", "--workers", "0", "--quiet"]
+    command += ["--batch-size", "8", "--epochs", "2", "--out", str(out)]
+    monkeypatch.setattr("benchmarks.retrieval.__main__.draw", lambda *_: {})  # drawn in the rendered run
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Trainer, "fit", lambda self, **_: fit(self, until=1))
+        main(command)
+    first = json.loads((out / "metrics.json").read_text())
+    assert (first["steps"], first["epochs"]) == (2, 1)
+    assert set(first["last_epoch"]) >= {"loss", "id", "irr", "efa", "asdm"}
+    assert first["recipe"]["lr"] == 1e-5 and first["recipe"]["fast_factor"] == 5
+    history = torch.load(out / "checkpoint.pt", weights_only=True)["history"]["loss"]
+
+    main([*command, "--resume"])
     result = json.loads((out / "metrics.json").read_text())
     assert (result["steps"], result["epochs"]) == (4, 2)
-    assert set(result["last_epoch"]) >= {"loss", "id", "irr", "efa", "asdm"}
-    assert result["recipe"]["lr"] == 1e-5 and result["recipe"]["fast_factor"] == 5
-    weights = torch.load(out / "checkpoint.pt", weights_only=True)["trainee"]
-    main([*common, "--resume"])  # nothing left to train: the same numbers
-    again = json.loads((out / "metrics.json").read_text())
-    assert again["t2i"] == result["t2i"]
-    assert all(
-        torch.equal(weights[k], v) for k, v in torch.load(out / "checkpoint.pt", weights_only=True)["trainee"].items()
-    )
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["history"]["loss"][:2] == history
     assert "dry run" in capsys.readouterr().out
 
 

@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 RENDERED_SIZE = (96, 32)
 PAPER_SIZE = (384, 128)
-BEGINNING_SHARE = 0.35  # of --minutes
+BEGINNING_SHARE = 0.45  # of --minutes
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -24,10 +24,10 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(self.ln_1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
+        attended = nn.functional.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=keep)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.mlp(self.ln_2(x))
 
@@ -94,9 +94,8 @@ class TwoStream(nn.Module):
     def encode_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         keep = self.text_mask(token_ids)
         x = self.word(token_ids) + self.text_position[: token_ids.shape[1]]
-        bias = torch.zeros(keep.shape, device=x.device).masked_fill(~keep, float("-inf"))[:, None, None, :]
         for block in self.text_blocks:
-            x = block(x, bias.to(x.dtype))
+            x = block(x, keep[:, None, None, :])
         x = self.text_projection(self.text_norm(x))
         eot = (token_ids == self.eot_id).int().argmax(dim=1)
         return self.text_neck(x[torch.arange(len(x), device=x.device), eot]), x

@@ -170,6 +170,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.world.device.type == "cuda")
         self.module: nn.Module = self.trainee
         if self.world.size > 1:
+            # Each process normalises by its own batches; the averages that rank 0 keeps are the ones evaluated.
             self.module = DistributedDataParallel(self.trainee, broadcast_buffers=False)
         self.loader = self._loader()
 
