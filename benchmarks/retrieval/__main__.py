@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,8 +75,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dataset and not args.root:
         parser.error("--dataset needs --root, the folder that holds the data set's folder")
-    if args.dataset and args.ablation:
-        parser.error("--ablation runs on the rendered pedestrians")
+    if args.ablation and (args.dataset or args.resume):
+        parser.error("--ablation trains rendered pedestrians from the beginning: no --dataset, no --resume")
     if not args.dataset and (args.root or args.weights or args.tiny):
         parser.error("--root, --weights and --tiny belong to --dataset")
     return args
@@ -145,36 +146,36 @@ def _both(pairs: Callable[..., Pairs], train: Split, test: Split, tokenizer: Any
     return pairs(train, tokenizer(train.captions)), pairs(test, tokenizer(test.captions), augment=False)
 
 
-def run(
-    args: argparse.Namespace, task: Task, world: World, *, variant: dict[str, Any], out: Path | None
-) -> dict[str, Any]:
-    """Trains one model and evaluates it; writes into `out`, if there is one."""
-    start = time.perf_counter()
+def begin(args: argparse.Namespace, task: Task, world: World, *, out: Path | None) -> nn.Module:
+    """The model to train: CLIP with its weights, or a fresh model after its contrastive beginning."""
     torch.manual_seed(task.recipe.seed)
     model = task.model()
-    trainee = Trainee(model, task.objective(**variant))
-    common: dict[str, Any] = {
-        "tokens": {"mask_id": task.tokenizer.mask_id, "special_ids": task.tokenizer.special_ids},
-        "world": world,
-        "quiet": args.quiet,
-    }
-    limit = args.minutes if task.beginning and not args.ablation else 0.0
-    state = out / "checkpoint.pt" if out else None
-    begun = out / "beginning.pt" if out and task.beginning else None
+    state, begun = (out / name if out else None for name in ("checkpoint.pt", "beginning.pt"))
     if args.resume and not any(file and file.is_file() for file in (state, begun)):
         raise FileNotFoundError(f"--resume needs a checkpoint, found no {state}; run without --resume first")
-
-    begun_with = None
     if task.beginning and not (args.resume and state and state.is_file()):
-        first = Trainer(Beginner(model), task.train, task.beginning, checkpoint=begun, **common)
+        trainer = Trainer(Beginner(model), task.train, task.beginning, checkpoint=begun, **common(args, task, world))
         if args.resume and begun and begun.is_file():
-            first.resume(begun)
-        first.fit(minutes=limit * BEGINNING_SHARE or None)
-        begun_with = as_dict(evaluate(*encode(model, task.test, world.device), task.test)) if world.leads else None
-    trainer = Trainer(trainee, task.train, task.recipe, checkpoint=state, **common)
+            trainer.resume(begun)
+        trainer.fit(minutes=minutes(args, BEGINNING_SHARE))
+    return model
+
+
+def run(
+    args: argparse.Namespace, task: Task, world: World, model: nn.Module, *, variant: dict[str, Any], out: Path | None
+) -> dict[str, Any]:
+    """Trains `model` with one variant of the objectives and evaluates it; writes into `out`, if there is one."""
+    start = time.perf_counter()
+    torch.manual_seed(task.recipe.seed)
+    trainee = Trainee(model, task.objective(**variant))
+    state = out / "checkpoint.pt" if out else None
+    trainer = Trainer(trainee, task.train, task.recipe, checkpoint=state, **common(args, task, world))
+    before = None
     if args.resume and state and state.is_file():
         trainer.resume(state)
-    trainer.fit(minutes=max(0.05, limit - (time.perf_counter() - start) / 60) if limit else None)
+    elif task.beginning and world.leads:
+        before = as_dict(evaluate(*encode(model, task.test, world.device), task.test))
+    trainer.fit(minutes=minutes(args, 1 - BEGINNING_SHARE))
     trained = time.perf_counter() - start
     if not world.leads:
         return {}
@@ -183,7 +184,7 @@ def run(
     last = -trainer.steps_per_epoch
     result = {
         **as_dict(metrics),
-        "after_beginning": begun_with,
+        "before": before,  # after the contrastive beginning alone
         "chance_R1": chance(task.test),
         "last_epoch": {name: statistics.fmean(values[last:]) for name, values in trainer.history.items()},
         "epochs": trainer.epoch,
@@ -203,9 +204,20 @@ def run(
     if out:
         files = draw(out, trainee.model, task.test, task.tokenizer, (texts, images), trainer.history, world.device)
         result["files"] = {name: file.name for name, file in files.items()}
-        before = f", before FMFA {begun_with['t2i']['R1']:.2f}" if begun_with else ""
-        print(f"\n{metrics}\n     t2i R1 of chance {result['chance_R1']:.2f}{before}\n")
+        told = f", before these objectives {before['t2i']['R1']:.2f}" if before else ""
+        print(f"\n{metrics}\n     t2i R1 of chance {result['chance_R1']:.2f}{told}\n")
     return result
+
+
+def common(args: argparse.Namespace, task: Task, world: World) -> dict[str, Any]:
+    """What every Trainer of this run is given."""
+    tokens = {"mask_id": task.tokenizer.mask_id, "special_ids": task.tokenizer.special_ids}
+    return {"tokens": tokens, "world": world, "quiet": args.quiet}
+
+
+def minutes(args: argparse.Namespace, share: float) -> float | None:
+    """The part of --minutes that a phase may take; runs that must be comparable have no limit."""
+    return None if args.dataset or args.ablation or args.resume or not args.minutes else args.minutes * share
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -229,8 +241,9 @@ def ablation(args: argparse.Namespace, task: Task, world: World) -> None:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for seed in range(args.seed, args.seed + args.seeds):
         seeded = _with_seed(task, seed)
+        begun = begin(args, seeded, world, out=None)  # where every variant starts from
         for name, variant in VARIANTS.items():
-            result = run(args, seeded, world, variant=variant, out=None)
+            result = run(args, seeded, world, deepcopy(begun), variant=variant, out=None)
             if world.leads:
                 runs[name].append(result)
                 print(
@@ -294,7 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         try:
-            result = run(args, task, world, variant={}, out=args.out)
+            model = begin(args, task, world, out=args.out)
+            result = run(args, task, world, model, variant={}, out=args.out)
         except FileNotFoundError as error:
             sys.exit(f"error: {error}")
         if world.leads:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from fmfa_losses import FMFALoss, FMFAOutput, mask_tokens
+from fmfa_losses.functional import hard_similarity
 
 from .datasets import IdentitySampler, Pairs
 
@@ -108,10 +109,11 @@ class Trainee(nn.Module):
 
 
 class Beginner(nn.Module):
-    """The model alone with CLIP's contrastive loss: what the objectives of FMFA expect to have happened before.
+    """The model alone with contrastive losses: what the objectives of FMFA expect to have happened before.
 
     A-SDM is a reverse KL divergence. From fresh weights its nearest minimum is a model that finds everything alike; it
-    sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians start from here.
+    sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians start from here:
+    CLIP's loss on the global features, and FILIP's (arXiv 2111.07783) on tokens, where each word picks its best patch.
     """
 
     def __init__(self, model: nn.Module, temperature: float = 0.07) -> None:
@@ -121,12 +123,20 @@ class Beginner(nn.Module):
     def forward(
         self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
     ) -> FMFAOutput:
-        image, _ = self.model.encode_image(pixels)
-        text, _ = self.model.encode_text(token_ids)
-        logits = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T / self.temperature
-        target = torch.arange(len(pids), device=pids.device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return FMFAOutput(loss, {"contrastive": loss}, {})
+        image, patches = self.model.encode_image(pixels)
+        text, words = self.model.encode_text(token_ids)
+        keep = self.model.text_mask(token_ids)
+        terms = {
+            "contrastive": self._contrast(F.normalize(text, dim=1) @ F.normalize(image, dim=1).T),
+            "token_contrastive": self._contrast(hard_similarity(words, patches, x_mask=keep, pool="mean")),
+        }
+        return FMFAOutput(torch.stack(list(terms.values())).sum(), terms, {})
+
+    def _contrast(self, similarity: Tensor) -> Tensor:
+        """Cross-entropy of the pairs [B] on the diagonal of [B, B], both ways."""
+        logits = similarity / self.temperature
+        pairs = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
 def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
