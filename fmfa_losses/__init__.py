@@ -2,16 +2,23 @@
 
 from . import functional
 from .asdm import ASDMLoss
+from .cmpm import CMPMLoss
 from .efa import EFALoss
 from .identity import IDHead, IDOutput
 from .irr import IRRHead, IRROutput
+from .itc import ITCLoss
 from .masking import mask_tokens
 from .objective import FMFALoss, FMFAOutput
+from .sdm import SDMLoss
+from .sigmoid import SigmoidLoss
+from .tal import TALLoss, TRLLoss
+from .triplet import TripletLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ASDMLoss",
+    "CMPMLoss",
     "EFALoss",
     "FMFALoss",
     "FMFAOutput",
@@ -19,6 +26,12 @@ __all__ = [
     "IDOutput",
     "IRRHead",
     "IRROutput",
+    "ITCLoss",
+    "SDMLoss",
+    "SigmoidLoss",
+    "TALLoss",
+    "TRLLoss",
+    "TripletLoss",
     "functional",
     "mask_tokens",
 ]

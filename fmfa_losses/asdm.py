@@ -11,18 +11,18 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
     target="column"                  soft labels are divided by the sum of their column's label row instead of their own
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ._asdm_ring import asdm_rows_round_the_ring
+from .distributed import GATHER, meet
+from .ops._backend import BACKENDS
 from .ops._checks import check_float, check_ids, check_option, check_positive, check_same
-from .ops._precision import accumulation_dtype, unit_rows
-from .ops.similarity_distribution import POSITIVES, Labels, RowStatistics, row_statistics
+from .ops.similarity_distribution import REDUCTIONS, RowLoss, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
-
-GAPS = ("probability", "cosine")
-REDUCTIONS = ("mean", "sum", "none")
-TARGETS = ("row", "column")
 
 
 def asdm_loss(
@@ -41,6 +41,9 @@ def asdm_loss(
     image_id_factor: float = 0.3,
     target: str = "row",
     logit_scale: float | Tensor | None = None,
+    gather: bool | str = False,
+    process_group: Any = None,
+    equal_batches: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Functional form of `ASDMLoss`, which documents every argument.
@@ -50,37 +53,62 @@ def asdm_loss(
         >>> asdm_loss(features, features, torch.arange(4)) < 1e-6
         tensor(True)
     """
-    _check_hyperparameters(temperature, alpha, gap, positive, eps, reduction, target, image_id_factor)
+    check_positive("temperature", temperature)
     _check_inputs(image_features, text_features, pids, image_ids)
-    acc = accumulation_dtype(image_features, text_features)
-    image, text = unit_rows(image_features, dtype=acc), unit_rows(text_features, dtype=acc)
-    scale = _logit_scale(logit_scale, temperature, image)
-    labels = Labels(
-        row_pids=pids,
-        column_pids=pids,
-        paired=torch.arange(len(pids), device=pids.device),
-        row_image_ids=image_ids,
-        column_image_ids=image_ids,
-        factor=image_id_factor,
-    )
-    if target == "column":
-        labels = labels._replace(column_sum=labels.weights(slice(None), acc)[1].sum(dim=1))
+    exchanged = {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids}
+    peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
+    logit_scale = 1 / temperature if logit_scale is None else logit_scale
+    row_loss: dict[str, Any] = {
+        "alpha": alpha,
+        "gap": gap,
+        "positive": positive,
+        "detach_weight": detach_weight,
+        "eps": eps,
+        "image_id_factor": image_id_factor,
+        "target": target,
+    }
+    if not gather:
+        return similarity_distribution_loss(
+            image_features,
+            text_features,
+            pids,
+            logit_scale=logit_scale,
+            image_ids=image_ids,
+            reduction=reduction,
+            backend=backend,
+            **row_loss,
+        )
 
-    def direction(queries: Tensor, keys: Tensor) -> Tensor:
-        """w_i KL_i of every query, [B]."""
-        row = row_statistics(queries * scale, keys, labels, positive=positive, eps=eps)
-        weight = 1 + alpha * _gap(row, gap, scale)
-        return (weight.detach() if detach_weight else weight) * row.divergence
+    check_option("reduction", reduction, REDUCTIONS)
+    ids = torch.stack([pids] if image_ids is None else [pids.long(), image_ids.long()], dim=1)
+    every_id = peers.gather(ids).T.contiguous()  # [1 or 2, B]
+    if peers.ring:
+        if backend == "triton":
+            raise RuntimeError('backend="triton" cannot run gather="ring", which is PyTorch on every device; use "auto"')
+        per_sample = asdm_rows_round_the_ring(
+            image_features, text_features, every_id, logit_scale, peers, RowLoss(**row_loss).checked()
+        )
+    else:
 
-    per_sample = direction(text, image) + direction(image, text)
-    return per_sample if reduction == "none" else getattr(per_sample, reduction)()
+        def direction(queries: Tensor, keys: Tensor) -> Tensor:
+            """w_i KL_i of the own queries against everybody's keys, [b]. Raw features travel, in their own dtype."""
+            return similarity_distribution_loss(
+                queries,
+                peers.gather(keys),
+                every_id[0],
+                logit_scale=logit_scale,
+                image_ids=None if image_ids is None else every_id[1],
+                offset=peers.offset,
+                both=False,
+                reduction="none",
+                backend=backend,
+                **row_loss,
+            )
 
-
-def _gap(row: RowStatistics, gap: str, scale: float | Tensor) -> Tensor:
-    """How far the positive stands behind the top of its row, [R]."""
-    if gap == "cosine":
-        return (row.log_top - row.log_positive) / scale
-    return row.log_top.exp() - row.log_positive.exp()
+        per_sample = direction(text_features, image_features) + direction(image_features, text_features)
+    if reduction == "mean":
+        return peers.mean(per_sample)
+    return per_sample.sum() if reduction == "sum" else per_sample
 
 
 class ASDMLoss(nn.Module):
@@ -99,6 +127,13 @@ class ASDMLoss(nn.Module):
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
         target: soft labels are normalised over their "row", or by the "column" as the released code does.
+        gather: False matches within this process's batch. True matches its pairs against the batch of all processes,
+            whose features are gathered; "ring" does so without any process holding all of them, through PyTorch on
+            every device. The mean over the ranks is the loss of one process on the concatenated batch, and so is the
+            gradient under DistributedDataParallel; "sum" and "none" are this rank's part of it. docs/distributed.md.
+        process_group: the processes that share the batch; all when None.
+        equal_batches: promises that all of them have equally many pairs at every call, which saves the exchange of
+            sizes that the host would wait for.
         backend: "auto", "triton" or "torch".
 
     Inputs:
@@ -113,7 +148,8 @@ class ASDMLoss(nn.Module):
         vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
+        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit, here or between processes.
+        RuntimeError: gather without torch.distributed, or a process that died or did not arrive in time.
 
     Example:
         >>> loss = ASDMLoss(alpha=10.0)
@@ -136,13 +172,28 @@ class ASDMLoss(nn.Module):
         reduction: str = "mean",
         image_id_factor: float = 0.3,
         target: str = "row",
+        gather: bool | str = False,
+        process_group: Any = None,
+        equal_batches: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_hyperparameters(temperature, alpha, gap, positive, eps, reduction, target, image_id_factor)
+        check_positive("temperature", temperature)
+        check_option("backend", backend, BACKENDS)
+        check_option("gather", gather, GATHER)
+        RowLoss(
+            alpha=alpha,
+            gap=gap,
+            positive=positive,
+            eps=eps,
+            image_id_factor=image_id_factor,
+            target=target,
+            reduction=reduction,
+        ).checked()
         self.temperature, self.alpha, self.gap, self.positive = temperature, alpha, gap, positive
         self.detach_weight, self.eps, self.reduction = detach_weight, eps, reduction
         self.image_id_factor, self.target, self.backend = image_id_factor, target, backend
+        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
 
     def forward(
         self,
@@ -168,6 +219,9 @@ class ASDMLoss(nn.Module):
             image_id_factor=self.image_id_factor,
             target=self.target,
             logit_scale=logit_scale,
+            gather=self.gather,
+            process_group=self.process_group,
+            equal_batches=self.equal_batches,
             backend=self.backend,
         )
 
@@ -178,28 +232,6 @@ class ASDMLoss(nn.Module):
         )
 
 
-def _check_hyperparameters(
-    temperature: float,
-    alpha: float,
-    gap: str,
-    positive: str,
-    eps: float,
-    reduction: str,
-    target: str,
-    image_id_factor: float,
-) -> None:
-    check_positive("temperature", temperature)
-    check_positive("eps", eps)
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be a finite number >= 0 (0 is SDM), got {alpha!r}")
-    if not 0 <= image_id_factor <= 1:
-        raise ValueError(f"image_id_factor must lie in [0, 1], got {image_id_factor!r}")
-    check_option("gap", gap, GAPS)
-    check_option("positive", positive, POSITIVES)
-    check_option("reduction", reduction, REDUCTIONS)
-    check_option("target", target, TARGETS)
-
-
 def _check_inputs(image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None) -> None:
     check_float("image_features", image_features, "B D")
     check_float("text_features", text_features, "B D")
@@ -207,19 +239,3 @@ def _check_inputs(image_features: Tensor, text_features: Tensor, pids: Tensor, i
     check_ids("pids", pids, len(image_features), image_features.device)
     if image_ids is not None:
         check_ids("image_ids", image_ids, len(image_features), image_features.device)
-
-
-def _logit_scale(logit_scale: float | Tensor | None, temperature: float, like: Tensor) -> float | Tensor:
-    """1 / tau as a number or a 0-dim tensor in `like`'s dtype; a CPU scalar may meet accelerator tensors as it is."""
-    if logit_scale is None:
-        return 1 / temperature
-    if not isinstance(logit_scale, Tensor):
-        check_positive("logit_scale", logit_scale)
-        return logit_scale
-    if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError(
-            f"logit_scale must be a number or a floating-point tensor with one element, got shape "
-            f"{list(logit_scale.shape)} {logit_scale.dtype}; pass 1 / temperature"
-        )
-    device = like.device if like.device.type == "cpu" or logit_scale.device.type != "cpu" else None
-    return logit_scale.reshape(()).to(device=device, dtype=like.dtype)

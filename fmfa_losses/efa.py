@@ -13,10 +13,13 @@ leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant
     2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import GATHER, Peers, meet
 from .ops._checks import check_float, check_ids, check_mask, check_option, check_positive, check_same
 from .ops._precision import accumulation_dtype
 from .ops.aggregation import sparse_aggregate
@@ -44,6 +47,9 @@ def efa_loss(
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     pids: Tensor | None = None,
+    gather: bool | str = False,
+    process_group: Any = None,
+    equal_batches: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Functional form of `EFALoss`, which documents every argument.
@@ -55,6 +61,8 @@ def efa_loss(
     """
     _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
     _check_inputs(image_tokens, text_tokens, image_mask, text_mask, pids, negatives)
+    exchanged = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids}
+    peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
     if text_mask is not None:
         text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
     if ranking == "released" and sparsity is None and image_mask is None:
@@ -62,39 +70,86 @@ def efa_loss(
         N, acc = image_tokens.shape[1], accumulation_dtype(image_tokens, text_tokens)
         sparsity = min(1.0, 1 / N + torch.finfo(acc).eps / N)
     joint = sparse_aggregate(image_tokens, text_tokens, image_mask=image_mask, sparsity=sparsity, backend=backend)
+    text_sim, image_sim = _similarities(
+        joint, image_tokens, text_tokens, image_mask, text_mask, peers, pool_scale=pool_scale, backend=backend
+    )
+    own, everyone = (
+        torch.arange(len(text_sim), device=text_sim.device),
+        torch.arange(text_sim.shape[1], device=text_sim.device),
+    )
+    excluded = (own + peers.offset)[:, None] == everyone
+    if pids is not None and negatives == "different_identity":
+        excluded = pids[:, None] == peers.gather(pids)
 
-    def alignment(tokens: Tensor, mask: Tensor | None, margin: float) -> Tensor:
+    def alignment(sim: Tensor, margin: float) -> Tensor:
         """Both directions between one modality and the joint embeddings, per sample [B]."""
-        sim = hard_similarity(tokens, joint, x_mask=mask, e_mask=text_mask, pool_scale=pool_scale, backend=backend)
         if ranking == "released":
-            return _released_ranking(sim, margin, temperature)
-        positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
-        excluded = positive if pids is None or negatives == "all" else pids[:, None] == pids
-        return _ranking(sim, excluded, margin, temperature) + _ranking(sim.T, excluded.T, margin, temperature)
+            return _released_ranking(sim, margin, temperature, peers)
+        rows, columns = (_ranking(s, excluded, margin, temperature, peers.offset) for s in (sim, peers.transpose(sim)))
+        return rows + columns
 
-    per_sample = alignment(text_tokens, text_mask, margin_text) + alignment(image_tokens, image_mask, margin_image)
-    return per_sample if reduction == "none" else getattr(per_sample, reduction)()
+    per_sample = alignment(text_sim, margin_text) + alignment(image_sim, margin_image)
+    if reduction == "mean":
+        return peers.mean(per_sample)
+    return per_sample.sum() if reduction == "sum" else per_sample
 
 
-def _ranking(sim: Tensor, excluded: Tensor, margin: float, temperature: float) -> Tensor:
-    """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [B]; 0 for a row without negatives."""
-    logits = (sim - sim.diagonal()[:, None] + margin) / temperature
+def _similarities(
+    joint: Tensor,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    peers: Peers,
+    *,
+    pool_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each."""
+    joint_mask = None if text_mask is None else peers.gather(text_mask)
+
+    def both(text: Tensor, image: Tensor, joint: Tensor, joint_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        options: Any = {"e_mask": joint_mask, "pool_scale": pool_scale, "backend": backend}
+        return (
+            hard_similarity(text, joint, x_mask=text_mask, **options),
+            hard_similarity(image, joint, x_mask=image_mask, **options),
+        )
+
+    if not peers.ring:
+        return both(text_tokens, image_tokens, peers.gather(joint), joint_mask)
+    masks = [None] * len(peers.sizes) if joint_mask is None else peers.blocks(joint_mask)
+
+    def with_block(q: int, text: Tensor, image: Tensor, joint: Tensor) -> Tensor:
+        return torch.stack(both(text, image, joint, masks[q]))
+
+    text_sim, image_sim = torch.cat(peers.around(with_block, (text_tokens, image_tokens), joint), dim=2)
+    return text_sim, image_sim
+
+
+def _ranking(sim: Tensor, excluded: Tensor, margin: float, temperature: float, offset: int) -> Tensor:
+    """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [b]; 0 for a row without negatives.
+
+    Row i of sim [b, B] belongs to column offset + i.
+    """
+    logits = (sim - sim.diagonal(offset)[:, None] + margin) / temperature
     alone = excluded.all(dim=1)
     # The inner fill keeps the gradient of a row without negatives finite.
     logits = logits.masked_fill(excluded, -torch.inf).masked_fill(alone[:, None], 0)
     return logits.logsumexp(dim=1).masked_fill(alone, 0)
 
 
-def _released_ranking(sim: Tensor, margin: float, temperature: float) -> Tensor:
-    """Both directions as released: rows of S normalised, the positive pair counted as exp(0), sums over dim 0."""
+def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Peers) -> Tensor:
+    """Both directions as released: rows of S normalised, the positive pair counted as exp(0), sums over a column."""
     sim = F.normalize(sim, dim=1)
-    positive = sim.diagonal()
-    diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    positive = sim.diagonal(peers.offset)
+    columns = peers.transpose(sim)  # row j: the own column j
 
     def column_sums(against: Tensor) -> Tensor:
-        return ((sim - against + margin) / temperature).masked_fill(diagonal, 0).logsumexp(dim=0)
+        logits = (columns - against + margin) / temperature
+        logits.diagonal(peers.offset).zero_()
+        return logits.logsumexp(dim=1)
 
-    return column_sums(positive[:, None]) + column_sums(positive[None, :])
+    return column_sums(peers.gather(positive)) + column_sums(positive[:, None])
 
 
 class EFALoss(nn.Module):
@@ -111,6 +166,9 @@ class EFALoss(nn.Module):
         ranking: "paper", or "released" for the released code (see the head of fmfa_losses/efa.py).
         negatives: "all" other pairs (the paper) or only those of a "different_identity", which needs pids.
         reduction: "mean", "sum", or "none" for the per-sample sum of the four terms, [B].
+        gather: False ranks within this process's batch. True and "ring" rank its pairs within the batch of all
+            processes: joint embeddings and similarities are exchanged, never patches. See docs/distributed.md.
+        process_group, equal_batches: as in ASDMLoss.
         backend: "auto", "triton" or "torch".
 
     Inputs:
@@ -125,7 +183,9 @@ class EFALoss(nn.Module):
         similarities never exist: memory beyond inputs and gradients is O(B B (N + L)).
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices, masks or hyperparameters that do not fit.
+        TypeError, ValueError: shapes, dtypes, devices, masks or hyperparameters that do not fit, here or between
+            processes.
+        RuntimeError: gather without torch.distributed, or a process that died or did not arrive in time.
 
     Example:
         >>> loss = EFALoss(margin_text=0.2, margin_image=0.8)         # RSTPReid
@@ -147,13 +207,18 @@ class EFALoss(nn.Module):
         ranking: str = "paper",
         negatives: str = "all",
         reduction: str = "mean",
+        gather: bool | str = False,
+        process_group: Any = None,
+        equal_batches: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
         self.margin_text, self.margin_image = margin_text, margin_image
         self.temperature, self.pool_scale, self.sparsity = temperature, pool_scale, sparsity
+        check_option("gather", gather, GATHER)
         self.ranking, self.negatives, self.reduction, self.backend = ranking, negatives, reduction, backend
+        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
 
     def forward(
         self,
@@ -178,6 +243,9 @@ class EFALoss(nn.Module):
             image_mask=image_mask,
             text_mask=text_mask,
             pids=pids,
+            gather=self.gather,
+            process_group=self.process_group,
+            equal_batches=self.equal_batches,
             backend=self.backend,
         )
 

@@ -44,7 +44,12 @@ class FMFALoss(nn.Module):
         weights: by term name ("id", "irr", "efa", "asdm"); what is not named weighs 1, and a term of weight 0 is not
             computed. The paper reports that an EFA weight of 5 or more collapses training.
         asdm, efa, irr: keyword arguments of ASDMLoss, EFALoss and IRRHead, or (asdm, efa) the modules themselves.
-        backend: of both parameter-free terms, unless their own arguments name one.
+        gather, process_group, equal_batches: of both parameter-free terms, as ASDMLoss takes them.
+            The ID and IRR terms compare a sample with nothing but its own labels, so they need no gathering: with
+            DistributedDataParallel each is the mean over ranks of the rank's own mean. That is the mean over all
+            samples (ID) where the ranks have equal batches, and over all masked words (IRR) where they have equally
+            many; otherwise a rank with fewer of them gives each more weight.
+        backend: of both parameter-free terms, whose own arguments, in asdm and efa, come first here and above.
 
     Inputs:
         image_features, text_features: [B, D] global features.
@@ -83,14 +88,23 @@ class FMFALoss(nn.Module):
         asdm: ASDMLoss | Mapping[str, Any] | None = None,
         efa: EFALoss | Mapping[str, Any] | None = None,
         irr: Mapping[str, Any] | None = None,
+        gather: bool | str = False,
+        process_group: Any = None,
+        equal_batches: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         for name in weights or {}:
             check_option("weights", name, TERMS)
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in TERMS}
-        self.asdm = asdm if isinstance(asdm, ASDMLoss) else ASDMLoss(**{"backend": backend, **(asdm or {})})
-        self.efa = efa if isinstance(efa, EFALoss) else EFALoss(**{"backend": backend, **(efa or {})})
+        both: dict[str, Any] = {
+            "gather": gather,
+            "process_group": process_group,
+            "equal_batches": equal_batches,
+            "backend": backend,
+        }
+        self.asdm = asdm if isinstance(asdm, ASDMLoss) else ASDMLoss(**{**both, **(asdm or {})})
+        self.efa = efa if isinstance(efa, EFALoss) else EFALoss(**{**both, **(efa or {})})
         self.identity = IDHead(embed_dim, num_identities)
         self.irr = IRRHead(embed_dim, vocab_size, **(irr or {}))
 

@@ -31,6 +31,11 @@ def check_float(name: str, tensor: object, pattern: str) -> None:
     """A floating-point tensor with as many dimensions as `pattern` ("B L D") has letters, none of them empty."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; wrap it in torch.as_tensor")
+    if hasattr(tensor, "device_mesh"):
+        raise TypeError(
+            f"{name} must be a plain tensor with this process's samples, got a DTensor; pass {name}.to_local() where "
+            f"it is sharded over the batch, {name}.full_tensor() where this process should hold all of it"
+        )
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}; call {name}.float()")
     if tensor.ndim != len(pattern.split()):
@@ -82,7 +87,7 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 
-def check_option(name: str, value: object, options: Iterable[str]) -> None:
+def check_option(name: str, value: object, options: Iterable[object]) -> None:
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")

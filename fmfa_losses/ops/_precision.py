@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["accumulation_dtype", "full_precision", "unit_rows"]
+__all__ = ["ZERO_NORM", "accumulation_dtype", "full_precision", "unit_rows"]
+
+# A vector no longer than this counts as zero.
+ZERO_NORM = 1e-12
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -39,7 +42,7 @@ class _UnitRows(torch.autograd.Function):
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        norm.masked_fill_(norm <= 1e-12, 1)  # no longer than this is a zero vector
+        norm.masked_fill_(norm <= 1e-12, 1)  # ZERO_NORM; torch.compile cannot lift a global float out of here
         unit = x / norm
         ctx.save_for_backward(unit, norm, mask)
         return unit

@@ -1,0 +1,228 @@
+"""Compiles every kernel as a GPU would get it, without a GPU, and reads what the compiler says.
+
+    python -m benchmarks compile-check [--chip sm_90 ...] [--workers 2]
+
+The launchers run on meta tensors and their launches are recorded (`_launch.recording`), so what is compiled here is what
+runs there: the same arguments, compile-time sizes and block table. A launch fails the check when it does not compile,
+when a block asks for more shared memory than the chip has, when registers spill to memory, or when a hard-similarity
+match for sm_90 does not use Hopper's matrix instruction.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+KINDS = ("float32", "tf32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Report:
+    chip: str
+    kind: str
+    kernel: str
+    config: str
+    shared: int = 0
+    limit: int = 0
+    registers: int = 0
+    spills: int = 0  # bytes of stack (NVIDIA), spilled registers (AMD)
+    wgmma: bool = False
+    error: str = ""
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[str]:
+        failures = [self.error] if self.error else []
+        if self.shared > self.limit:
+            failures.append(f"{self.shared} bytes of shared memory, the chip has {self.limit}")
+        if self.spills:
+            failures.append(f"{self.spills} spilled")
+        if self.chip == "sm_90" and self.kernel == "_match_kernel" and self.kind != "float32" and not self.wgmma:
+            failures.append("no wgmma")
+        return failures
+
+
+def record(chip: str, kind: str) -> list[Any]:
+    """The launches of every operation at the shapes that pick every entry of the block tables."""
+    from fmfa_losses.kernels import aggregation, hard_similarity, similarity_distribution
+    from fmfa_losses.kernels._launch import recording
+    from fmfa_losses.ops.similarity_distribution import RowLoss
+
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    try:
+        with recording(chip) as launches:
+            # Tokens of the paper with and without masks, ViT-L/14 with samples that fill a tile, and wider ones.
+            for B, P, Q, D, masked in ((128, 192, 77, 512, False), (128, 77, 77, 512, True), (64, 432, 300, 768, True)):
+                x, e = empty(B, P, D), empty(B, Q, D)
+                masks = (empty(B, P, dtype=torch.bool), empty(B, Q, dtype=torch.bool)) if masked else (None, None)
+                pool = "lse" if masked else "sum"
+                sim, maxima, winners = hard_similarity.forward(x, e, *masks, pool, 1.0, True)
+                dsim = torch.empty_like(sim)
+                for gather in (True, False):
+                    hard_similarity.backward(dsim, sim, maxima, winners, x, e, *masks, pool, 1.0, gather)
+            for B, N, L, D, masked in ((128, 192, 77, 512, True), (64, 432, 77, 768, False), (8, 1025, 77, 512, False)):
+                image, text, djoint = empty(B, N, D), empty(B, L, D), empty(B, L, D, dtype=torch.float32)
+                mask = empty(B, N, dtype=torch.bool) if masked else None
+                threshold, row = empty(B, dtype=torch.float32), empty(B, L, dtype=torch.float32)
+                aggregation.forward(image, text, mask, threshold)
+                aggregation.backward(djoint, image, text, mask, threshold, row, row)
+            # The paper's loss, the released one, rows of one direction, and InfoNCE; small and large tiles.
+            for B in (128, 2048):
+                for R, images, spec in (
+                    (B, False, RowLoss(alpha=10.0)),
+                    (B, True, RowLoss(alpha=0.1, gap="cosine", positive="first", target="column")),
+                    (B, False, RowLoss()),
+                    (B // 2, True, RowLoss(alpha=10.0, positive="any", both=False, offset=16)),
+                    (B, False, RowLoss("cross_entropy")),
+                ):
+                    queries, keys, pids = empty(R, 512), empty(B, 512), empty(B, dtype=torch.int64)
+                    scale = empty(dtype=torch.float32) if images else None
+                    arguments = (queries, keys, pids, pids if images else None, scale, 50.0)
+                    loss, *saved = similarity_distribution.forward(*arguments, spec)
+                    similarity_distribution.backward(torch.empty_like(loss), *saved, *arguments, images, spec)
+        return launches
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def source(launch: Any) -> tuple[Any, dict[str, int]]:
+    """What the compiler starts from, specialised as at run time, and the launch options."""
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    options = {key: value for key, value in launch.options.items() if key not in names}
+    values = dict(zip(names, launch.args, strict=False)) | {k: v for k, v in launch.options.items() if k in names}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for number, name in enumerate(names):
+        value = values[name]
+        divisible = False
+        if name in launch.options or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], divisible = POINTERS[value.dtype], True
+        elif isinstance(value, int):
+            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if divisible:
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def compile_launch(chip: str, kind: str, launch: Any) -> Report:
+    import triton
+    from fmfa_losses.kernels._launch import SHARED_MEMORY
+    from triton.backends.compiler import GPUTarget
+
+    start = time.perf_counter()
+    target = GPUTarget("hip", chip, 64) if chip.startswith("gfx") else GPUTarget("cuda", int(chip[3:]), 32)
+    config = describe(launch)
+    report = {"chip": chip, "kind": kind, "kernel": launch.kernel.__name__, "config": config}
+    try:
+        ast, options = source(launch)
+        kernel = triton.compile(ast, target=target, options=options)
+    except Exception as exception:
+        return Report(**report, error=f"{type(exception).__name__}: {exception}"[:300])
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        number = lambda pattern: sum(int(n) for n in re.findall(pattern, text))  # noqa: E731
+        registers, spills = number(r"\.vgpr_count:\s+(\d+)"), number(r"\.[sv]gpr_spill_count:\s+(\d+)")
+    else:
+        registers, spills = resource_usage(kernel.asm["cubin"])
+    return Report(
+        **report,
+        shared=kernel.metadata.shared,
+        limit=SHARED_MEMORY[chip],
+        registers=registers,
+        spills=spills,
+        wgmma="wgmma.mma_async" in kernel.asm.get("ptx", ""),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory a thread: a kernel without arrays has none."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    use = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return use["REG"], use["STACK"] + use["LOCAL"]
+
+
+def describe(launch: Any) -> str:
+    """Blocks, warps, stages and the switches that are on."""
+    options = launch.options
+    blocks = "x".join(str(v) for k, v in options.items() if k.startswith("BLOCK_"))
+    flags = [k.lower() if v is True else f"{k.lower()} {v}" for k, v in options.items()
+             if k in ("UNIT", "POOL") or v is True]  # fmt: skip
+    return f"{blocks} w{options['num_warps']} s{options.get('num_stages', '-')} {' '.join(flags)}"
+
+
+def distinct(launches: list[Any]) -> Iterator[Any]:
+    seen = set()
+    for launch in launches:
+        ast, options = source(launch)
+        key = (ast.hash(), tuple(sorted(options.items())))
+        if key not in seen:
+            seen.add(key)
+            yield launch
+
+
+def check(chip: str, kind: str, share: int = 0, shares: int = 1) -> list[Report]:
+    return [compile_launch(chip, kind, launch) for launch in list(distinct(record(chip, kind)))[share::shares]]
+
+
+def table(reports: list[Report]) -> str:
+    lines = [f"{'kernel':20} {'config':58} {'dtype':8} {'chip':7} {'shared':>7} {'regs':>4} {'spills':>6} wgmma"]
+    for r in sorted(reports, key=lambda r: (r.kernel, CHIPS.index(r.chip), KINDS.index(r.kind), r.config)):
+        lines.append(
+            f"{r.kernel.strip('_'):20} {r.config:58} {r.kind:8} {r.chip:7} {r.shared:7} {r.registers:4} {r.spills:6} "
+            f"{'yes' if r.wgmma else '-':5}" + "".join(f"  <- {failure}" for failure in r.failures)
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="compile-check", description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args(argv)
+    start = time.perf_counter()
+    with ProcessPoolExecutor(options.workers) as pool:
+        jobs = [pool.submit(check, chip, kind) for chip in options.chip for kind in options.kind]
+        reports = [report for job in jobs for report in job.result()]
+    print(table(reports))
+    bad = sum(bool(report.failures) for report in reports)
+    print(f"{len(reports)} kernels compiled in {time.perf_counter() - start:.0f} s, {bad} fail")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A-SDM of one process's pairs, while everybody's features travel round a ring and are never in one place."""
+
+import torch
+from torch import Tensor
+
+from .distributed import Peers
+from .ops._precision import accumulation_dtype, unit_rows
+from .ops.block_distribution import block_statistics, label_sums, merge_blocks
+from .ops.similarity_distribution import RowLoss, checked_scale
+
+__all__ = ["asdm_rows_round_the_ring"]
+
+
+def asdm_rows_round_the_ring(
+    image_features: Tensor,
+    text_features: Tensor,
+    every_id: Tensor,
+    logit_scale: float | Tensor,
+    peers: Peers,
+    spec: RowLoss,
+) -> Tensor:
+    """w_i KL_i of the own texts and images, [b], from one rank's block of columns at a time; every_id [1 or 2, B]."""
+    acc = accumulation_dtype(image_features, text_features)
+    ids = peers.blocks(every_id, 1)
+    sums = peers.blocks(label_sums(every_id, spec.image_id_factor, acc))
+    scale = checked_scale(logit_scale)
+    if isinstance(scale, Tensor):
+        # A scalar on the CPU may meet tensors of an accelerator as it is.
+        device = None if scale.device.type == "cpu" else image_features.device
+        scale = scale.to(device=device, dtype=acc)
+
+    def with_block(q: int, text: Tensor, image: Tensor, block: Tensor) -> Tensor:
+        """[2, 4, b]: own texts against rank q's images and own images against its texts, block [b_q, 2, D]."""
+        every_image, every_text = unit_rows(block, dtype=acc).unbind(dim=1)
+        divisor = sums[peers.rank][:, None] if spec.target == "row" else sums[q]
+
+        def say(queries: Tensor, keys: Tensor) -> Tensor:
+            return block_statistics(
+                queries,
+                keys,
+                ids[peers.rank],
+                ids[q],
+                divisor,
+                factor=spec.image_id_factor,
+                positive=spec.positive,
+                paired=q == peers.rank,
+                eps=spec.eps,
+            )
+
+        return torch.stack([say(text, every_image), say(image, every_text)])
+
+    rows = (unit_rows(text_features, dtype=acc) * scale, unit_rows(image_features, dtype=acc) * scale)
+    statistics = torch.stack(peers.around(with_block, rows, torch.stack([image_features, text_features], dim=1)))
+    t2i, i2t = (
+        merge_blocks(
+            side,
+            scale=scale,
+            alpha=spec.alpha,
+            gap=spec.gap,
+            positive=spec.positive,
+            detach_weight=spec.detach_weight,
+        )
+        for side in statistics.unbind(dim=1)
+    )
+    return t2i + i2t

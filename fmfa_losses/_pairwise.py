@@ -1,0 +1,135 @@
+"""What the losses over all pairs of a batch share: scores, labels, sample weights and the reduction.
+
+Scores are [B, B], text x image: scores_ij belongs to text i and image j, and the diagonal holds the pairs of the batch.
+Transposed scores have images as rows. Every loss here is a few [B, B] matrices of float32 or better.
+"""
+
+import torch
+from torch import Tensor
+
+from .ops._checks import check_float, check_ids, check_option, check_positive, check_same, describe
+from .ops._precision import accumulation_dtype, full_precision, unit_rows
+
+__all__ = [
+    "REDUCTIONS",
+    "TARGETS",
+    "check_features",
+    "check_scores",
+    "cosine_scores",
+    "divergence",
+    "masked_logsumexp",
+    "reduce",
+    "resolve_scale",
+    "same_identity",
+    "scalar_like",
+    "soft_targets",
+]
+
+REDUCTIONS = ("mean", "sum", "none")
+TARGETS = ("row", "column")
+
+
+def check_features(image_features: Tensor, text_features: Tensor) -> None:
+    check_float("image_features", image_features, "B D")
+    check_float("text_features", text_features, "B D")
+    check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
+
+
+def cosine_scores(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """cos(t_i, v_j), [B, B], float32 or better; a zero vector has cosine 0 with everything."""
+    check_features(image_features, text_features)
+    dtype = accumulation_dtype(image_features, text_features)
+    with full_precision(image_features):
+        return unit_rows(text_features, dtype=dtype) @ unit_rows(image_features, dtype=dtype).T
+
+
+def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
+    """Checked square scores, in float32 or better."""
+    check_float(name, scores, "B B")
+    if scores.shape[0] != scores.shape[1]:
+        raise ValueError(
+            f"{name} must be square, one text and one image a sample [B, B], got {describe(scores)}; "
+            "pass the pairs of one batch"
+        )
+    return scores.to(accumulation_dtype(scores))
+
+
+def same_identity(pids: Tensor, scores: Tensor) -> Tensor:
+    """[pid_i == pid_j], [B, B] bool; true on the diagonal."""
+    check_ids("pids", pids, len(scores), scores.device)
+    return pids[:, None] == pids
+
+
+def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, target: str, like: Tensor) -> Tensor:
+    """Labels [same pid], or factor [same pid] + (1 - factor) [same image], normalised: [B, B] in `like`'s dtype."""
+    y = same.to(like.dtype)
+    if image_ids is not None:
+        check_ids("image_ids", image_ids, len(like), like.device)
+        y = factor * y + (1 - factor) * (image_ids[:, None] == image_ids).to(like.dtype)
+    row_sum = y.sum(dim=1)  # at least the sample itself
+    return y / (row_sum[:, None] if target == "row" else row_sum)
+
+
+def divergence(logits: Tensor, target: Tensor, eps: float) -> Tensor:
+    """KL(softmax_j(logits_ij) || target_ij + eps) of every row, [B]."""
+    log_p = logits.log_softmax(dim=1)
+    return (log_p.exp() * (log_p - (target + eps).log())).sum(dim=1)
+
+
+def masked_logsumexp(logits: Tensor, keep: Tensor) -> Tensor:
+    """log sum over the kept j of exp(logits_ij), [B]; -inf, with zero gradient, for a row with nothing kept."""
+    empty = ~keep.any(dim=1)
+    # The inner fill keeps the gradient of an empty row finite.
+    kept = logits.masked_fill(~keep, -torch.inf).masked_fill(empty[:, None], 0)
+    return kept.logsumexp(dim=1).masked_fill(empty, -torch.inf)
+
+
+def resolve_scale(logit_scale: float | Tensor | None, temperature: float, like: Tensor) -> float | Tensor:
+    """1 / temperature, or the given scale as a number or a 0-dim tensor in `like`'s dtype that may multiply `like`."""
+    check_positive("temperature", temperature)
+    if logit_scale is None:
+        return 1 / temperature
+    if not isinstance(logit_scale, Tensor):
+        check_positive("logit_scale", logit_scale)
+        return logit_scale
+    return scalar_like("logit_scale", logit_scale, like)
+
+
+def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:
+    """A one-element tensor as a 0-dim one in `like`'s dtype that may meet `like`."""
+    if scalar.numel() != 1 or not scalar.is_floating_point():
+        raise ValueError(
+            f"{name} must be a number or a floating-point tensor with one element, got {describe(scalar)}; "
+            f"pass {name}.float().reshape(())"
+        )
+    # A CPU scalar may meet accelerator tensors as it is, without a copy.
+    device = like.device if like.device.type == "cpu" or scalar.device.type != "cpu" else None
+    return scalar.reshape(()).to(device=device, dtype=like.dtype)
+
+
+def reduce(per_sample: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
+    """[B] to a scalar, or [B] with "none".
+
+    Weights multiply; "mean" then divides by their sum and not by B, and gives 0 where all are 0.
+    """
+    check_option("reduction", reduction, REDUCTIONS)
+    if sample_weight is None:
+        return per_sample if reduction == "none" else getattr(per_sample, reduction)()
+    if not isinstance(sample_weight, Tensor) or sample_weight.is_complex():
+        raise TypeError(
+            f"sample_weight must be a tensor [{len(per_sample)}], got {describe(sample_weight)}; use torch.as_tensor"
+        )
+    if sample_weight.shape != per_sample.shape:
+        raise ValueError(
+            f"sample_weight must have shape {list(per_sample.shape)} (one weight a pair), got "
+            f"{describe(sample_weight)}; reshape it"
+        )
+    check_same("sample_weight and the features", sample_weight, per_sample)
+    weight = sample_weight.to(per_sample.dtype)
+    weighted = weight * per_sample
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    total = weight.sum()
+    return weighted.sum() / torch.where(total == 0, torch.ones_like(total), total)

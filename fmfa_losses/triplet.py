@@ -1,0 +1,141 @@
+"""Triplet ranking with the hardest negative of the batch, VSE++ (parameter-free).
+
+    S_ij = cos(t_i, v_j),   L = mean_i [ m - S_ii + max_{j negative} S_ij ]_+ over texts  +  the same over images
+
+VSE++ takes all other pairs as negatives; in a person-retrieval batch other images of the same person are none, so
+`negatives="different_identity"` is the default and "all" is VSE++.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ._pairwise import REDUCTIONS, check_scores, cosine_scores, reduce, same_identity
+from .ops._checks import check_option
+
+__all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
+
+NEGATIVES = ("different_identity", "all")
+
+
+def triplet_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    pids: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    negatives: str = "different_identity",
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Functional form of `TripletLoss`, which documents every argument.
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> triplet_loss(features, features, torch.arange(4))
+        tensor(0.)
+    """
+    return triplet_loss_from_scores(
+        cosine_scores(image_features, text_features),
+        pids,
+        margin=margin,
+        negatives=negatives,
+        reduction=reduction,
+        sample_weight=sample_weight,
+    )
+
+
+def triplet_loss_from_scores(
+    scores: Tensor,
+    pids: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    negatives: str = "different_identity",
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """`TripletLoss` on scores that exist already, [B, B] text x image.
+
+    Example:
+        >>> triplet_loss_from_scores(torch.zeros(2, 2), torch.arange(2))
+        tensor(0.4000)
+    """
+    _check_hyperparameters(margin, negatives)
+    scores = check_scores(scores)
+    if negatives == "all":
+        excluded = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    elif pids is None:
+        raise ValueError('negatives="different_identity" needs the identities: pass pids [B], or negatives="all"')
+    else:
+        excluded = same_identity(pids, scores)
+
+    def direction(s: Tensor) -> Tensor:
+        hardest = s.masked_fill(excluded, -torch.inf).max(dim=1).values
+        return (margin - s.diagonal() + hardest).clamp(min=0)
+
+    return reduce(direction(scores) + direction(scores.T), reduction, sample_weight)
+
+
+class TripletLoss(nn.Module):
+    """Pulls each pair together until the hardest negative of text and image stands a margin behind.
+
+        L_i = [ margin - S_ii + max_{j negative} S_ij ]_+    over texts, plus the same over images
+
+    Args:
+        margin: m >= 0.
+        negatives: pairs of a "different_identity", which needs pids, or "all" other pairs (VSE++).
+        reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
+
+    Inputs:
+        image_features, text_features: [B, D], any float dtype; need not be normalised.
+        pids: [B] integer identities.
+        sample_weight: [B] weights of the pairs; "mean" divides by their sum.
+
+    Returns:
+        Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
+        all of one identity) counts 0; a zero vector has cosine 0 with everything. Memory: a few [B, B].
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit; pids that are missing.
+
+    Example:
+        >>> image, text = torch.eye(3), torch.eye(3).roll(1, 0)       # every pair mismatched
+        >>> TripletLoss()(image, text, torch.arange(3))               # 2 (0.2 - 0 + 1)
+        tensor(2.4000)
+
+    Reference: Faghri et al., VSE++, arXiv 1707.05612, Eq. 6.
+    """
+
+    def __init__(self, margin: float = 0.2, *, negatives: str = "different_identity", reduction: str = "mean") -> None:
+        super().__init__()
+        _check_hyperparameters(margin, negatives)
+        check_option("reduction", reduction, REDUCTIONS)
+        self.margin, self.negatives, self.reduction = margin, negatives, reduction
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        pids: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        return triplet_loss(
+            image_features,
+            text_features,
+            pids,
+            margin=self.margin,
+            negatives=self.negatives,
+            reduction=self.reduction,
+            sample_weight=sample_weight,
+        )
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, negatives={self.negatives!r}, reduction={self.reduction!r}"
+
+
+def _check_hyperparameters(margin: float, negatives: str) -> None:
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin must be a finite number >= 0, got {margin!r}")
+    check_option("negatives", negatives, NEGATIVES)

@@ -1,0 +1,32 @@
+"""Helpers that several kernels share: tiles in, products, and nothing that belongs to one objective."""
+
+import triton
+import triton.language as tl
+
+BIG = tl.constexpr(2147483647)  # above every index; min(x, BIG) folds away where a column is known to be out
+
+
+@triton.jit
+def load_rows(
+    ptr,  # [., D], contiguous
+    rows,  # [R], int64
+    live,  # [R]
+    d,  # [C]
+    D,
+):
+    """[R, C]: the columns `d` of some rows; zeros where a row or a column is out."""
+    return tl.load(ptr + rows[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(ptr, rows, live, d, D):
+    """[C, R]: what `load_rows` gives, transposed, as the second operand of a product wants it."""
+    return tl.load(ptr + rows[None, :] * D + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def dot_wide(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b for a float32 `a`; float16 and bfloat16 `b` are exact in TF32, and `a` keeps its range."""
+    if b.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32")

@@ -1,0 +1,430 @@
+"""Sparse token-patch aggregation: [B, L, N] scores, weights and gradients live in registers only.
+
+    forward(image_tokens [B, N, D], text_tokens [B, L, D], image_mask [B, N] | None, threshold [B] float32)
+        -> joint [B, L, D], row_min [B, L], row_sum [B, L], all float32
+    backward(djoint [B, L, D] float32, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum)
+        -> dimage_tokens, dtext_tokens, in the inputs' dtype
+
+    s = t . v     u = s - min s where (s - min s) / (max s - min s) >= threshold, else 0     joint = sum_k u_k v_k / sum u
+
+    forward      one program a block of tokens; the whole row of scores is one tile up to 512 patches. Beyond, one pass
+                 over tiles of patches for minimum and maximum, and a second one that aggregates a chunk of D.
+
+                     patches ->  v_0 .. v_N        d chunk
+                 tokens  t_0 [ s -> u       ]  @  [ v ]  ->  joint
+                         t_1 [              ]
+
+    backward     statistics of every row, O(B L) numbers; then one launch per gradient, each program owning its block of
+                 dtext (walks over patches) or of dimage (walks over tokens) and recomputing s and da = djoint . v:
+
+                     ds = (da - c) / sum u where kept, c = sum_k a_k da_k; the first minimum also gets -sum of those
+                     dtext_l = sum_k ds_lk v_k           dimage_k = sum_l a_lk djoint_l + ds_lk t_l
+
+Every number has one owner: no atomics, bitwise equal reruns. A row whose range is rounding noise is constant: uniform
+weights, no gradient through s; row_sum = 0 marks it. Image tokens that the mask leaves out must be finite.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import LARGE, LDS, MEDIUM, SMALL, dot_precision, launch, memory_class, on_device, precision
+from ._tile import BIG, dot_wide, load_columns, load_rows
+
+NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the largest entry is noise
+STATISTICS = 6  # per row: minimum, range, 1 / sum u, uniform weight, c, what the minimum pays
+ONE_TILE = 512  # patches whose scores fit into one tile
+
+# (BLOCK_D of the products over D, BLOCK_OUT of a result's tile forward and backward, num_warps, num_stages) by memory and
+# precision. Tiles of scores have fewer than 64 rows, so that all of them come from the same matrix instruction.
+WALK = {"BLOCK_L": 32, "BLOCK_N": 64}
+BLOCKS = {
+    (LARGE, "half"): (64, 64, 128, 8, 2),
+    (LARGE, "tf32"): (32, 64, 128, 8, 2),
+    (LARGE, "ieee"): (16, 32, 128, 8, 2),
+    (MEDIUM, "half"): (64, 64, 128, 8, 2),
+    (MEDIUM, "tf32"): (32, 32, 128, 8, 2),
+    (MEDIUM, "ieee"): (16, 32, 128, 8, 2),
+    (SMALL, "half"): (32, 32, 128, 8, 2),
+    (SMALL, "tf32"): (16, 16, 64, 8, 2),
+    (SMALL, "ieee"): (16, 16, 64, 8, 2),
+    (LDS, "half"): (32, 16, 64, 8, 1),
+    (LDS, "tf32"): (16, 16, 64, 8, 1),
+    (LDS, "ieee"): (16, 16, 64, 8, 1),
+}
+
+
+def score_tile(N: int) -> dict[str, int]:
+    """[BLOCK_L, BLOCK_N] that holds whole rows of N <= ONE_TILE scores."""
+    BLOCK_N = max(16, triton.next_power_of_2(N))
+    return {"BLOCK_L": min(32, max(16, 8192 // BLOCK_N)), "BLOCK_N": BLOCK_N}
+
+
+@triton.jit
+def _products(
+    a_ptr,  # [., D]
+    a_rows,  # [BLOCK_L] int64
+    a_live,  # [BLOCK_L]
+    v_ptr,  # [., D]
+    v_rows,  # [BLOCK_N] int64
+    v_live,  # [BLOCK_N]
+    D,
+    PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_L, BLOCK_N] of a . v. One order of summation everywhere: what is recomputed is what was computed."""
+    s = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        a = load_rows(a_ptr, a_rows, a_live, d, D)
+        v = load_columns(v_ptr, v_rows, v_live, d, D)
+        if a.dtype == v.dtype:
+            s = tl.dot(a, v, s, input_precision=PRECISION)
+        else:
+            s = dot_wide(a, v, s, PRECISION)
+    return s
+
+
+@triton.jit
+def _patches(mask_ptr, b, start, N, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Indices of a tile of patches, their rows among all patches, and which are kept."""
+    n = start + tl.arange(0, BLOCK_N)
+    rows = b.to(tl.int64) * N + n
+    keep = n < N
+    if HAS_MASK:
+        keep = tl.load(mask_ptr + rows, mask=keep, other=0).to(tl.int1)
+    return n, rows, keep
+
+
+@triton.jit
+def _extremes(s, n, keep):
+    """Minimum, maximum and first minimum of every row, and whether it holds a NaN, which min and max pass over."""
+    broken = tl.max(((s != s) & keep[None, :]).to(tl.int32), 1)
+    s = tl.where(s == s, s, 0.0)
+    low = tl.min(tl.where(keep[None, :], s, float("inf")), 1)
+    high = tl.max(tl.where(keep[None, :], s, -float("inf")), 1)
+    first = tl.min(tl.where((s == low[:, None]) & keep[None, :], n[None, :], BIG), 1)
+    return low, high, first, broken
+
+
+@triton.jit
+def _row_extremes(
+    text_ptr, text_rows, text_live, image_ptr, mask_ptr, b, N, D,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`_extremes` of whole rows, tile after tile, and the number of patches kept."""
+    low = tl.full((BLOCK_L,), float("inf"), tl.float32)
+    high = tl.full((BLOCK_L,), -float("inf"), tl.float32)
+    first = tl.full((BLOCK_L,), BIG, tl.int32)
+    broken = tl.zeros((BLOCK_L,), tl.int32)
+    count = tl.zeros((BLOCK_L,), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        n, rows, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
+        s = _products(text_ptr, text_rows, text_live, image_ptr, rows, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        tile_low, tile_high, tile_first, tile_broken = _extremes(s, n, keep)
+        first = tl.where(tile_low < low, tile_first, first)
+        low = tl.minimum(low, tile_low)
+        high = tl.maximum(high, tile_high)
+        broken = tl.maximum(broken, tile_broken)
+        count += tl.sum(keep.to(tl.int32), 0)
+    return low, high, first, broken, count
+
+
+@triton.jit
+def _is_constant(low, high, broken):
+    """The range is rounding noise, or there is no patch at all (low > high); a NaN is not constant."""
+    return (broken == 0) & (high - low <= NOISE * tl.maximum(tl.abs(low), tl.abs(high)))
+
+
+@triton.jit
+def _passed(u, span, keep, constant, threshold):
+    """Which patches of a row enter. "Not below" rather than "at or above": a NaN passes and shows."""
+    n = tl.div_rn(u, tl.where(constant, 1.0, span)[:, None])
+    return keep[None, :] & (constant == 0)[:, None] & ((n < threshold) == 0)
+
+
+@triton.jit
+def _forward_kernel(
+    image_ptr,  # [B, N, D]
+    text_ptr,  # [B, L, D]
+    mask_ptr,  # [B, N] bool, or None
+    threshold_ptr,  # [B] float32
+    joint_ptr,  # [B, L, D] float32
+    row_min_ptr,  # [B, L] float32
+    row_sum_ptr,  # [B, L] float32; 0 marks a constant row
+    N,
+    L,
+    D,
+    HAS_MASK: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,  # N <= BLOCK_N
+    PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Grid (token blocks, B, 1 | chunks of D)."""
+    b = tl.program_id(1)
+    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    live = l < L
+    rows = b.to(tl.int64) * L + l
+    threshold = tl.load(threshold_ptr + b)
+
+    if WHOLE_ROW:
+        n, patches, keep = _patches(mask_ptr, b, 0, N, HAS_MASK, BLOCK_N)
+        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        low, high, _first, broken = _extremes(s, n, keep)
+        count = tl.sum(keep.to(tl.int32), 0)
+        constant = _is_constant(low, high, broken)
+        u = s - low[:, None]
+        u = tl.where(_passed(u, high - low, keep, constant, threshold), u, 0.0)
+        total = tl.sum(u, 1)
+        a = u / tl.where(constant, 1.0, total)[:, None]
+        uniform = tl.where(keep, 1.0 / tl.maximum(count, 1), 0.0)
+        a = tl.where(constant[:, None], uniform[None, :], a)
+        for start in range(0, D, BLOCK_OUT):
+            d = start + tl.arange(0, BLOCK_OUT)
+            v = load_rows(image_ptr, patches, keep, d, D)
+            joint = dot_wide(a, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
+            tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
+    else:
+        low, high, _first, broken, count = _row_extremes(
+            text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
+        )
+        constant = _is_constant(low, high, broken)
+        d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        joint = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
+        total = tl.zeros((BLOCK_L,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            _n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
+            s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+            u = s - low[:, None]
+            u = tl.where(_passed(u, high - low, keep, constant, threshold), u, 0.0)
+            total += tl.sum(u, 1)
+            u = tl.where(constant[:, None], keep[None, :].to(tl.float32), u)
+            joint = dot_wide(u, load_rows(image_ptr, patches, keep, d, D), joint, PRECISION)
+        joint /= tl.where(constant, tl.maximum(count, 1).to(tl.float32), total)[:, None]
+        tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
+
+    if tl.program_id(2) == 0:
+        tl.store(row_min_ptr + rows, tl.where(count == 0, 0.0, low), mask=live)
+        tl.store(row_sum_ptr + rows, total, mask=live)
+
+
+@triton.jit
+def _statistics_kernel(
+    djoint_ptr,  # [B, L, D] float32
+    image_ptr,  # [B, N, D]
+    text_ptr,  # [B, L, D]
+    mask_ptr,  # [B, N] bool, or None
+    threshold_ptr,  # [B] float32
+    row_sum_ptr,  # [B, L] float32
+    statistics_ptr,  # [STATISTICS, B, L] float32
+    first_ptr,  # [B, L] int32: the first minimum
+    N,
+    L,
+    D,
+    BL,  # B * L
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (token blocks, B): all that a row must know before its gradients can be recomputed tile by tile."""
+    b = tl.program_id(1)
+    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    live = l < L
+    rows = b.to(tl.int64) * L + l
+    threshold = tl.load(threshold_ptr + b)
+    total = tl.load(row_sum_ptr + rows, mask=live, other=0.0)
+    constant = total == 0
+    inverse = tl.where(constant, 0.0, 1.0 / tl.where(constant, 1.0, total))
+
+    low, high, first, _broken, count = _row_extremes(
+        text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
+    )
+    c = tl.zeros((BLOCK_L,), tl.float32)
+    kept_da = tl.zeros((BLOCK_L,), tl.float32)
+    kept = tl.zeros((BLOCK_L,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        _n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
+        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        u = s - low[:, None]
+        passed = _passed(u, high - low, keep, constant, threshold)
+        c += tl.sum(tl.where(passed, u * inverse[:, None] * da, 0.0), 1)
+        kept_da += tl.sum(tl.where(passed, da, 0.0), 1)
+        kept += tl.sum(passed.to(tl.float32), 1)
+
+    out = statistics_ptr + rows
+    BL = BL.to(tl.int64)
+    tl.store(out, tl.where(constant, 0.0, low), mask=live)
+    tl.store(out + BL, tl.where(constant, 1.0, high - low), mask=live)
+    tl.store(out + 2 * BL, inverse, mask=live)
+    tl.store(out + 3 * BL, tl.where(constant, 1.0 / tl.maximum(count, 1), 0.0), mask=live)
+    tl.store(out + 4 * BL, c, mask=live)
+    tl.store(out + 5 * BL, (kept_da - kept * c) * inverse, mask=live)
+    tl.store(first_ptr + rows, first, mask=live)
+
+
+@triton.jit
+def _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL, threshold):
+    """Tiles of a and ds from tiles of s and da and the statistics of their rows."""
+    at = statistics_ptr + rows
+    low = tl.load(at, mask=live, other=0.0)
+    span = tl.load(at + BL, mask=live, other=1.0)
+    inverse = tl.load(at + 2 * BL, mask=live, other=0.0)
+    uniform = tl.load(at + 3 * BL, mask=live, other=0.0)
+    c = tl.load(at + 4 * BL, mask=live, other=0.0)
+    minimum_pays = tl.load(at + 5 * BL, mask=live, other=0.0)
+    first = tl.load(first_ptr + rows, mask=live, other=-1)
+    u = s - low[:, None]
+    passed = _passed(u, span, keep, inverse == 0, threshold)
+    a = tl.where(passed, u * inverse[:, None], tl.where(keep[None, :], uniform[:, None], 0.0))
+    ds = tl.where(passed, (da - c[:, None]) * inverse[:, None], 0.0)
+    ds -= tl.where(n[None, :] == first[:, None], minimum_pays[:, None], 0.0)
+    return a, ds
+
+
+@triton.jit
+def _dtext_kernel(
+    djoint_ptr,  # [B, L, D] float32
+    image_ptr,  # [B, N, D]
+    text_ptr,  # [B, L, D]
+    mask_ptr,  # [B, N] bool, or None
+    threshold_ptr,  # [B] float32
+    statistics_ptr,  # [STATISTICS, B, L] float32
+    first_ptr,  # [B, L] int32
+    dtext_ptr,  # [B, L, D]
+    N,
+    L,
+    D,
+    BL,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Grid (token blocks, B, chunks of D): dtext_l = sum_k ds_lk v_k, tile of patches after tile."""
+    b = tl.program_id(1)
+    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    live = l < L
+    rows = b.to(tl.int64) * L + l
+    threshold = tl.load(threshold_ptr + b)
+    d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    dtext = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
+        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        _a, ds = _weights_and_gradient(
+            s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold
+        )
+        dtext = dot_wide(ds, load_rows(image_ptr, patches, keep, d, D), dtext, PRECISION)
+    out = dtext_ptr + rows[:, None] * D + d[None, :]
+    tl.store(out, dtext.to(dtext_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _dimage_kernel(
+    djoint_ptr,  # [B, L, D] float32
+    image_ptr,  # [B, N, D]
+    text_ptr,  # [B, L, D]
+    mask_ptr,  # [B, N] bool, or None
+    threshold_ptr,  # [B] float32
+    statistics_ptr,  # [STATISTICS, B, L] float32
+    first_ptr,  # [B, L] int32
+    dimage_ptr,  # [B, N, D]
+    N,
+    L,
+    D,
+    BL,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Grid (patch blocks, B, chunks of D): dimage_k = sum_l a_lk djoint_l + ds_lk t_l, tile of tokens after tile."""
+    b = tl.program_id(1)
+    threshold = tl.load(threshold_ptr + b)
+    n, patches, keep = _patches(mask_ptr, b, tl.program_id(0) * BLOCK_N, N, HAS_MASK, BLOCK_N)
+    d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    dimage = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
+    for start in range(0, L, BLOCK_L):
+        l = start + tl.arange(0, BLOCK_L)
+        live = l < L
+        rows = b.to(tl.int64) * L + l
+        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold)
+        # djoint is float32 always: with half inputs TF32 is what its product with them has as well.
+        djoint = load_rows(djoint_ptr, rows, live, d, D)
+        text = load_rows(text_ptr, rows, live, d, D)
+        if text.dtype == tl.float32:
+            dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision=PRECISION)
+        else:
+            dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision="tf32")
+        dimage = dot_wide(tl.trans(ds), text, dimage, PRECISION)
+    # Patches that the mask leaves out are owned too: their gradient is zero.
+    out = dimage_ptr + patches[:, None] * D + d[None, :]
+    tl.store(out, dimage.to(dimage_ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+
+
+def forward(
+    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """joint [B, L, D], row_min and row_sum [B, L], float32; both inputs contiguous and of one dtype."""
+    (B, N, D), L = image_tokens.shape, text_tokens.shape[1]
+    joint = torch.empty(B, L, D, dtype=torch.float32, device=image_tokens.device)
+    row_min, row_sum = (torch.empty(B, L, dtype=torch.float32, device=image_tokens.device) for _ in range(2))
+    BLOCK_D, out, _, warps, stages = BLOCKS[memory_class(image_tokens.device), precision(image_tokens.dtype)]
+    whole = N <= ONE_TILE
+    tile = score_tile(N) if whole else WALK
+    chunks = 1 if whole else triton.cdiv(D, out)
+    with on_device(image_tokens):
+        launch(
+            _forward_kernel, (triton.cdiv(L, tile["BLOCK_L"]), B, chunks),
+            image_tokens, text_tokens, image_mask, threshold, joint, row_min, row_sum, N, L, D,
+            HAS_MASK=image_mask is not None, WHOLE_ROW=whole, PRECISION=dot_precision(image_tokens.dtype),
+            **tile, BLOCK_D=BLOCK_D, BLOCK_OUT=out, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return joint, row_min, row_sum
+
+
+def backward(
+    djoint: Tensor,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    threshold: Tensor,
+    row_min: Tensor,
+    row_sum: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dimage_tokens, dtext_tokens. row_min comes along with row_sum and is recomputed, bit for bit, with its index."""
+    (B, N, D), L = image_tokens.shape, text_tokens.shape[1]
+    device = image_tokens.device
+    dimage, dtext = torch.empty_like(image_tokens), torch.empty_like(text_tokens)
+    statistics = torch.empty(STATISTICS, B, L, dtype=torch.float32, device=device)
+    first = torch.empty(B, L, dtype=torch.int32, device=device)
+    BLOCK_D, _, out, warps, stages = BLOCKS[memory_class(device), precision(image_tokens.dtype)]
+    flags = {
+        "HAS_MASK": image_mask is not None, "PRECISION": dot_precision(image_tokens.dtype),
+        **WALK, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+    tokens, patches, chunks = triton.cdiv(L, WALK["BLOCK_L"]), triton.cdiv(N, WALK["BLOCK_N"]), triton.cdiv(D, out)
+    inputs = (djoint, image_tokens, text_tokens, image_mask, threshold)
+    sizes = (N, L, D, B * L)
+    with on_device(image_tokens):
+        launch(_statistics_kernel, (tokens, B), *inputs, row_sum, statistics, first, *sizes, **flags)
+        launch(_dtext_kernel, (tokens, B, chunks), *inputs, statistics, first, dtext, *sizes, BLOCK_OUT=out, **flags)
+        launch(_dimage_kernel, (patches, B, chunks), *inputs, statistics, first, dimage, *sizes, BLOCK_OUT=out, **flags)
+    return dimage, dtext

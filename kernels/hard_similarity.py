@@ -1,0 +1,496 @@
+"""Best match of every token of x among the tokens of e, pooled; no [Bx, Be, P, Q] anywhere.
+
+    forward(x [Bx, P, D], e [Be, Q, D], x_mask [Bx, P] | None, e_mask [Be, Q] | None, pool, pool_scale, save)
+        -> sim [Bx, Be] float32, maxima [Bx, Be, P], winners [Bx, Be, P]
+    backward(dsim [Bx, Be], sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, gather=True)
+        -> dx, de, in the inputs' dtype
+    Inputs: unit rows (or zeros), contiguous, one dtype, zeros where masked out.
+
+    match    a matrix product whose result never leaves registers. Rows are the tokens of x, one after the other across
+             samples; a tile's columns hold as many whole samples of e as fit, each in UNIT = Q rounded up to 16 columns
+             (77 tokens: 3 x 80 of 256). Every sample's columns are reduced to maximum and winner, which are written.
+
+                            e_j        e_j+1      e_j+2
+                 x_i,l   [ k k k k k | k k k k k | k k k k k | . ]  ->  maxima, winners [i, j..j+2, l]
+
+    pool     sim_ij over the maxima of l: 1/Q of the bytes a [Bx, Be, P, Q] would take, read once.
+    dx       a row gathers the e_jk* that it chose, sample after sample: Q times fewer operations than the match.
+             gather=False multiplies with tiles of winners instead, as below.
+    de       tiles of winners become tiles of weights in registers: de_j [Q, D] += W^T [Q, rows] x [rows, D].
+
+Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left, made on the device; e is
+sorted by length and matched in classes of width. Memory: Bx Be P maxima and winners. Every number has one owner: no
+atomics, bitwise equal reruns. Sums are float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import LARGE, LDS, MEDIUM, SMALL, dot_precision, launch, memory_class, on_device, precision
+from ._tile import BIG, load_columns, load_rows
+
+LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
+
+# Blocks by memory of the chip and precision.
+# (BLOCK_M rows of x, BLOCK_N columns of e, BLOCK_D, num_warps, num_stages): 128 x 256 halves the reads of 128 x 128.
+MATCH = {
+    (LARGE, "half"): (128, 256, 64, 8, 3),
+    (LARGE, "tf32"): (128, 256, 32, 8, 3),
+    (LARGE, "ieee"): (64, 256, 16, 8, 2),
+    (MEDIUM, "half"): (128, 256, 64, 8, 3),
+    (MEDIUM, "tf32"): (128, 256, 32, 8, 3),
+    (MEDIUM, "ieee"): (64, 256, 16, 8, 2),
+    (SMALL, "half"): (128, 256, 32, 8, 3),
+    (SMALL, "tf32"): (128, 256, 16, 8, 3),
+    (SMALL, "ieee"): (64, 256, 16, 8, 2),
+    (LDS, "half"): (128, 256, 32, 8, 2),
+    (LDS, "tf32"): (128, 256, 16, 8, 2),
+    (LDS, "ieee"): (64, 256, 16, 8, 1),
+}
+# (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages)
+WEIGHTED = {
+    (LARGE, "half"): (128, 32, 256, 8, 3),
+    (LARGE, "tf32"): (128, 32, 256, 8, 3),
+    (LARGE, "ieee"): (64, 16, 128, 8, 2),
+    (MEDIUM, "half"): (128, 32, 256, 8, 3),
+    (MEDIUM, "tf32"): (128, 32, 256, 8, 3),
+    (MEDIUM, "ieee"): (64, 16, 128, 8, 2),
+    (SMALL, "half"): (128, 32, 256, 8, 3),
+    (SMALL, "tf32"): (128, 32, 128, 8, 2),
+    (SMALL, "ieee"): (64, 16, 128, 8, 2),
+    (LDS, "half"): (128, 32, 128, 8, 2),
+    (LDS, "tf32"): (64, 16, 128, 8, 2),
+    (LDS, "ieee"): (64, 16, 64, 8, 1),
+}
+GATHER = (32, 128, 4, 1)  # (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages)
+POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
+SHORT = 32  # columns of the narrow class: samples of e with no more tokens than this are matched together
+SUPER = 8  # row tiles that go through the column tiles together, so that both stay in L2
+
+
+@triton.jit
+def _listed_rows(list_ptr, count_ptr, start, total, P, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of tokens of x: row in [Bx P], sample i, place l, and which exist."""
+    row = start + tl.arange(0, BLOCK)
+    if LISTED:
+        live = row < tl.load(count_ptr)
+        row = tl.load(list_ptr + row, mask=live, other=0)
+    else:
+        live = row < total
+    row = row.to(tl.int64)
+    i = row // P
+    return row, i, row - i * P, live
+
+
+@triton.jit
+def _match_kernel(
+    x_ptr,  # [Bx P, D]
+    e_ptr,  # [Be, Q, D]
+    rows_ptr,  # [Bx P] int32: the tokens of x that are left, first; or None
+    row_count_ptr,  # [] int32: how many; or None
+    tokens_ptr,  # [Be, Q] int32: the tokens of each e that are left, first, in order; or None
+    counts_ptr,  # [Be] int32: how many; or None
+    order_ptr,  # [Be] int32: samples of e by count; or None
+    bounds_ptr,  # [classes + 1] int32: where a class begins in that order; or None
+    maxima_ptr,  # [Bx, Be, P]
+    winners_ptr,  # [Bx, Be, P] int16 or int32, or None
+    Bx,
+    Be,
+    P,
+    Q,
+    D,
+    row_tiles,
+    column_tiles,
+    CLASS: tl.constexpr,
+    LIST_X: tl.constexpr,
+    LIST_E: tl.constexpr,
+    SAVE: tl.constexpr,
+    UNIT: tl.constexpr,  # columns that a sample of e has in a tile, a multiple of 16
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SUPER: tl.constexpr,
+):
+    """Grid (row tiles x column tiles): SUPER row tiles go through the column tiles together."""
+    SAMPLES: tl.constexpr = BLOCK_N // UNIT
+    program = tl.program_id(0)
+    group = program // (SUPER * column_tiles)
+    height = tl.minimum(row_tiles - group * SUPER, SUPER)
+    inside = program - group * SUPER * column_tiles
+    row_tile = group * SUPER + inside % height
+    column_tile = inside // height
+
+    first, last = column_tile * SAMPLES, Be
+    if LIST_E:
+        first += tl.load(bounds_ptr + CLASS)
+        last = tl.load(bounds_ptr + CLASS + 1)
+    row_total = Bx * P
+    if LIST_X:
+        row_total = tl.load(row_count_ptr)
+    if (first < last) & (row_tile * BLOCK_M < row_total):
+        row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, row_tile * BLOCK_M, Bx * P, P, LIST_X, BLOCK_M)
+        out = i * Be * P + l
+        c = tl.arange(0, BLOCK_N)
+        widest = Q
+        if SAMPLES > 1:
+            widest = 1  # one turn
+        elif LIST_E:
+            widest = tl.load(counts_ptr + tl.load(order_ptr + first))
+
+        running = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        running_place = tl.zeros((BLOCK_M,), tl.int32)
+        for start in range(0, widest, BLOCK_N):
+            # Columns: sample `first + c // UNIT` and its token `start + c % UNIT`.
+            sample = first + c // UNIT
+            place = start + c % UNIT
+            there = (sample < last) & (c < SAMPLES * UNIT)
+            j = sample
+            if LIST_E:
+                j = tl.load(order_ptr + sample, mask=there, other=0)
+                there &= place < tl.load(counts_ptr + j, mask=there, other=0)
+                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + place, mask=there, other=0)
+            else:
+                there &= place < Q
+                k = place
+            column = j.to(tl.int64) * Q + k
+
+            cos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start_d in range(0, D, BLOCK_D):
+                d = start_d + tl.arange(0, BLOCK_D)
+                x = load_rows(x_ptr, row, live, d, D)
+                e = load_columns(e_ptr, column, there, d, D)
+                cos = tl.dot(x, e, cos, input_precision=PRECISION)
+
+            # max passes over NaN; +inf, which no cosine is, stands in for it.
+            cos = tl.where(cos == cos, cos, float("inf"))
+            for g in tl.static_range(SAMPLES):
+                if first + g < last:
+                    j_g = first + g
+                    count = Q
+                    if LIST_E:
+                        j_g = tl.load(order_ptr + first + g)
+                        count = tl.load(counts_ptr + j_g)
+                    # Which sample a column belongs to is known when compiling: other samples' columns cost nothing.
+                    mine = (c >= g * UNIT) & (c < g * UNIT + UNIT) & (c - g * UNIT < count - start)
+                    best = tl.max(tl.where(mine[None, :], cos, -float("inf")), 1)
+                    place_g = tl.zeros((BLOCK_M,), tl.int32)
+                    if SAVE:
+                        ties = tl.where(mine[None, :] & (cos >= best[:, None]), c[None, :], BIG)
+                        place_g = start + tl.min(ties, 1) - g * UNIT  # the lowest k
+                    if SAMPLES == 1:
+                        place_g = tl.where(best > running, place_g, running_place)
+                        best = tl.maximum(best, running)
+                        running, running_place = best, place_g
+                    if (SAMPLES > 1) | (start + BLOCK_N >= count):
+                        at = out + j_g.to(tl.int64) * P
+                        best = tl.where(best == float("inf"), float("nan"), best)
+                        tl.store(maxima_ptr + at, best.to(maxima_ptr.dtype.element_ty), mask=live)
+                        if SAVE:
+                            if LIST_E:
+                                place_g = tl.load(tokens_ptr + j_g.to(tl.int64) * Q + place_g, mask=live, other=0)
+                            tl.store(winners_ptr + at, place_g.to(winners_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _pool_kernel(
+    maxima_ptr,  # [Bx, Be, P]
+    x_mask_ptr,  # [Bx, P] bool, or None
+    counts_ptr,  # [Be] int32: tokens of e that are left; or None
+    sim_ptr,  # [Bx, Be] float32
+    Be,
+    P,
+    scale,
+    HAS_X_MASK: tl.constexpr,
+    HAS_E_MASK: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Grid (Bx, blocks of e): one pass over l, with sums relative to the running maximum."""
+    i = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    matched = j < Be
+    if HAS_E_MASK:
+        matched &= tl.load(counts_ptr + j, mask=matched, other=0) > 0
+    base = (i * Be + j) * P
+    top = tl.full((BLOCK_J,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_J,), tl.float32)
+    count = tl.zeros((BLOCK_J,), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        l = start + tl.arange(0, BLOCK_P)
+        keep = l < P
+        if HAS_X_MASK:
+            keep = tl.load(x_mask_ptr + i * P + l, mask=keep, other=0).to(tl.int1)
+        kept = matched[:, None] & keep[None, :]
+        best = tl.load(maxima_ptr + base[:, None] + l[None, :], mask=kept, other=0.0).to(tl.float32)
+        count += tl.sum(kept.to(tl.float32), 1)
+        if POOL == "lse":
+            z = scale * best
+            new_top = tl.maximum(top, tl.max(tl.where(kept & (z == z), z, LOWEST), 1))
+            total = total * tl.exp(top - new_top) + tl.sum(tl.where(kept, tl.exp(z - new_top[:, None]), 0.0), 1)
+            top = new_top
+        else:
+            total += tl.sum(best, 1)
+    sim = total
+    if POOL == "lse":
+        sim = (top + tl.log(tl.where(count > 0, total, 1.0))) / scale
+    if POOL == "mean":
+        sim = total / tl.maximum(count, 1.0)
+    tl.store(sim_ptr + i * Be + j, tl.where(count > 0, sim, 0.0), mask=j < Be)
+
+
+@triton.jit
+def _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL: tl.constexpr):
+    """w_ijl = dsim_ij dS_ij/dmax_ijl, and the winners; zero and -1 where nothing won."""
+    pair = i * Be + j
+    at = pair * P + l
+    winner = tl.load(winners_ptr + at, mask=live, other=-1).to(tl.int32)
+    w = tl.load(dsim_ptr + pair, mask=live, other=0.0)
+    if POOL == "lse":
+        best = tl.load(maxima_ptr + at, mask=live, other=0.0).to(tl.float32)
+        w *= tl.exp(scale * (best - tl.load(sim_ptr + pair, mask=live, other=0.0)))
+    return tl.where(winner >= 0, w, 0.0), winner
+
+
+@triton.jit
+def _dx_kernel(
+    dsim_ptr,  # [Bx, Be] float32
+    sim_ptr,  # [Bx, Be] float32
+    maxima_ptr,  # [Bx, Be, P], or anything
+    winners_ptr,  # [Bx, Be, P]
+    e_ptr,  # [Be, Q, D]
+    rows_ptr,  # [Bx P] int32, or None
+    row_count_ptr,  # [] int32, or None
+    unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
+    dx_ptr,  # [Bx P, D]
+    Bx,
+    Be,
+    P,
+    Q,
+    D,
+    scale,
+    LIST_X: tl.constexpr,
+    POOL: tl.constexpr,
+    GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Grid (row blocks, chunks of D): dx_il = sum_j w_ijl e_jk*."""
+    row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, tl.program_id(0) * BLOCK_OWN, Bx * P, P, LIST_X, BLOCK_OWN)
+    d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    dx = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+    samples = Be
+    if LIST_X:
+        samples = tl.where(tl.program_id(0) * BLOCK_OWN < tl.load(row_count_ptr), Be, 0)
+    for j in range(samples):
+        w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL)
+        first = tl.cast(j, tl.int64) * Q
+        if GATHER:
+            dx += w[:, None] * load_rows(e_ptr, first + winner, winner >= 0, d, D).to(tl.float32)
+        else:
+            for start in range(0, Q, BLOCK_SUM):
+                k = start + tl.arange(0, BLOCK_SUM)
+                e = load_rows(e_ptr, first + k, k < Q, d, D)
+                weights = tl.where(winner[:, None] == k[None, :], w[:, None], 0.0).to(e.dtype)
+                dx = tl.dot(weights, e, dx, input_precision=PRECISION)
+    if unscale_ptr is not None:
+        dx *= tl.load(unscale_ptr)
+    out = dx_ptr + row[:, None] * D + d[None, :]
+    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _de_kernel(
+    dsim_ptr,  # [Bx, Be] float32
+    sim_ptr,  # [Bx, Be] float32
+    maxima_ptr,  # [Bx, Be, P], or anything
+    winners_ptr,  # [Bx, Be, P]
+    x_ptr,  # [Bx P, D]
+    rows_ptr,  # [Bx P] int32, or None
+    row_count_ptr,  # [] int32, or None
+    tokens_ptr,  # [Be, Q] int32, or None
+    counts_ptr,  # [Be] int32, or None
+    unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
+    de_ptr,  # [Be, Q, D]
+    Bx,
+    Be,
+    P,
+    Q,
+    D,
+    scale,
+    LIST_X: tl.constexpr,
+    LIST_E: tl.constexpr,
+    POOL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Grid (Be, token blocks, chunks of D): de_jk = sum over the (i, l) that chose k of w_ijl x_il."""
+    j = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    count = Q
+    if LIST_E:
+        count = tl.load(counts_ptr + j)
+    if tl.program_id(1) * BLOCK_OWN < count:
+        k = place
+        if LIST_E:
+            k = tl.load(tokens_ptr + j * Q + place, mask=place < count, other=-2)
+        d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        row_total = Bx * P
+        if LIST_X:
+            row_total = tl.load(row_count_ptr)
+        de = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+        for start in range(0, row_total, BLOCK_SUM):
+            row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, start, Bx * P, P, LIST_X, BLOCK_SUM)
+            w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL)
+            x = load_rows(x_ptr, row, live, d, D)
+            weights = tl.where(winner[None, :] == k[:, None], w[None, :], 0.0).to(x.dtype)
+            de = tl.dot(weights, x, de, input_precision=PRECISION)
+        if unscale_ptr is not None:
+            de *= tl.load(unscale_ptr)
+        out = de_ptr + (j * Q + k)[:, None] * D + d[None, :]
+        tl.store(out, de.to(de_ptr.dtype.element_ty), mask=(place < count)[:, None] & (d < D)[None, :])
+
+
+def forward(
+    x: Tensor,
+    e: Tensor,
+    x_mask: Tensor | None,
+    e_mask: Tensor | None,
+    pool: str,
+    pool_scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sim, maxima (kept for "lse" and `save`), winners (kept for `save`)."""
+    (Bx, P, D), (Be, Q, _) = x.shape, e.shape
+    rows, row_count = _left_rows(x_mask)
+    tokens, counts = _left_tokens(e_mask)
+    # Half inputs: float16 holds a cosine as exactly as its inputs allow, and gradients are those of what was pooled.
+    maxima_dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
+    winner_dtype = torch.int16 if torch.iinfo(torch.int16).max >= Q else torch.int32
+    maxima = torch.empty(Bx, Be, P, dtype=maxima_dtype, device=x.device)
+    winners = torch.empty((Bx, Be, P) if save else (0,), dtype=winner_dtype, device=x.device)
+    if x_mask is not None or e_mask is not None:
+        winners.fill_(-1)
+        maxima.zero_()
+    sim = torch.empty(Bx, Be, dtype=torch.float32, device=x.device)
+
+    M, N, BLOCK_D, warps, stages = MATCH[memory_class(x.device), precision(x.dtype)]
+    widths = [width for width in (SHORT,) if counts is not None and width < min(Q, N)] + [Q]
+    order = bounds = None
+    if counts is not None:
+        order = torch.argsort(counts, stable=True).to(torch.int32)
+        bounds = torch.stack([(counts <= width).sum(dtype=torch.int32) for width in (0, *widths)])
+    with on_device(x):
+        for number, width in enumerate(widths):
+            columns, unit = _columns(width, N)
+            tiles = triton.cdiv(Bx * P, M), triton.cdiv(Be, columns // unit)
+            launch(
+                _match_kernel, (tiles[0] * tiles[1],),
+                x, e, rows, row_count, tokens, counts, order, bounds, maxima, winners if save else None,
+                Bx, Be, P, Q, D, *tiles,
+                CLASS=number, LIST_X=rows is not None, LIST_E=counts is not None, SAVE=save, UNIT=unit,
+                PRECISION=dot_precision(x.dtype), BLOCK_M=M, BLOCK_N=columns, BLOCK_D=BLOCK_D, SUPER=SUPER,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        J, L, warps = POOL
+        launch(
+            _pool_kernel, (Bx, triton.cdiv(Be, J)), maxima, x_mask, counts, sim, Be, P, float(pool_scale),
+            HAS_X_MASK=x_mask is not None, HAS_E_MASK=counts is not None, POOL=pool, BLOCK_J=J, BLOCK_P=L,
+            num_warps=warps,
+        )  # fmt: skip
+    return sim, maxima if save and pool == "lse" else maxima.new_empty(0), winners
+
+
+def backward(
+    dsim: Tensor,
+    sim: Tensor,
+    maxima: Tensor,
+    winners: Tensor,
+    x: Tensor,
+    e: Tensor,
+    x_mask: Tensor | None,
+    e_mask: Tensor | None,
+    pool: str,
+    pool_scale: float,
+    gather: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """dx, de; `gather=False` makes dx from tiles of weights as well."""
+    (Bx, P, D), (Be, Q, _) = x.shape, e.shape
+    rows, row_count = _left_rows(x_mask)
+    tokens, counts = _left_tokens(e_mask)
+    dx = torch.empty_like(x) if rows is None else torch.zeros_like(x)
+    de = torch.empty_like(e) if tokens is None else torch.zeros_like(e)
+    dsim = dsim.to(torch.float32)
+    if pool == "mean":
+        dsim = dsim / (P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1))
+    dsim = dsim.contiguous()
+    in_range, unscale = _into_range(dsim, x.dtype)
+
+    kind = precision(x.dtype)
+    own, block_sum, out, warps, stages = WEIGHTED[memory_class(x.device), kind]
+    sizes = (Bx, Be, P, Q, D, float(pool_scale))
+    flags = {"LIST_X": rows is not None, "POOL": pool, "PRECISION": dot_precision(x.dtype)}
+    saved = (sim, maxima, winners)
+    with on_device(x):
+        if gather:
+            g_own, g_out, g_warps, g_stages = GATHER
+            launch(
+                _dx_kernel, (triton.cdiv(Bx * P, g_own), triton.cdiv(D, g_out)),
+                dsim, *saved, e, rows, row_count, None, dx, *sizes,
+                GATHER=True, BLOCK_OWN=g_own, BLOCK_SUM=1, BLOCK_OUT=g_out, **flags,
+                num_warps=g_warps, num_stages=g_stages,
+            )  # fmt: skip
+        else:
+            launch(
+                _dx_kernel, (triton.cdiv(Bx * P, own), triton.cdiv(D, out)),
+                in_range, *saved, e, rows, row_count, unscale, dx, *sizes,
+                GATHER=False, BLOCK_OWN=own, BLOCK_SUM=block_sum, BLOCK_OUT=out, **flags,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        # Short samples leave whole blocks of 64 tokens out.
+        own = 64 if Q <= 64 or tokens is not None else own
+        launch(
+            _de_kernel, (Be, triton.cdiv(Q, own), triton.cdiv(D, out)),
+            in_range, *saved, x, rows, row_count, tokens, counts, unscale, de, *sizes,
+            LIST_E=tokens is not None, BLOCK_OWN=own, BLOCK_SUM=block_sum, BLOCK_OUT=out, **flags,
+            num_warps=warps if own > 64 else 4, num_stages=stages,
+        )  # fmt: skip
+    return dx, de
+
+
+def _columns(width: int, BLOCK_N: int) -> tuple[int, int]:
+    """Columns of a tile, and of a sample in it. A sample too wide to share a tile gets tiles of half the width."""
+    unit = triton.cdiv(width, 16) * 16
+    return (BLOCK_N, unit) if 2 * unit <= BLOCK_N else (BLOCK_N // 2, min(unit, BLOCK_N // 2))
+
+
+def _left_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens that the mask leaves, over all samples, before the others [B T]; and their number."""
+    if mask is None:
+        return None, None
+    gone = mask.logical_not().flatten().to(torch.uint8)
+    return torch.argsort(gone, stable=True).to(torch.int32), mask.sum(dtype=torch.int32)
+
+
+def _left_tokens(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens that the mask leaves, in order, before the others [B, T]; and their number [B]."""
+    if mask is None:
+        return None, None
+    gone = mask.logical_not().to(torch.uint8)
+    return torch.argsort(gone, dim=1, stable=True).to(torch.int32), mask.sum(dim=1, dtype=torch.int32)
+
+
+def _into_range(dsim: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """dsim with its largest entry in [1/2, 1), and the factor that undoes it: gradients of 1 / B^2 leave float16."""
+    if dtype != torch.float16:
+        return dsim, None
+    exponent = torch.frexp(dsim.abs().amax())[1].clamp(-120, 120)
+    one = torch.ones((), device=dsim.device)
+    return dsim * torch.ldexp(one, -exponent), torch.ldexp(one, exponent)

@@ -1,0 +1,634 @@
+"""Rows of a similarity distribution against their labels, from raw features to per-row losses and input gradients.
+
+The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in registers; memory is O(R + C).
+
+    prepare      norms of both inputs, and sum_k y_ik of every sample: D and the ids are read once
+    row loss     one program a block of rows, walking over all columns with running sums relative to the running maximum
+
+                     y_0   y_1   y_2 ...
+            x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top), sum e log(t + eps), positive  ->  loss, statistics
+
+    gradient     one program a block of rows of the input that it owns, and a chunk of D: recomputes each tile, adds what
+                 the tile's rows pay and what its columns pay (as rows of the other side), multiplies with y, and leaves
+                 through the normalisation
+
+With `both` sides the second grid axis is the side: rows and columns change places. A tile of logits is thereby computed
+once a side. One pass for both would have to merge the columns' running sums across programs, through memory that grows
+with the number of row blocks; two cost one more matrix product, and every number has one owner: no atomics, bitwise
+equal reruns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import LDS, dot_precision, launch, memory_class, on_device, precision
+from ._tile import dot_wide
+
+ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as zero vectors
+LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
+
+
+# Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
+# Small batches want many programs; large ones tiles that pay for their loads. BLOCK_D is the same in both kernels: the
+# gradient of a peaked row is a small difference that needs the very logits of the forward.
+SMALL = 1024
+BLOCKS = {
+    ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
+    ("row_loss", "small", "tf32"): (16, 64, 64, None, 4, 3),
+    ("row_loss", "small", "ieee"): (16, 32, 32, None, 4, 3),
+    ("row_loss", "large", "half"): (128, 64, 64, None, 8, 3),
+    ("row_loss", "large", "tf32"): (64, 64, 32, None, 8, 3),
+    ("row_loss", "large", "ieee"): (32, 64, 32, None, 4, 3),
+    ("gradient", "small", "half"): (16, 32, 64, 128, 4, 2),
+    ("gradient", "small", "tf32"): (16, 32, 64, 128, 4, 2),
+    ("gradient", "small", "ieee"): (16, 32, 32, 64, 4, 2),
+    ("gradient", "large", "half"): (64, 32, 64, 256, 8, 2),
+    ("gradient", "large", "tf32"): (64, 32, 32, 128, 8, 2),
+    ("gradient", "large", "ieee"): (32, 32, 32, 64, 8, 2),
+}
+
+
+def blocks(kernel: str, rows: int, like: Tensor) -> dict[str, int]:
+    """Compile-time sizes and launch options of one kernel."""
+    M, N, D, out, warps, stages = BLOCKS[kernel, "small" if rows <= SMALL else "large", precision(like.dtype)]
+    if memory_class(like.device) == LDS and warps == 8:
+        warps = 4  # a wave of an AMD chip holds 64 threads
+    sizes = {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": D} | ({} if out is None else {"BLOCK_OUT": out})
+    return sizes | {"num_warps": warps, "num_stages": stages}
+
+
+@triton.jit
+def _inverse_norm(norm):
+    return tl.where(norm <= ZERO_NORM, 1.0, 1.0 / norm)
+
+
+@triton.jit
+def _cosines(
+    x_ptr,  # [X, D]
+    y_ptr,  # [Y, D]
+    rows,  # [BLOCK_M]
+    cols,  # [BLOCK_N]
+    x_inverse,  # [BLOCK_M]
+    y_inverse,  # [BLOCK_N]
+    X,
+    Y,
+    D,
+    x_stride,
+    y_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] of cos(x_i, y_j): products of the raw features, exact in the tensor cores, scaled afterwards."""
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    y_rows = y_ptr + cols.to(tl.int64)[None, :] * y_stride
+    dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0)
+        y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
+        dots = tl.dot(x, y, dots, input_precision=PRECISION)
+    # One product of the inverses: both sides, rows and columns exchanged, get the same number to the last bit.
+    return dots * (x_inverse[:, None] * y_inverse[None, :])
+
+
+@triton.jit
+def _by_label(same, same_image, both, pid, image, neither, HAS_IMAGES: tl.constexpr):
+    """One of four values an entry, by what its row and column share."""
+    if HAS_IMAGES:
+        return tl.where(same, tl.where(same_image, both, pid), tl.where(same_image, image, neither))
+    else:
+        return tl.where(same, both, neither)
+
+
+@triton.jit
+def _target(same, same_image, total, factor, HAS_IMAGES: tl.constexpr):
+    """t = y / total; total is [BLOCK_M, 1] or [1, BLOCK_N]."""
+    return _by_label(same, same_image, 1 / total, factor / total, (1 - factor) / total, 0.0, HAS_IMAGES)
+
+
+@triton.jit
+def _log_target(same, same_image, total, factor, eps, HAS_IMAGES: tl.constexpr):
+    """log(t + eps): logarithms of vectors, never of the tile."""
+    return _by_label(
+        same,
+        same_image,
+        tl.log(1 / total + eps),
+        tl.log(factor / total + eps),
+        tl.log((1 - factor) / total + eps),
+        tl.log(0 * total + eps),
+        HAS_IMAGES,
+    )
+
+
+@triton.jit
+def _prepare_kernel(
+    q_ptr,  # [R, D]
+    k_ptr,  # [C, D]
+    pids_ptr,  # [C]
+    image_ids_ptr,  # [C], or anything
+    norms_ptr,  # [R + C]
+    label_sum_ptr,  # [R] by rows, [C] by columns
+    R,
+    C,
+    D,
+    offset,
+    factor,
+    q_stride,
+    k_stride,
+    HAS_IMAGES: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (row blocks, 2): |q_i| and |k_j|; one of the two sides also counts labels."""
+    side = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_ptr, X, stride, norms_out = q_ptr, R, q_stride, norms_ptr
+    if side == 1:
+        x_ptr, X, stride, norms_out = k_ptr, C, k_stride, norms_ptr + R
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride
+    squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        squares += x * x
+    tl.store(norms_out + rows, tl.sqrt(tl.sum(squares, 1)), mask=rows < X)
+
+    if side == (1 if BY_COLUMN else 0):
+        samples = rows if BY_COLUMN else rows + offset
+        own_pid = tl.load(pids_ptr + samples, mask=rows < X, other=0)
+        same = tl.zeros((BLOCK_M,), tl.int32)
+        if HAS_IMAGES:
+            own_image = tl.load(image_ids_ptr + samples, mask=rows < X, other=0)
+            same_image = tl.zeros((BLOCK_M,), tl.int32)
+        for start in range(0, C, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            pid = tl.load(pids_ptr + cols, mask=cols < C, other=0)
+            same += tl.sum(((own_pid[:, None] == pid[None, :]) & (cols < C)[None, :]).to(tl.int32), 1)
+            if HAS_IMAGES:
+                image = tl.load(image_ids_ptr + cols, mask=cols < C, other=0)
+                same_image += tl.sum(((own_image[:, None] == image[None, :]) & (cols < C)[None, :]).to(tl.int32), 1)
+        total = same.to(tl.float32)
+        if HAS_IMAGES:
+            total = factor * total + (1 - factor) * same_image.to(tl.float32)
+        tl.store(label_sum_ptr + rows, total, mask=rows < X)
+
+
+@triton.jit
+def _row_loss_kernel(
+    x_ptr,  # [X, D] queries; on side 1 the keys, as every pair below
+    y_ptr,  # [Y, D]
+    pids_ptr,  # [C]
+    image_ids_ptr,  # [C], or anything
+    scale_ptr,  # [], or anything
+    norms_ptr,  # [R + C]
+    label_sum_ptr,  # [X] by rows, [Y] by columns
+    loss_ptr,  # [S, X]
+    statistics_ptr,  # [S, STATISTICS, X]
+    places_ptr,  # [S, 2, X], or anything
+    X,
+    Y,
+    D,
+    offset,
+    scale,
+    alpha,
+    eps,
+    factor,
+    loss_weight,
+    x_stride,
+    y_stride,
+    STATISTICS: tl.constexpr,
+    HAS_IMAGES: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COSINE_GAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (row blocks, S): what every row pays, and its statistics."""
+    side = tl.program_id(1)
+    x_norms_ptr, y_norms_ptr = norms_ptr, norms_ptr + X
+    if side == 1:
+        x_ptr, y_ptr = y_ptr, x_ptr
+        x_stride, y_stride = y_stride, x_stride
+        x_norms_ptr, y_norms_ptr = y_norms_ptr, x_norms_ptr
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr).to(tl.float32)
+
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < X
+    x_inverse = _inverse_norm(tl.load(x_norms_ptr + rows, mask=live, other=1.0))
+    own_pid = tl.load(pids_ptr + offset + rows, mask=live, other=0)[:, None]
+    own_image = own_pid
+    if HAS_IMAGES:
+        own_image = tl.load(image_ids_ptr + offset + rows, mask=live, other=0)[:, None]
+    if not BY_COLUMN:
+        total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
+
+    # Running sums over the columns so far, relative to the running maximum; e = exp(z - top).
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    sum_e = tl.zeros((BLOCK_M,), tl.float32)
+    sum_ez = tl.zeros((BLOCK_M,), tl.float32)  # of e (z - top)
+    sum_et = tl.zeros((BLOCK_M,), tl.float32)  # of e log(t + eps), or of t z for the cross-entropy
+    mass = tl.zeros((BLOCK_M,), tl.float32)  # of t
+    top_place = tl.zeros((BLOCK_M,), tl.int32)
+    positive = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    positive_place = offset + rows
+
+    for start in range(0, Y, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = (cols < Y)[None, :]
+        y_inverse = _inverse_norm(tl.load(y_norms_ptr + cols, mask=cols < Y, other=1.0))
+        z = scale * _cosines(
+            x_ptr, y_ptr, rows, cols, x_inverse, y_inverse, X, Y, D, x_stride, y_stride,
+            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        z = tl.where(inside, z, -float("inf"))
+        same = (own_pid == tl.load(pids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
+        same_image = same
+        if HAS_IMAGES:
+            same_image = (own_image == tl.load(image_ids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
+        if BY_COLUMN:
+            total = tl.load(label_sum_ptr + cols, mask=cols < Y, other=1.0)[None, :]
+
+        if WEIGHTED:
+            tile_top, tile_place = tl.max(z, 1, return_indices=True)
+            top_place = tl.where(tile_top > top, start + tile_place, top_place)
+            # Ties go to the lowest column, here and below.
+            if POSITIVE == "any":
+                tile_positive, tile_place = tl.max(tl.where(same, z, -float("inf")), 1, return_indices=True)
+                positive_place = tl.where(tile_positive > positive, start + tile_place, positive_place)
+                positive = tl.maximum(positive, tile_positive)
+            else:
+                if POSITIVE == "first":
+                    first = tl.min(tl.where(same, cols[None, :], Y), 1)
+                    positive_place = tl.where(positive == LOWEST, first, positive_place)
+                found = cols[None, :] == positive_place[:, None]
+                tile_positive = tl.max(tl.where(found, z, LOWEST), 1)
+                positive = tl.where(positive == LOWEST, tile_positive, positive)
+        else:
+            tile_top = tl.max(z, 1)
+
+        new_top = tl.maximum(top, tile_top)
+        below = tl.where(inside, z - new_top[:, None], 0.0)
+        e = tl.where(inside, tl.exp(below), 0.0)
+        shrink = tl.exp(top - new_top)
+        if CROSS_ENTROPY:
+            t = _target(same, same_image, total, factor, HAS_IMAGES)
+            sum_et += tl.sum(tl.where(t > 0, t * z, 0.0), 1)
+            mass += tl.sum(t, 1)
+        else:
+            sum_ez = shrink * (sum_ez + (top - new_top) * sum_e) + tl.sum(e * below, 1)
+            sum_et = shrink * sum_et + tl.sum(e * _log_target(same, same_image, total, factor, eps, HAS_IMAGES), 1)
+        sum_e = shrink * sum_e + tl.sum(e, 1)
+        top = new_top
+
+    # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
+    log_sum = tl.log(sum_e)
+    statistics = statistics_ptr + side.to(tl.int64) * STATISTICS * X + rows
+    tl.store(statistics, top, mask=live)
+    tl.store(statistics + X, log_sum, mask=live)
+    if CROSS_ENTROPY:
+        loss = mass * (top + log_sum) - sum_et
+        tl.store(statistics + 2 * X, mass, mask=live)
+    else:
+        divergence = (sum_ez - sum_et) / sum_e - log_sum
+        tl.store(statistics + 2 * X, divergence, mask=live)
+        loss = divergence
+        if WEIGHTED:
+            positive = tl.where(live, positive, top)  # a row beyond the end has none
+            if COSINE_GAP:
+                gap = (top - positive) / scale
+            else:
+                gap = 1 / sum_e - tl.exp(positive - top - log_sum)
+            loss = (1 + alpha * gap) * divergence
+            tl.store(statistics + 3 * X, gap, mask=live)
+            places = places_ptr + side.to(tl.int64) * 2 * X + rows
+            tl.store(places, top_place, mask=live)
+            tl.store(places + X, positive_place, mask=live)
+    tl.store(loss_ptr + side.to(tl.int64) * X + rows, loss * loss_weight, mask=live)
+
+
+@triton.jit
+def _add_dlogits(
+    dz,  # [BLOCK_M, BLOCK_N] so far
+    dgap,  # [BLOCK_M, BLOCK_N] so far, of the cosine gap, which does not see the scale
+    z,  # [BLOCK_M, BLOCK_N]
+    same,
+    same_image,
+    columns,  # who stands where in the paying row, [1, BLOCK_N] or [BLOCK_M, 1]
+    total,  # what y is divided by, [BLOCK_M, 1] or [1, BLOCK_N]
+    g,  # gradient of the paying rows' losses, [BLOCK_M, 1] or [1, BLOCK_N], as the next six
+    top,
+    log_sum,
+    third,  # divergence, or mass
+    gap,
+    top_place,
+    positive_place,
+    scale,
+    alpha,
+    push_alpha,
+    eps,
+    factor,
+    HAS_IMAGES: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COSINE_GAP: tl.constexpr,
+):
+    """Adds the gradient in the logits of what the tile's rows pay, or, with everything transposed, its columns.
+
+    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
+    g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
+    g (mass p - t)                                                                  cross-entropy
+    """
+    log_p = z - top - log_sum
+    p = tl.exp(log_p)
+    if CROSS_ENTROPY:
+        dz += g * (third * p - _target(same, same_image, total, factor, HAS_IMAGES))
+    else:
+        excess = log_p - _log_target(same, same_image, total, factor, eps, HAS_IMAGES) - third
+        if WEIGHTED:
+            excess *= 1 + alpha * gap
+            push = push_alpha * third
+            ends = (columns == top_place).to(tl.float32) - (columns == positive_place).to(tl.float32)
+            if COSINE_GAP:
+                dgap += g * push / scale * ends
+            else:
+                excess += push * (ends - gap)
+        dz += g * p * excess
+    return dz, dgap
+
+
+@triton.jit
+def _gradient_kernel(
+    x_ptr,  # [X, D] the owned input; on side 1 the other one, as every pair below
+    y_ptr,  # [Y, D]
+    pids_ptr,  # [C]
+    image_ids_ptr,  # [C], or anything
+    scale_ptr,  # [], or anything
+    norms_ptr,  # [R + C]
+    label_sum_ptr,  # [R] by rows, [C] by columns
+    statistics_ptr,  # [S, STATISTICS, R]
+    places_ptr,  # [S, 2, R], or anything
+    dloss_ptr,  # [R], any stride
+    dx_ptr,  # [X, D]
+    dy_ptr,  # [Y, D]; untouched unless there are two sides
+    dscale_ptr,  # [X], or anything
+    X,
+    Y,
+    D,
+    x_sample,  # sample of x_0
+    y_sample,
+    x_norm,  # place of x_0 among the norms
+    y_norm,
+    scale,
+    alpha,
+    push_alpha,  # alpha, or 0 where the weight is detached
+    eps,
+    factor,
+    loss_weight,
+    x_stride,
+    y_stride,
+    dloss_stride,
+    STATISTICS: tl.constexpr,
+    AS_ROWS: tl.constexpr,  # x pays as rows
+    AS_COLUMNS: tl.constexpr,  # x is among the columns of rows y that pay
+    HAS_IMAGES: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    SCALE_GRADIENT: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COSINE_GAP: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Grid (row blocks, sides, chunks of D): gradient of the owned rows, through the normalisation."""
+    side = tl.program_id(1)
+    out_ptr = dx_ptr
+    if side == 1:
+        x_ptr, y_ptr = y_ptr, x_ptr
+        x_stride, y_stride = y_stride, x_stride
+        x_norm, y_norm = y_norm, x_norm
+        out_ptr = dy_ptr
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    # Statistics of the side whose rows are x, and of the one whose rows are y.
+    as_rows = side.to(tl.int64) * X
+    as_columns = (1 - side if AS_ROWS else side).to(tl.int64) * Y
+
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < X
+    x_norms = tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0)
+    x_inverse = _inverse_norm(x_norms)
+    own_pid = tl.load(pids_ptr + x_sample + rows, mask=live, other=0)[:, None]
+    own_image = own_pid
+    if HAS_IMAGES:
+        own_image = tl.load(image_ids_ptr + x_sample + rows, mask=live, other=0)[:, None]
+    row_gap, row_top, row_positive = x_inverse, rows, rows
+    if AS_ROWS:
+        row_g = loss_weight * tl.load(dloss_ptr + rows.to(tl.int64) * dloss_stride, mask=live, other=0.0)
+        row_max = tl.load(statistics_ptr + STATISTICS * as_rows + rows, mask=live, other=0.0)
+        row_log_sum = tl.load(statistics_ptr + STATISTICS * as_rows + X + rows, mask=live, other=0.0)
+        row_third = tl.load(statistics_ptr + STATISTICS * as_rows + 2 * X + rows, mask=live, other=0.0)
+        if WEIGHTED:
+            row_gap = tl.load(statistics_ptr + STATISTICS * as_rows + 3 * X + rows, mask=live, other=0.0)
+            row_top = tl.load(places_ptr + 2 * as_rows + rows, mask=live, other=0)
+            row_positive = tl.load(places_ptr + 2 * as_rows + X + rows, mask=live, other=0)
+    if AS_COLUMNS if BY_COLUMN else AS_ROWS:
+        own_total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
+
+    d_out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    dx = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
+    # Along x_i its gradient is sum_j z_ij dz_ij: normalising takes it out, and the scale receives it.
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    along_gap = tl.zeros((BLOCK_M,), tl.float32)
+
+    for start in range(0, Y, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        here = cols < Y
+        y_inverse = _inverse_norm(tl.load(norms_ptr + y_norm + cols, mask=here, other=1.0))
+        z = scale * _cosines(
+            x_ptr, y_ptr, rows, cols, x_inverse, y_inverse, X, Y, D, x_stride, y_stride,
+            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        same = own_pid == tl.load(pids_ptr + y_sample + cols, mask=here, other=0)[None, :]
+        same_image = same
+        if HAS_IMAGES:
+            same_image = own_image == tl.load(image_ids_ptr + y_sample + cols, mask=here, other=0)[None, :]
+
+        if AS_ROWS if BY_COLUMN else AS_COLUMNS:
+            other_total = tl.load(label_sum_ptr + cols, mask=here, other=1.0)[None, :]
+
+        dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        dgap = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if AS_ROWS:
+            dz, dgap = _add_dlogits(
+                dz, dgap, z, same, same_image, cols[None, :], other_total if BY_COLUMN else own_total, row_g[:, None],
+                row_max[:, None], row_log_sum[:, None], row_third[:, None], row_gap[:, None], row_top[:, None], row_positive[:, None],
+                scale, alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+            )  # fmt: skip
+        if AS_COLUMNS:
+            col_g = loss_weight * tl.load(dloss_ptr + cols.to(tl.int64) * dloss_stride, mask=here, other=0.0)
+            col_max = tl.load(statistics_ptr + STATISTICS * as_columns + cols, mask=here, other=0.0)
+            col_log_sum = tl.load(statistics_ptr + STATISTICS * as_columns + Y + cols, mask=here, other=0.0)
+            col_third = tl.load(statistics_ptr + STATISTICS * as_columns + 2 * Y + cols, mask=here, other=0.0)
+            col_gap, col_top, col_positive = y_inverse, cols, cols
+            if WEIGHTED:
+                col_gap = tl.load(statistics_ptr + STATISTICS * as_columns + 3 * Y + cols, mask=here, other=0.0)
+                col_top = tl.load(places_ptr + 2 * as_columns + cols, mask=here, other=0)
+                col_positive = tl.load(places_ptr + 2 * as_columns + Y + cols, mask=here, other=0)
+            dz, dgap = _add_dlogits(
+                dz, dgap, z, same, same_image, rows[:, None], own_total if BY_COLUMN else other_total, col_g[None, :],
+                col_max[None, :], col_log_sum[None, :], col_third[None, :], col_gap[None, :], col_top[None, :], col_positive[None, :],
+                scale, alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+            )  # fmt: skip
+        dz = tl.where(here[None, :], dz, 0.0)
+        along += tl.sum(dz * z, 1)
+        if COSINE_GAP:
+            dgap = tl.where(here[None, :], dgap, 0.0)
+            along_gap += tl.sum(dgap * z, 1)
+            dz += dgap
+
+        y = tl.load(
+            y_ptr + cols.to(tl.int64)[:, None] * y_stride + d_out[None, :],
+            mask=here[:, None] & (d_out < D)[None, :],
+            other=0.0,
+        )
+        # A gradient may be as small as 1 / B^2, out of float16's range.
+        dx = dot_wide(dz * y_inverse[None, :], y, dx, PRECISION)
+
+    edge = live[:, None] & (d_out < D)[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d_out[None, :], mask=edge, other=0.0).to(tl.float32)
+    taken_out = tl.where(x_norms <= ZERO_NORM, 0.0, along + along_gap)
+    dx = (scale * dx - (taken_out * x_inverse)[:, None] * x) * x_inverse[:, None]
+    out = out_ptr + rows.to(tl.int64)[:, None] * D + d_out[None, :]
+    tl.store(out, dx.to(out_ptr.dtype.element_ty), mask=edge)
+    if SCALE_GRADIENT:
+        if (side == 0) & (tl.program_id(2) == 0):  # every logit belongs to one row of side 0
+            tl.store(dscale_ptr + rows, along / scale, mask=live)
+
+
+# Launchers. `spec` is what a row pays: objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target,
+# offset, both, reduction.
+
+
+def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale, scale: float, spec):  # type: ignore[no-untyped-def]
+    """Loss, statistics, places, norms and label sums, as the operator declares them."""
+    queries, keys = _alike(queries, keys)
+    (R, D), C, S = queries.shape, keys.shape[0], spec.sides
+    statistics = torch.empty(S, 4 if spec.weighted else 3, R, device=keys.device)
+    places = torch.empty((S, 2, R) if spec.weighted else (0,), dtype=torch.int32, device=keys.device)
+    norms = torch.empty(R + C, device=keys.device)
+    label_sum = torch.empty(R if spec.target == "row" else C, device=keys.device)
+    loss = torch.empty(S, R, device=keys.device)
+    scale_ptr, scale = _scale(logit_scale, scale, norms)
+    ids = (pids, pids if image_ids is None else image_ids)
+    with on_device(keys):
+        launch(
+            _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
+            queries, keys, *ids, norms, label_sum, R, C, D, spec.offset, spec.image_id_factor,
+            queries.stride(0), keys.stride(0),
+            HAS_IMAGES=image_ids is not None, BY_COLUMN=spec.target == "column", BLOCK_M=16, BLOCK_N=128, BLOCK_D=128,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+        block = blocks("row_loss", max(R, C), keys)
+        launch(
+            _row_loss_kernel, (triton.cdiv(R, block["BLOCK_M"]), S),
+            queries, keys, *ids, norms if scale_ptr is None else scale_ptr, norms, label_sum, loss, statistics,
+            places if spec.weighted else statistics,
+            R, C, D, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
+            1 / R if spec.reduction == "mean" else 1.0, queries.stride(0), keys.stride(0),
+            POSITIVE=spec.positive, **_flags(image_ids, scale_ptr, spec, keys.dtype), **block,
+        )  # fmt: skip
+    return loss.sum(0) if spec.reduction == "none" else loss.sum(), statistics, places, norms, label_sum
+
+
+def backward(  # type: ignore[no-untyped-def]
+    dloss: Tensor,
+    statistics: Tensor,
+    places: Tensor,
+    norms: Tensor,
+    label_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    image_ids,
+    logit_scale,
+    scale: float,
+    scale_gradient: bool,
+    spec,
+):
+    """Gradients of queries, keys and scale."""
+    dqueries = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    dkeys = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    queries, keys = _alike(queries, keys)
+    (R, D), C = queries.shape, keys.shape[0]
+    dscale = torch.empty(R if scale_gradient else 0, device=keys.device)
+    scale_ptr, scale = _scale(logit_scale, scale, norms)
+    dloss = dloss.expand(R)
+    block = blocks("gradient", max(R, C), keys)
+    flags = _flags(image_ids, scale_ptr, spec, keys.dtype)
+    query = (queries, dqueries, R, spec.offset, 0)
+    key = (keys, dkeys, C, 0, R)
+
+    def own_gradient(own: tuple, other: tuple, sides: int, as_rows: bool, as_columns: bool) -> None:
+        (x, dx, X, x_sample, x_norm), (y, dy, Y, y_sample, y_norm) = own, other
+        grid = (triton.cdiv(X, block["BLOCK_M"]), sides, triton.cdiv(D, block["BLOCK_OUT"]))
+        launch(
+            _gradient_kernel, grid, x, y, pids, pids if image_ids is None else image_ids, norms if scale_ptr is None else scale_ptr,
+            norms, label_sum, statistics, places if spec.weighted else statistics, dloss, dx, dy,
+            dscale if scale_gradient else norms,
+            X, Y, D, x_sample, y_sample, x_norm, y_norm, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
+            spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,
+            x.stride(0), y.stride(0), dloss.stride(0),
+            AS_ROWS=as_rows, AS_COLUMNS=as_columns, SCALE_GRADIENT=scale_gradient and as_rows, **flags, **block,
+        )  # fmt: skip
+
+    with on_device(keys):
+        if spec.both:
+            own_gradient(query, key, 2, True, True)
+        else:
+            own_gradient(query, key, 1, True, False)
+            own_gradient(key, query, 1, False, True)
+    return dqueries, dkeys, dscale.sum() if scale_gradient else dscale
+
+
+def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dtype, with rows of consecutive numbers."""
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    queries, keys = queries.to(dtype), keys.to(dtype)
+    return tuple(x if x.stride(1) == 1 else x.contiguous() for x in (queries, keys))  # type: ignore[return-value]
+
+
+def _scale(logit_scale: Tensor | None, scale: float, like: Tensor) -> tuple[Tensor | None, float]:
+    """A scale on the accelerator is read there; one on the CPU is at hand without waiting."""
+    if logit_scale is None or logit_scale.device == like.device:
+        return logit_scale, scale
+    return None, float(logit_scale)
+
+
+def _flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec, dtype: torch.dtype) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    return {
+        "STATISTICS": 4 if spec.weighted else 3,
+        "HAS_IMAGES": image_ids is not None,
+        "HAS_SCALE": scale_ptr is not None,
+        "CROSS_ENTROPY": spec.objective == "cross_entropy",
+        "WEIGHTED": spec.weighted,
+        "COSINE_GAP": spec.weighted and spec.gap == "cosine",
+        "BY_COLUMN": spec.target == "column",
+        "PRECISION": dot_precision(dtype),
+    }

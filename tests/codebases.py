@@ -1,0 +1,232 @@
+"""Small models with the interfaces of the codebases in docs/recipes, as text that the recipes' diffs apply to.
+
+Same names, shapes and dtypes: half-precision linear and attention weights beside float32 LayerNorms, image tokens
+[B, 1 + N, D], text tokens [B, L, D], a 0-dim CPU logit_scale, and a dictionary of losses.
+"""
+
+BACKBONE = """
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Backbone(nn.Module):
+    '''Patches [B, 1 + N, P] and captions [B, L] to the joint space.'''
+
+    def __init__(self, patch_dim, vocab_size, embed_dim):
+        super().__init__()
+        self.visual = nn.Linear(patch_dim, embed_dim)
+        self.token_embedding = nn.Embedding(vocab_size, embed_dim)
+        self.ln_final = LayerNorm(embed_dim)
+        self.text_projection = nn.Linear(embed_dim, embed_dim)
+
+    def encode_image(self, images):
+        return self.visual(images.to(self.visual.weight.dtype))
+
+    def encode_text(self, text):
+        x = self.token_embedding(text)
+        x = x + x.cumsum(1) / 10  # a token knows what stands before it
+        return self.text_projection(self.ln_final(x).to(self.text_projection.weight.dtype))
+
+    def forward(self, images, text):
+        return self.encode_image(images), self.encode_text(text)
+
+
+def convert_weights(model):
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.half()
+"""
+
+IRRA = (
+    BACKBONE
+    + """
+from model import objectives
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module('c_fc', nn.Linear(width, 4 * width))
+        self.mlp.add_module('gelu', QuickGELU())
+        self.mlp.add_module('c_proj', nn.Linear(4 * width, width))
+        self.ln_2 = LayerNorm(width)
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers):
+        super().__init__()
+        self.resblocks = nn.Sequential(*(Block(width) for _ in range(layers)))
+
+    def forward(self, x):
+        return self.resblocks(x)
+
+
+class IRRA(nn.Module):
+    def __init__(self, args, num_classes):
+        super().__init__()
+        self.args = args
+        self.current_task = args.loss_names.split('+')
+        self.base_model = Backbone(args.patch_dim, args.vocab_size, args.embed_dim)
+        self.embed_dim = args.embed_dim
+        self.logit_scale = torch.ones([]) * (1 / args.temperature)
+        if 'id' in self.current_task:
+            self.classifier = nn.Linear(self.embed_dim, num_classes)
+        if 'mlm' in self.current_task:
+            self.cross_attn = nn.MultiheadAttention(self.embed_dim, self.embed_dim // 64, batch_first=True)
+            self.cross_modal_transformer = Transformer(self.embed_dim, args.cmt_depth)
+            self.ln_pre_t, self.ln_pre_i, self.ln_post = (LayerNorm(self.embed_dim) for _ in range(3))
+            self.mlm_head = nn.Sequential()
+            self.mlm_head.add_module('dense', nn.Linear(self.embed_dim, self.embed_dim))
+            self.mlm_head.add_module('gelu', QuickGELU())
+            self.mlm_head.add_module('ln', LayerNorm(self.embed_dim))
+            self.mlm_head.add_module('fc', nn.Linear(self.embed_dim, args.vocab_size))
+
+    def encode_image(self, image):
+        return self.base_model.encode_image(image)[:, 0].float()
+
+    def encode_text(self, text):
+        return self.base_model.encode_text(text)[torch.arange(len(text)), text.argmax(dim=-1)].float()
+
+    def forward(self, batch):
+        ret = dict()
+        images, caption_ids = batch['images'], batch['caption_ids']
+        image_feats, text_feats = self.base_model(images, caption_ids)
+        i_feats = image_feats[:, 0, :].float()
+        t_feats = text_feats[torch.arange(text_feats.shape[0]), caption_ids.argmax(dim=-1)].float()
+        logit_scale = self.logit_scale
+        ret.update({'temperature': 1 / logit_scale})
+        if 'itc' in self.current_task:
+            ret.update({'itc_loss': objectives.compute_itc(i_feats, t_feats, logit_scale)})
+        if 'sdm' in self.current_task:
+            ret.update({'sdm_loss': objectives.compute_sdm(i_feats, t_feats, batch['pids'], logit_scale)})
+        if 'cmpm' in self.current_task:
+            ret.update({'cmpm_loss': objectives.compute_cmpm(i_feats, t_feats, batch['pids'])})
+        if 'a-sdm' in self.current_task:
+            pids = batch['pids']
+            ret.update({'a-sdm_loss':objectives.compute_sdm(i_feats, t_feats, pids, logit_scale, use_weight=True)})
+        if 'efa' in self.current_task:
+            t2isim = torch.matmul(text_feats, image_feats[:, 1:, :].transpose(1, 2))
+            weights = inline_sparsification(t2isim)
+            agg_v = torch.matmul(weights, image_feats[:, 1:, :])
+            t, i = text_feats, image_feats[:, 1:, :]
+            ret.update({'efa_loss':objectives.compute_minmax_info_loss(t, i, agg_v)*self.args.minmax_loss_weight})
+        if 'id' in self.current_task:
+            weight_dtype = self.classifier.weight.dtype
+            image_logits = self.classifier(i_feats.to(weight_dtype)).float()
+            text_logits = self.classifier(t_feats.to(weight_dtype)).float()
+            ret.update({'id_loss': objectives.compute_id(image_logits, text_logits, batch['pids'])})
+        if 'mlm' in self.current_task:
+            x = self.ln_pre_i(image_feats)
+            q = self.ln_pre_t(self.base_model.encode_text(batch['mlm_ids']))
+            x = self.cross_attn(q, x, x, need_weights=False)[0]
+            scores = self.mlm_head(self.ln_post(self.cross_modal_transformer(x)))
+            scores = scores.float().reshape(-1, self.args.vocab_size)
+            ret.update({'mlm_loss': objectives.compute_mlm(scores, batch['mlm_labels'].reshape(-1))})
+        return ret
+
+
+def build_optimizer(args, model):
+    groups = []
+    for key, value in model.named_parameters():
+        lr = args.lr * 5 if 'cross' in key else args.lr
+        if 'bias' in key:
+            lr = args.lr * 2
+        if 'classifier' in key or 'mlm_head' in key:
+            lr = args.lr * 5
+        groups.append({'params': [value], 'lr': lr})
+    return torch.optim.Adam(groups, lr=args.lr, eps=1e-3)
+"""
+)
+
+RDE = (
+    BACKBONE
+    + """
+from model import objectives
+
+
+class RDE(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.base_model = Backbone(args.patch_dim, args.vocab_size, args.embed_dim)
+        self.logit_scale = torch.ones([]) * (1 / args.temperature)
+        loss_type = args.loss_names
+        self.loss_type = loss_type
+
+    def features(self, batch):
+        image_feats, text_feats = self.base_model(batch['images'], batch['caption_ids'])
+        i_feats, i_tse_f = image_feats[:, 0].float(), image_feats[:, 1:].amax(1).float()
+        return i_feats, text_feats[:, 1].float(), i_tse_f, text_feats.amax(1).float()
+
+    def compute_per_loss(self, batch):
+        i_feats, t_feats, _, _ = self.features(batch)
+        return objectives.compute_per_loss(i_feats, t_feats, batch['pids'], \\
+                                           tau=self.args.tau, margin=self.args.margin, \\
+                                           loss_type=self.loss_type, logit_scale=self.logit_scale)
+
+    def forward(self, batch):
+        ret = dict()
+        i_feats, t_feats, i_tse_f, t_tse_f = self.features(batch)
+        label_hat = batch['label_hat']
+        loss1, loss2 = objectives.compute_rbs(i_feats, t_feats, i_tse_f, t_tse_f, batch['pids'], \\
+                                              label_hat=label_hat, margin=self.args.margin, tau=self.args.tau, \\
+                                              loss_type=self.loss_type, logit_scale=self.logit_scale)
+        ret.update({'bge_loss': loss1})
+        ret.update({'tse_loss': loss2})
+        return ret
+"""
+)
+
+TBPS_CLIP = (
+    BACKBONE
+    + """
+from .loss import compute_simclr_loss
+
+
+class CLIP(nn.Module):
+    def __init__(self, config, eps=1e-2):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.patch_dim, config.vocab_size, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.eps = eps
+
+    def forward(self, input):
+        ret = dict()
+        text_tokens, ids = input['caption_ids'], input['pids']
+        image_seq_embeddings, text_seq_embeddings = self.backbone(input['images'], text_tokens)
+        image_features, text_features = image_seq_embeddings[:, 0], text_seq_embeddings[:, 1]
+        logit_scale = self.logit_scale.exp()
+        same = (ids.view(-1, 1) == ids.view(1, -1)).float()
+        sim_targets = same / same.sum(1, keepdim=True)
+        image_norm, text_norm = F.normalize(image_features), F.normalize(text_features)
+        log_i2t = F.log_softmax(logit_scale * image_norm @ text_norm.t(), dim=1)
+        log_t2i = F.log_softmax(logit_scale * text_norm @ image_norm.t(), dim=1)
+        nitc_loss = -((sim_targets * log_i2t).sum(1).mean() + (sim_targets * log_t2i).sum(1).mean()) / 2
+        ret['nitc_loss'] = nitc_loss * self.config.experiment.nitc_ratio
+        log_target = (sim_targets + self.eps).log()
+        divergences = [F.kl_div(log_target, x, log_target=True, reduction='batchmean') for x in (log_i2t, log_t2i)]
+        ret['ritc_loss'] = sum(divergences) / 2
+        return ret
+"""
+)

@@ -1,0 +1,54 @@
+"""Inputs, golden cases and the error budget that the tests of the similarity distribution share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Golden case: hyperparameters of asdm_loss.
+GOLDEN = {
+    "sdm": {"alpha": 0.0},
+    "asdm_paper_alpha1": {"alpha": 1.0},
+    "asdm_paper_alpha10": {},
+    "asdm_any_positive_alpha10": {"positive": "any"},
+    "asdm_released_2025_08": {"alpha": 0.1, "gap": "cosine", "positive": "first"},
+    "asdm_released_2025_04": {"gap": "cosine", "positive": "first"},
+    "sdm_released_image_id": {"alpha": 0.0, "target": "column"},
+}
+
+
+def features(
+    R: int, C: int, D: int, *, offset: int = 0, dtype: torch.dtype = torch.float32, images: bool = True
+) -> dict[str, Tensor]:
+    """Queries that resemble keys offset ... offset + R - 1, with repeated pids and some repeated images."""
+    generator = torch.Generator().manual_seed(1000 * R + 10 * C + D)
+    keys = torch.randn(C, D, generator=generator, dtype=torch.float64)
+    queries = keys[offset : offset + R] + 2 * torch.randn(R, D, generator=generator, dtype=torch.float64)
+    pids = torch.randint(0, max(1, C // 3), (C,), generator=generator)
+    image_ids = 2 * pids + torch.randint(0, 2, (C,), generator=generator)
+    scale = torch.tensor(12.0, dtype=torch.float64)
+    inputs = {"queries": queries.to(dtype), "keys": keys.to(dtype), "logit_scale": scale.to(dtype), "pids": pids}
+    return inputs | {"image_ids": image_ids} if images else inputs
+
+
+def value_and_gradients(loss: Callable[..., Tensor], inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+    """The loss, weighted by row where it has rows, and its gradients."""
+    leaves = {
+        name: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+    value = loss(**leaves, **options)
+    (value * torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)).sum().backward()
+    return {"value": value.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+
+
+def assert_within_budget(
+    got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], inputs: dict[str, Tensor], slack: float
+) -> None:
+    """Error against float64 at most twice plain PyTorch's in the same dtype, plus `slack` of the natural size."""
+    for name, want in exact.items():
+        size = want.norm()
+        if name == "dlogit_scale":  # a sum with both signs: measured by the size of its terms
+            size = (exact["dqueries"].norm(dim=1) * inputs["queries"].double().norm(dim=1)).sum()
+        error, allowed = (got[name].double() - want).norm(), 2 * (plain[name].double() - want).norm() + slack * size
+        assert error <= allowed, f"{name}: error {error:.2e}, budget {allowed:.2e}, size {size:.2e}"

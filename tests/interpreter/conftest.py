@@ -1,0 +1,34 @@
+"""Kernels through Triton's interpreter. It is chosen when the kernels are imported, so this folder has its own process:
+
+TRITON_INTERPRET=1 python -m pytest tests/interpreter
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["*.py"]
+
+
+def pytest_configure(config):
+    # numpy speaks of entries that a `where` discards afterwards.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Memory that a launcher did not fill holds NaN, or a large negative number."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-12345)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))

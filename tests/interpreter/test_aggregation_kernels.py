@@ -1,0 +1,126 @@
+import pytest
+import torch
+from fmfa_losses.kernels import aggregation
+from reference import aggregate_reference, within_budget
+
+# B, N, L, D: patches over one tile (513 > 512), sizes around the blocks, a width that no vector divides.
+SHAPES = [(2, 1, 1, 16), (2, 63, 77, 64), (1, 193, 33, 64), (1, 17, 9, 507), (2, 129, 129, 16), (1, 601, 33, 16)]
+
+
+def inputs(B, N, L, D, dtype, masked=False):
+    image, text = torch.randn(B, N, D).to(dtype), torch.randn(B, L, D).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(B, N) < 0.6
+        mask[0, 0] = True
+        mask[-1] = False if B > 1 else mask[-1]  # a sample without any patch
+        image = image.masked_fill(~mask.unsqueeze(-1), 0)
+    return image, text, mask
+
+
+def run(image, text, mask, threshold, djoint):
+    joint, row_min, row_sum = aggregation.forward(image, text, mask, threshold)
+    return joint, *aggregation.backward(djoint, image, text, mask, threshold, row_min, row_sum)
+
+
+def plain(image, text, mask, threshold, djoint, dtype):
+    """Value and gradients of the reference, computed in `dtype`."""
+    image, text = (t.to(dtype).requires_grad_() for t in (image.detach(), text.detach()))
+    joint = aggregate_reference(image, text, mask, threshold)
+    return joint.detach(), *torch.autograd.grad(joint, (image, text), djoint.to(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_gradients_float32(shape, masked):
+    image, text, mask = inputs(*shape, torch.float32, masked)
+    threshold = torch.full((shape[0],), 1 / shape[1] if masked else 0.4)
+    djoint = torch.randn(*text.shape)
+    exact = plain(image, text, mask, threshold, djoint, torch.float64)
+    rounded = plain(image, text, mask, threshold, djoint, torch.float32)
+    for value, right, same_dtype in zip(run(image, text, mask, threshold, djoint), exact, rounded, strict=True):
+        within_budget(value, right, same_dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 63, 77, 64), (1, 193, 33, 16)])
+def test_values_and_gradients_float16(shape):
+    image, text, mask = inputs(*shape, torch.float16, masked=True)
+    threshold, djoint = torch.full((shape[0],), 0.3), torch.randn(*text.shape)
+    exact = plain(image, text, mask, threshold, djoint, torch.float64)
+    joint, dimage, dtext = run(image, text, mask, threshold, djoint)
+    assert (joint.dtype, dimage.dtype, dtext.dtype) == (torch.float32, torch.float16, torch.float16)
+    # Exact but for the last rounding of a gradient: products of float16 are exact in float32.
+    for value, right in zip((joint, dimage, dtext), exact, strict=True):
+        within_budget(value, right, right.to(value.dtype))
+
+
+def test_threshold_zero_keeps_every_patch():
+    image, text, mask = inputs(2, 17, 9, 16, torch.float32)
+    threshold, djoint = torch.zeros(2), torch.randn(*text.shape)
+    exact = plain(image, text, mask, threshold, djoint, torch.float64)
+    rounded = plain(image, text, mask, threshold, djoint, torch.float32)
+    for value, right, same_dtype in zip(run(image, text, mask, threshold, djoint), exact, rounded, strict=True):
+        within_budget(value, right, same_dtype)
+
+
+def test_threshold_one_keeps_the_best_patch():
+    image, text, mask = inputs(2, 17, 9, 16, torch.float32)
+    djoint = torch.randn(*text.shape)
+    joint, dimage, dtext = run(image, text, mask, torch.ones(2), djoint)
+    best = (text @ image.mT).argmax(-1)
+    torch.testing.assert_close(joint, image.gather(1, best.unsqueeze(-1).expand_as(text)))
+    right = torch.zeros_like(image).scatter_add(1, best.unsqueeze(-1).expand_as(text), djoint)
+    torch.testing.assert_close(dimage, right, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(dtext, torch.zeros_like(text), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("N", [17, 600])
+def test_constant_rows_are_uniform_and_send_no_gradient_through_s(N):
+    patch = torch.randn(1, 1, 16)
+    image, text = patch.repeat(1, N, 1), torch.randn(1, 5, 16)
+    image[0, 3] = 0  # masked out: the kept patches are all alike
+    mask = torch.arange(N).ne(3).unsqueeze(0)
+    djoint = torch.randn(1, 5, 16)
+    joint, dimage, dtext = run(image, text, mask, torch.tensor([0.5]), djoint)
+    torch.testing.assert_close(joint, patch.expand(1, 5, 16), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dimage[0, 0], djoint[0].sum(0) / (N - 1))
+    assert (dtext == 0).all()
+    assert (dimage[0, 3] == 0).all()
+
+
+def test_the_first_of_equal_minima_takes_the_gradient():
+    image = torch.tensor([[[2.0] + [0.0] * 15, [-1.0] + [0.0] * 15, [-1.0] + [0.0] * 15, [1.0] + [0.0] * 15]])
+    text = torch.zeros(1, 1, 16)
+    text[..., 0] = 1
+    image[0, :, 1] = torch.tensor([1.0, 5.0, 7.0, 3.0])
+    djoint = torch.zeros(1, 1, 16)
+    djoint[..., 1] = 1
+    _, dimage, _ = run(image, text, None, torch.tensor([0.1]), djoint)
+    # u = 3, 0, 0, 2 of 5; da = 1, 5, 7, 3, c = 9/5: ds = (-4/5, ., ., 6/5) / 5, and minus their sum at patch 1.
+    torch.testing.assert_close(dimage[0, :, 0], torch.tensor([-0.16, -0.08, 0.0, 0.24]))
+
+
+def test_nan_shows_in_its_own_rows_and_nowhere_else():
+    image, text, _ = inputs(2, 20, 9, 16, torch.float32)
+    text[0, 4, 3] = float("nan")
+    threshold = torch.full((2,), 0.3)
+    joint, row_min, row_sum = aggregation.forward(image, text, None, threshold)
+    broken = torch.zeros(2, 9, dtype=torch.bool)
+    broken[0, 4] = True
+    assert torch.equal(joint.isnan().all(-1), broken)
+    assert torch.equal(joint.isnan().any(-1), broken)
+    dimage, dtext = aggregation.backward(torch.randn_like(joint), image, text, None, threshold, row_min, row_sum)
+    assert torch.equal(dtext.isnan().any(-1), broken)
+    assert dimage[0].isnan().any()
+    assert not dimage[1].isnan().any()
+    image[1, 7] = float("nan")
+    assert aggregation.forward(image, text, None, threshold)[0][1].isnan().all()
+    alone = aggregation.forward(image[:, :1], text, None, threshold)[0]  # N = 1 is constant, unless it is NaN
+    assert torch.equal(alone.isnan().any(-1), broken)
+
+
+def test_two_runs_are_equal_bit_for_bit():
+    image, text, mask = inputs(2, 70, 40, 24, torch.float32, masked=True)
+    threshold, djoint = torch.full((2,), 0.2), torch.randn(*text.shape)
+    runs = [run(image, text, mask, threshold, djoint) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

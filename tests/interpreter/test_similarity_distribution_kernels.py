@@ -1,0 +1,203 @@
+"""The kernels of the similarity distribution, through Triton's interpreter, against the reference in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from distribution_cases import GOLDEN, assert_within_budget, features, value_and_gradients
+from golden import golden
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fmfa_losses.asdm import asdm_loss
+from fmfa_losses.kernels import similarity_distribution as kernels
+from fmfa_losses.ops.similarity_distribution import (
+    GAPS,
+    OBJECTIVES,
+    POSITIVES,
+    TARGETS,
+    RowLoss,
+    similarity_distribution_loss,
+    similarity_distribution_loss_reference,
+)
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles that large batches of half precision get, at sizes that the interpreter can bear."""
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
+
+
+def check(inputs: dict[str, Tensor], **options: object) -> None:
+    exact = value_and_gradients(
+        similarity_distribution_loss_reference,
+        {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()},
+        **options,
+    )
+    plain = value_and_gradients(similarity_distribution_loss_reference, inputs, **options)
+    got = value_and_gradients(similarity_distribution_loss, inputs, backend="triton", **options)
+    assert_within_budget(got, plain, exact, inputs, slack=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (63, 64), (77, 16), (20, 507)])
+def test_small(shape: tuple[int, int]) -> None:
+    B, D = shape
+    check(features(B, B, D, images=False), alpha=10.0)
+
+
+@pytest.mark.usefixtures("large_blocks")
+@pytest.mark.parametrize("shape", [(77, 507), (129, 64), (193, 16)])
+def test_large(shape: tuple[int, int]) -> None:
+    B, D = shape
+    check(features(B, B, D, images=False), alpha=10.0)
+
+
+@pytest.mark.usefixtures("large_blocks")
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("positive", POSITIVES)
+@pytest.mark.parametrize("detach_weight", [False, True])
+def test_weights(gap: str, positive: str, detach_weight: bool) -> None:
+    options = {"alpha": 3.0, "gap": gap, "positive": positive, "detach_weight": detach_weight}
+    check(features(70, 70, 16, images=False), reduction="none", **options)
+    check(features(17, 70, 16, offset=41), both=False, offset=41, **options)
+
+
+@pytest.mark.usefixtures("large_blocks")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_labels(objective: str, target: str) -> None:
+    options = {"objective": objective, "target": target}
+    check(features(63, 63, 16), **options)
+    check(features(17, 63, 16, offset=3, images=False), both=False, offset=3, reduction="sum", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [kernels.SMALL, 0])
+def test_dtypes(dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SMALL", size)
+    check(features(40, 40, 64, dtype=dtype, images=False), alpha=10.0)
+
+
+def test_mixed_dtypes_and_strided_rows() -> None:
+    inputs = features(20, 20, 16, images=False)
+    tokens = torch.stack([inputs["queries"], torch.zeros_like(inputs["queries"])], dim=1)
+    keys = inputs["keys"].half().requires_grad_()
+    options = {"pids": inputs["pids"], "logit_scale": 12.0, "alpha": 1.0}
+    results = []
+    for queries in (inputs["queries"].requires_grad_(), tokens.requires_grad_()):
+        rows = queries if queries.ndim == 2 else queries[:, 0]
+        value = similarity_distribution_loss(rows, keys, **options, backend="triton")
+        dqueries, dkeys = torch.autograd.grad(value, (queries, keys))
+        results.append((value.detach(), dqueries if queries.ndim == 2 else dqueries[:, 0], dkeys))
+    for plain, strided in zip(*results, strict=True):
+        assert torch.equal(plain, strided)
+    assert results[0][2].dtype == torch.float16
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden(case: str) -> None:
+    expected = golden(case)
+    inputs = expected.leaf_inputs(torch.float32)
+    value = asdm_loss(**inputs, **GOLDEN[case], backend="triton")
+    torch.testing.assert_close(value, expected.value.float(), rtol=1e-5, atol=1e-5)
+    value.backward()
+    for name, gradient in expected.grads.items():
+        torch.testing.assert_close(inputs[name].grad, gradient.float(), rtol=1e-4, atol=1e-4)
+
+
+def degenerate(case: str) -> dict[str, Tensor]:
+    inputs = features(9, 9, 16, images=False)
+    if case == "zero vectors":
+        inputs["queries"][2:4], inputs["keys"][3] = 0, 0
+    elif case == "one identity":
+        inputs["pids"] = torch.zeros_like(inputs["pids"])
+    elif case == "temperature 0.01":
+        inputs["logit_scale"] = torch.tensor(100.0)
+    elif case == "large float16":
+        for name in ("queries", "keys"):
+            inputs[name] = (6e4 * torch.nn.functional.normalize(inputs[name], dim=1)).half()
+    return inputs
+
+
+@pytest.mark.parametrize("case", ["zero vectors", "one identity", "temperature 0.01", "large float16"])
+@pytest.mark.parametrize("options", [{"alpha": 10.0}, {"alpha": 1.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+def test_degenerate_inputs(case: str, options: dict[str, object]) -> None:
+    """Finite, and the gradient of a zero vector is that of the identity."""
+    check(degenerate(case), **options)
+
+
+def test_nan_comes_out() -> None:
+    inputs = features(9, 9, 16, images=False)
+    inputs["queries"][4, 2] = torch.nan
+    got = value_and_gradients(
+        similarity_distribution_loss, inputs, both=False, reduction="none", alpha=10.0, backend="triton"
+    )
+    assert got["value"].isnan().tolist() == [i == 4 for i in range(9)]
+    assert got["dkeys"].isnan().all()
+
+
+def test_reruns_are_bitwise_equal() -> None:
+    inputs = features(40, 40, 16)
+    first, second = (
+        value_and_gradients(similarity_distribution_loss, inputs, alpha=10.0, backend="triton") for _ in range(2)
+    )
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_operators_match_their_fake_kernels() -> None:
+    """The same shapes, dtypes and gradients whichever backend runs."""
+    inputs = features(5, 9, 16, offset=1)
+    spec = RowLoss(alpha=2.0, target="column", offset=1, both=False)
+    leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")]
+    arguments = (*leaves[:2], inputs["pids"], inputs["image_ids"], leaves[2], 1.0, "triton", *spec)
+    torch.library.opcheck(
+        torch.ops.fmfa_losses.similarity_distribution_loss.default,
+        arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+class Launches(TorchDispatchMode):
+    """Names of the kernels launched, and of the torch operations between them that would be one."""
+
+    FREE = (
+        "empty",
+        "empty_like",
+        "expand",
+        "fill_",
+        "promote_types",
+    )  # memory and views; the tests poison what they allocate
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.inside = False
+        monkeypatch.setattr(kernels, "launch", self.launch)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        self.names.append(kernel.__name__)
+        self.inside = True
+        kernel[grid](*arguments, **options)
+        self.inside = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if not self.inside and name not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_at_most_four_launches_a_pass(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = features(17, 17, 16)
+    spec = RowLoss(alpha=10.0, both=both)
+    arguments = (inputs["queries"], inputs["keys"], inputs["pids"], inputs["image_ids"], inputs["logit_scale"], 1.0)
+    gradient = torch.ones(())
+    with Launches(monkeypatch) as count:
+        _, *saved = kernels.forward(*arguments, spec)
+        assert count.names == ["_prepare_kernel", "_row_loss_kernel", "sum"]
+        count.names.clear()
+        kernels.backward(gradient, *saved, *arguments, True, spec)
+        assert count.names == [*["_gradient_kernel"] * (1 if both else 2), "sum"]

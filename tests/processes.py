@@ -1,0 +1,45 @@
+"""Real processes that talk over Gloo on this machine."""
+
+import datetime
+import multiprocessing
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+# The processes are forked from one that has imported torch and nothing else: a second instead of many.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
+
+
+def run(world: int, work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    """What `work(*args)` returns on each rank; the traceback's text where it raised, None where the process ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world, folder, timeout, work, args, sys.path)
+        torch.multiprocessing.start_processes(_start, arguments, nprocs=world, start_method="forkserver")
+        files = [Path(folder, f"{rank}.pt") for rank in range(world)]
+        return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+def _start(
+    rank: int, world: int, folder: str, timeout: float, work: Callable[..., Any], args: Any, path: list[str]
+) -> None:
+    sys.path[:] = path
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder, "store")), world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout)
+    )
+    try:
+        result: Any = work(*args)
+    except Exception:
+        result = traceback.format_exc()
+    torch.save(result, Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()

@@ -1,0 +1,337 @@
+"""The global batch: real processes against one process on the concatenated batch."""
+
+import os
+import time
+import warnings
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from fmfa_losses.asdm import ASDMLoss
+from fmfa_losses.distributed import Peers, meet
+from fmfa_losses.efa import EFALoss
+from fmfa_losses.objective import FMFALoss
+
+N, L, D = 5, 4, 6
+TOLERANCE = 1e-9
+
+EQUAL, UNEQUAL = (3, 3, 3, 3), (2, 5, 1, 4)
+ASDM = [
+    {},
+    {"alpha": 0.0, "image_ids": True},
+    {"positive": "any", "gap": "cosine"},
+    {"positive": "first", "gap": "cosine", "target": "column", "image_ids": True},
+    {"positive": "any", "detach_weight": True, "image_ids": True},
+]
+EFA = [
+    {},
+    {"margin_text": 0.2, "margin_image": 0.8, "masks": True},
+    {"negatives": "different_identity", "masks": True, "pool_scale": 3.0},
+    {"ranking": "released", "pool_scale": 10.0},
+]
+GROUPS = ((0,), (0, 1), (1, 3), (0, 1, 2), (0, 1, 2, 3))
+
+
+class Towers(nn.Module):
+    """Two linear towers and a learnable logit scale, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.image, self.text = nn.Linear(D, D).double(), nn.Linear(D, D).double()
+        self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image(image), self.text(text), self.log_scale.exp()
+
+
+def batch(total: int) -> dict[str, Tensor]:
+    """`total` pairs with identities and images that repeat across ranks, and one fully masked text."""
+    generator = torch.Generator().manual_seed(7)
+    image, text = (torch.randn(total, T, D, generator=generator, dtype=torch.float64) for T in (N, L))
+    image_mask, text_mask = (torch.rand(total, T, generator=generator) < 0.7 for T in (N, L))
+    image_mask[:, 0], text_mask[:, 0], text_mask[-1] = True, True, False
+    image_ids = torch.arange(total) // 2 % 5
+    pids = image_ids // 2
+    tensors = {"image": image, "text": text, "image_mask": image_mask, "text_mask": text_mask}
+    return {**tensors, "image_ids": image_ids, "pids": pids}
+
+
+def call(name: str, arguments: dict, towers: nn.Module, data: dict[str, Tensor], **gathering) -> Tensor:
+    arguments = dict(arguments)
+    image_ids = data["image_ids"] if arguments.pop("image_ids", False) else None
+    masks = {k: data[k] for k in ("image_mask", "text_mask")} if arguments.pop("masks", False) else {}
+    image, text, scale = towers(data["image"], data["text"])
+    if name == "asdm":
+        loss = ASDMLoss(**arguments, **gathering)
+        return loss(image.mean(1), text.mean(1), data["pids"], image_ids=image_ids, logit_scale=scale)
+    return EFALoss(**arguments, **gathering)(image, text, pids=data["pids"], **masks)
+
+
+def differentiate(value: Tensor, module: nn.Module) -> list[Tensor]:
+    """[value, gradient of every parameter]"""
+    grads = torch.autograd.grad(value, list(module.parameters()), allow_unused=True)
+    return [value.detach(), *(torch.zeros(()).double() if g is None else g for g in grads)]
+
+
+def mean_over(tensors: list[Tensor], group) -> list[Tensor]:
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=group)
+    return [tensor / dist.get_world_size(group) for tensor in tensors]
+
+
+def error(got: list[Tensor], expected: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in zip(got, expected, strict=True))
+
+
+def own(data: dict[str, Tensor], sizes: tuple[int, ...], rank: int) -> dict[str, Tensor]:
+    start = sum(sizes[:rank])
+    return {key: x[start : start + sizes[rank]] for key, x in data.items()}
+
+
+def compare_all_cases() -> dict[str, float]:
+    """Error of every case on this rank, by its name."""
+    errors: dict[str, float] = {}
+    towers = Towers()
+    for ranks in GROUPS:
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() not in ranks:
+            continue
+        for all_sizes in (EQUAL, UNEQUAL):
+            sizes = tuple(all_sizes[r] for r in ranks)
+            data, rank = batch(sum(sizes)), dist.get_rank(group)
+            for name, arguments in [("asdm", a) for a in ASDM] + [("efa", a) for a in EFA]:
+                expected = differentiate(call(name, arguments, towers, data), towers)
+                for gather in (True, "ring"):
+                    options = {"gather": gather, "process_group": group, "equal_batches": all_sizes == EQUAL}
+                    value = call(name, arguments, towers, own(data, sizes, rank), **options)
+                    got = mean_over(differentiate(value, towers), group)
+                    errors[f"{name} {arguments} {gather} on {ranks} with {sizes}"] = error(got, expected)
+    return errors
+
+
+def test_mean_over_ranks_is_the_loss_and_gradient_of_the_whole_batch():
+    results = processes.run(4, compare_all_cases)
+    for errors in results:
+        assert isinstance(errors, dict), errors
+    cases = {case for errors in results for case in errors}
+    assert len(cases) == len(GROUPS) * 2 * (len(ASDM) + len(EFA)) * 2
+    worst = {case: max(errors.get(case, 0.0) for errors in results) for case in cases}
+    wrong = {case: value for case, value in worst.items() if not value <= TOLERANCE}
+    assert not wrong, f"{len(wrong)} of {len(cases)}: {wrong}"
+
+
+def test_shares_of_the_mean():
+    """Ranks with 2 and 1 pairs that cost 1, 2 and 6: their values average to 3, as the whole batch does."""
+    shares = [Peers((2, 1), rank, group="theirs").mean(x) for rank, x in enumerate(torch.tensor([1.0, 2, 6]).split(2))]
+    assert torch.stack(shares).mean() == 3.0
+
+
+# ------------------------------------------------------------------------------------------------- a training step
+
+
+class Trainee(nn.Module):
+    """Towers and FMFALoss as one module, the way DistributedDataParallel wants them."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.towers = Towers()
+        torch.manual_seed(2)
+        # IRR has its own mean over masked words, and is left out here.
+        self.objective = FMFALoss(D, 4, vocab_size=9, irr={"depth": 1, "num_heads": 1}, **options).double()
+        self.objective.irr.requires_grad_(False)
+
+    def forward(self, data: dict[str, Tensor]) -> Tensor:
+        image, text, scale = self.towers(data["image"], data["text"])
+        masks = {key: data[key] for key in ("image_mask", "text_mask")}
+        return self.objective(image.mean(1), text.mean(1), image, text, data["pids"], logit_scale=scale, **masks).loss
+
+
+def trained() -> dict[str, float]:
+    """Two accumulated batches under DDP against one process that has the whole ones."""
+    alone = Trainee()
+    halves = [batch(8), {key: x.flip(0) for key, x in batch(8).items()}]
+    for data in halves:
+        alone(data).backward()
+    expected = [p.grad for p in alone.parameters() if p.requires_grad]
+
+    errors = {}
+    for gather in (True, "ring"):
+        trainee = Trainee(gather=gather, equal_batches=gather is True)
+        ddp = DistributedDataParallel(trainee)
+        with ddp.no_sync():
+            ddp(own(halves[0], (4, 4), dist.get_rank())).backward()
+        ddp(own(halves[1], (4, 4), dist.get_rank())).backward()
+        got = [p.grad for p in trainee.parameters() if p.requires_grad]
+        errors[f"accumulated under DDP, {gather}"] = error(got, expected)
+    return errors
+
+
+def reduced() -> dict[str, float]:
+    """ "none" is the own part of the whole, "sum" its sum."""
+    errors, sizes, rank, towers = {}, (3, 5), dist.get_rank(), Towers()
+    for name, arguments in (("asdm", ASDM[1]), ("efa", EFA[2])):
+        whole = call(name, {**arguments, "reduction": "none"}, towers, batch(8))
+        mine = whole[slice(0, 3) if rank == 0 else slice(3, 8)]
+        for gather in (True, "ring"):
+            each, total = (
+                call(name, {**arguments, "reduction": reduction}, towers, own(batch(8), sizes, rank), gather=gather)
+                for reduction in ("none", "sum")
+            )
+            errors[f"reduction of {name}, {gather}"] = error([each, total], [mine, mine.sum()])
+    return errors
+
+
+def compiled() -> dict[str, float]:
+    """One graph where the batches are promised to be equal; else a break where sizes or blocks are exchanged."""
+    warnings.simplefilter("ignore")  # the compiler warns about its own internals, by version
+    errors, towers, data = {}, Towers(), batch(8)
+    for name, arguments, gather, sizes in (
+        ("asdm", ASDM[1], True, (4, 4)),
+        ("efa", EFA[2], "ring", (3, 5)),
+    ):
+        equal = sizes == (4, 4)
+        options = {"gather": gather, "equal_batches": equal}
+        mine = own(data, sizes, dist.get_rank())
+        if equal:
+            call(name, arguments, towers, mine, **options)  # the first call exchanges the layout
+        torch._dynamo.reset()
+        step = torch.compile(call, backend="aot_eager", fullgraph=equal)
+        got = mean_over(differentiate(step(name, arguments, towers, mine, **options), towers), None)
+        expected = differentiate(call(name, arguments, towers, data), towers)
+        errors[f"compiled {name}, {gather}, {sizes}"] = error(got, expected)
+    return errors
+
+
+def in_half() -> dict[str, float]:
+    """bfloat16 inputs under autocast: what arrives is what was sent, so only the order of float32 sums differs."""
+    errors, data, rank = {}, batch(8), dist.get_rank()
+    image, text = (data[key].bfloat16() for key in ("image", "text"))
+    part = slice(0, 3) if rank == 0 else slice(3, 8)
+    for gather in (True, "ring"):
+        leaves = [x[part].clone().requires_grad_() for x in (image, text)]
+        whole = [x.clone().requires_grad_() for x in (image, text)]
+        with torch.autocast("cpu", torch.bfloat16):
+            for tensors, pids, options in ((leaves, data["pids"][part], {"gather": gather}), (whole, data["pids"], {})):
+                loss = ASDMLoss(**options)(tensors[0][:, 0], tensors[1][:, 0], pids) + EFALoss(**options)(*tensors)
+                loss.backward()
+        got = [leaf.grad.float() / 2 for leaf in leaves]
+        error_ = error(got, [x.grad[part].float() for x in whole])
+        errors[f"bfloat16, {gather}"] = error_ / 2**-7 * TOLERANCE  # one rounding to bfloat16
+    return errors
+
+
+def rerun() -> dict[str, float]:
+    errors, towers = {}, Towers().float()
+    data = {key: x.float() if x.is_floating_point() else x for key, x in own(batch(8), (3, 5), dist.get_rank()).items()}
+    for name in ("asdm", "efa"):
+        for gather in (True, "ring"):
+            first, second = (differentiate(call(name, {}, towers, data, gather=gather), towers) for _ in range(2))
+            errors[f"bitwise rerun of {name}, {gather}"] = 0.0 if all(map(torch.equal, first, second)) else 1.0
+    return errors
+
+
+def other_cases() -> dict[str, float]:
+    return {**reduced(), **in_half(), **rerun(), **trained(), **compiled()}
+
+
+def test_training_reductions_compilation_autocast_and_reruns():
+    for errors in processes.run(2, other_cases):
+        assert isinstance(errors, dict), errors
+        wrong = {case: value for case, value in errors.items() if not value <= TOLERANCE}
+        assert len(errors) == 4 + 2 + 4 + 2 + 2 and not wrong, wrong
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def raised(function) -> str:
+    try:
+        function()
+    except Exception as exception:
+        return f"{type(exception).__name__}: {exception}"
+    return "nothing was raised"
+
+
+def errors_on_every_rank() -> dict[str, object]:
+    rank, pids = dist.get_rank(), torch.arange(3)
+    x, wide = torch.randn(3, 4), torch.randn(3, 4 + rank)
+    tokens, masks = torch.randn(3, 2, 4), torch.ones(3, 2, dtype=torch.bool)
+    found: dict[str, object] = {
+        "width": raised(lambda: ASDMLoss(gather=True)(wide, wide, pids)),
+        "promise": raised(
+            lambda: ASDMLoss(gather=True, equal_batches=True)(x[: 3 - rank], x[: 3 - rank], pids[: 3 - rank])
+        ),
+        "mode": raised(lambda: ASDMLoss(gather=(True, "ring")[rank])(x, x, pids)),
+        "mask": raised(lambda: EFALoss(gather=True)(tokens, tokens, text_mask=(None, masks)[rank])),
+        "dtype": raised(lambda: ASDMLoss(gather="ring")(*[x.to((torch.float32, torch.float64)[rank])] * 2, pids)),
+    }
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)])
+    found["dtensor"] = raised(lambda: ASDMLoss(gather=True)(sharded, sharded, pids))
+    groups = [dist.new_group([r]) for r in (0, 1)]
+    found["stranger"] = raised(lambda: ASDMLoss(gather=True, process_group=groups[1 - rank])(x, x, pids))
+    start = time.monotonic()
+    if rank == 0:
+        found["absent"] = raised(lambda: ASDMLoss(gather=True)(x, x, pids))
+    else:
+        time.sleep(5)  # stays away for longer than the time-out
+    found["waited"] = time.monotonic() - start
+    return found
+
+
+def test_errors_name_the_mend_on_every_rank():
+    results = processes.run(2, errors_on_every_rank, timeout=3)
+    for found in results:
+        assert isinstance(found, dict), found
+        assert found["width"].startswith("ValueError: image_features must agree on all ranks"), found["width"]
+        assert "float32 [b, 4] on rank 0, float32 [b, 5] on rank 1" in found["width"]
+        assert "equal_batches=True promises" in found["promise"] and "3 on rank 0, 2 on rank 1" in found["promise"]
+        assert "gather must be the same on all ranks, got True on rank 0, 'ring' on rank 1" in found["mode"]
+        assert "text_mask must agree on all ranks" in found["mask"]
+        assert "None on rank 0, bool [b, 2] on rank 1" in found["mask"]
+        assert "float32 [b, 4] on rank 0, float64 [b, 4] on rank 1" in found["dtype"]
+        assert found["dtensor"].startswith("TypeError: image_features must be a plain tensor")
+        assert ".to_local()" in found["dtensor"]
+        assert found["stranger"].startswith("ValueError: process_group must contain the calling rank")
+    assert results[0]["absent"].startswith(
+        "RuntimeError: gather failed on rank 0 of 2 (gloo, cpu tensors, time-out 3 s)"
+    )
+    assert 2 < results[0]["waited"] < 5
+
+
+def dead_peer() -> str:
+    x, pids = torch.randn(3, 4, requires_grad=True), torch.arange(3)
+    loss = ASDMLoss(gather="ring", equal_batches=True)
+    loss(x, x, pids).backward()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    return raised(lambda: loss(x, x, pids).backward())
+
+
+def test_dead_peer():
+    survivor, dead = processes.run(2, dead_peer, timeout=5)
+    assert dead is None
+    assert survivor.startswith("RuntimeError: ") and "time-out 5 s): a peer died" in survivor, survivor
+
+
+def test_without_processes():
+    x, pids = torch.randn(3, 4), torch.arange(3)
+    for gather in (True, "ring"):
+        with pytest.raises(RuntimeError, match="start with torchrun"):
+            ASDMLoss(gather=gather)(x, x, pids)
+    for build in (ASDMLoss, EFALoss):
+        with pytest.raises(ValueError, match="gather must be one of False, True, 'ring', got 'all'"):
+            build(gather="all")
+
+
+def test_a_world_of_one_exchanges_nothing():
+    peers = meet(False, None, {"x": torch.zeros(3, 2)})
+    rows = torch.randn(3, 3)
+    assert peers.sizes == (3,) and peers.offset == 0 and peers.gather(rows) is rows
+    assert torch.equal(peers.transpose(rows), rows.T) and torch.equal(peers.mean(rows[0]), rows[0].mean())

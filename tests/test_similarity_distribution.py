@@ -1,0 +1,250 @@
+"""The distribution's loss: golden values, the torch path against the reference in float64, contracts of the operator."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from distribution_cases import GOLDEN, assert_within_budget, features, value_and_gradients
+from golden import golden
+from torch import Tensor
+
+import fmfa_losses.ops.similarity_distribution as module
+from fmfa_losses.asdm import ASDMLoss, asdm_loss
+from fmfa_losses.ops.similarity_distribution import (
+    GAPS,
+    OBJECTIVES,
+    POSITIVES,
+    REDUCTIONS,
+    TARGETS,
+    similarity_distribution_loss,
+    similarity_distribution_loss_reference,
+)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 64)
+
+
+def same(inputs: dict[str, Tensor], **options: object) -> None:
+    """The torch path equals the reference in float64, values and gradients."""
+    got = value_and_gradients(similarity_distribution_loss, inputs, backend="torch", **options)
+    want = value_and_gradients(similarity_distribution_loss_reference, inputs, **options)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden(case: str) -> None:
+    expected = golden(case)
+    inputs = expected.leaf_inputs(torch.float64)
+    value = asdm_loss(**inputs, **GOLDEN[case])
+    torch.testing.assert_close(value, expected.value, rtol=1e-9, atol=1e-9)
+    value.backward()
+    for name, gradient in expected.grads.items():
+        torch.testing.assert_close(inputs[name].grad, gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("positive", POSITIVES)
+@pytest.mark.parametrize("detach_weight", [False, True])
+def test_weights(gap: str, positive: str, detach_weight: bool) -> None:
+    options = {"alpha": 3.0, "gap": gap, "positive": positive, "detach_weight": detach_weight}
+    same(features(23, 23, 5, dtype=torch.float64, images=False), reduction="none", **options)
+    same(features(9, 23, 5, offset=11, dtype=torch.float64), both=False, offset=11, **options)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
+def test_labels(objective: str, target: str, factor: float) -> None:
+    options = {"objective": objective, "target": target, "image_id_factor": factor}
+    same(features(23, 23, 5, dtype=torch.float64), **options)
+    same(features(9, 23, 5, offset=3, dtype=torch.float64), both=False, offset=3, reduction="sum", **options)
+
+
+def test_info_nce() -> None:
+    """Ids that are all different and the cross-entropy: lse_i - z_ii in both directions."""
+    inputs = features(12, 12, 7, dtype=torch.float64)
+    image, text = (torch.nn.functional.normalize(inputs[name], dim=1) for name in ("queries", "keys"))
+    z, pairs = 12.0 * image @ text.T, torch.arange(12)
+    want = torch.nn.functional.cross_entropy(z, pairs) + torch.nn.functional.cross_entropy(z.T, pairs)
+    got = similarity_distribution_loss(
+        inputs["queries"], inputs["keys"], pairs, logit_scale=12.0, objective="cross_entropy"
+    )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_slices_of_the_batch_add_up() -> None:
+    """Rows of one direction, slice by slice against all columns, sum to both directions at once."""
+    inputs = features(13, 13, 6, dtype=torch.float64)
+    options = {"logit_scale": 12.0, "alpha": 10.0, "reduction": "sum"}
+    q, k, ids = inputs["queries"], inputs["keys"], {"pids": inputs["pids"], "image_ids": inputs["image_ids"]}
+    whole = similarity_distribution_loss(q, k, **ids, **options)
+    parts = sum(
+        similarity_distribution_loss(rows[i], columns, **ids, both=False, offset=i.start, **options)
+        for rows, columns in ((q, k), (k, q))
+        for i in (slice(0, 5), slice(5, 13))
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("options", [{"alpha": 2.0}, {"alpha": 2.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+def test_gradcheck(options: dict[str, object]) -> None:
+    inputs = features(6, 6, 3, dtype=torch.float64)
+    leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")]
+
+    def loss(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+        return similarity_distribution_loss(
+            queries, keys, inputs["pids"], image_ids=inputs["image_ids"], logit_scale=logit_scale, **options
+        )
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (77, 77, 16), (40, 129, 64)])
+def test_error_budget(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    inputs = features(*shape, dtype=dtype)
+    options = {"alpha": 10.0, "both": shape[0] == shape[1]}
+    exact = value_and_gradients(
+        similarity_distribution_loss_reference,
+        {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()},
+        **options,
+    )
+    plain = value_and_gradients(similarity_distribution_loss_reference, inputs, **options)
+    got = value_and_gradients(similarity_distribution_loss, inputs, backend="torch", **options)
+    assert got["value"].dtype == torch.float32
+    assert got["dqueries"].dtype == dtype
+    assert_within_budget(got, plain, exact, inputs, slack=1e-6)
+
+
+def test_mixed_dtypes_and_autocast() -> None:
+    inputs = features(8, 8, 6)
+    half = inputs | {"queries": inputs["queries"].bfloat16()}
+    want = value_and_gradients(similarity_distribution_loss, half)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = value_and_gradients(similarity_distribution_loss, half)
+    assert got["dqueries"].dtype == torch.bfloat16
+    assert got["dkeys"].dtype == torch.float32
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def degenerate(case: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    inputs = features(9, 9, 6)
+    q, k, pids, scale = inputs["queries"], inputs["keys"], inputs["pids"], 50.0
+    if case == "one pair":
+        q, k, pids = q[:1], k[:1], pids[:1]
+    elif case == "zero vectors":
+        q, k = q.index_fill(0, torch.tensor([2, 3]), 0.0), k.index_fill(0, torch.tensor([3]), 0.0)
+    elif case == "one identity":
+        pids = torch.zeros_like(pids)
+    elif case == "temperature 0.01":
+        scale = 100.0
+    elif case == "large float16":
+        q, k = (6e4 * torch.nn.functional.normalize(x, dim=1) for x in (q, k))
+        q, k = q.half(), k.half()
+    return q, k, pids, scale
+
+
+DEGENERATE = ["one pair", "zero vectors", "one identity", "temperature 0.01", "large float16"]
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("options", [{"alpha": 10.0}, {"alpha": 10.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+def test_degenerate_inputs_are_finite(case: str, options: dict[str, object]) -> None:
+    q, k, pids, scale = degenerate(case)
+    inputs = {"queries": q, "keys": k, "pids": pids, "logit_scale": torch.tensor(scale)}
+    got = value_and_gradients(similarity_distribution_loss, inputs, backend="torch", **options)
+    assert all(tensor.isfinite().all() for tensor in got.values())
+    same({name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}, **options)
+
+
+def test_nan_comes_out() -> None:
+    inputs = features(9, 9, 6)
+    inputs["queries"][4, 2] = torch.nan
+    got = value_and_gradients(similarity_distribution_loss, inputs, both=False, reduction="none", alpha=10.0)
+    assert got["value"].isnan().tolist() == [i == 4 for i in range(9)]
+    assert got["dkeys"].isnan().all()
+
+
+def arguments(objective: str, reduction: str) -> tuple[object, ...]:
+    inputs = features(5, 7, 4, offset=1)
+    spec = module.RowLoss(objective=objective, alpha=2.0, offset=1, both=False, reduction=reduction)
+    floats = (inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale"))
+    queries, keys, scale = floats
+    return queries, keys, inputs["pids"], inputs["image_ids"], scale, 1.0, "torch", *spec
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_opcheck(objective: str, reduction: str) -> None:
+    inputs = arguments(objective, reduction)
+    torch.library.opcheck(module.similarity_distribution_op, inputs)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    loss, *saved = module.similarity_distribution_op(*detached)
+    backward = (torch.ones_like(loss), *saved, *detached[:6], True, *detached[6:])
+    torch.library.opcheck(module.similarity_distribution_backward_op, backward)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    loss = ASDMLoss(gap="cosine", positive="any")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for B in (6, 9) if dynamic else (6,):
+        inputs = features(B, B, 4)
+        ids, scale = (inputs["pids"],), inputs["logit_scale"]
+        results = []
+        for function in (loss, compiled):
+            leaves = [t.clone().requires_grad_() for t in (inputs["queries"], inputs["keys"], scale)]
+            value = function(*leaves[:2], *ids, image_ids=inputs["image_ids"], logit_scale=leaves[2])
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        for eager, traced in zip(*results, strict=True):
+            assert torch.equal(eager, traced)
+
+
+MEMORY = """
+import resource, torch
+from fmfa_losses.functional import asdm_loss
+from fmfa_losses.ops import similarity_distribution
+similarity_distribution.BLOCK_ELEMENTS = 2**18
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def step(B):
+    image, text = (torch.randn(B, 8).requires_grad_() for _ in "it")
+    asdm_loss(image, text, torch.arange(B), backend="torch").backward()
+step(64)
+before = peak()
+step(4096)
+print(peak() - before)
+"""
+
+
+def test_memory_is_a_block_of_rows() -> None:
+    """Forward and backward grow the process by less than half a [B, B] matrix of float32; the reference needs dozens."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 4096**2 * 4 / 2**20 / 2
+
+
+def test_messages() -> None:
+    q, k, pids = torch.randn(3, 4), torch.randn(5, 4), torch.arange(5)
+    with pytest.raises(ValueError, match="both=True needs as many queries as keys"):
+        similarity_distribution_loss(q, k, pids, logit_scale=1.0)
+    with pytest.raises(ValueError, match="offset 3, R 3, C 5"):
+        similarity_distribution_loss(q, k, pids, logit_scale=1.0, both=False, offset=3)
+    with pytest.raises(ValueError, match="one element"):
+        similarity_distribution_loss(q, k, pids, logit_scale=torch.ones(2), both=False)
+    with pytest.raises(ValueError, match="objective must be one of"):
+        similarity_distribution_loss(q, k, pids, logit_scale=1.0, both=False, objective="kl")
+    with pytest.raises(ValueError, match="pids must have shape"):
+        similarity_distribution_loss(q, k, pids[:3], logit_scale=1.0, both=False)
+    with pytest.raises(RuntimeError, match="float64"):
+        similarity_distribution_loss(q.double(), k, pids, logit_scale=1.0, both=False, backend="triton")
+    with pytest.raises(ValueError, match="alpha must be"):
+        ASDMLoss(alpha=-1.0)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ASDMLoss(backend="cuda")
