@@ -87,14 +87,22 @@ def caption(who: Identity, photo: Photo, *, seed: tuple[int, ...]) -> str:
             hair = f"{style} {word(who.hair_color)} hair"
             if who.hair == "ponytail":
                 hair = pick(f"{word(who.hair_color)} hair in a ponytail", f"a {word(who.hair_color)} ponytail")
-            extras.append(f"{pronoun} has {hair}" if chance(0.6) or "ponytail" in hair else f"{their} {word(who.hair_color)} hair is {style}")
+            extras.append(
+                f"{pronoun} has {hair}"
+                if chance(0.6) or "ponytail" in hair
+                else f"{their} {word(who.hair_color)} hair is {style}"
+            )
     if who.glasses and front and chance(0.7):
         extras.append(f"{pronoun} {pick('wears', 'has')} glasses")
     rng.shuffle(extras)
 
     action = pick("is walking", "walks") if photo.walking else pick("is standing", "stands", "waits")
     if chance(0.3):
-        action += {"front": pick(" towards the camera", ""), "back": " away from the camera", "side": pick(" to the side", "")}[photo.view]
+        action += {
+            "front": pick(" towards the camera", ""),
+            "back": " away from the camera",
+            "side": pick(" to the side", ""),
+        }[photo.view]
     wearing = pick("wearing", "dressed in", "in", "who wears")
     outfit = _join(clothes, pick)
     opening = f"{pick('the', 'a', 'this')} {subject}"

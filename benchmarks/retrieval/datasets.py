@@ -4,7 +4,7 @@
     ROOT/ICFG-PEDES/ICFG-PEDES.json      the same fields                                   images under ICFG-PEDES/imgs/
     ROOT/RSTPReid/data_captions.json     "img_path" instead of "file_path"                 images under RSTPReid/imgs/
 
-ROOT may also be the data set's own folder. Every caption is a pair; identities of the training split are numbered from 0.
+ROOT may also be the data set's own folder. Every caption is a pair; training identities are numbered from 0.
 """
 
 import json
@@ -77,13 +77,17 @@ def read_dataset(name: str, root: str | Path, split: str) -> Split:
     folder = next((folder for folder in folders if (folder / file).is_file()), None)
     if folder is None:
         wanted = " nor ".join(str(folder / file) for folder in folders)
-        raise FileNotFoundError(f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/")
+        raise FileNotFoundError(
+            f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/"
+        )
     with open(folder / file, encoding="utf-8") as stream:
         entries: list[dict[str, Any]] = json.load(stream)
     for entry in entries:
         missing = {"split", "captions", "id", path_key} - entry.keys()
         if missing:
-            raise ValueError(f"every entry of {folder / file} must have {sorted(missing)}, got one with {sorted(entry)}")
+            raise ValueError(
+                f"every entry of {folder / file} must have {sorted(missing)}, got one with {sorted(entry)}"
+            )
     entries = [entry for entry in entries if entry["split"] == split]
     if not entries:
         raise ValueError(f"{folder / file} must have entries of the split {split!r}, got none")
@@ -104,7 +108,9 @@ def read_dataset(name: str, root: str | Path, split: str) -> Split:
     files = [folder / "imgs" / path for path in paths]
     absent = [file for file in files if not file.is_file()]
     if absent:
-        raise FileNotFoundError(f"{len(absent)} of {len(files)} images of {name} {split} are missing, the first is {absent[0]}")
+        raise FileNotFoundError(
+            f"{len(absent)} of {len(files)} images of {name} {split} are missing, the first is {absent[0]}"
+        )
     image_pids = torch.tensor(pids)
     if split == "train":
         image_pids = torch.unique(image_pids, return_inverse=True)[1]
@@ -115,9 +121,9 @@ def read_dataset(name: str, root: str | Path, split: str) -> Split:
 
 
 def rendered_splits(
-    train: int, test: int, *, images: int = 4, test_images: int = 2, seed: int = 0, progress: Callable[..., Any] = iter
+    train: int, test: int, *, images: int = 2, test_images: int = 2, seed: int = 0, progress: Callable[..., Any] = iter
 ) -> tuple[Split, Split]:
-    """Training and test split of rendered pedestrians: so many identities, and photographs of each; two captions a photograph.
+    """Training and test split of rendered pedestrians; every photograph has two captions.
 
     The test identities come after the training ones in one list of distinct people: none is in both.
     """
@@ -232,7 +238,9 @@ class IdentitySampler(Sampler[int]):
     Draws by (seed, epoch) and deals the groups to `world_size` ranks in turn, as DistributedSampler does.
     """
 
-    def __init__(self, pids: Tensor, *, per_identity: int = 4, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, pids: Tensor, *, per_identity: int = 4, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.pids, self.per_identity, self.seed = pids, per_identity, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
 

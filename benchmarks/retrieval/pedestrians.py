@@ -1,15 +1,16 @@
 """Rendered pedestrians: who they are (`Identity`) and how one photograph of them looks (`render`).
 
-A skeleton in three dimensions is posed, turned and projected; clothes are drawn around its limbs from the farthest to the
-nearest, in front of a street. Identity is what a witness could describe: clothes, colours, pattern, shoes, hair, hat, bag,
-build, skin. Pose, direction, light, background, distance, occlusion, blur and noise change from one photograph to the next.
-Everything follows from integers: the same seed draws the same pixels.
+A skeleton in three dimensions is posed, turned and projected; clothes are drawn around its limbs from the farthest to
+the nearest, in front of a street. Identity is what a witness could describe: clothes, colours, pattern, shoes, hair,
+hat, bag, build, skin. Pose, direction, light, background, distance, occlusion, blur and noise change from one
+photograph to the next. Everything follows from integers: the same seed draws the same pixels.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 __all__ = ["COLORS", "HEIGHT", "WIDTH", "Identity", "Photo", "make_identities", "render"]
 
@@ -172,6 +173,10 @@ Color = tuple[int, int, int]
 Point = tuple[float, float]
 
 
+_HALF_TURN = tuple(math.pi * (0.5 + k / 6) for k in range(7))
+_CIRCLE = tuple((math.cos(2 * math.pi * k / 28), math.sin(2 * math.pi * k / 28)) for k in range(28))
+
+
 def _shift(color: Color, amount: float) -> Color:
     r, g, b = (int(min(255, max(0, channel + amount))) for channel in color)
     return r, g, b
@@ -195,28 +200,24 @@ class _Canvas:
         self.image.paste(fill.crop(box) if isinstance(fill, Image.Image) else fill, box, mask)
         if shade <= 0:
             return
-        center = sum(x for x, _ in local) / len(local)
-        for reach, offset, tone in ((1.0, -0.40, (0, 0, 0)), (0.62, 0.16, (255, 255, 255))):
-            # What the shrunken, shifted outline leaves uncovered lies in shadow; a narrow one catches the light.
-            inner = [((x - center) * (0.72 if tone[0] == 0 else reach * 0.5) + center
-                      + self.light * offset * -0.3 * (x1 - x0), y) for x, y in local]  # fmt: skip
-            veil = Image.new("L", mask.size, int(shade * 2.4) if tone[0] == 0 else 0)
-            ImageDraw.Draw(veil).polygon(inner, fill=0 if tone[0] == 0 else int(shade * 0.7))
-            veil = veil.filter(ImageFilter.BoxBlur(max(1.0, (x1 - x0) * 0.09)))
-            self.image.paste(tone, box, Image.composite(veil, Image.new("L", mask.size), mask))
+        # What the outline leaves uncovered when it shrinks and moves towards the light lies in shadow.
+        width = x1 - x0
+        center = sum(x for x, _ in local) / len(local) + 0.12 * self.light * width
+        veil = Image.new("L", mask.size, int(shade * 2.4))
+        ImageDraw.Draw(veil).polygon([((x - center) * 0.72 + center, y) for x, y in local], fill=0)
+        veil = veil.filter(ImageFilter.BoxBlur(max(1.0, width * 0.09)))
+        self.image.paste((0, 0, 0), box, ImageChops.multiply(veil, mask))
 
     def limb(self, a: Point, b: Point, ra: float, rb: float, fill: Color | Image.Image, shade: float = 26.0) -> None:
         """A tapered tube with round ends from `a` to `b`."""
-        angle = np.arctan2(b[1] - a[1], b[0] - a[0])
-        arc = np.linspace(np.pi / 2, 3 * np.pi / 2, 7)
-        start = [(a[0] + ra * np.cos(angle + t), a[1] + ra * np.sin(angle + t)) for t in arc]
-        end = [(b[0] - rb * np.cos(angle + t), b[1] - rb * np.sin(angle + t)) for t in arc]
-        self.polygon([(float(x), float(y)) for x, y in start + end], fill, shade)
+        angle = math.atan2(b[1] - a[1], b[0] - a[0])
+        turns = [(math.cos(angle + t), math.sin(angle + t)) for t in _HALF_TURN]
+        start = [(a[0] + ra * cos, a[1] + ra * sin) for cos, sin in turns]
+        end = [(b[0] - rb * cos, b[1] - rb * sin) for cos, sin in turns]
+        self.polygon(start + end, fill, shade)
 
     def ellipse(self, center: Point, rx: float, ry: float, fill: Color | Image.Image, shade: float = 22.0) -> None:
-        t = np.linspace(0, 2 * np.pi, 28, endpoint=False)
-        points = [(center[0] + rx * float(np.cos(a)), center[1] + ry * float(np.sin(a))) for a in t]
-        self.polygon(points, fill, shade)
+        self.polygon([(center[0] + rx * cos, center[1] + ry * sin) for cos, sin in _CIRCLE], fill, shade)
 
     def line(self, points: list[Point], fill: Color, width: float) -> None:
         self.draw.line(points, fill=fill, width=max(1, round(width)), joint="curve")
@@ -280,17 +281,30 @@ class _Pose:
             thigh = sign * swing
             bend = 0.12 + (0.75 * abs(swing) if thigh < 0 else 0.05)  # the leg behind bends its knee
             knee = (sign * (hip + spread * 0.4), 0.525 + 0.215 * np.cos(thigh), 0.215 * np.sin(thigh))
-            ankle = (sign * (hip + spread * 0.8), knee[1] + 0.215 * np.cos(thigh - bend), knee[2] + 0.215 * np.sin(thigh - bend))
+            ankle = (
+                sign * (hip + spread * 0.8),
+                knee[1] + 0.215 * np.cos(thigh - bend),
+                knee[2] + 0.215 * np.sin(thigh - bend),
+            )
             toe = (ankle[0] + sign * 0.018, ankle[1] + 0.025, ankle[2] + 0.085)
             arm = -sign * swing * 0.8 + rng.normal(0, 0.06)
             elbow_bend = rng.uniform(0.1, 0.45) if rng.random() < 0.75 else rng.uniform(0.6, 1.7)
             out = rng.uniform(0.012, 0.045)
             elbow = (sign * (shoulder + out), 0.205 + 0.16 * np.cos(arm), 0.16 * np.sin(arm))
-            hand = (sign * (shoulder + out * 0.7), elbow[1] + 0.155 * np.cos(arm + elbow_bend), elbow[2] + 0.155 * np.sin(arm + elbow_bend))
+            hand = (
+                sign * (shoulder + out * 0.7),
+                elbow[1] + 0.155 * np.cos(arm + elbow_bend),
+                elbow[2] + 0.155 * np.sin(arm + elbow_bend),
+            )
             self.joints |= {
-                f"hip_{side}": (sign * hip, 0.525, 0.0), f"knee_{side}": knee, f"ankle_{side}": ankle, f"toe_{side}": toe,
-                f"shoulder_{side}": (sign * shoulder, 0.205, 0.0), f"elbow_{side}": elbow, f"hand_{side}": hand,
-            }  # fmt: skip
+                f"hip_{side}": (sign * hip, 0.525, 0.0),
+                f"knee_{side}": knee,
+                f"ankle_{side}": ankle,
+                f"toe_{side}": toe,
+                f"shoulder_{side}": (sign * shoulder, 0.205, 0.0),
+                f"elbow_{side}": elbow,
+                f"hand_{side}": hand,
+            }
         self.ground = max(self.joints["ankle_l"][1], self.joints["ankle_r"][1]) + 0.035
         self.nod = float(rng.normal(0, 0.006))
         self.lift = lift
@@ -310,7 +324,7 @@ class _Pose:
         return z * self.cos - x * self.sin
 
     def half_width(self, across: float, along: float) -> float:
-        """Half the silhouette of an elliptic cross-section with half-axes `across` and `along` the walking direction."""
+        """Half the silhouette of an elliptic ring with half-axes `across` and `along` the walking direction."""
         return float(np.hypot(across * self.cos, along * self.sin)) * self.scale
 
     def outline(self, rings: list[tuple[float, float, float]]) -> list[Point]:
@@ -344,12 +358,14 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
     def leg(side: str, sign: int) -> None:
         hip, knee, ankle, toe = (pose.joint(f"{name}_{side}") for name in ("hip", "knee", "ankle", "toe"))
         bare = dress or who.lower in ("shorts", "skirt")
-        thick, slim = (0.052 * b, 0.036 * b) if not bare else (0.046 * b, 0.031 * b)
+        thick, slim = (0.055 * b, 0.038 * b) if not bare else (0.046 * b, 0.031 * b)
         cover = skin if bare else lower
         far = 10 if pose.depth(sign * 0.06, 0) < -0.02 else 0  # the far leg lies in the near one's shadow
         cover = _shift(cover, -far)
         canvas.limb(ankle, toe, 0.026 * s, 0.019 * s, _shift(shoes, -far), 20)
-        canvas.limb((toe[0], toe[1] + 0.012 * s), (ankle[0], ankle[1] + 0.034 * s), 0.006 * s, 0.008 * s, _shift(shoes, -60), 0)
+        canvas.limb(
+            (toe[0], toe[1] + 0.012 * s), (ankle[0], ankle[1] + 0.034 * s), 0.006 * s, 0.008 * s, _shift(shoes, -60), 0
+        )
         canvas.limb(knee, ankle, slim * s, (0.021 if bare else 0.03) * s, cover)
         canvas.limb(hip, knee, thick * s, (slim + 0.003) * s, cover)
         if who.lower == "jeans" and not bare:
@@ -362,13 +378,22 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         waist = 0.066 if who.female else 0.079
         hips = 0.088 if who.female else 0.083
         loose = {"hoodie": 1.1, "jacket": 1.1, "coat": 1.13, "dress": 0.97, "tank top": 0.93}.get(who.upper, 1.0)
-        rings = [(0.168, 0.03, 0.035), (0.182, 0.088 * b, 0.05), (0.2, 0.113 * b, 0.06), (0.26, 0.107 * b, 0.074 * b),
-                 (0.32, 0.097 * b, 0.072 * b), (0.42, waist * b, 0.064 * b), (0.5, hips * b, 0.07 * b)]  # fmt: skip
-        rings = [(y, across * (loose if y > 0.2 else 1), along * (loose if y > 0.2 else 1)) for y, across, along in rings]
-        legs = 0.062 * abs(pose.sin)  # a long garment follows the stride
+        rings = [
+            (0.168, 0.03, 0.035),
+            (0.182, 0.088 * b, 0.05),
+            (0.2, 0.113 * b, 0.06),
+            (0.26, 0.107 * b, 0.074 * b),
+            (0.32, 0.097 * b, 0.072 * b),
+            (0.42, waist * b, 0.064 * b),
+            (0.5, hips * b, 0.07 * b),
+        ]
+        rings = [
+            (y, across * (loose if y > 0.2 else 1), along * (loose if y > 0.2 else 1)) for y, across, along in rings
+        ]
+        legs = 0.03 * abs(pose.sin)  # a long garment follows the stride
         if not dress:  # the seat of the trousers, or the skirt
-            seat = [(0.46, waist * b, 0.06 * b), (0.52, hips * b * 1.04, 0.07 * b), (0.565, hips * b * 1.02, 0.066 * b)]
-            if who.lower == "skirt":
+            seat = [(0.46, waist * b, 0.06 * b), (0.52, hips * b * 1.04, 0.07 * b), (0.555, hips * b * 0.98, 0.066 * b)]
+            if who.lower == "skirt" and not coat:
                 seat = [*seat[:2], (0.6, 0.112 * b, 0.095 + legs), (0.69, 0.132 * b, 0.105 + legs)]
             canvas.polygon(pose.outline(seat), lower)
         if coat:
@@ -388,30 +413,60 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                 canvas.line([middle(0.18), middle(0.52)], _shift(upper, -38), 0.005 * s)
                 canvas.polygon([middle(0.172, -0.03), middle(0.172, 0.03), middle(0.21)], skin, 0)
             else:  # open over another shirt
-                opening = [middle(0.168, -0.026), middle(0.168, 0.026), middle(0.34, 0.02), middle(hem, 0.034 if coat else 0.026),
-                           middle(hem, -0.034 if coat else -0.026), middle(0.34, -0.02)]  # fmt: skip
+                opening = [
+                    middle(0.168, -0.026),
+                    middle(0.168, 0.026),
+                    middle(0.34, 0.02),
+                    middle(hem, 0.034 if coat else 0.026),
+                    middle(hem, -0.034 if coat else -0.026),
+                    middle(0.34, -0.02),
+                ]
                 if coat:
                     opening = [*opening[:3], middle(0.46, 0.008), middle(0.46, -0.008), opening[5]]
                 canvas.polygon(opening, second, 10)
                 for sign in (-1, 1):
-                    canvas.line([middle(0.168, sign * 0.026), middle(0.34, sign * 0.02), middle(0.46, sign * 0.01)], _shift(upper, -30), 0.008 * s)
+                    canvas.line(
+                        [middle(0.168, sign * 0.026), middle(0.34, sign * 0.02), middle(0.46, sign * 0.01)],
+                        _shift(upper, -30),
+                        0.008 * s,
+                    )
         elif who.upper in ("t-shirt", "tank top", "dress") and facing > 0.0:
             depth = 0.02 if who.upper == "t-shirt" else 0.035
             canvas.ellipse(pose.at(0, 0.172, 0.03), pose.half_width(0.032, 0.03), depth * s, skin, 0)
         elif who.upper == "hoodie":
             z = 0.03 if facing > 0 else -0.045
-            canvas.ellipse(pose.at(0, 0.182, z), pose.half_width(0.056, 0.045), (0.022 if facing > 0 else 0.04) * s, _shift(upper, -20), 14)
+            canvas.ellipse(
+                pose.at(0, 0.182, z),
+                pose.half_width(0.056, 0.045),
+                (0.022 if facing > 0 else 0.04) * s,
+                _shift(upper, -20),
+                14,
+            )
             if facing > 0.25:  # pocket and strings
-                canvas.line([pose.at(-0.045, 0.48, 0.07), pose.at(-0.03, 0.42, 0.07), pose.at(0.03, 0.42, 0.07), pose.at(0.045, 0.48, 0.07)],
-                            _shift(upper, -36), 0.006 * s)  # fmt: skip
+                canvas.line(
+                    [
+                        pose.at(-0.045, 0.48, 0.07),
+                        pose.at(-0.03, 0.42, 0.07),
+                        pose.at(0.03, 0.42, 0.07),
+                        pose.at(0.045, 0.48, 0.07),
+                    ],
+                    _shift(upper, -36),
+                    0.006 * s,
+                )
                 for sign in (-1, 1):
-                    canvas.line([pose.at(sign * 0.014, 0.19, 0.06), pose.at(sign * 0.016, 0.25, 0.07)], _shift(upper, 60), 0.005 * s)
+                    canvas.line(
+                        [pose.at(sign * 0.014, 0.19, 0.06), pose.at(sign * 0.016, 0.25, 0.07)],
+                        _shift(upper, 60),
+                        0.005 * s,
+                    )
         if who.pattern == "logo" and facing > 0.25:
             x, y = pose.at(0, 0.295, 0.07)
             canvas.ellipse((x, y), 0.046 * s * facing, 0.04 * s, second, 0)
             canvas.ellipse((x, y), 0.024 * s * facing, 0.02 * s, upper, 0)
         if dress:
-            canvas.polygon(pose.outline([(0.415, waist * b, 0.066 * b), (0.435, waist * b, 0.066 * b)]), _shift(upper, -45), 0)
+            canvas.polygon(
+                pose.outline([(0.415, waist * b, 0.066 * b), (0.435, waist * b, 0.066 * b)]), _shift(upper, -45), 0
+            )
 
     def arm(side: str) -> None:
         shoulder, elbow, hand = (pose.joint(f"{name}_{side}") for name in ("shoulder", "elbow", "hand"))
@@ -437,7 +492,9 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         if facing > -0.4:  # the face, ahead of and below the hair
             ahead = 0.026 * pose.sin * s
             low = 0.0 if bald else 0.014 * s
-            canvas.ellipse((x + ahead, y + low), rx * (0.92 - 0.28 * abs(pose.sin)), ry * (1.0 if bald else 0.86), skin, 14)
+            canvas.ellipse(
+                (x + ahead, y + low), rx * (0.92 - 0.28 * abs(pose.sin)), ry * (1.0 if bald else 0.86), skin, 14
+            )
             if not bald:  # the hairline
                 canvas.ellipse((x + ahead * 0.4, y - 0.05 * s), rx * 0.98, 0.021 * s, hair, 8)
             for sign in (-1, 1):
@@ -445,50 +502,132 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
                 if pose.depth(sign * 0.019, 0.045) > 0.004:
                     eye = (x + eye_x * s, y + 0.004 * s)
                     canvas.ellipse(eye, 0.0062 * s, 0.0055 * s, (34, 26, 24), 0)
-                    canvas.line([(eye[0] - 0.009 * s, eye[1] - 0.013 * s), (eye[0] + 0.009 * s, eye[1] - 0.014 * s)], _shift(hair, -10), 0.004 * s)
+                    canvas.line(
+                        [(eye[0] - 0.009 * s, eye[1] - 0.013 * s), (eye[0] + 0.009 * s, eye[1] - 0.014 * s)],
+                        _shift(hair, -10),
+                        0.004 * s,
+                    )
                     if who.glasses:
                         r = 0.0135 * s
-                        canvas.draw.ellipse((eye[0] - r, eye[1] - r, eye[0] + r, eye[1] + r), outline=(16, 16, 18), width=max(1, round(0.005 * s)))
+                        canvas.draw.ellipse(
+                            (eye[0] - r, eye[1] - r, eye[0] + r, eye[1] + r),
+                            outline=(16, 16, 18),
+                            width=max(1, round(0.005 * s)),
+                        )
             if who.glasses and facing > -0.1:
-                canvas.line([(x + 0.045 * pose.sin * s - 0.008 * s, y + 0.003 * s), (x + 0.045 * pose.sin * s + 0.008 * s, y + 0.003 * s)], (16, 16, 18), 0.004 * s)
+                canvas.line(
+                    [
+                        (x + 0.045 * pose.sin * s - 0.008 * s, y + 0.003 * s),
+                        (x + 0.045 * pose.sin * s + 0.008 * s, y + 0.003 * s),
+                    ],
+                    (16, 16, 18),
+                    0.004 * s,
+                )
             mouth = x + 0.047 * pose.sin * s
-            canvas.line([(mouth - 0.011 * s * max(0.3, facing), y + 0.037 * s), (mouth + 0.011 * s * max(0.3, facing), y + 0.037 * s)],
-                        _shift(skin, -70), 0.006 * s)  # fmt: skip
-            canvas.line([(x + 0.05 * pose.sin * s, y + 0.012 * s), (x + 0.054 * pose.sin * s, y + 0.022 * s)], _shift(skin, -34), 0.006 * s)
+            canvas.line(
+                [
+                    (mouth - 0.011 * s * max(0.3, facing), y + 0.037 * s),
+                    (mouth + 0.011 * s * max(0.3, facing), y + 0.037 * s),
+                ],
+                _shift(skin, -70),
+                0.006 * s,
+            )
+            canvas.line(
+                [(x + 0.05 * pose.sin * s, y + 0.012 * s), (x + 0.054 * pose.sin * s, y + 0.022 * s)],
+                _shift(skin, -34),
+                0.006 * s,
+            )
         if who.hat == "cap":
-            canvas.polygon([(x + rx * 1.14 * float(np.cos(t)), y - 0.02 * s + 0.056 * s * float(np.sin(t))) for t in np.linspace(np.pi, 2 * np.pi, 14)], hat)
+            canvas.polygon(
+                [
+                    (x + rx * 1.14 * float(np.cos(t)), y - 0.02 * s + 0.056 * s * float(np.sin(t)))
+                    for t in np.linspace(np.pi, 2 * np.pi, 14)
+                ],
+                hat,
+            )
             if facing > -0.35:
                 brim = x + 0.05 * pose.sin * s
                 canvas.ellipse((brim, y - 0.021 * s), pose.half_width(0.04, 0.04), 0.009 * s, _shift(hat, -30), 0)
         elif who.hat == "beanie":
-            canvas.polygon([(x + rx * 1.14 * float(np.cos(t)), y - 0.026 * s + 0.062 * s * float(np.sin(t))) for t in np.linspace(np.pi, 2 * np.pi, 14)], hat)
-            canvas.limb((x - rx * 1.02, y - 0.028 * s), (x + rx * 1.02, y - 0.028 * s), 0.013 * s, 0.013 * s, _shift(hat, -24), 0)
+            canvas.polygon(
+                [
+                    (x + rx * 1.14 * float(np.cos(t)), y - 0.026 * s + 0.062 * s * float(np.sin(t)))
+                    for t in np.linspace(np.pi, 2 * np.pi, 14)
+                ],
+                hat,
+            )
+            canvas.limb(
+                (x - rx * 1.02, y - 0.028 * s),
+                (x + rx * 1.02, y - 0.028 * s),
+                0.013 * s,
+                0.013 * s,
+                _shift(hat, -24),
+                0,
+            )
 
     def back_hair() -> None:
         if who.hair == "long":
             x, y = pose.at(0, 0.08, -0.018)
             w = pose.half_width(0.056, 0.05)
-            canvas.polygon([(x - w * 0.8, y - 0.04 * s), (x + w * 0.8, y - 0.04 * s), (x + w * 1.06, y + 0.05 * s), (x + w, y + 0.15 * s),
-                            (x, y + 0.165 * s), (x - w, y + 0.15 * s), (x - w * 1.06, y + 0.05 * s)], hair, 22)  # fmt: skip
+            canvas.polygon(
+                [
+                    (x - w * 0.8, y - 0.04 * s),
+                    (x + w * 0.8, y - 0.04 * s),
+                    (x + w * 1.06, y + 0.05 * s),
+                    (x + w, y + 0.15 * s),
+                    (x, y + 0.165 * s),
+                    (x - w, y + 0.15 * s),
+                    (x - w * 1.06, y + 0.05 * s),
+                ],
+                hair,
+                22,
+            )
         elif who.hair == "ponytail":
             canvas.limb(pose.at(0, 0.06, -0.055), pose.at(0, 0.185, -0.075), 0.017 * s, 0.012 * s, hair, 16)
+
+    def strands() -> None:
+        for sign in (-1, 1):
+            canvas.limb(
+                pose.at(sign * 0.046, 0.075, 0.01), pose.at(sign * 0.056, 0.225, 0.03), 0.014 * s, 0.009 * s, hair, 12
+            )
 
     def backpack() -> None:
         x, _ = pose.at(0, 0, -0.115)
         w = pose.half_width(0.082 * b, 0.05)
         top, bottom = pose.at(0, 0.205, 0)[1], pose.at(0, 0.455, 0)[1]
         r = 0.028 * s
-        points = [(x - w + r, top), (x + w - r, top), (x + w, top + r), (x + w, bottom - r * 0.6), (x + w - r * 0.5, bottom),
-                  (x - w + r * 0.5, bottom), (x - w, bottom - r * 0.6), (x - w, top + r)]  # fmt: skip
+        points = [
+            (x - w + r, top),
+            (x + w - r, top),
+            (x + w, top + r),
+            (x + w, bottom - r * 0.6),
+            (x + w - r * 0.5, bottom),
+            (x - w + r * 0.5, bottom),
+            (x - w, bottom - r * 0.6),
+            (x - w, top + r),
+        ]
         canvas.polygon(points, bag)
         if facing < 0.2:
-            pocket = [(x - w * 0.7, bottom - 0.1 * s), (x + w * 0.7, bottom - 0.1 * s), (x + w * 0.7, bottom - 0.02 * s), (x - w * 0.7, bottom - 0.02 * s)]
+            pocket = [
+                (x - w * 0.7, bottom - 0.1 * s),
+                (x + w * 0.7, bottom - 0.1 * s),
+                (x + w * 0.7, bottom - 0.02 * s),
+                (x - w * 0.7, bottom - 0.02 * s),
+            ]
             canvas.polygon(pocket, _shift(bag, -24), 8)
             canvas.line([(x - w * 0.75, top + 0.055 * s), (x + w * 0.75, top + 0.055 * s)], _shift(bag, -44), 0.006 * s)
 
     def straps() -> None:
         for sign in (-1, 1):
-            canvas.line([pose.at(sign * 0.058 * b, 0.176, 0.0), pose.at(sign * 0.066 * b, 0.25, 0.07), pose.at(sign * 0.08 * b, 0.37, 0.045)], bag, 0.021 * s)
+            canvas.line(
+                [
+                    pose.at(sign * 0.058 * b, 0.176, 0.0),
+                    pose.at(sign * 0.066 * b, 0.25, 0.07),
+                    pose.at(sign * 0.08 * b, 0.37, 0.045),
+                ],
+                bag,
+                0.021 * s,
+            )
 
     def handbag() -> None:
         x, y = pose.joint("hand_l")
@@ -502,7 +641,10 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         canvas.line([pose.at(0.06 * b, 0.176, 0), pose.at(0.0, 0.31, front), (x, y)], _shift(bag, -26), 0.014 * s)
         if pose.depth(-0.125 * b, 0) > -0.11:
             w, h = pose.half_width(0.03, 0.068), 0.052 * s
-            canvas.polygon([(x - w, y - h * 0.4), (x + w, y - h * 0.4), (x + w * 1.04, y + h * 1.2), (x - w * 1.04, y + h * 1.2)], bag)
+            canvas.polygon(
+                [(x - w, y - h * 0.4), (x + w, y - h * 0.4), (x + w * 1.04, y + h * 1.2), (x - w * 1.04, y + h * 1.2)],
+                bag,
+            )
             canvas.line([(x - w, y + h * 0.2), (x + w, y + h * 0.2)], _shift(bag, -40), 0.006 * s)
 
     for side, sign in (("l", 1), ("r", -1)):
@@ -512,8 +654,10 @@ def _draw_person(canvas: _Canvas, who: Identity, pose: _Pose) -> None:
         parts.append((pose.depth(hand[0], hand[2] * 0.6) + 0.004, lambda side=side: arm(side)))
     parts.append((0.0, torso))
     parts.append((0.03, head))
-    # Hair behind the head: over the coat from behind, under the face from ahead.
-    parts.append((0.029 if facing > 0 else 0.045, back_hair))
+    # Hair behind the head: over the coat from behind; from ahead under it, but for two strands.
+    parts.append((-0.02 if facing > 0.25 else 0.029 if facing > -0.25 else 0.045, back_hair))
+    if who.hair == "long" and facing > 0.25:
+        parts.append((0.031, strands))
     if who.bag == "backpack":
         parts.append((pose.depth(0, -0.1), backpack))
         if facing > -0.3:
@@ -561,7 +705,9 @@ def _street(rng: np.random.Generator) -> Image.Image:
             draw.rectangle((x, y, x + rng.uniform(10, 60), y + rng.uniform(14, 80)), fill=tone(40, 220, 34))
     draw.rectangle((0, horizon, WIDTH, HEIGHT), fill=ground)
     if rng.random() < 0.5:  # a kerb, then paving
-        draw.rectangle((0, horizon, WIDTH, horizon + rng.uniform(4, 14)), fill=_shift(ground, float(rng.uniform(-40, 40))))
+        draw.rectangle(
+            (0, horizon, WIDTH, horizon + rng.uniform(4, 14)), fill=_shift(ground, float(rng.uniform(-40, 40)))
+        )
     vanish = rng.uniform(-60, WIDTH + 60)
     if rng.random() < 0.7:
         line = _shift(ground, float(rng.choice((-16, 18))))
@@ -572,7 +718,7 @@ def _street(rng: np.random.Generator) -> Image.Image:
             draw.line((0, y, WIDTH, y), fill=line)
             y += 6 + (y - horizon) * 0.22
         draw.rectangle((0, horizon - 22, WIDTH, horizon - 1), fill=_shift(wall, -12))
-    image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.8, 2.4))))
+    image = image.filter(ImageFilter.BoxBlur(float(rng.uniform(0.8, 2.4))))
     return image.resize((W, H), Image.Resampling.BILINEAR)
 
 
@@ -610,10 +756,11 @@ def render(who: Identity, *, seed: tuple[int, ...]) -> Photo:
     pose = _Pose(rng, walking, float(turn), who.build, scale, foot)
 
     image = _street(rng)
-    shadow = Image.new("L", (W // 4, H // 4))
-    x, y, r = foot[0] / 4, foot[1] / 4, scale * 0.13 / 4
-    ImageDraw.Draw(shadow).ellipse((x - r * 1.2, y - r * 0.34, x + r * 1.2, y + r * 0.3), fill=150)
-    image.paste((12, 12, 16), (0, 0), shadow.filter(ImageFilter.GaussianBlur(3)).resize((W, H)))
+    reach = int(scale * 0.2)
+    shadow = Image.new("L", (reach // 2, reach // 4))
+    ImageDraw.Draw(shadow).ellipse((reach * 0.08, reach * 0.06, reach * 0.42, reach * 0.19), fill=150)
+    shadow = shadow.filter(ImageFilter.GaussianBlur(3)).resize((2 * reach, reach))
+    image.paste((12, 12, 16), (int(foot[0]) - reach, int(foot[1]) - reach // 2), shadow)
     _draw_person(_Canvas(image, scale, float(rng.choice((-1, 1)) * rng.uniform(0.3, 1.0))), who, pose)
     feet_hidden = rng.random() < 0.25 and _occlude(ImageDraw.Draw(image), rng)
     image = image.reduce(SUPERSAMPLING)

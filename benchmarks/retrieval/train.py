@@ -7,24 +7,24 @@ stopped and resumed ends with the same weights as one that was not, bit for bit 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from fmfa_losses.masking import mask_tokens
-from fmfa_losses.objective import FMFALoss, FMFAOutput
+from fmfa_losses import FMFALoss, FMFAOutput, mask_tokens
+from fmfa_losses.functional import hard_similarity
 
 from .datasets import IdentitySampler, Pairs
 
-__all__ = ["Recipe", "Trainee", "Trainer", "World", "parameter_groups"]
+__all__ = ["Beginner", "Recipe", "Trainee", "Trainer", "World", "parameter_groups"]
 
 FAST_PARTS = ("cross", "classifier", "mlm_head")  # modules that start from nothing learn five times as fast
 
@@ -88,7 +88,9 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor) -> FMFAOutput:
+    def forward(
+        self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
+    ) -> FMFAOutput:
         image_features, image_tokens = self.model.encode_image(pixels)
         # Captions and masked captions share one pass through the text stream.
         features, tokens = self.model.encode_text(torch.cat([token_ids, masked_ids]))
@@ -106,17 +108,49 @@ class Trainee(nn.Module):
         )
 
 
+class Beginner(nn.Module):
+    """The model alone with contrastive losses: what the objectives of FMFA expect to have happened before.
+
+    A-SDM is a reverse KL divergence. From fresh weights its nearest minimum is a model that finds everything alike; it
+    sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians start from here:
+    CLIP's loss on the global features, and FILIP's (arXiv 2111.07783) on tokens, where each word picks its best patch.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(
+        self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
+    ) -> FMFAOutput:
+        image, patches = self.model.encode_image(pixels)
+        text, words = self.model.encode_text(token_ids)
+        keep = self.model.text_mask(token_ids)
+        terms = {
+            "contrastive": self._contrast(F.normalize(text, dim=1) @ F.normalize(image, dim=1).T),
+            "token_contrastive": self._contrast(hard_similarity(words, patches, x_mask=keep, pool="mean")),
+        }
+        return FMFAOutput(torch.stack(list(terms.values())).sum(), terms, {})
+
+    def _contrast(self, similarity: Tensor) -> Tensor:
+        """Cross-entropy of the pairs [B] on the diagonal of [B, B], both ways."""
+        logits = similarity / self.temperature
+        pairs = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
 def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameters that start from nothing, told by their name, at `fast_factor` times the learning rate."""
     slow, fast = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (fast if any(part in name for part in FAST_PARTS) else slow).append(parameter)
-    return [{"params": slow, "lr": recipe.lr}, {"params": fast, "lr": recipe.lr * recipe.fast_factor}]
+    groups = [{"params": slow, "lr": recipe.lr}, {"params": fast, "lr": recipe.lr * recipe.fast_factor}]
+    return [group for group in groups if group["params"]]
 
 
 class Trainer:
-    """Trains `trainee` on `pairs`, and keeps the mean of every term by epoch in `history`.
+    """Trains `trainee` on `pairs`, and keeps every term and accuracy of every step in `history`.
 
     Args:
         tokens: mask_id and special_ids of the tokenizer.
@@ -125,7 +159,7 @@ class Trainer:
 
     def __init__(
         self,
-        trainee: Trainee,
+        trainee: Trainee | Beginner,
         pairs: Pairs,
         recipe: Recipe,
         *,
@@ -146,6 +180,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.world.device.type == "cuda")
         self.module: nn.Module = self.trainee
         if self.world.size > 1:
+            # Each process normalises by its own batches; the averages that rank 0 keeps are the ones evaluated.
             self.module = DistributedDataParallel(self.trainee, broadcast_buffers=False)
         self.loader = self._loader()
 
@@ -153,7 +188,7 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         return len(self.loader)
 
-    def fit(self, *, until: int | None = None, minutes: float | None = None) -> dict[str, list[float]]:
+    def fit(self, *, until: int | None = None, minutes: float | None = None) -> None:
         """Trains to the last epoch, or stops after epoch `until`.
 
         `minutes`: where the first epoch foretells that the run would take longer, the schedule is shortened, aloud.
@@ -162,36 +197,40 @@ class Trainer:
         last = self.epochs if until is None else min(until, self.epochs)
         bar = tqdm(total=(last - first) * self.steps_per_epoch, unit="step", disable=self.quiet or not self.world.leads)
         while self.epoch < last:
-            means = self._train_epoch(bar)
-            for name, value in means.items():
-                self.history.setdefault(name, []).append(value)
+            for name, values in self._train_epoch(bar).items():
+                self.history.setdefault(name, []).extend(values)
             self.epoch += 1
             if minutes is not None and self.epoch == first + 1:
                 possible = first + max(1, int(minutes * 60 / (time.perf_counter() - start)))
                 if possible < last:
                     self.epochs = last = self._agree(possible)
-                    bar.write(f"This machine is slower than the default expects: {last} epochs to stay within {minutes:g} minutes.")
+                    bar.write(
+                        f"This machine is slower than expected: {last} epochs, to stay within {minutes:.1f} minutes."
+                    )
                     bar.total = (last - first) * self.steps_per_epoch
             self._save()
         bar.close()
-        return self.history
 
     # ------------------------------------------------------------------------------------------------------ a step
 
-    def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, float]:
+    def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, list[float]]:
+        """Every term at every step, the mean over the processes."""
         self.module.train()
         self.pairs.epoch = self.epoch
         self.loader.sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
         masks = torch.Generator().manual_seed((self.recipe.seed * 1009 + self.epoch) * 1009 + self.world.rank)
-        sums: dict[str, Tensor] = {}
+        steps: list[dict[str, Tensor]] = []
         for batch in self.loader:
             out = self._step(batch, masks)
-            for name, value in {"loss": out.loss, **out.terms, **out.metrics}.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+            steps.append(
+                {name: value.detach() for name, value in {"loss": out.loss, **out.terms, **out.metrics}.items()}
+            )
             bar.update()
             if bar.n % 10 == 0:
-                bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}  loss {float(out.loss.detach()):.3f}", refresh=False)
-        return {name: self._mean(total / self.steps_per_epoch) for name, total in sums.items()}
+                bar.set_description(
+                    f"epoch {self.epoch + 1}/{self.epochs}  loss {float(out.loss.detach()):.3f}", refresh=False
+                )
+        return {name: self._mean(torch.stack([step[name] for step in steps])) for name in steps[0]}
 
     def _step(self, batch: dict[str, Tensor], masks: torch.Generator) -> FMFAOutput:
         device = self.world.device
@@ -235,12 +274,12 @@ class Trainer:
             drop_last=len(sampler) >= self.recipe.batch_size,
         )
 
-    def _mean(self, value: Tensor) -> float:
+    def _mean(self, values: Tensor) -> list[float]:
         """Over the processes."""
-        value = value.detach().double().to(self.world.device).clone()
+        values = values.double().to(self.world.device)
         if self.world.size > 1:
-            dist.all_reduce(value)
-        return float(value) / self.world.size
+            dist.all_reduce(values)
+        return (values / self.world.size).tolist()
 
     def _agree(self, epochs: int) -> int:
         """The fewest that any process proposes."""
@@ -264,6 +303,7 @@ class Trainer:
             "epochs": self.epochs,
             "history": self.history,
             "rng": torch.get_rng_state(),
+            "recipe": asdict(self.recipe),
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")  # a run killed while it writes keeps the previous state
@@ -271,10 +311,15 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def resume(self, file: Path) -> None:
-        """Continues from a checkpoint of a run with the same settings."""
+        """Continues from a checkpoint of a run with the same recipe."""
         if not file.is_file():
             raise FileNotFoundError(f"no checkpoint to resume from at {file}")
         state = torch.load(file, map_location=self.world.device, weights_only=True)
+        ours, theirs = asdict(self.recipe), state["recipe"]
+        differing = [name for name in ours if ours[name] != theirs.get(name) and name != "workers"]
+        if differing:
+            told = ", ".join(f"{name} was {theirs.get(name)!r} and is {ours[name]!r}" for name in differing)
+            raise ValueError(f"a resumed run must keep its recipe, got another: {told}; start anew with another --out")
         self.trainee.load_state_dict(state["trainee"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
