@@ -227,8 +227,8 @@ _ROW_LOSS = (
 
 
 @operator(
-    "similarity_distribution_loss(Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale,"
-    f" str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "similarity_distribution_loss(Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale,"
+    f" float scale, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def similarity_distribution_op(  # type: ignore[no-untyped-def]
     queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
@@ -242,8 +242,8 @@ def similarity_distribution_op(  # type: ignore[no-untyped-def]
 
 
 @operator(
-    "similarity_distribution_loss_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms, Tensor label_sum, Tensor queries,"
-    " Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale, bool scale_gradient,"
+    "similarity_distribution_loss_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms,"
+    " Tensor label_sum, Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale, bool scale_gradient,"
     f" str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor)",
 )
 def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
