@@ -57,6 +57,7 @@ def record(chip: str, kind: str) -> list[Any]:
     """The launches of every operation at the shapes that pick every entry of the block tables."""
     from fmfa_losses.kernels import aggregation, hard_similarity, similarity_distribution
     from fmfa_losses.kernels._launch import recording
+
     from fmfa_losses.ops.similarity_distribution import RowLoss
 
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from ._pairwise import resolve_scale
 from .distributed import Peers
 from .ops._precision import accumulation_dtype, unit_rows
 from .ops.block_distribution import block_statistics, label_sums, merge_blocks
-from .ops.similarity_distribution import RowLoss, checked_scale
+from .ops.similarity_distribution import RowLoss
 
 __all__ = ["asdm_rows_round_the_ring"]
 
@@ -23,11 +24,8 @@ def asdm_rows_round_the_ring(
     acc = accumulation_dtype(image_features, text_features)
     ids = peers.blocks(every_id, 1)
     sums = peers.blocks(label_sums(every_id, spec.image_id_factor, acc))
-    scale = checked_scale(logit_scale)
-    if isinstance(scale, Tensor):
-        # A scalar on the CPU may meet tensors of an accelerator as it is.
-        device = None if scale.device.type == "cpu" else image_features.device
-        scale = scale.to(device=device, dtype=acc)
+    image, text = unit_rows(image_features, dtype=acc), unit_rows(text_features, dtype=acc)
+    scale = resolve_scale(logit_scale, 1.0, image)
 
     def with_block(q: int, text: Tensor, image: Tensor, block: Tensor) -> Tensor:
         """[2, 4, b]: own texts against rank q's images and own images against its texts, block [b_q, 2, D]."""
@@ -49,8 +47,8 @@ def asdm_rows_round_the_ring(
 
         return torch.stack([say(text, every_image), say(image, every_text)])
 
-    rows = (unit_rows(text_features, dtype=acc) * scale, unit_rows(image_features, dtype=acc) * scale)
-    statistics = torch.stack(peers.around(with_block, rows, torch.stack([image_features, text_features], dim=1)))
+    raw = torch.stack([image_features, text_features], dim=1)
+    statistics = torch.stack(peers.around(with_block, (text * scale, image * scale), raw))
     t2i, i2t = (
         merge_blocks(
             side,

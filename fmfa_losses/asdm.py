@@ -84,7 +84,7 @@ def asdm_loss(
     every_id = peers.gather(ids).T.contiguous()  # [1 or 2, B]
     if peers.ring:
         if backend == "triton":
-            raise RuntimeError('backend="triton" cannot run gather="ring", which is PyTorch on every device; use "auto"')
+            raise RuntimeError('backend="triton" cannot run gather="ring", which has no kernel; use backend="auto"')
         per_sample = asdm_rows_round_the_ring(
             image_features, text_features, every_id, logit_scale, peers, RowLoss(**row_loss).checked()
         )

@@ -25,6 +25,7 @@ from .ops.similarity_distribution import similarity_distribution_loss
 __all__ = ["ITCLoss", "itc_loss", "itc_loss_from_scores"]
 
 TARGETS = ("paired", "identity")
+NEEDS_PIDS = 'targets="identity" needs the identities: pass pids [B]'
 
 
 def itc_loss(
@@ -49,24 +50,20 @@ def itc_loss(
     check_option("targets", targets, TARGETS)
     check_positive("temperature", temperature)
     check_features(image_features, text_features)
-    # Where everyone is a person of its own, the pair is all that a target holds.
-    ids = torch.arange(len(image_features), device=image_features.device) if targets == "paired" else _required(pids)
+    if targets == "paired":  # InfoNCE is the cross-entropy of identities that are all different
+        pids = torch.arange(len(text_features), device=text_features.device)
+    elif pids is None:
+        raise ValueError(NEEDS_PIDS)
     per_sample = similarity_distribution_loss(
-        image_features,
         text_features,
-        ids,
+        image_features,
+        pids,
         logit_scale=1 / temperature if logit_scale is None else logit_scale,
         objective="cross_entropy",
         reduction="none",
         backend=backend,
     )
     return reduce(per_sample / 2, reduction, sample_weight)
-
-
-def _required(pids: Tensor | None) -> Tensor:
-    if pids is None:
-        raise ValueError('targets="identity" needs the identities: pass pids [B]')
-    return pids
 
 
 def itc_loss_from_scores(
@@ -91,9 +88,10 @@ def itc_loss_from_scores(
     t2i, i2t = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
     if targets == "paired":
         log_p = t2i.diagonal() + i2t.diagonal()
+    elif pids is None:
+        raise ValueError(NEEDS_PIDS)
     else:
-        same = same_identity(_required(pids), scores)
-        log_p = (soft_targets(same, None, 1.0, "row", scores) * (t2i + i2t)).sum(dim=1)
+        log_p = (soft_targets(same_identity(pids, scores), None, 1.0, "row", scores) * (t2i + i2t)).sum(dim=1)
     return reduce(-log_p / 2, reduction, sample_weight)
 
 
@@ -117,7 +115,7 @@ class ITCLoss(nn.Module):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0; a zero vector has
-        cosine 0 with everything. Memory beyond inputs and gradients: a tile of logits, never [B, B].
+        cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -142,7 +140,8 @@ class ITCLoss(nn.Module):
         check_positive("temperature", temperature)
         check_option("targets", targets, TARGETS)
         check_option("reduction", reduction, REDUCTIONS)
-        self.temperature, self.targets, self.reduction, self.backend = temperature, targets, reduction, backend
+        self.temperature, self.targets = temperature, targets
+        self.reduction, self.backend = reduction, backend
 
     def forward(
         self,

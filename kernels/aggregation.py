@@ -5,7 +5,7 @@
     backward(djoint [B, L, D] float32, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum)
         -> dimage_tokens, dtext_tokens, in the inputs' dtype
 
-    s = t . v     u = s - min s where (s - min s) / (max s - min s) >= threshold, else 0     joint = sum_k u_k v_k / sum u
+    s = t . v    u = s - min s where (s - min s) / (max s - min s) >= threshold, else 0    joint = sum_k u_k v_k / sum u
 
     forward      one program a block of tokens; the whole row of scores is one tile up to 512 patches. Beyond, one pass
                  over tiles of patches for minimum and maximum, and a second one that aggregates a chunk of D.
@@ -36,8 +36,8 @@ NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the l
 STATISTICS = 6  # per row: minimum, range, 1 / sum u, uniform weight, c, what the minimum pays
 ONE_TILE = 512  # patches whose scores fit into one tile
 
-# (BLOCK_D of the products over D, BLOCK_OUT of a result's tile forward and backward, num_warps, num_stages) by memory and
-# precision. Tiles of scores have fewer than 64 rows, so that all of them come from the same matrix instruction.
+# (BLOCK_D of the products over D, BLOCK_OUT of a result's tile forward and backward, num_warps, num_stages) by memory
+# and precision. Tiles of scores have fewer than 64 rows, so that all of them come from the same matrix instruction.
 WALK = {"BLOCK_L": 32, "BLOCK_N": 64}
 BLOCKS = {
     (LARGE, "half"): (64, 64, 128, 8, 2),

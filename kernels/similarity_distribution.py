@@ -6,11 +6,11 @@ The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in regi
     row loss     one program a block of rows, walking over all columns with running sums relative to the running maximum
 
                      y_0   y_1   y_2 ...
-            x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top), sum e log(t + eps), positive  ->  loss, statistics
+            x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top), sum e log(t + eps), positive  ->  loss
 
-    gradient     one program a block of rows of the input that it owns, and a chunk of D: recomputes each tile, adds what
-                 the tile's rows pay and what its columns pay (as rows of the other side), multiplies with y, and leaves
-                 through the normalisation
+    gradient     one program a block of rows of the input that it owns, and a chunk of D: recomputes each tile, adds
+                 what the tile's rows pay and what its columns pay (as rows of the other side), multiplies with y, and
+                 leaves through the normalisation
 
 With `both` sides the second grid axis is the side: rows and columns change places. A tile of logits is thereby computed
 once a side. One pass for both would have to merge the columns' running sums across programs, through memory that grows
@@ -82,7 +82,7 @@ def _cosines(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] of cos(x_i, y_j): products of the raw features, exact in the tensor cores, scaled afterwards."""
+    """[BLOCK_M, BLOCK_N] of cos(x_i, y_j): raw features are multiplied, so that nothing is rounded before."""
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     y_rows = y_ptr + cols.to(tl.int64)[None, :] * y_stride
     dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -99,9 +99,9 @@ def _cosines(
 def _by_label(same, same_image, both, pid, image, neither, HAS_IMAGES: tl.constexpr):
     """One of four values an entry, by what its row and column share."""
     if HAS_IMAGES:
-        return tl.where(same, tl.where(same_image, both, pid), tl.where(same_image, image, neither))
-    else:
-        return tl.where(same, both, neither)
+        both = tl.where(same_image, both, pid)
+        neither = tl.where(same_image, image, neither)
+    return tl.where(same, both, neither)
 
 
 @triton.jit
@@ -478,7 +478,8 @@ def _gradient_kernel(
         if AS_ROWS:
             dz, dgap = _add_dlogits(
                 dz, dgap, z, same, same_image, cols[None, :], other_total if BY_COLUMN else own_total, row_g[:, None],
-                row_max[:, None], row_log_sum[:, None], row_third[:, None], row_gap[:, None], row_top[:, None], row_positive[:, None],
+                row_max[:, None], row_log_sum[:, None], row_third[:, None], row_gap[:, None],
+                row_top[:, None], row_positive[:, None],
                 scale, alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
             )  # fmt: skip
         if AS_COLUMNS:
@@ -493,7 +494,8 @@ def _gradient_kernel(
                 col_positive = tl.load(places_ptr + 2 * as_columns + Y + cols, mask=here, other=0)
             dz, dgap = _add_dlogits(
                 dz, dgap, z, same, same_image, rows[:, None], own_total if BY_COLUMN else other_total, col_g[None, :],
-                col_max[None, :], col_log_sum[None, :], col_third[None, :], col_gap[None, :], col_top[None, :], col_positive[None, :],
+                col_max[None, :], col_log_sum[None, :], col_third[None, :], col_gap[None, :],
+                col_top[None, :], col_positive[None, :],
                 scale, alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
             )  # fmt: skip
         dz = tl.where(here[None, :], dz, 0.0)
@@ -517,7 +519,7 @@ def _gradient_kernel(
     dx = (scale * dx - (taken_out * x_inverse)[:, None] * x) * x_inverse[:, None]
     out = out_ptr + rows.to(tl.int64)[:, None] * D + d_out[None, :]
     tl.store(out, dx.to(out_ptr.dtype.element_ty), mask=edge)
-    if SCALE_GRADIENT:
+    if SCALE_GRADIENT:  # noqa: SIM102, settled when compiled
         if (side == 0) & (tl.program_id(2) == 0):  # every logit belongs to one row of side 0
             tl.store(dscale_ptr + rows, along / scale, mask=live)
 
@@ -589,9 +591,9 @@ def backward(  # type: ignore[no-untyped-def]
         (x, dx, X, x_sample, x_norm), (y, dy, Y, y_sample, y_norm) = own, other
         grid = (triton.cdiv(X, block["BLOCK_M"]), sides, triton.cdiv(D, block["BLOCK_OUT"]))
         launch(
-            _gradient_kernel, grid, x, y, pids, pids if image_ids is None else image_ids, norms if scale_ptr is None else scale_ptr,
-            norms, label_sum, statistics, places if spec.weighted else statistics, dloss, dx, dy,
-            dscale if scale_gradient else norms,
+            _gradient_kernel, grid, x, y, pids, pids if image_ids is None else image_ids,
+            norms if scale_ptr is None else scale_ptr, norms, label_sum,
+            statistics, places if spec.weighted else statistics, dloss, dx, dy, dscale if scale_gradient else norms,
             X, Y, D, x_sample, y_sample, x_norm, y_norm, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
             spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,
             x.stride(0), y.stride(0), dloss.stride(0),

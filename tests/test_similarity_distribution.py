@@ -1,4 +1,4 @@
-"""The distribution's loss: golden values, the torch path against the reference in float64, contracts of the operator."""
+"""The distribution's loss: golden values, torch path against reference in float64, contracts of the operator."""
 
 import subprocess
 import sys
@@ -225,7 +225,7 @@ print(peak() - before)
 
 
 def test_memory_is_a_block_of_rows() -> None:
-    """Forward and backward grow the process by less than half a [B, B] matrix of float32; the reference needs dozens."""
+    """Forward and backward grow the process by less than half of one [B, B] matrix in float32."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 4096**2 * 4 / 2**20 / 2
 

@@ -107,7 +107,7 @@ def similarity_distribution_loss_reference(
         return (weight.detach() if spec.detach_weight else weight) * divergence
 
     per_sample = per_row(cos) + per_row(cos.T) if spec.both else per_row(cos)
-    return per_sample if spec.reduction == "none" else getattr(per_sample, spec.reduction)()  # type: ignore[no-any-return]
+    return per_sample if spec.reduction == "none" else getattr(per_sample, spec.reduction)()
 
 
 def similarity_distribution_loss(
@@ -162,9 +162,10 @@ def similarity_distribution_loss(
         RuntimeError: backend="triton" cannot run; the message says why.
 
     Example:
-        >>> features = torch.eye(4)
-        >>> pairs = torch.arange(4)                                   # all different: InfoNCE in both directions
-        >>> round(similarity_distribution_loss(features, features, pairs, logit_scale=1.0, objective="cross_entropy").item(), 4)
+        >>> image = text = torch.eye(4)
+        >>> pairs = torch.arange(4)                                        # all different: InfoNCE, both directions
+        >>> loss = similarity_distribution_loss(image, text, pairs, logit_scale=1.0, objective="cross_entropy")
+        >>> round(loss.item(), 4)
         1.4873
 
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM, ITC).
@@ -173,7 +174,7 @@ def similarity_distribution_loss(
         objective, float(alpha), gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
     ).checked()
     _check_inputs(queries, keys, pids, image_ids, spec)
-    scale = checked_scale(logit_scale)
+    scale = _checked_scale(logit_scale)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     chosen = select_backend(backend, queries, keys)
     loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
@@ -199,7 +200,7 @@ def _check_inputs(queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor
         )
 
 
-def checked_scale(logit_scale: float | Tensor) -> float | Tensor:
+def _checked_scale(logit_scale: float | Tensor) -> float | Tensor:
     if not isinstance(logit_scale, Tensor):
         check_positive("logit_scale", logit_scale)
         return float(logit_scale)
@@ -226,8 +227,8 @@ _ROW_LOSS = (
 
 
 @operator(
-    "similarity_distribution_loss(Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale,"
-    f" str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "similarity_distribution_loss(Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale,"
+    f" float scale, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def similarity_distribution_op(  # type: ignore[no-untyped-def]
     queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
@@ -241,8 +242,8 @@ def similarity_distribution_op(  # type: ignore[no-untyped-def]
 
 
 @operator(
-    "similarity_distribution_loss_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms, Tensor label_sum, Tensor queries,"
-    " Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale, bool scale_gradient,"
+    "similarity_distribution_loss_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms,"
+    " Tensor label_sum, Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale, bool scale_gradient,"
     f" str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor)",
 )
 def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
@@ -484,7 +485,7 @@ def _dlogits(
     g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
     g (mass p - t)                                                                  cross-entropy
     """
-    top, log_sum, third, *gap = statistics
+    top, log_sum, third, *gap = statistics.unbind()
     excess = (z - top).sub_(log_sum)
     p = excess.exp()
     if spec.objective == "cross_entropy":
@@ -499,7 +500,7 @@ def _dlogits(
         push = push / s
     else:
         excess.sub_(push * gap[0])
-    for place, sign in zip(places, (1, -1), strict=True):
+    for place, sign in zip(places.unbind(), (1, -1), strict=True):
         index = place.to(torch.int64) - start
         here = (index >= 0) & (index < z.shape[dim])
         excess.scatter_add_(dim, index.clamp(0, z.shape[dim] - 1), torch.where(here, sign * push, 0))

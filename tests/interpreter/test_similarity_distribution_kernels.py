@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from distribution_cases import GOLDEN, assert_within_budget, features, value_and_gradients
+from fmfa_losses.kernels import similarity_distribution as kernels
 from golden import golden
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.asdm import asdm_loss
-from fmfa_losses.kernels import similarity_distribution as kernels
 from fmfa_losses.ops.similarity_distribution import (
     GAPS,
     OBJECTIVES,

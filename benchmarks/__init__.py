@@ -1,0 +1,1 @@
+"""Measurements of fmfa_losses; installed with nothing, run from a checkout: `python -m benchmarks.retrieval`."""

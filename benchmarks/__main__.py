@@ -1,0 +1,23 @@
+"""`python -m benchmarks COMMAND`: time and memory, on the CPU and on a GPU, and the report of both."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "micro": ("benchmarks.micro", "every operation against its reference on the CPU"),
+    "gpu": ("benchmarks.gpu", "the kernels' tests, then their time and memory on a CUDA device"),
+    "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
+    "compile-check": ("benchmarks.compile_check", "every kernel compiled for every architecture, without a GPU"),
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        print(__doc__, *(f"    {name:14} {what}" for name, (_, what) in COMMANDS.items()), sep="\n")
+        print("\n    COMMAND --help says more; python -m benchmarks.retrieval trains and retrieves")
+        return 0 if argv[:1] in ([], ["--help"], ["-h"]) else 2
+    return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

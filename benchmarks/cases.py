@@ -1,0 +1,133 @@
+"""What is measured: shapes, random inputs, and the operations and bytes that no implementation can do without."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmfa_losses import IDHead, IRRHead
+
+# The sizes that an operation has; the rest of a Case does not concern it.
+SIZES = {
+    "efa": "B L N D",
+    "hard_similarity": "B L N D",  # patches against joint embeddings, pool="lse"
+    "maxsim": "B L N D",  # text tokens against patches, pool="sum"
+    "sparse_aggregate": "B L N D",
+    "asdm": "B D",
+    "irr": "B L N D V",
+    "id": "B D V",
+    "mask_tokens": "B L",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape: B pairs, L text tokens, N patches, D wide, V classes (words of IRR, people of ID)."""
+
+    op: str
+    B: int
+    L: int = 77
+    N: int = 192
+    D: int = 512
+    V: int = 49408
+    mean_length: int | None = None  # of the captions, the rest of L is masked out; None: no mask
+
+    @property
+    def name(self) -> str:
+        sizes = " ".join(f"{size} {getattr(self, size)}" for size in SIZES[self.op].split())
+        return f"{self.op}, {sizes}" + (f", captions of {self.mean_length}" if self.mean_length else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        sizes = (*SIZES[self.op].split(), "mean_length")
+        return {key: value for key, value in asdict(self).items() if key == "op" or (key in sizes and value)}
+
+
+def lengths(case: Case, seed: int = 0) -> Tensor:
+    """Kept text tokens of every caption [B]: all L, or normally distributed around the mean (deviation a third)."""
+    if case.mean_length is None:
+        return torch.full((case.B,), case.L)
+    draw = torch.randn(case.B, generator=torch.Generator().manual_seed(seed))
+    return (case.mean_length * (1 + draw / 3)).round().long().clamp(1, case.L)
+
+
+def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Arguments of the providers by name. Random; floating-point tensors collect gradients; every second id repeats."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def features(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device, generator=generator).requires_grad_()
+
+    B, L, N, D = case.B, case.L, case.N, case.D
+    if case.op == "mask_tokens":
+        ids = torch.randint(1, 49405, (B, L), device=device, generator=generator)
+        return {"token_ids": ids}
+    if case.op == "asdm":
+        pids = torch.randint(max(1, B // 2), (B,), device=device, generator=generator)
+        return {"image_features": features(B, D), "text_features": features(B, D), "pids": pids}
+    if case.op == "id":
+        pids = torch.randint(case.V, (B,), device=device, generator=generator)
+        torch.manual_seed(seed)  # the initial weights
+        head = IDHead(D, case.V).to(device)
+        return {"head": head, "image_features": features(B, D), "text_features": features(B, D), "pids": pids}
+    if case.op == "irr":
+        torch.manual_seed(seed)  # the initial weights
+        head = IRRHead(D, case.V).to(device)
+        words = torch.randint(1, case.V, (B, L), device=device, generator=generator)
+        masked = torch.rand(B, L, device=device, generator=generator) < 0.05
+        masked[:, 1] = True  # at least one a caption
+        tokens = {"image_tokens": features(B, N, D), "text_tokens": features(B, L, D)}
+        return {"head": head, **tokens, "labels": torch.where(masked, words, 0)}
+    tokens = {"image_tokens": features(B, N, D), "text_tokens": features(B, L, D)}
+    if case.mean_length is not None:
+        tokens["text_mask"] = (torch.arange(L) < lengths(case)[:, None]).to(device)
+    if case.op == "hard_similarity":
+        # The joint embeddings stand in for themselves: what is measured does not depend on where they come from.
+        tokens["joint"] = tokens.pop("text_tokens")
+    return tokens
+
+
+def leaves(arguments: dict[str, Any]) -> list[Tensor]:
+    """What collects a gradient: floating-point inputs and the parameters of a head."""
+    found: list[Tensor] = []
+    for value in arguments.values():
+        found += value.parameters() if isinstance(value, torch.nn.Module) else [value]
+    return [tensor for tensor in found if tensor.requires_grad]
+
+
+class Work(NamedTuple):
+    """Floating-point operations of the products, and bytes with every input read and every output written once."""
+
+    flops: float
+    bytes: float
+
+
+def work(case: Case, itemsize: int) -> dict[str, Work] | None:
+    """The least work of a forward and of a backward pass; None where it is not counted (heads, token masking).
+
+    T is the number of kept text tokens. The backward of the hard similarity touches winners alone. Nothing quadratic
+    is kept for the backward but the winners, so aggregation and A-SDM compute their similarities a second time.
+    """
+    B, N, D, T = case.B, case.N, case.D, int(lengths(case).sum())
+    tokens = (B * N + T) * D * itemsize
+    aggregate = Work(4 * T * N * D, tokens), Work(10 * T * N * D, 2 * tokens)
+    text_to_joint = Work(2 * T * T * D, 0), Work(4 * B * T * D, 0)
+    image_to_joint = Work(2 * B * N * T * D, tokens), Work(4 * B * B * N * D, 2 * tokens)
+    if case.op == "sparse_aggregate":
+        passes = aggregate
+    elif case.op == "hard_similarity":
+        passes = image_to_joint
+    elif case.op == "maxsim":
+        passes = Work(2 * T * B * N * D, tokens), Work(4 * B * T * D, 2 * tokens)
+    elif case.op == "efa":
+        parts = (aggregate, text_to_joint, image_to_joint)
+        forward, backward = (sum(part[i].flops for part in parts) for i in (0, 1))
+        passes = Work(forward, tokens), Work(backward, 2 * tokens)
+    elif case.op == "asdm":
+        features = 2 * B * D * itemsize
+        passes = Work(2 * B * B * D, features), Work(6 * B * B * D, 2 * features)
+    else:
+        return None
+    forward, backward = passes
+    both = Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    return {"forward": forward, "backward": backward, "both": both}

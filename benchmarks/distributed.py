@@ -1,0 +1,156 @@
+"""The global batch on this machine's processes over Gloo: bytes that a rank receives, seconds, peak memory.
+
+    python -m benchmarks.distributed [--out benchmarks/results/distributed_cpu.json]
+
+`received` says on paper what the counters find; docs/distributed.md is made from it, and every run compares the two.
+Every case runs in fresh processes, one thread each; where they outnumber the cores, seconds measure the queue as well.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from fmfa_losses.asdm import ASDMLoss
+from fmfa_losses.distributed import GATHER
+from fmfa_losses.efa import EFALoss
+
+BATCH, N, L, D = 16, 192, 77, 512
+WORLDS, REPEATS = (1, 2, 3, 4), 3
+
+
+def received(term: str, gather: bool | str, world: int, *, b: int, L: int, D: int, size: int) -> tuple[int, int]:
+    """Bytes that reach a rank in one forward and one backward, b pairs a rank, features of `size` bytes a number.
+
+    Gradients and joint embeddings travel as float32. Identities count 8 bytes a pair.
+    """
+    others, ids = world - 1, 8 * b
+    block, gradient = (2 * b * D * size, 2 * b * D * 4) if term == "asdm" else (b * L * D * 4, b * L * D * 4)
+    transposed = 0 if term == "asdm" else 2 * others * b * b * 4  # S of texts and of images
+    forward = others * (block + (ids if term == "asdm" else 0)) + transposed
+    backward = others * gradient + transposed
+    if gather == "ring" and world > 1:
+        # The blocks come again, and every gradient makes one step more than its block: home.
+        backward = others * block + world * gradient + transposed
+    return forward, backward
+
+
+def columns(term: str, gather: bool | str, world: int, *, b: int, L: int, D: int, size: int) -> int:
+    """Bytes of columns on a rank at one time in the forward: all, or the block in hand and the one that arrives."""
+    block = 2 * b * D * size if term == "asdm" else b * L * D * 4
+    return block * (min(world, 2) if gather == "ring" else world)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts the bytes that collectives bring from other ranks."""
+    count = {"bytes": 0}
+    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    originals: dict[str, Callable[..., Any]] = {
+        name: getattr(dist, name) for name in (gather_name, "all_to_all_single", "batch_isend_irecv")
+    }
+    world = dist.get_world_size()
+
+    def all_gather(output: torch.Tensor, x: torch.Tensor, **kwargs: Any) -> Any:
+        count["bytes"] += (world - 1) * x.nbytes
+        return originals[gather_name](output, x, **kwargs)
+
+    def all_to_all(output: torch.Tensor, x: torch.Tensor, taken: list[int], sent: list[int], **kwargs: Any) -> Any:
+        count["bytes"] += output.nbytes - output.nbytes * taken[dist.get_rank()] // sum(taken)
+        return originals["all_to_all_single"](output, x, taken, sent, **kwargs)
+
+    def p2p(operations: list[Any]) -> Any:
+        count["bytes"] += sum(p.tensor.nbytes for p in operations if p.op is dist.irecv)
+        return originals["batch_isend_irecv"](operations)
+
+    for name, wrapped in zip(originals, (all_gather, all_to_all, p2p), strict=True):
+        setattr(dist, name, wrapped)
+    try:
+        yield count
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def measure(rank: int, world: int, folder: str, term: str, gather: bool | str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder, "store")), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    torch.manual_seed(rank)
+    pids = torch.arange(BATCH) + rank * BATCH
+    if term == "asdm":
+        loss: Any = ASDMLoss(gather=gather, equal_batches=True)
+        inputs = [torch.randn(BATCH, D, requires_grad=True) for _ in range(2)]
+    else:
+        loss = EFALoss(gather=gather, equal_batches=True)
+        inputs = [torch.randn(BATCH, T, D, requires_grad=True) for T in (N, L)]
+
+    def step() -> tuple[float, float, int, int]:
+        dist.barrier()
+        with counted() as count:
+            start = time.perf_counter()
+            value = loss(*inputs, pids) if term == "asdm" else loss(*inputs)
+            forward, middle = count["bytes"], time.perf_counter()
+            value.backward()
+            return middle - start, time.perf_counter() - middle, forward, count["bytes"] - forward
+
+    before = peak_mib()
+    _, *steps = [step() for _ in range(REPEATS + 1)]  # the first one exchanges the layout
+    after = peak_mib()
+    if rank == 0:
+        expected = received(term, gather, world, b=BATCH, L=L, D=D, size=4) if gather else (0, 0)
+        result = {
+            "term": term,
+            "gather": gather,
+            "ranks": world,
+            "forward_seconds": [round(s[0], 4) for s in steps],
+            "backward_seconds": [round(s[1], 4) for s in steps],
+            "received_bytes": steps[0][2:],
+            "received_bytes_on_paper": expected,
+            "peak_growth_mib": after - before,
+        }
+        Path(folder, "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distributed_cpu.json"))
+    arguments = parser.parse_args()
+    cases = []
+    for term in ("asdm", "efa"):
+        for world in WORLDS:
+            for gather in GATHER if world > 1 else (False,):
+                with tempfile.TemporaryDirectory() as folder:
+                    torch.multiprocessing.spawn(measure, (world, folder, term, gather), nprocs=world)
+                    case = json.loads(Path(folder, "result.json").read_text())
+                assert case["received_bytes"] == case["received_bytes_on_paper"], case
+                cases.append(case)
+                print(json.dumps(case))
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads_per_rank": 1}
+    shape = {"pairs_per_rank": BATCH, "N": N, "L": L, "D": D, "dtype": "float32"}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(
+        json.dumps({"machine": machine, "versions": versions, "shape": shape, "cases": cases}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Names the machine and the versions behind a result."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+__all__ = ["describe_machine", "describe_versions", "today"]
+
+PACKAGES = ("torch", "triton", "numpy", "einops", "late-interaction-kernels", "flash-maxsim")
+
+
+def describe_machine() -> dict[str, Any]:
+    machine: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "load": round(os.getloadavg()[0], 1),  # processes at work before the first measurement; 0 on a quiet machine
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        machine |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "gpu_multiprocessors": properties.multi_processor_count,
+            "gpu_l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+    return machine
+
+
+def describe_versions() -> dict[str, str]:
+    import fmfa_losses
+
+    versions = {"python": platform.python_version(), "fmfa-losses": fmfa_losses.__version__}
+    for package in PACKAGES:
+        if importlib.util.find_spec(package.replace("-", "_")) is not None:
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def today() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d")
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

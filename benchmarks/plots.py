@@ -1,0 +1,111 @@
+"""Plots of the GPU benchmark: time and memory against the batch, and the share of the roof."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .providers import COMPILED, PEERS, REFERENCE, TORCH, TRITON
+from .roofline import share_of_roof
+
+__all__ = ["draw_gpu"]
+
+# One colour a provider in all plots; distinguishable without colour by the marker.
+STYLES = {
+    REFERENCE: {"color": "#777777", "marker": "o"},
+    COMPILED: {"color": "#D55E00", "marker": "s"},
+    TORCH: {"color": "#56B4E9", "marker": "^"},
+    TRITON: {"color": "#0072B2", "marker": "D"},
+    **{name: {"color": color, "marker": "v"} for name, color in zip(PEERS, ("#009E73", "#CC79A7"), strict=True)},
+}
+PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
+
+
+def draw_gpu(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """STEM_time.png, STEM_memory.png and STEM_roof.png in `folder`; those that have something to show."""
+    rows = [row for row in result["measurements"] if row["status"] == "ok"]
+    efa = [row for row in rows if row["op"] == "efa" and (row["L"], row["N"], row["D"]) == (77, 192, 512)]
+    efa = [row for row in efa if "mean_length" not in row]
+    device = result["machine"].get("gpu", "no GPU")
+    figures = {
+        "time": _against_batch(efa, device, "forward and backward, ms", lambda row: row["both"]["median"]),
+        "memory": _against_batch(efa, device, "peak above inputs and gradients, MiB", lambda row: row["above_mib"]),
+        "roof": _roof(rows, device, result["ceilings"]) if result["ceilings"] else None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            written.append(folder / f"{stem}_{name}.png")
+            figure.savefig(written[-1], dpi=120)
+    return written
+
+
+def _against_batch(rows: Sequence[dict[str, Any]], device: str, label: str, value: Any) -> Figure | None:
+    shown = [precision for precision in PRECISIONS if any(row["dtype"] == precision for row in rows)]
+    if not shown:
+        return None
+    figure = Figure(figsize=(1 + 3.2 * len(shown), 4.4), layout="constrained")
+    figure.suptitle(f"Whole EFA loss, L 77, N 192, D 512, on {device}")
+    for axes, precision in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+        for provider, style in STYLES.items():
+            chosen = [row for row in rows if row["dtype"] == precision and row["provider"] == provider]
+            points = sorted((row["B"], max(value(row), 1e-3)) for row in chosen)
+            if points:
+                axes.plot(*zip(*points, strict=True), label=provider, linewidth=1.6, markersize=6, **style)
+        _log_batch_axis(axes, sorted({row["B"] for row in rows}))
+        axes.set_title(precision)
+    figure.axes[0].set_ylabel(label)
+    _legend(figure)
+    return figure
+
+
+def _log_batch_axis(axes: Axes, batches: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(batches, [str(B) for B in batches])
+    axes.minorticks_off()
+    axes.set_xlabel("pairs in the batch")
+    axes.grid(alpha=0.3)
+
+
+def _legend(figure: Figure) -> None:
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+
+
+def _roof(rows: Sequence[dict[str, Any]], device: str, ceilings: dict[str, float]) -> Figure | None:
+    """Bars of forward and backward for ours and the reference, at the batch of 128 that everything is measured at."""
+    chosen = [row for row in rows if row["B"] == 128 and row["provider"] in (REFERENCE, TRITON)]
+    chosen = [row for row in chosen if share_of_roof(row, "both", ceilings) is not None]
+    cases = list(dict.fromkeys(row["case"] for row in chosen))
+    keys = [(case, dtype) for case in cases for dtype in PRECISIONS]
+    keys = [key for key in keys if any((row["case"], row["dtype"]) == key for row in chosen)]
+    if not keys:
+        return None
+    figure = Figure(figsize=(9, 1.6 + 0.5 * len(keys)), layout="constrained")
+    figure.suptitle(f"Share of the roof (counted work at the measured ceilings) on {device}")
+    panels = figure.subplots(1, 2, sharey=True)
+    panels[0].set_ylim(len(keys) - 0.4, -0.6)
+    for axes, part in zip(panels, ("forward", "backward"), strict=True):
+        for offset, provider in ((-0.2, TRITON), (0.2, REFERENCE)):
+            places, shares = [], []
+            for place, key in enumerate(keys):
+                for row in chosen:
+                    if (row["case"], row["dtype"]) == key and row["provider"] == provider:
+                        places.append(place + offset)
+                        shares.append(100 * (share_of_roof(row, part, ceilings) or 0))
+            bars = axes.barh(places, shares, height=0.38, color=STYLES[provider]["color"], label=provider)
+            axes.bar_label(bars, fmt="%.0f %%", padding=2, fontsize=8)
+        axes.set_yticks(range(len(keys)), [f"{case}\n{dtype}" for case, dtype in keys], fontsize=8)
+        axes.set_xlim(0, 115)
+        axes.set_xlabel("% of the roof")
+        axes.set_title(part)
+        axes.grid(axis="x", alpha=0.3)
+    _legend(figure)
+    return figure

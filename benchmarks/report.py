@@ -1,0 +1,99 @@
+"""docs/benchmarks.md and its plots from benchmarks/results/*.json.
+
+python -m benchmarks report [--results DIR] [--out FILE]
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .results import load_all
+from .tables import gpu_tables, micro_table, target_table
+
+ROOT = Path(__file__).parents[1]
+
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks report` from the files in `benchmarks/results/`; do not edit it by hand.
+
+- Times are medians with the 20th and 80th percentile in brackets, after a warm-up. The forward keeps what its backward
+  needs, as in training. The speed-up is that of forward and backward together, against the first provider of a case;
+  below 1x is a loss.
+- **released formulation**: the paper's equations in the way the code released with the paper computes them, a batched
+  product over operands expanded to [B, B, tokens, D]. **reference**: the library's own specification, one product for
+  all pairs, everything in memory, gradients by autograd (for A-SDM, ID and IRR: whole matrices, whole vocabulary).
+- Providers of one case must agree in value and gradient norm; one that does not gets no time.
+"""
+
+CPU = """Every measurement has a process of its own. *process* is its whole peak of resident memory, Python and torch
+included; *above inputs* what came on top of inputs and libraries, gradients included."""
+
+GPU = """CUDA events, inputs rotated past L2. *above* is the peak of allocated memory above inputs and gradients.
+*roof* is the time in which the counted operations and bytes could pass at the measured ceilings, over the measured
+time of both passes. Plain PyTorch multiplies in the precision of its inputs (autocast), the blocked torch path in
+float32."""
+
+NOT_MEASURED = """## On a GPU
+
+Not measured: no result of `python -m benchmarks gpu` on a CUDA device is in `benchmarks/results/`. No claim is made
+about the speed or memory of the kernels there."""
+
+
+def describe(name: str, result: dict[str, Any]) -> str:
+    """Where the figures come from."""
+    machine, versions = result["machine"], result["versions"]
+    what = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB"
+    if machine.get("load", 0) >= 1:
+        what += f"; {machine['load']:.0f} other processes at work, so that times are noise"
+    if "gpu" in machine:
+        what = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {machine['cuda']}; {what}"
+    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+    source = f"`benchmarks/results/{name}`, `{result['command']}`, {result['date']}"
+    return f"Source: {source}.\nMachine: {what}.\nVersions: {packages}."
+
+
+def cpu_section(name: str, result: dict[str, Any]) -> str:
+    parts = [f"## On the CPU: {result['machine']['cpu']}", CPU, describe(name, result)]
+    return "\n\n".join([*parts, micro_table(result["measurements"]), target_table(result["targets"])])
+
+
+def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
+    """Also draws the plots, into a folder beside the report."""
+    images = plots.draw_gpu(result, folder, Path(name).stem)
+    tests = "\n".join(f"- `tests/gpu/{file}`: {outcome}" for file, outcome in result["tests"].items())
+    parts = [
+        f"## On a GPU: {result['machine'].get('gpu', 'none')}",
+        GPU,
+        describe(name, result),
+        f"Tests of the kernels on this device, before anything was timed:\n\n{tests}",
+        target_table(result["targets"]),
+        *(f"![{image.stem}]({folder.name}/{image.name})" for image in images),
+        gpu_tables(result),
+    ]
+    return "\n\n".join(parts)
+
+
+def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
+    """The report as Markdown; `folder` is where the plots go."""
+    kinds: dict[str | None, dict[str, dict[str, Any]]] = {}
+    for name, result in results.items():
+        kinds.setdefault(result.get("kind"), {})[name] = result
+    parts = [HEAD.strip()]
+    parts += [cpu_section(name, result) for name, result in kinds.get("micro", {}).items()]
+    parts += [gpu_section(name, result, folder) for name, result in kinds.get("gpu", {}).items()] or [NOT_MEASURED]
+    others = [f"- `benchmarks/results/{name}`" for name in kinds.get(None, {})]
+    if others:
+        parts.append("## Other results\n\n" + "\n".join(others))
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md", metavar="FILE")
+    options = parser.parse_args(argv)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(render(load_all(options.results), options.out.parent / options.out.stem))
+    print(f"written to {options.out}")
+    return 0

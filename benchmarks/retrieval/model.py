@@ -1,0 +1,104 @@
+"""A two-stream model small enough to learn on a CPU: a ViT with a convolutional stem, and a text transformer.
+
+What the training loop asks of a model, here and in `clip.py`:
+
+    encode_image(pixels [B, 3, H, W]) -> features [B, D] of [CLS], tokens [B, N, D] of the patches; pixels are uint8
+    encode_text(token_ids [B, L])     -> features [B, D] of EOT,   tokens [B, L, D]
+    text_mask(token_ids)              -> [B, L], True = not padding
+    grid                              -> (rows, columns) of the patches, rows * columns = N
+"""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["TwoStream"]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, the MLP twice as wide as the stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.ln_1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=keep)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TwoStream(nn.Module):
+    """Image and text transformers with a joint space of `width` dimensions.
+
+    Global features pass a batch normalisation, the neck of re-identification models: fresh weights map every image to
+    nearly the same feature, and what all of them share would drown what tells them apart.
+
+    Args:
+        vocab_size: V of the tokenizer; its last id is EOT, 0 is padding.
+        context_length: L.
+        image_size: (height, width) in pixels, multiples of 8.
+        width: D, of both streams and of the joint space.
+        image_depth, text_depth: blocks of each stream.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        context_length: int,
+        image_size: tuple[int, int] = (96, 32),
+        width: int = 96,
+        image_depth: int = 2,
+        text_depth: int = 2,
+        heads: int = 3,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = width
+        self.eot_id = vocab_size - 1
+        self.grid = (image_size[0] // 8, image_size[1] // 8)
+        # Three strided convolutions see edges and colours long before a patch embedding would.
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.GroupNorm(8, 64),
+            nn.GELU(),
+            nn.Conv2d(64, width, 3, stride=2, padding=1),
+        )
+        self.cls = nn.Parameter(torch.zeros(width))
+        self.image_position = nn.Parameter(torch.randn(self.grid[0] * self.grid[1], width) * 0.2)
+        self.image_blocks = nn.ModuleList(Block(width, heads) for _ in range(image_depth))
+        self.image_norm, self.image_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
+        self.image_neck = nn.BatchNorm1d(width, affine=False)
+
+        self.word = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.word.weight, std=0.1)
+        self.text_position = nn.Parameter(torch.randn(context_length, width) * 0.03)
+        self.text_blocks = nn.ModuleList(Block(width, heads) for _ in range(text_depth))
+        self.text_norm, self.text_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
+        self.text_neck = nn.BatchNorm1d(width, affine=False)
+
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem((pixels.float() - 127.5) / 64).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), 1, -1), x + self.image_position], dim=1)
+        for block in self.image_blocks:
+            x = block(x)
+        x = self.image_projection(self.image_norm(x))
+        return self.image_neck(x[:, 0]), x[:, 1:]
+
+    def encode_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        keep = self.text_mask(token_ids)
+        x = self.word(token_ids) + self.text_position[: token_ids.shape[1]]
+        for block in self.text_blocks:
+            x = block(x, keep[:, None, None, :])
+        x = self.text_projection(self.text_norm(x))
+        eot = (token_ids == self.eot_id).int().argmax(dim=1)
+        return self.text_neck(x[torch.arange(len(x), device=x.device), eot]), x
+
+    def text_mask(self, token_ids: Tensor) -> Tensor:
+        return token_ids != 0

@@ -1,0 +1,98 @@
+"""Measurements as Markdown tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .providers import REFERENCE
+from .roofline import share_of_roof
+
+__all__ = ["gpu_tables", "markdown", "micro_table", "milliseconds", "target_table"]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns line up in plain text too; all but the first two are numbers."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def milliseconds(row: dict[str, Any], key: str) -> str:
+    """`12.3 (12.1-13.0)`: median, 20th to 80th percentile."""
+    if key not in row:
+        return "-"
+    return "{} ({}-{})".format(*(number(row[key][q]) for q in ("median", "p20", "p80")))
+
+
+def number(value: float) -> str:
+    """Three figures, no exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def speedup(row: dict[str, Any], baseline: dict[str, Any] | None) -> str:
+    """How many times faster than the first provider of the same case; below 1 where it lost."""
+    if baseline is None or baseline is row:
+        return "-"
+    key = "both" if "both" in row else "forward"
+    return f"{baseline[key]['median'] / row[key]['median']:.2f}x"
+
+
+def micro_table(measurements: Sequence[dict[str, Any]]) -> str:
+    head = ("case", "provider", "forward ms", "backward ms", "both ms", "speed-up", "process MiB", "above inputs MiB")
+    rows, baseline = [], None
+    for row in measurements:
+        if row["status"] != "ok":
+            rows.append((row["case"], row["provider"], row["status"], *["-"] * 5))
+            continue
+        if baseline is None or baseline["case"] != row["case"]:
+            baseline = row
+        times = [milliseconds(row, key) for key in ("forward", "backward", "both")]
+        memory = (str(row["process_mib"]), str(row["above_inputs_mib"]))
+        rows.append((row["case"], row["provider"], *times, speedup(row, baseline), *memory))
+    return markdown(head, rows)
+
+
+def target_table(targets: Sequence[dict[str, Any]]) -> str:
+    verdict = {True: "met", False: "missed", None: "not measured"}
+    rows = [(entry["goal"], verdict[entry["met"]], entry["measured"]) for entry in targets]
+    return markdown(("target", "verdict", "measured"), rows)
+
+
+def gpu_tables(result: dict[str, Any]) -> str:
+    """Ceilings, one table of what was measured, and a list of what was not."""
+    parts, ceilings = [], result["ceilings"]
+    if ceilings:
+        rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in ceilings.items() if name != "copy")
+        parts.append(f"Ceilings: copy {ceilings['copy'] / 1e12:.2f} TB/s; large product in TFLOP/s: {rates}.")
+    measured = [row for row in result["measurements"] if row["status"] == "ok"]
+    if measured:
+        parts.append(_gpu_table(measured, ceilings))
+    others = [row for row in result["measurements"] if row["status"] != "ok"]
+    if others:
+        parts.append(
+            "Without a figure:\n\n"
+            + "\n".join(f"- {row['case']}, {row['dtype']}, {row['provider']}: {row['status']}" for row in others)
+        )
+    return "\n\n".join(parts)
+
+
+def _gpu_table(rows: Sequence[dict[str, Any]], ceilings: dict[str, float] | None) -> str:
+    head = ("case", "provider", "dtype", "forward ms", "backward ms", "both ms", "speed-up", "roof", "above MiB")
+    order = {(row["case"], row["dtype"]): i for i, row in reversed(list(enumerate(rows)))}
+    table = []
+    for row in sorted(rows, key=lambda row: order[row["case"], row["dtype"]]):
+        first = rows[order[row["case"], row["dtype"]]]
+        baseline = first if first["provider"] == REFERENCE else None
+        share = share_of_roof(row, "both", ceilings) if ceilings else None
+        times = [milliseconds(row, key) for key in ("forward", "backward", "both")]
+        roof = "-" if share is None else f"{share:.0%}"
+        provider = row["provider"] + ("" if row.get("checked") or row is first else " (unchecked)")
+        memory = f"{row['above_mib']:.0f}"
+        table.append((row["case"], provider, row["dtype"], *times, speedup(row, baseline), roof, memory))
+    return markdown(head, table)

@@ -1,0 +1,122 @@
+"""What the library sets out to reach, next to what was measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .cases import Case, work
+from .measure import DTYPES
+from .providers import COMPILED, PEERS, REFERENCE, RELEASED, TORCH, TRITON
+
+__all__ = ["find", "gpu_targets", "micro_targets"]
+
+
+def find(measurements: Sequence[dict[str, Any]], case: Case, provider: str, **fields: Any) -> dict[str, Any] | None:
+    """The successful measurement of a provider on a case, if there is one."""
+    wanted = {"case": case.name, "provider": provider, "status": "ok"} | fields
+    return next((row for row in measurements if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def target(goal: str, measured: str | None, met: bool | None) -> dict[str, Any]:
+    return {"goal": goal, "measured": measured or "not measured", "met": met}
+
+
+def ratio(a: dict[str, Any] | None, b: dict[str, Any] | None, key: str = "both") -> float | None:
+    """How many times a's figure is b's."""
+    if a is None or b is None:
+        return None
+    first, second = (row[key]["median"] if isinstance(row[key], dict) else row[key] for row in (a, b))
+    return float(first / max(second, 1e-12))
+
+
+def at_least(goal: str, value: float | None, bound: float) -> dict[str, Any]:
+    return target(goal, value and f"{value:.1f}x", None if value is None else value >= bound)
+
+
+def below(goal: str, row: dict[str, Any] | None, gb: float) -> dict[str, Any]:
+    used = row and row["process_mib"] * 2**20 / 1e9
+    return target(goal, used and f"{used:.2f} GB", None if used is None else used < gb)
+
+
+def micro_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    efa, irr = Case("efa", 64), Case("irr", 16, N=193)
+    released, reference, ours = (find(rows, efa, name) for name in (RELEASED, REFERENCE, TORCH))
+    speed = "EFA, B 64, forward and backward: 8x faster than the "
+    return [
+        at_least(speed + RELEASED, ratio(released, ours), 8),
+        at_least(speed + REFERENCE, ratio(reference, ours), 8),
+        at_least(f"EFA, B 64: 1/12 of the process memory of the {RELEASED}", ratio(released, ours, "process_mib"), 12),
+        at_least(
+            f"EFA, B 64: 1/12 of the memory above inputs of the {RELEASED}",
+            ratio(released, ours, "above_inputs_mib"),
+            12,
+        ),
+        below("EFA, B 256: a process under 2 GB", find(rows, Case("efa", 256), TORCH), 2),
+        at_least(
+            "IRRHead, B 16, 5 % masked: 3x faster than the dense head",
+            ratio(find(rows, irr, REFERENCE), find(rows, irr, TORCH)),
+            3,
+        ),
+        below("A-SDM, B 16384: a process under 1.5 GB", find(rows, Case("asdm", 16384), TORCH), 1.5),
+    ]
+
+
+def gpu_targets(rows: Sequence[dict[str, Any]], ceilings: dict[str, float] | None) -> list[dict[str, Any]]:
+    def efa(B: int, provider: str, precision: str, **sizes: Any) -> dict[str, Any] | None:
+        return find(rows, Case("efa", B, **sizes), provider, dtype=precision)
+
+    def asdm(B: int, provider: str) -> dict[str, Any] | None:
+        return find(rows, Case("asdm", B), provider, dtype="fp32")
+
+    def smallest(values: Sequence[float | None]) -> float | None:
+        return None if any(value is None for value in values) else min(value for value in values if value is not None)
+
+    ours = {precision: efa(128, TRITON, precision) for precision in ("fp32", "tf32", "bf16")}
+    plain = {precision: efa(128, REFERENCE, precision) for precision in ("fp32", "tf32")}
+    share = ours["bf16"] and ceilings and matmul_share(ours["bf16"], ceilings)
+    maxsim = {name: find(rows, Case("maxsim", 128), name, dtype="bf16") for name in (TRITON, *PEERS)}
+    best = min((row for name in PEERS if (row := maxsim[name])), key=lambda row: row["both"]["median"], default=None)
+    large, small = asdm(65536, TRITON), (64, 256, 1024)
+    whole = "EFA, B 128, forward and backward: "
+    return [
+        at_least(whole + "12x faster than the reference in fp32", ratio(plain["fp32"], ours["fp32"]), 12),
+        at_least(whole + "6x faster than the reference in TF32", ratio(plain["tf32"], ours["tf32"]), 6),
+        at_least(whole + "4x faster than max-autotune in bf16", ratio(efa(128, COMPILED, "bf16"), ours["bf16"]), 4),
+        at_least(
+            "EFA, B 128, fp32: 1/100 of the reference's memory", ratio(plain["fp32"], ours["fp32"], "above_mib"), 100
+        ),
+        target(
+            "EFA, B 128, bf16 forward: half of the matmul ceiling",
+            share and f"{share:.0%}",
+            share >= 0.5 if share else None,
+        ),
+        at_least("MaxSim, bf16, forward and backward: no slower than the best peer", ratio(best, maxsim[TRITON]), 1),
+        target("EFA, B 1024 runs", *(("ran", True) if efa(1024, TRITON, "bf16") else (None, None))),
+        at_least(
+            "EFA, B 128, bf16: captions of 25 tokens 2x faster than of 77",
+            ratio(ours["bf16"], efa(128, TRITON, "bf16", mean_length=25)),
+            2,
+        ),
+        at_least(
+            "A-SDM, B 64 to 1024: 5x faster than the reference",
+            smallest([ratio(asdm(B, REFERENCE), asdm(B, TRITON)) for B in small]),
+            5,
+        ),
+        at_least(
+            "A-SDM, B 64 to 1024: 2x faster than torch.compile",
+            smallest([ratio(asdm(B, COMPILED), asdm(B, TRITON)) for B in small]),
+            2,
+        ),
+        at_least("A-SDM, B 16384: 3x faster than torch.compile", ratio(asdm(16384, COMPILED), asdm(16384, TRITON)), 3),
+        target(
+            "A-SDM, B 65536: under 1 GB above inputs and gradients",
+            large and f"{large['above_mib'] * 2**20 / 1e9:.2f} GB",
+            large and large["above_mib"] * 2**20 < 1e9,
+        ),
+    ]
+
+
+def matmul_share(row: dict[str, Any], ceilings: dict[str, float]) -> float:
+    """Counted operations of the forward a second, over those of a large matrix product."""
+    least = work(Case(row["op"], row["B"], row["L"], row["N"], row["D"]), DTYPES[row["dtype"]].itemsize)
+    assert least is not None
+    return least["forward"].flops / (row["forward"]["median"] / 1e3) / ceilings[row["dtype"]]

@@ -1,0 +1,150 @@
+"""A-SDM through the Triton kernels on a CUDA device."""
+
+import pytest
+import torch
+from compare import value_and_grads
+from device import DTYPES, assert_within_budget, error, matmul_precision, needs_cuda, needs_memory, needs_two
+from test_asdm import plain  # the equations written out
+
+from fmfa_losses import ASDMLoss
+from fmfa_losses.functional import asdm_loss
+
+pytestmark = needs_cuda
+
+SHAPES = [(2, 512), (40, 16), (63, 64), (129, 507), (193, 512)]
+VARIANTS = [
+    {"alpha": 0.0},
+    {"gap": "cosine", "positive": "first", "alpha": 0.1},
+    {"positive": "any", "detach_weight": True},
+]
+# Every combination would spend its time in the compiler.
+CASES = [(shape, {}, precision) for shape in SHAPES for precision in ("fp32", "bf16")]
+CASES += [((193, 512), {}, precision) for precision in ("tf32", "fp16")]
+CASES += [((129, 507), options, precision) for options in VARIANTS for precision in ("fp32", "bf16")]
+
+
+def draw(B, D, dtype=torch.float32, ids=None):
+    """Image and text features that correlate a little, and pids of which about half repeat.
+
+    No row is certain of its positive: gradients of a saturated softmax are differences of rounding errors.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(B, D, generator=generator)
+    text = 0.15 * image + torch.randn(B, D, generator=generator)
+    pids = torch.randint(ids or max(1, B // 2), (B,), generator=generator)
+    return image.to("cuda", dtype), text.to("cuda", dtype), pids.to("cuda")
+
+
+@pytest.mark.parametrize(("shape", "options", "precision"), CASES)
+def test_values_and_gradients(shape, options, precision):
+    image, text, pids = draw(*shape)
+    assert_within_budget(
+        lambda v, t: asdm_loss(v, t, pids, reduction="none", backend="triton", **options),
+        lambda v, t: plain(v, t, pids, **options),
+        [image, text],
+        precision,
+        amplification=50,
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_soft_labels(precision):
+    image, text, pids = draw(77, 64, ids=20)
+    image_ids = torch.arange(77, device="cuda") // 2
+    assert_within_budget(
+        lambda v, t: asdm_loss(v, t, pids, image_ids=image_ids, reduction="none", backend="triton"),
+        lambda v, t: plain(v, t, pids, image_ids=image_ids),
+        [image, text],
+        precision,
+        amplification=50,
+    )
+
+
+def test_learnable_scale():
+    image, text, pids = draw(129, 64)
+    scale = torch.tensor(30.0, device="cuda")
+
+    def loss(backend):
+        return lambda v, t, s: asdm_loss(v, t, pids, logit_scale=s, backend=backend)
+
+    exact = value_and_grads(loss("torch"), [t.double() for t in (image, text, scale)])
+    got = value_and_grads(loss("triton"), [image, text, scale])
+    assert all(error(a, b) < 1e-4 for a, b in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_deterministic_to_the_bit(precision):
+    image, text, pids = draw(1000, 512, DTYPES[precision])
+    with matmul_precision(precision):
+        runs = [value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="triton"), [image, text]) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about the machine it is on
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(dynamic):
+    loss = ASDMLoss(backend="triton")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for B in (64, 77) if dynamic else (64,):
+        image, text, pids = draw(B, 64)
+        eager = value_and_grads(lambda v, t, pids=pids: loss(v, t, pids), [image, text])
+        got = value_and_grads(lambda v, t, pids=pids: compiled(v, t, pids), [image, text])
+        assert all(error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
+
+
+def test_captured_graph_replays():
+    loss = ASDMLoss(backend="triton")
+    image, text, pids = draw(128, 64)
+    image.requires_grad_()
+    text.requires_grad_()
+
+    def step():
+        value = loss(image, text, pids)
+        return value, *torch.autograd.grad(value, (image, text))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        image.normal_()
+        text.normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_host_never_waits():
+    loss = ASDMLoss(backend="triton")
+    image, text, pids = draw(128, 64)
+    image.requires_grad_()
+    loss(image, text, pids, logit_scale=torch.tensor(50.0)).backward()  # compiled; the scale stays on the CPU
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(image, text, pids).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_pairs_than_32_bits_count():
+    """65536 x 65536 logits: twice what 31 bits address. The last rows against the torch path."""
+    needs_memory(8)
+    image, text, pids = draw(65536, 64)
+    got = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="triton"), [image, text])
+    expected = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="torch"), [image, text])
+    for a, b in zip(got, expected, strict=True):
+        assert error(a, b) < 1e-4
+    assert error(got[1][-100:], expected[1][-100:]) < 1e-3
+
+
+@needs_two
+def test_runs_where_the_tensors_are():
+    image, text, pids = (t.to("cuda:1") for t in draw(100, 64))
+    assert torch.cuda.current_device() == 0
+    got = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="triton"), [image, text])
+    expected = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="torch"), [image, text])
+    assert all(error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True))
