@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test lint bench gpu-bench wheel-check clean help
+.PHONY: demo test lint compile-check bench gpu-bench wheel-check clean help
 
 help:
 	@echo "make demo   train on rendered pedestrians and show where the pictures are"
@@ -29,10 +29,18 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every kernel, compiled for every architecture of the block table, without a GPU.
+compile-check: .venv/installed
+	$(RUN) -m benchmarks compile-check
+
 bench: .venv/installed
 	$(RUN) -m benchmarks micro
 
-gpu-bench: .venv/installed
+gpu-# Every kernel, compiled for every architecture of the block table, without a GPU.
+compile-check: .venv/installed
+	$(RUN) -m benchmarks compile-check
+
+bench: .venv/installed
 	$(RUN) -m benchmarks gpu --out runs/gpu
 
 # The wheel, installed into a clean environment and used from outside the checkout.

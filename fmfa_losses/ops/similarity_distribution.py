@@ -243,8 +243,8 @@ def similarity_distribution_op(  # type: ignore[no-untyped-def]
 
 @operator(
     "similarity_distribution_loss_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms,"
-    " Tensor label_sum, Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale, bool scale_gradient,"
-    f" str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor)",
+    " Tensor label_sum, Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale,"
+    f" bool scale_gradient, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor)",
 )
 def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
     dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale, scale_gradient,

@@ -1,0 +1,111 @@
+"""The public losses on the kernels: what the torch path says, through the same operators."""
+
+import pytest
+import torch
+from compare import relative_error, value_and_grads
+
+from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, itc_loss, sparse_aggregate
+from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
+from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
+
+B, N, L, D = 5, 21, 9, 24
+
+
+def inputs(dtype=torch.float32):
+    image, text = torch.randn(B, N, D), torch.randn(B, L, D)
+    return image.to(dtype), text.to(dtype)
+
+
+def masks():
+    image_mask, text_mask = torch.rand(B, N) > 0.3, torch.rand(B, L) > 0.3
+    image_mask[1] = text_mask[2] = False
+    return {"image_mask": image_mask, "text_mask": text_mask}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 6e-3)])
+def test_efa(dtype, tolerance, masked):
+    kwargs = masks() if masked else {}
+    tokens = inputs(dtype)
+    exact = value_and_grads(lambda i, t: efa_loss(i, t, **kwargs), [x.double() for x in tokens])
+    got = value_and_grads(lambda i, t: efa_loss(i, t, backend="triton", **kwargs), tokens)
+    for a, b in zip(got, exact, strict=True):
+        assert torch.isfinite(a).all()
+        assert relative_error(a, b) <= tolerance
+
+
+@pytest.mark.parametrize("loss", [asdm_loss, lambda i, t, p, **k: itc_loss(i, t, p, targets="identity", **k)])
+def test_rows_of_the_similarity_distribution(loss):
+    image, text = (x[:, 0] for x in inputs())
+    text = image + text / 2
+    pids = torch.tensor([0, 1, 0, 2, 3])
+    scale = torch.tensor(20.0, requires_grad=True)
+    exact = value_and_grads(
+        lambda i, t, s: loss(i, t, pids, logit_scale=s), [image.double(), text.double(), scale.double()]
+    )
+    got = value_and_grads(lambda i, t, s: loss(i, t, pids, logit_scale=s, backend="triton"), [image, text, scale])
+    for a, b in zip(got, exact, strict=True):
+        assert relative_error(a, b) <= 2e-5
+
+
+def test_the_environment_chooses_the_kernels(monkeypatch):
+    image, text = inputs()
+    monkeypatch.setenv("FMFA_LOSSES_BACKEND", "triton")
+    calls = []
+    from fmfa_losses.kernels import aggregation, hard_similarity as kernels
+
+    for module in (aggregation, kernels):
+        forward = module.forward
+        monkeypatch.setattr(
+            module, "forward", lambda *a, forward=forward, **k: calls.append(forward) or forward(*a, **k)
+        )
+    efa_loss(image, text)
+    assert len(calls) == 3  # one aggregation, two hard similarities
+
+
+def test_explicit_torch_stays_torch():
+    image, text = inputs()
+    assert torch.equal(efa_loss(image, text), efa_loss(image, text, backend="torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("pool", ["lse", "sum"])
+def test_opcheck_hard_similarity(dtype, pool):
+    x, e = (torch.nn.functional.normalize(t.float(), dim=-1).to(dtype) for t in inputs(dtype))
+    args = (x.requires_grad_(), e.requires_grad_(), *masks().values(), pool, 1.0, True, "triton")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(hard_similarity_op, args, test_utils=tests)
+    sim, maxima, winners = (t.detach() for t in hard_similarity_op(*args))
+    torch.library.opcheck(
+        hard_similarity_backward_op,
+        (torch.ones_like(sim), sim, maxima, winners, x.detach(), e.detach(), *args[2:6], "triton"),
+        test_utils=tests,
+    )
+
+
+def test_opcheck_sparse_aggregate():
+    image, text = inputs()
+    args = (image.requires_grad_(), text.requires_grad_(), masks()["image_mask"], torch.full((B,), 0.1), "triton")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(sparse_aggregate_op, args, test_utils=tests)
+    joint, low, total = (t.detach() for t in sparse_aggregate_op(*args))
+    torch.library.opcheck(
+        sparse_aggregate_backward_op,
+        (torch.ones_like(joint), image.detach(), text.detach(), *args[2:4], low, total, "triton"),
+        test_utils=tests,
+    )
+
+
+def test_mixed_dtypes_and_rectangular_batches():
+    x, e = torch.randn(3, 7, D, dtype=torch.float16), torch.randn(4, 6, D)
+    exact = value_and_grads(lambda x, e: hard_similarity(x, e, pool="mean"), [x.double(), e.double()])
+    got = value_and_grads(lambda x, e: hard_similarity(x, e, pool="mean", backend="triton"), [x, e])
+    for a, b in zip(got, exact, strict=True):
+        assert relative_error(a, b) <= 6e-3
+    image, text = inputs()
+    torch.testing.assert_close(
+        sparse_aggregate(image.half(), text, backend="triton"),
+        sparse_aggregate(image.half(), text),
+        rtol=1e-4,
+        atol=1e-5,
+    )
