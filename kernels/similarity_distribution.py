@@ -38,15 +38,15 @@ BLOCKS = {
     ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "tf32"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "ieee"): (16, 32, 32, None, 4, 3),
-    ("row_loss", "large", "half"): (64, 64, 64, None, 4, 3),
+    ("row_loss", "large", "half"): (64, 64, 64, None, 8, 3),
     ("row_loss", "large", "tf32"): (64, 64, 32, None, 8, 3),
-    ("row_loss", "large", "ieee"): (32, 64, 32, None, 4, 3),
+    ("row_loss", "large", "ieee"): (64, 64, 16, None, 8, 2),
     ("gradient", "small", "half"): (16, 32, 64, 128, 4, 2),
     ("gradient", "small", "tf32"): (16, 32, 64, 64, 4, 2),
     ("gradient", "small", "ieee"): (16, 32, 32, 64, 4, 2),
     ("gradient", "large", "half"): (64, 32, 64, 256, 8, 2),
     ("gradient", "large", "tf32"): (64, 32, 32, 64, 8, 2),
-    ("gradient", "large", "ieee"): (32, 32, 32, 64, 8, 2),
+    ("gradient", "large", "ieee"): (32, 32, 16, 64, 8, 2),
 }
 
 
