@@ -35,8 +35,8 @@ class Block(nn.Module):
 class TwoStream(nn.Module):
     """Image and text transformers with a joint space of `width` dimensions.
 
-    Global features pass a batch normalisation, the neck of re-identification models: fresh weights map every image to
-    nearly the same feature, and what all of them share would drown what tells them apart.
+    Features pass a batch normalisation, the neck of re-identification models: fresh weights map every image, patch and
+    word to nearly the same feature, and what all of them share would drown what tells them apart.
 
     Args:
         vocab_size: V of the tokenizer; its last id is EOT, 0 is padding.
@@ -74,14 +74,14 @@ class TwoStream(nn.Module):
         self.image_position = nn.Parameter(torch.randn(self.grid[0] * self.grid[1], width) * 0.2)
         self.image_blocks = nn.ModuleList(Block(width, heads) for _ in range(image_depth))
         self.image_norm, self.image_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
-        self.image_neck = nn.BatchNorm1d(width, affine=False)
+        self.image_neck, self.patch_neck = (nn.BatchNorm1d(width, affine=False) for _ in range(2))
 
         self.word = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.word.weight, std=0.1)
         self.text_position = nn.Parameter(torch.randn(context_length, width) * 0.03)
         self.text_blocks = nn.ModuleList(Block(width, heads) for _ in range(text_depth))
         self.text_norm, self.text_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
-        self.text_neck = nn.BatchNorm1d(width, affine=False)
+        self.text_neck, self.word_neck = (nn.BatchNorm1d(width, affine=False) for _ in range(2))
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         x = self.stem((pixels.float() - 127.5) / 64).flatten(2).transpose(1, 2)
@@ -89,7 +89,7 @@ class TwoStream(nn.Module):
         for block in self.image_blocks:
             x = block(x)
         x = self.image_projection(self.image_norm(x))
-        return self.image_neck(x[:, 0]), x[:, 1:]
+        return self.image_neck(x[:, 0]), self.patch_neck(x[:, 1:].flatten(0, 1)).view_as(x[:, 1:])
 
     def encode_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         keep = self.text_mask(token_ids)
@@ -98,7 +98,9 @@ class TwoStream(nn.Module):
             x = block(x, keep[:, None, None, :])
         x = self.text_projection(self.text_norm(x))
         eot = (token_ids == self.eot_id).int().argmax(dim=1)
-        return self.text_neck(x[torch.arange(len(x), device=x.device), eot]), x
+        words = torch.zeros_like(x)
+        words[keep] = self.word_neck(x[keep])  # padding has no part in the averages
+        return self.text_neck(x[torch.arange(len(x), device=x.device), eot]), words
 
     def text_mask(self, token_ids: Tensor) -> Tensor:
         return token_ids != 0
