@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LDS, dot_precision, launch, memory_class, on_device, precision
+from ._launch import LDS, chip_class, dot_precision, launch, on_device, precision
 from ._tile import dot_wide
 
 ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as zero vectors
@@ -58,7 +58,7 @@ def blocks(kernel: str, rows: int, like: Tensor) -> dict[str, int]:
 
 
 def launch_options(like: Tensor, warps: int, stages: int) -> dict[str, int]:
-    if memory_class(like.device) == LDS:  # an AMD chip: a wave holds 64 threads
+    if chip_class(like.device) == LDS:  # an AMD chip: a wave holds 64 threads
         return {"num_warps": min(warps, 4), "num_stages": stages}
     # Allowed 255 registers, the compiler takes what it needs; left to itself it spills a few to fit one more program.
     return {"num_warps": warps, "num_stages": stages, "maxnreg": 255}
