@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-
 from fmfa_losses.kernels import hard_similarity
 from fmfa_losses.kernels._launch import chip_class, precision
 

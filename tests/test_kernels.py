@@ -34,7 +34,6 @@ def test_kernels_through_the_interpreter(file):
 def test_the_compile_gate_refuses_what_does_not_fit(monkeypatch):
     monkeypatch.syspath_prepend(HERE.parent / "benchmarks")
     import compile_check
-
     from fmfa_losses.kernels import _launch, hard_similarity
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, triton 3.9 warns
