@@ -88,6 +88,15 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if precision(dtype) == "tf32" else "ieee"
 
 
+def all_registers(device: torch.device) -> dict[str, int]:
+    """Launch option: unasked, ptxas aims at two blocks a multiprocessor and spills the odd value to get there."""
+    if _Recorder.chip is not None:
+        nvidia = _Recorder.chip.startswith("sm_")
+    else:
+        nvidia = device.type == "cuda" and torch.version.hip is None
+    return {"maxnreg": 255} if nvidia else {}
+
+
 def on_device(like: Tensor) -> AbstractContextManager[Any]:
     """Launches go to the tensor's device, whichever is current."""
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
