@@ -184,8 +184,8 @@ def _maxima_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _tile_elements(device: torch.device) -> int:
-    """Similarities alive at once: 4 MiB of float32 stay near a CPU's cache; an accelerator wants fewer launches."""
-    return 2**20 if device.type == "cpu" else 2**26
+    """Similarities alive at once: 2 MiB of float32 stay near a CPU's cache; an accelerator wants fewer launches."""
+    return 2**19 if device.type == "cpu" else 2**26
 
 
 def _forward_torch(
@@ -198,7 +198,7 @@ def _forward_torch(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    step_e = min(Be, max(1, 512 // Q))  # about 512 columns make an efficient product
+    step_e = min(Be, max(1, 640 // Q))  # about 640 columns make an efficient product
     step_x = min(Bx, max(1, _tile_elements(x.device) // (step_e * P * Q)))
     sim = x.new_empty(Bx, Be)
     maxima = x.new_empty((Bx, Be, P) if save and pool == "lse" else (0,))
@@ -259,7 +259,7 @@ def _backward_torch(
         first = torch.arange(winner.shape[1], device=x.device).unsqueeze(-1) * Q
         return weight, winner.clamp(min=0) + first
 
-    entries = _tile_elements(x.device) // 4  # matches alive at once; each costs about 50 bytes
+    entries = _tile_elements(x.device) // 2  # matches alive at once; each costs about 50 bytes
     step = max(1, entries // (Be * P))
     for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
         weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))
