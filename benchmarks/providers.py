@@ -44,7 +44,7 @@ def plain_efa(
     total = joint.new_zeros(())
     for tokens, mask in ((text_tokens, text_mask), (image_tokens, None)):
         sim = similarity(tokens, joint, x_mask=mask, e_mask=text_mask)
-        total = total + (_ranking(sim, positive, 0.1, 1.0) + _ranking(sim.T, positive, 0.1, 1.0)).mean()
+        total = total + (_ranking(sim, positive, 0.1, 1.0, 0) + _ranking(sim.T, positive, 0.1, 1.0, 0)).mean()
     return total
 
 

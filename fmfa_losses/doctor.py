@@ -52,14 +52,23 @@ def environment() -> Iterator[str]:
     for device in _devices():
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         yield f"device       {device}{name}"
-        sample = torch.zeros(1, device=device)
-        reason = why_not_triton(sample)
-        chosen = select_backend("auto", sample)
-        why = f", not triton: {reason or 'chosen'}" if chosen == "torch" else ""
-        yield f"backend      {chosen}{why}"
+        yield f"backend      {_backend(torch.zeros(1, device=device))}"
     for variable in ("FMFA_LOSSES_BACKEND", "TRITON_INTERPRET"):
         if variable in os.environ:
             yield f"             {variable}={os.environ[variable]} is set"
+
+
+def _backend(sample: Tensor) -> str:
+    """What "auto" picks for tensors like this one, and why not triton."""
+    try:
+        chosen = select_backend("auto", sample)
+    except (RuntimeError, ValueError) as error:  # of FMFA_LOSSES_BACKEND
+        return f"none: {error}"
+    if chosen == "triton":
+        return chosen
+    if os.environ.get("FMFA_LOSSES_BACKEND") == "torch":
+        return "torch, as FMFA_LOSSES_BACKEND says"
+    return f"torch, not triton: {why_not_triton(sample) or 'on the CPU its interpreter is for debugging'}"
 
 
 def _version(distribution: str) -> str:

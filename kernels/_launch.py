@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 KIB = 1024
-# Shared memory one block can have. A chip that is not listed takes the largest entry that it can hold.
+# Bytes of shared memory that one block can have.
 SHARED_MEMORY = {
     "sm_80": 163 * KIB,
     "sm_86": 99 * KIB,
@@ -22,7 +22,8 @@ SHARED_MEMORY = {
     "sm_100": 227 * KIB,
     "gfx942": 64 * KIB,
 }
-LARGE, MEDIUM, SMALL, LDS = 227, 163, 99, 64  # KiB: the classes that block tables speak of
+# The columns of a block table. BLACKWELL is what differs from LARGE, where anything does.
+LARGE, BLACKWELL, MEDIUM, SMALL, LDS = "227 KiB", "227 KiB and tensor memory", "163 KiB", "99 KiB", "64 KiB"
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
-def memory_class(device: torch.device) -> int:
-    """LARGE, MEDIUM, SMALL or LDS: the block table's column for this device."""
+def choose(table: dict[tuple[str, str], tuple[int, ...]], like: Tensor) -> tuple[int, ...]:
+    """The entry of a block table for a tensor's device and precision."""
+    memory, kind = chip_class(like.device), precision(like.dtype)
+    return table[memory if (memory, kind) in table else LARGE, kind]
+
+
+def chip_class(device: torch.device) -> str:
     if _Recorder.chip is not None:
-        available = SHARED_MEMORY[_Recorder.chip]
+        major, minor = divmod(int(_Recorder.chip[3:]), 10) if _Recorder.chip.startswith("sm_") else (0, 0)
     elif device.type != "cuda":
-        available = LARGE * KIB  # the interpreter
-    elif torch.version.hip is not None:
-        available = LDS * KIB
+        return LARGE  # the interpreter
     else:
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) in ((8, 0), (8, 7)):
-            available = MEDIUM * KIB
-        elif major in (9, 10, 11):
-            available = LARGE * KIB
-        else:
-            available = SMALL * KIB if major >= 8 else LDS * KIB
-    return next(size for size in (LARGE, MEDIUM, SMALL, LDS) if size * KIB <= available)
+        major, minor = (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(device)
+    if major == 8:
+        return MEDIUM if minor in (0, 7) else SMALL
+    return {9: LARGE, 10: BLACKWELL, 11: BLACKWELL, 12: SMALL}.get(major, LDS)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -86,6 +86,15 @@ def precision(dtype: torch.dtype) -> str:
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot, which only float32 operands read."""
     return "tf32" if precision(dtype) == "tf32" else "ieee"
+
+
+def all_registers(device: torch.device) -> dict[str, int]:
+    """Launch option: unasked, ptxas aims at two blocks a multiprocessor and spills the odd value to get there."""
+    if _Recorder.chip is not None:
+        nvidia = _Recorder.chip.startswith("sm_")
+    else:
+        nvidia = device.type == "cuda" and torch.version.hip is None
+    return {"maxnreg": 255} if nvidia else {}
 
 
 def on_device(like: Tensor) -> AbstractContextManager[Any]:

@@ -7,8 +7,9 @@
 
     s = t . v    u = s - min s where (s - min s) / (max s - min s) >= threshold, else 0    joint = sum_k u_k v_k / sum u
 
-    forward      one program a block of tokens; the whole row of scores is one tile up to 512 patches. Beyond, one pass
-                 over tiles of patches for minimum and maximum, and a second one that aggregates a chunk of D.
+    forward      one program a block of tokens; the whole row of scores is one tile up to 512 patches (256 in IEEE
+                 float32). Beyond, one pass over tiles of patches for minimum and maximum, and a second one that
+                 aggregates a chunk of D.
 
                      patches ->  v_0 .. v_N        d chunk
                  tokens  t_0 [ s -> u       ]  @  [ v ]  ->  joint
@@ -29,36 +30,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LARGE, LDS, MEDIUM, SMALL, dot_precision, launch, memory_class, on_device, precision
+from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, on_device, precision
 from ._tile import BIG, dot_wide, load_columns, load_rows
 
 NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the largest entry is noise
 STATISTICS = 6  # per row: minimum, range, 1 / sum u, uniform weight, c, what the minimum pays
-ONE_TILE = 512  # patches whose scores fit into one tile
+# Patches whose scores fit into one tile; without tensor cores a product takes more registers.
+ONE_TILE = {"half": 512, "tf32": 512, "ieee": 256}
 
-# (BLOCK_D of the products over D, BLOCK_OUT of a result's tile forward and backward, num_warps, num_stages) by memory
-# and precision. Tiles of scores have fewer than 64 rows, so that all of them come from the same matrix instruction.
+# (BLOCK_D of the products over D, BLOCK_OUT of a result's tile beside whole rows of scores and beside walked tiles,
+# num_warps, num_stages) by memory and precision. Tiles of scores have fewer than 64 rows, so that all of them come from
+# the same matrix instruction.
 WALK = {"BLOCK_L": 32, "BLOCK_N": 64}
+STATISTICS_L = 16  # the statistics walk twice and keep more between
 BLOCKS = {
     (LARGE, "half"): (64, 64, 128, 8, 2),
-    (LARGE, "tf32"): (32, 64, 128, 8, 2),
+    (LARGE, "tf32"): (32, 32, 128, 8, 2),
     (LARGE, "ieee"): (16, 32, 128, 8, 2),
     (MEDIUM, "half"): (64, 64, 128, 8, 2),
     (MEDIUM, "tf32"): (32, 32, 128, 8, 2),
-    (MEDIUM, "ieee"): (16, 32, 128, 8, 2),
+    (MEDIUM, "ieee"): (16, 32, 64, 8, 2),
     (SMALL, "half"): (32, 32, 128, 8, 2),
     (SMALL, "tf32"): (16, 16, 64, 8, 2),
-    (SMALL, "ieee"): (16, 16, 64, 8, 2),
+    (SMALL, "ieee"): (16, 32, 64, 8, 2),
     (LDS, "half"): (32, 16, 64, 8, 1),
     (LDS, "tf32"): (16, 16, 64, 8, 1),
     (LDS, "ieee"): (16, 16, 64, 8, 1),
 }
 
 
-def score_tile(N: int) -> dict[str, int]:
+def score_tile(N: int, kind: str) -> dict[str, int]:
     """[BLOCK_L, BLOCK_N] that holds whole rows of N <= ONE_TILE scores."""
     BLOCK_N = max(16, triton.next_power_of_2(N))
-    return {"BLOCK_L": min(32, max(16, 8192 // BLOCK_N)), "BLOCK_N": BLOCK_N}
+    return {"BLOCK_L": 32 if 2 * BLOCK_N <= ONE_TILE[kind] else 16, "BLOCK_N": BLOCK_N}
 
 
 @triton.jit
@@ -142,9 +146,9 @@ def _is_constant(low, high, broken):
 
 @triton.jit
 def _passed(u, span, keep, constant, threshold):
-    """Which patches of a row enter. "Not below" rather than "at or above": a NaN passes and shows."""
-    n = tl.div_rn(u, tl.where(constant, 1.0, span)[:, None])
-    return keep[None, :] & (constant == 0)[:, None] & ((n < threshold) == 0)
+    """u / span >= threshold. "Not below" rather than "at or above": a NaN passes and shows."""
+    below = u < (threshold * span)[:, None]
+    return keep[None, :] & (constant == 0)[:, None] & (below == 0)
 
 
 @triton.jit
@@ -386,16 +390,19 @@ def forward(
     (B, N, D), L = image_tokens.shape, text_tokens.shape[1]
     joint = torch.empty(B, L, D, dtype=torch.float32, device=image_tokens.device)
     row_min, row_sum = (torch.empty(B, L, dtype=torch.float32, device=image_tokens.device) for _ in range(2))
-    BLOCK_D, out, _, warps, stages = BLOCKS[memory_class(image_tokens.device), precision(image_tokens.dtype)]
-    whole = N <= ONE_TILE
-    tile = score_tile(N) if whole else WALK
-    chunks = 1 if whole else triton.cdiv(D, out)
+    BLOCK_D, whole_out, walk_out, warps, stages = choose(BLOCKS, image_tokens)
+    kind = precision(image_tokens.dtype)
+    if N <= ONE_TILE[kind]:
+        whole, tile, out, chunks = True, score_tile(N, kind), whole_out, 1
+    else:
+        whole, tile, out, chunks = False, WALK, walk_out, triton.cdiv(D, walk_out)
     with on_device(image_tokens):
         launch(
             _forward_kernel, (triton.cdiv(L, tile["BLOCK_L"]), B, chunks),
             image_tokens, text_tokens, image_mask, threshold, joint, row_min, row_sum, N, L, D,
             HAS_MASK=image_mask is not None, WHOLE_ROW=whole, PRECISION=dot_precision(image_tokens.dtype),
             **tile, BLOCK_D=BLOCK_D, BLOCK_OUT=out, num_warps=warps, num_stages=stages,
+            **all_registers(image_tokens.device),
         )  # fmt: skip
     return joint, row_min, row_sum
 
@@ -415,16 +422,20 @@ def backward(
     dimage, dtext = torch.empty_like(image_tokens), torch.empty_like(text_tokens)
     statistics = torch.empty(STATISTICS, B, L, dtype=torch.float32, device=device)
     first = torch.empty(B, L, dtype=torch.int32, device=device)
-    BLOCK_D, _, out, warps, stages = BLOCKS[memory_class(device), precision(image_tokens.dtype)]
+    BLOCK_D, _, out, warps, stages = choose(BLOCKS, image_tokens)
     flags = {
         "HAS_MASK": image_mask is not None, "PRECISION": dot_precision(image_tokens.dtype),
         **WALK, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages,
+        **all_registers(device),
     }  # fmt: skip
     tokens, patches, chunks = triton.cdiv(L, WALK["BLOCK_L"]), triton.cdiv(N, WALK["BLOCK_N"]), triton.cdiv(D, out)
     inputs = (djoint, image_tokens, text_tokens, image_mask, threshold)
     sizes = (N, L, D, B * L)
     with on_device(image_tokens):
-        launch(_statistics_kernel, (tokens, B), *inputs, row_sum, statistics, first, *sizes, **flags)
+        launch(
+            _statistics_kernel, (triton.cdiv(L, STATISTICS_L), B), *inputs, row_sum, statistics, first, *sizes,
+            **flags | {"BLOCK_L": STATISTICS_L},
+        )  # fmt: skip
         launch(_dtext_kernel, (tokens, B, chunks), *inputs, statistics, first, dtext, *sizes, BLOCK_OUT=out, **flags)
         launch(_dimage_kernel, (patches, B, chunks), *inputs, statistics, first, dimage, *sizes, BLOCK_OUT=out, **flags)
     return dimage, dtext

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LARGE, LDS, MEDIUM, SMALL, dot_precision, launch, memory_class, on_device, precision
+from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, choose, dot_precision, launch, on_device
 from ._tile import BIG, load_columns, load_rows
 
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
@@ -44,27 +44,29 @@ MATCH = {
     (MEDIUM, "ieee"): (64, 256, 16, 8, 2),
     (SMALL, "half"): (128, 256, 32, 8, 3),
     (SMALL, "tf32"): (128, 256, 16, 8, 3),
-    (SMALL, "ieee"): (64, 256, 16, 8, 2),
+    (SMALL, "ieee"): (64, 256, 16, 8, 3),
     (LDS, "half"): (128, 256, 32, 8, 2),
     (LDS, "tf32"): (128, 256, 16, 8, 2),
     (LDS, "ieee"): (64, 256, 16, 8, 1),
 }
+# Lists of tokens take registers, which spill where accumulators come back from tensor memory.
+MATCH_LISTED = MATCH | {(BLACKWELL, "half"): (64, 256, 64, 8, 3), (BLACKWELL, "tf32"): (64, 256, 32, 8, 3)}
 # (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages)
-WEIGHTED = {
+DE = {
     (LARGE, "half"): (128, 32, 256, 8, 3),
-    (LARGE, "tf32"): (128, 32, 256, 8, 3),
-    (LARGE, "ieee"): (64, 16, 128, 8, 2),
+    (LARGE, "tf32"): (128, 32, 128, 8, 2),
+    (LARGE, "ieee"): (64, 32, 128, 8, 2),
     (MEDIUM, "half"): (128, 32, 256, 8, 3),
-    (MEDIUM, "tf32"): (128, 32, 256, 8, 3),
-    (MEDIUM, "ieee"): (64, 16, 128, 8, 2),
+    (MEDIUM, "tf32"): (128, 32, 128, 8, 2),
+    (MEDIUM, "ieee"): (64, 32, 128, 8, 2),
     (SMALL, "half"): (128, 32, 256, 8, 3),
     (SMALL, "tf32"): (128, 32, 128, 8, 2),
-    (SMALL, "ieee"): (64, 16, 128, 8, 2),
+    (SMALL, "ieee"): (64, 32, 128, 8, 2),
     (LDS, "half"): (128, 32, 128, 8, 2),
     (LDS, "tf32"): (64, 16, 128, 8, 2),
     (LDS, "ieee"): (64, 16, 64, 8, 1),
 }
-GATHER = (32, 128, 4, 1)  # (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages)
+DX = (32, 128, 4, 1)  # gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages)
 POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
 SHORT = 32  # columns of the narrow class: samples of e with no more tokens than this are matched together
 SUPER = 8  # row tiles that go through the column tiles together, so that both stay in L2
@@ -79,9 +81,8 @@ def _listed_rows(list_ptr, count_ptr, start, total, P, LISTED: tl.constexpr, BLO
         row = tl.load(list_ptr + row, mask=live, other=0)
     else:
         live = row < total
-    row = row.to(tl.int64)
     i = row // P
-    return row, i, row - i * P, live
+    return row.to(tl.int64), i.to(tl.int64), row - i * P, live
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def _match_kernel(
     LIST_X: tl.constexpr,
     LIST_E: tl.constexpr,
     SAVE: tl.constexpr,
-    UNIT: tl.constexpr,  # columns that a sample of e has in a tile, a multiple of 16
+    UNIT: tl.constexpr,  # columns that a sample of e has in a tile: Q rounded up to 16 where several share it
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -146,14 +147,14 @@ def _match_kernel(
             # Columns: sample `first + c // UNIT` and its token `start + c % UNIT`.
             sample = first + c // UNIT
             place = start + c % UNIT
-            there = (sample < last) & (c < SAMPLES * UNIT)
+            live_c = (sample < last) & (c < SAMPLES * UNIT)
             j = sample
             if LIST_E:
-                j = tl.load(order_ptr + sample, mask=there, other=0)
-                there &= place < tl.load(counts_ptr + j, mask=there, other=0)
-                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + place, mask=there, other=0)
+                j = tl.load(order_ptr + sample, mask=live_c, other=0)
+                live_c &= place < tl.load(counts_ptr + j, mask=live_c, other=0)
+                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + place, mask=live_c, other=0)
             else:
-                there &= place < Q
+                live_c &= place < Q
                 k = place
             column = j.to(tl.int64) * Q + k
 
@@ -161,7 +162,7 @@ def _match_kernel(
             for start_d in range(0, D, BLOCK_D):
                 d = start_d + tl.arange(0, BLOCK_D)
                 x = load_rows(x_ptr, row, live, d, D)
-                e = load_columns(e_ptr, column, there, d, D)
+                e = load_columns(e_ptr, column, live_c, d, D)
                 cos = tl.dot(x, e, cos, input_precision=PRECISION)
 
             # max passes over NaN; +inf, which no cosine is, stands in for it.
@@ -173,13 +174,19 @@ def _match_kernel(
                     if LIST_E:
                         j_g = tl.load(order_ptr + first + g)
                         count = tl.load(counts_ptr + j_g)
-                    # Which sample a column belongs to is known when compiling: other samples' columns cost nothing.
-                    mine = (c >= g * UNIT) & (c < g * UNIT + UNIT) & (c - g * UNIT < count - start)
-                    best = tl.max(tl.where(mine[None, :], cos, -float("inf")), 1)
+                    # Which sample a column belongs to is known when compiling, and so, without a mask, is all but the
+                    # last 16 columns' presence: other columns cost nothing.
+                    place_c = c - g * UNIT
+                    mine = (place_c >= 0) & (place_c < UNIT)
+                    there = place_c < count - start
+                    if (SAMPLES > 1) & (not LIST_E):
+                        there |= place_c <= UNIT - 16
+                    value = tl.where((mine & there)[None, :], cos, -float("inf"))
+                    best = tl.max(value, 1)
                     place_g = tl.zeros((BLOCK_M,), tl.int32)
                     if SAVE:
-                        ties = tl.where(mine[None, :] & (cos >= best[:, None]), c[None, :], BIG)
-                        place_g = start + tl.min(ties, 1) - g * UNIT  # the lowest k
+                        ties = tl.where(mine[None, :] & (value >= best[:, None]), place_c[None, :], BIG)
+                        place_g = start + tl.min(ties, 1)  # the lowest k
                     if SAMPLES == 1:
                         place_g = tl.where(best > running, place_g, running_place)
                         best = tl.maximum(best, running)
@@ -381,7 +388,7 @@ def forward(
         maxima.zero_()
     sim = torch.empty(Bx, Be, dtype=torch.float32, device=x.device)
 
-    M, N, BLOCK_D, warps, stages = MATCH[memory_class(x.device), precision(x.dtype)]
+    M, N, BLOCK_D, warps, stages = choose(MATCH if rows is None and tokens is None else MATCH_LISTED, x)
     widths = [width for width in (SHORT,) if counts is not None and width < min(Q, N)] + [Q]
     order = bounds = None
     if counts is not None:
@@ -433,34 +440,29 @@ def backward(
     dsim = dsim.contiguous()
     in_range, unscale = _into_range(dsim, x.dtype)
 
-    kind = precision(x.dtype)
-    own, block_sum, out, warps, stages = WEIGHTED[memory_class(x.device), kind]
+    own, block_sum, out, warps, stages = choose(DE, x)
     sizes = (Bx, Be, P, Q, D, float(pool_scale))
     flags = {"LIST_X": rows is not None, "POOL": pool, "PRECISION": dot_precision(x.dtype)}
     saved = (sim, maxima, winners)
     with on_device(x):
         if gather:
-            g_own, g_out, g_warps, g_stages = GATHER
-            launch(
-                _dx_kernel, (triton.cdiv(Bx * P, g_own), triton.cdiv(D, g_out)),
-                dsim, *saved, e, rows, row_count, None, dx, *sizes,
-                GATHER=True, BLOCK_OWN=g_own, BLOCK_SUM=1, BLOCK_OUT=g_out, **flags,
-                num_warps=g_warps, num_stages=g_stages,
-            )  # fmt: skip
+            dx_own, dx_out, dx_warps, dx_stages = DX
         else:
-            launch(
-                _dx_kernel, (triton.cdiv(Bx * P, own), triton.cdiv(D, out)),
-                in_range, *saved, e, rows, row_count, unscale, dx, *sizes,
-                GATHER=False, BLOCK_OWN=own, BLOCK_SUM=block_sum, BLOCK_OUT=out, **flags,
-                num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-        # Short samples leave whole blocks of 64 tokens out.
-        own = 64 if Q <= 64 or tokens is not None else own
+            # Rows are spread over samples here: their addresses take the registers of half of the tile.
+            dx_own, dx_out, dx_warps, dx_stages = own, out // 2, warps, min(stages, 2)
+        launch(
+            _dx_kernel, (triton.cdiv(Bx * P, dx_own), triton.cdiv(D, dx_out)),
+            dsim if gather else in_range, *saved, e, rows, row_count, None if gather else unscale, dx, *sizes,
+            GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=1 if gather else block_sum, BLOCK_OUT=dx_out, **flags,
+            num_warps=dx_warps, num_stages=dx_stages,
+        )  # fmt: skip
+        if own > 64 and (Q <= 64 or tokens is not None):
+            own, warps = own // 2, warps // 2  # short samples leave whole blocks of tokens out
         launch(
             _de_kernel, (Be, triton.cdiv(Q, own), triton.cdiv(D, out)),
             in_range, *saved, x, rows, row_count, tokens, counts, unscale, de, *sizes,
             LIST_E=tokens is not None, BLOCK_OWN=own, BLOCK_SUM=block_sum, BLOCK_OUT=out, **flags,
-            num_warps=warps if own > 64 else 4, num_stages=stages,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dx, de
 

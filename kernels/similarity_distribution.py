@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LDS, dot_precision, launch, memory_class, on_device, precision
+from ._launch import LDS, chip_class, dot_precision, launch, on_device, precision
 from ._tile import dot_wide
 
 ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as zero vectors
@@ -38,25 +38,36 @@ BLOCKS = {
     ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "tf32"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "ieee"): (16, 32, 32, None, 4, 3),
-    ("row_loss", "large", "half"): (128, 64, 64, None, 8, 3),
+    ("row_loss", "large", "half"): (64, 64, 64, None, 8, 3),
     ("row_loss", "large", "tf32"): (64, 64, 32, None, 8, 3),
-    ("row_loss", "large", "ieee"): (32, 64, 32, None, 4, 3),
+    ("row_loss", "large", "ieee"): (64, 64, 16, None, 8, 2),
     ("gradient", "small", "half"): (16, 32, 64, 128, 4, 2),
-    ("gradient", "small", "tf32"): (16, 32, 64, 128, 4, 2),
+    ("gradient", "small", "tf32"): (16, 32, 64, 64, 4, 2),
     ("gradient", "small", "ieee"): (16, 32, 32, 64, 4, 2),
     ("gradient", "large", "half"): (64, 32, 64, 256, 8, 2),
-    ("gradient", "large", "tf32"): (64, 32, 32, 128, 8, 2),
-    ("gradient", "large", "ieee"): (32, 32, 32, 64, 8, 2),
+    ("gradient", "large", "tf32"): (64, 32, 32, 64, 8, 2),
+    ("gradient", "large", "ieee"): (32, 32, 16, 64, 8, 2),
 }
 
 
 def blocks(kernel: str, rows: int, like: Tensor) -> dict[str, int]:
-    """Compile-time sizes and launch options of one kernel."""
+    """Compile-time sizes and launch options of a kernel."""
     M, N, D, out, warps, stages = BLOCKS[kernel, "small" if rows <= SMALL else "large", precision(like.dtype)]
-    if memory_class(like.device) == LDS and warps == 8:
-        warps = 4  # a wave of an AMD chip holds 64 threads
     sizes = {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": D} | ({} if out is None else {"BLOCK_OUT": out})
-    return sizes | {"num_warps": warps, "num_stages": stages}
+    return sizes | launch_options(like, warps, stages)
+
+
+def launch_options(like: Tensor, warps: int, stages: int) -> dict[str, int]:
+    if chip_class(like.device) == LDS:  # an AMD chip: a wave holds 64 threads
+        return {"num_warps": min(warps, 4), "num_stages": stages}
+    # Allowed 255 registers, the compiler takes what it needs; left to itself it spills a few to fit one more program.
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": 255}
+
+
+@triton.jit
+def _by_side(side, first, second):
+    """The two numbers in the order of the side. (The compiler takes an argument of 1 for a constant, so no `if`.)"""
+    return tl.where(side == 0, first, second), tl.where(side == 0, second, first)
 
 
 @triton.jit
@@ -148,9 +159,11 @@ def _prepare_kernel(
     """Grid (row blocks, 2): |q_i| and |k_j|; one of the two sides also counts labels."""
     side = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_ptr, X, stride, norms_out = q_ptr, R, q_stride, norms_ptr
+    X, _ = _by_side(side, R, C)
+    stride, _ = _by_side(side, q_stride, k_stride)
+    x_ptr, norms_out = q_ptr, norms_ptr
     if side == 1:
-        x_ptr, X, stride, norms_out = k_ptr, C, k_stride, norms_ptr + R
+        x_ptr, norms_out = k_ptr, norms_ptr + R
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride
     squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -217,17 +230,16 @@ def _row_loss_kernel(
 ):
     """Grid (row blocks, S): what every row pays, and its statistics."""
     side = tl.program_id(1)
-    x_norms_ptr, y_norms_ptr = norms_ptr, norms_ptr + X
+    x_norm, y_norm = _by_side(side, 0, X)
+    x_stride, y_stride = _by_side(side, x_stride, y_stride)
     if side == 1:
         x_ptr, y_ptr = y_ptr, x_ptr
-        x_stride, y_stride = y_stride, x_stride
-        x_norms_ptr, y_norms_ptr = y_norms_ptr, x_norms_ptr
     if HAS_SCALE:
         scale = tl.load(scale_ptr).to(tl.float32)
 
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < X
-    x_inverse = _inverse_norm(tl.load(x_norms_ptr + rows, mask=live, other=1.0))
+    x_inverse = _inverse_norm(tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0))
     own_pid = tl.load(pids_ptr + offset + rows, mask=live, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
@@ -248,7 +260,7 @@ def _row_loss_kernel(
     for start in range(0, Y, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         inside = (cols < Y)[None, :]
-        y_inverse = _inverse_norm(tl.load(y_norms_ptr + cols, mask=cols < Y, other=1.0))
+        y_inverse = _inverse_norm(tl.load(norms_ptr + y_norm + cols, mask=cols < Y, other=1.0))
         z = scale * _cosines(
             x_ptr, y_ptr, rows, cols, x_inverse, y_inverse, X, Y, D, x_stride, y_stride,
             BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
@@ -418,11 +430,11 @@ def _gradient_kernel(
 ):
     """Grid (row blocks, sides, chunks of D): gradient of the owned rows, through the normalisation."""
     side = tl.program_id(1)
+    x_norm, y_norm = _by_side(side, x_norm, y_norm)
+    x_stride, y_stride = _by_side(side, x_stride, y_stride)
     out_ptr = dx_ptr
     if side == 1:
         x_ptr, y_ptr = y_ptr, x_ptr
-        x_stride, y_stride = y_stride, x_stride
-        x_norm, y_norm = y_norm, x_norm
         out_ptr = dy_ptr
     if HAS_SCALE:
         scale = tl.load(scale_ptr).to(tl.float32)
@@ -544,8 +556,8 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
             _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
             queries, keys, *ids, norms, label_sum, R, C, D, spec.offset, spec.image_id_factor,
             queries.stride(0), keys.stride(0),
-            HAS_IMAGES=image_ids is not None, BY_COLUMN=spec.target == "column", BLOCK_M=16, BLOCK_N=128, BLOCK_D=128,
-            num_warps=4, num_stages=2,
+            HAS_IMAGES=image_ids is not None, BY_COLUMN=spec.target == "column",
+            BLOCK_M=16, BLOCK_N=128, BLOCK_D=128, **launch_options(keys, 4, 2),
         )  # fmt: skip
         block = blocks("row_loss", max(R, C), keys)
         launch(

@@ -118,8 +118,9 @@ def test_autocast_and_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     with torch.autocast("cpu", torch.bfloat16):
         tower(x).float().square().sum().backward()
-        expected = grads(tower)
-        tower.zero_grad()
+    expected = grads(tower)
+    tower.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
         cached_backward(tower, x.split(4), lambda y: y.float().square().sum(), scaler=scaler)
     assert_equal(grads(tower), [4 * g for g in expected], tolerance=0.02)
 

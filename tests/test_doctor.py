@@ -175,8 +175,21 @@ def test_the_self_test_is_quick_and_fails_when_an_operator_is_wrong(monkeypatch,
     assert "sparse_aggregate FAILED: RuntimeError: no kernel image" in capsys.readouterr().out
 
 
-def test_environment_names_the_reason(monkeypatch):
-    monkeypatch.setenv("FMFA_LOSSES_BACKEND", "torch")
+@pytest.mark.parametrize(
+    ("choice", "line"),
+    [
+        (None, "backend      torch, not triton: its kernels need"),
+        ("torch", "backend      torch, as FMFA_LOSSES_BACKEND says"),
+        ("triton", 'backend      none: backend="triton" cannot run: its kernels need'),
+        ("tirton", "backend      none: FMFA_LOSSES_BACKEND must be one of"),
+    ],
+)
+def test_environment_names_the_reason(monkeypatch, choice, line):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if choice is None:
+        monkeypatch.delenv("FMFA_LOSSES_BACKEND", raising=False)
+    else:
+        monkeypatch.setenv("FMFA_LOSSES_BACKEND", choice)
     report = "\n".join(doctor.environment())
-    assert "FMFA_LOSSES_BACKEND=torch is set" in report
-    assert "backend      torch, not triton: its kernels need" in report
+    assert f"device       cpu\n{line}" in report
+    assert (f"FMFA_LOSSES_BACKEND={choice} is set" in report) == (choice is not None)

@@ -17,7 +17,7 @@ def test_kernels_through_the_interpreter(file):
     """Whether a kernel is interpreted is decided when it is imported: this takes a process of its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)],
         env=environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parent,
         capture_output=True,
@@ -29,3 +29,25 @@ def test_kernels_through_the_interpreter(file):
     assert passed, run.stdout
     assert int(passed[1]) >= 10
     assert "skipped" not in run.stdout
+
+
+def test_the_compile_gate_refuses_what_does_not_fit(monkeypatch):
+    monkeypatch.syspath_prepend(HERE.parent / "benchmarks")
+    import compile_check
+    from fmfa_losses.kernels import _launch, hard_similarity
+
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, triton 3.9 warns
+
+    def match(*block):
+        monkeypatch.setitem(hard_similarity.MATCH, (_launch.SMALL, "half"), block)
+        launches = compile_check.record("sm_86", "float16")
+        return next(launch for launch in launches if launch.kernel.__name__ == "_match_kernel")
+
+    fits = compile_check.compile_launch("sm_86", "float16", match(64, 64, 32, 4, 2))
+    assert fits.failures == []
+    assert fits.registers > 0
+    assert 0 < fits.shared <= fits.limit == 99 * 1024
+    too_big = compile_check.compile_launch("sm_86", "float16", match(128, 256, 64, 8, 4))
+    assert ["shared memory" in failure for failure in too_big.failures].count(True) == 1
+    spills = compile_check.compile_launch("sm_86", "float16", match(128, 256, 32, 4, 2))
+    assert any("spilled" in failure for failure in spills.failures)

@@ -287,6 +287,16 @@ def test_logit_scale(name):
         module(**kwargs)(image, text, pids, logit_scale=0.0)
 
 
+@pytest.mark.parametrize("name", ["sdm", "itc", "itc_identity"])
+def test_backend_is_the_callers_choice(name):
+    module, _, _, kwargs = LOSSES[name]
+    image, text, pids = draw(4)
+    with pytest.raises(RuntimeError, match='backend="triton" cannot run'):  # float64
+        module(**kwargs, backend="triton")(image, text, pids)
+    chosen = module(**kwargs, backend="torch")(image, text, pids)
+    torch.testing.assert_close(chosen, module(**kwargs)(image, text, pids))
+
+
 def test_sigmoid_bias():
     image, text, pids = draw(5)
     bias = torch.tensor([-3.0], requires_grad=True)

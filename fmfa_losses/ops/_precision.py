@@ -51,7 +51,8 @@ class _UnitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dunit):  # type: ignore[no-untyped-def]
         unit, norm, mask = ctx.saved_tensors
-        radial = (unit * dunit).sum(dim=-1, keepdim=True)
+        with full_precision(unit):
+            radial = torch.linalg.vecdot(unit, dunit).unsqueeze(-1)
         dx = torch.addcmul(dunit, unit, radial, value=-1).div_(norm)
         if mask is not None:
             dx.masked_fill_(~mask.unsqueeze(-1), 0)

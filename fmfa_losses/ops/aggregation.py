@@ -207,4 +207,4 @@ def _backward_torch(
     centred = (da - (a * da).sum(dim=-1, keepdim=True)) / total.unsqueeze(-1)
     ds = torch.where(passed, centred, 0)
     ds.scatter_add_(-1, argmin, -ds.sum(dim=-1, keepdim=True))
-    return a.mT @ djoint + ds.mT @ text_tokens, ds @ image_tokens
+    return torch.bmm(a.mT, djoint).baddbmm_(ds.mT, text_tokens), ds @ image_tokens

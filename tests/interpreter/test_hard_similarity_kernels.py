@@ -91,6 +91,17 @@ def test_ties_go_to_the_lowest_token(Q):
     assert torch.equal(winners.long(), (cos >= cos.amax(-1, keepdim=True) - 1e-6).to(torch.uint8).argmax(-1))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("Q", [1, 20, 77, 300])
+def test_columns_that_hold_no_token_never_win(Q, masked):
+    x, e, x_mask, e_mask = inputs(2, 5, 9, Q, 16, torch.float32, masked)
+    x, e = x.abs(), -e.abs()  # every cosine is negative: a zero would win
+    sim, _, winners = hard_similarity.forward(x, e, x_mask, e_mask, "mean", 1.0, True)
+    right, right_winners = hard_similarity_reference(x.double(), e.double(), x_mask, e_mask, "mean", 1.0)
+    torch.testing.assert_close(sim, right.float())
+    assert torch.equal(winners.long(), right_winners)
+
+
 @pytest.mark.parametrize("pool, saved", [("lse", (2, 3, 5)), ("sum", (0,))])
 def test_what_is_saved(pool, saved):
     x, e, _, _ = inputs(2, 3, 5, 7, 16, torch.float32)
