@@ -38,6 +38,9 @@ class TwoStream(nn.Module):
     Features pass a batch normalisation, the neck of re-identification models: fresh weights map every image, patch and
     word to nearly the same feature, and what all of them share would drown what tells them apart.
 
+    Patches leave before the blocks mix them, and words after one block. A model this small, asked to match words with
+    patches, would otherwise write the whole photograph into every patch, and a similarity map would show no place.
+
     Args:
         vocab_size: V of the tokenizer; its last id is EOT, 0 is padding.
         context_length: L.
@@ -74,6 +77,7 @@ class TwoStream(nn.Module):
         self.image_position = nn.Parameter(torch.randn(self.grid[0] * self.grid[1], width) * 0.2)
         self.image_blocks = nn.ModuleList(Block(width, heads) for _ in range(image_depth))
         self.image_norm, self.image_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
+        self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
         self.image_neck, self.patch_neck = (nn.BatchNorm1d(width, affine=False) for _ in range(2))
 
         self.word = nn.Embedding(vocab_size, width)
@@ -81,26 +85,29 @@ class TwoStream(nn.Module):
         self.text_position = nn.Parameter(torch.randn(context_length, width) * 0.03)
         self.text_blocks = nn.ModuleList(Block(width, heads) for _ in range(text_depth))
         self.text_norm, self.text_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
+        self.word_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
         self.text_neck, self.word_neck = (nn.BatchNorm1d(width, affine=False) for _ in range(2))
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         x = self.stem((pixels.float() - 127.5) / 64).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x + self.image_position], dim=1)
+        patches = x + self.image_position
+        x = torch.cat([self.cls.expand(len(x), 1, -1), patches], dim=1)
         for block in self.image_blocks:
             x = block(x)
-        x = self.image_projection(self.image_norm(x))
-        return self.image_neck(x[:, 0]), self.patch_neck(x[:, 1:].flatten(0, 1)).view_as(x[:, 1:])
+        features = self.image_projection(self.image_norm(x[:, 0]))
+        return self.image_neck(features), self.patch_neck(self.patch_head(patches).flatten(0, 1)).view_as(patches)
 
     def encode_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         keep = self.text_mask(token_ids)
         x = self.word(token_ids) + self.text_position[: token_ids.shape[1]]
-        for block in self.text_blocks:
+        local = x = self.text_blocks[0](x, keep[:, None, None, :])
+        for block in self.text_blocks[1:]:
             x = block(x, keep[:, None, None, :])
-        x = self.text_projection(self.text_norm(x))
         eot = (token_ids == self.eot_id).int().argmax(dim=1)
+        features = self.text_projection(self.text_norm(x[torch.arange(len(x), device=x.device), eot]))
         words = torch.zeros_like(x)
-        words[keep] = self.word_neck(x[keep])  # padding has no part in the averages
-        return self.text_neck(x[torch.arange(len(x), device=x.device), eot]), words
+        words[keep] = self.word_neck(self.word_head(local)[keep])  # padding has no part in the averages
+        return self.text_neck(features), words
 
     def text_mask(self, token_ids: Tensor) -> Tensor:
         return token_ids != 0

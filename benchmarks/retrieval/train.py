@@ -4,6 +4,7 @@ A run is a function of its settings: order, augmentation and masks follow from (
 stopped and resumed ends with the same weights as one that was not, bit for bit on a CPU.
 """
 
+import gc
 import math
 import os
 import time
@@ -72,17 +73,18 @@ class World:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def leave(self) -> None:
+        """Leaves together: whoever tears the group down while another process still talks may be aborted."""
         if self.size > 1:
+            gc.collect()  # trainers stand in reference cycles, and hold on to the group
+            dist.barrier()
             dist.destroy_process_group()
 
 
 class Trainee(nn.Module):
     """Model and objective as one module, so that one forward under DDP sees every parameter."""
+
+    title = "FMFA"
 
     def __init__(self, model: nn.Module, objective: FMFALoss) -> None:
         super().__init__()
@@ -115,6 +117,8 @@ class Beginner(nn.Module):
     sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians start from here:
     CLIP's loss on the global features, and FILIP's (arXiv 2111.07783) on tokens, where each word picks its best patch.
     """
+
+    title = "contrastive beginning"
 
     def __init__(self, model: nn.Module, temperature: float = 0.07) -> None:
         super().__init__()
@@ -180,8 +184,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=self.world.device.type == "cuda")
         self.module: nn.Module = self.trainee
         if self.world.size > 1:
-            # Each process normalises by its own batches; the averages that rank 0 keeps are the ones evaluated.
-            self.module = DistributedDataParallel(self.trainee, broadcast_buffers=False)
+            self.module = DistributedDataParallel(self.trainee)
         self.loader = self._loader()
 
     @property
@@ -191,7 +194,8 @@ class Trainer:
     def fit(self, *, until: int | None = None, minutes: float | None = None) -> None:
         """Trains to the last epoch, or stops after epoch `until`.
 
-        `minutes`: where the first epoch foretells that the run would take longer, the schedule is shortened, aloud.
+        `minutes`: where the pace foretells a longer run, the schedule is shortened, aloud, and regains its length when
+        the pace does.
         """
         start, first = time.perf_counter(), self.epoch
         last = self.epochs if until is None else min(until, self.epochs)
@@ -200,13 +204,13 @@ class Trainer:
             for name, values in self._train_epoch(bar).items():
                 self.history.setdefault(name, []).extend(values)
             self.epoch += 1
-            if minutes is not None and self.epoch == first + 1:
-                possible = first + max(1, int(minutes * 60 / (time.perf_counter() - start)))
-                if possible < last:
-                    self.epochs = last = self._agree(possible)
-                    bar.write(
-                        f"This machine is slower than expected: {last} epochs, to stay within {minutes:.1f} minutes."
-                    )
+            if minutes is not None and self.epoch < last:
+                pace = (time.perf_counter() - start) / (self.epoch - first)
+                possible = max(self.epoch, min(self.recipe.epochs, first + int(minutes * 60 / pace)))
+                if (possible := self._agree(possible)) != self.epochs:
+                    self.epochs = last = possible
+                    if self.world.leads:
+                        bar.write(f"At this pace {last} of {self.recipe.epochs} epochs fit into {minutes:.1f} minutes.")
                     bar.total = (last - first) * self.steps_per_epoch
             self._save()
         bar.close()
@@ -228,7 +232,8 @@ class Trainer:
             bar.update()
             if bar.n % 10 == 0:
                 bar.set_description(
-                    f"epoch {self.epoch + 1}/{self.epochs}  loss {float(out.loss.detach()):.3f}", refresh=False
+                    f"{self.trainee.title}  epoch {self.epoch + 1}/{self.epochs}  loss {float(out.loss.detach()):.3f}",
+                    refresh=False,
                 )
         return {name: self._mean(torch.stack([step[name] for step in steps])) for name in steps[0]}
 
