@@ -316,8 +316,14 @@ class Attention(nn.MultiheadAttention):
     ) -> Tensor:
         """query [B, L, D], context [B, N, D], keep [B, N] -> [B, L, D], or [M, D] at `rows` [M]."""
         D, heads = self.embed_dim, "b l (h d) -> b h l d"
-        q = F.linear(query, self.in_proj_weight[:D], self.in_proj_bias[:D])
-        k, v = F.linear(context, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, dim=-1)
+        if query is context:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            (q_weight, kv_weight), (q_bias, kv_bias) = (
+                parameter.split([D, 2 * D]) for parameter in (self.in_proj_weight, self.in_proj_bias)
+            )
+            q = F.linear(query, q_weight, q_bias)
+            k, v = F.linear(context, kv_weight, kv_bias).chunk(2, dim=-1)
         q, k, v = (rearrange(x, heads, h=self.num_heads) for x in (q, k, v))
         mask = None if keep is None else keep[:, None, None, :]
         # Fused kernels may turn a NaN query into zeros; + 0 q keeps it visible.
