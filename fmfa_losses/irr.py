@@ -319,9 +319,8 @@ class Attention(nn.MultiheadAttention):
         if query is context:
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
-            (q_weight, kv_weight), (q_bias, kv_bias) = (
-                parameter.split([D, 2 * D]) for parameter in (self.in_proj_weight, self.in_proj_bias)
-            )
+            q_weight, kv_weight = torch.split(self.in_proj_weight, [D, 2 * D])
+            q_bias, kv_bias = torch.split(self.in_proj_bias, [D, 2 * D])
             q = F.linear(query, q_weight, q_bias)
             k, v = F.linear(context, kv_weight, kv_bias).chunk(2, dim=-1)
         q, k, v = (rearrange(x, heads, h=self.num_heads) for x in (q, k, v))
