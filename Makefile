@@ -36,11 +36,7 @@ compile-check: .venv/installed
 bench: .venv/installed
 	$(RUN) -m benchmarks micro
 
-gpu-# Every kernel, compiled for every architecture of the block table, without a GPU.
-compile-check: .venv/installed
-	$(RUN) -m benchmarks compile-check
-
-bench: .venv/installed
+gpu-bench: .venv/installed
 	$(RUN) -m benchmarks gpu --out runs/gpu
 
 # The wheel, installed into a clean environment and used from outside the checkout.
