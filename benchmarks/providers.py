@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmfa_losses import IDHead, IRRHead, mask_tokens
+from fmfa_losses import IDHead, IRRHead, IRROutput, mask_tokens
 from fmfa_losses.efa import _ranking, efa_loss
 from fmfa_losses.functional import asdm_loss, hard_similarity, sparse_aggregate
 from fmfa_losses.ops._precision import unit_rows
@@ -62,12 +62,14 @@ def plain_asdm(image_features: Tensor, text_features: Tensor, pids: Tensor) -> T
 
 
 def dense_irr(head: IRRHead, image_tokens: Tensor, text_tokens: Tensor, labels: Tensor) -> Tensor:
-    """The same head, with logits over the vocabulary at every position, [B, L, V]."""
+    """The same head and the same two results, with logits over the vocabulary at every position, [B, L, V]."""
     x = head.cross_attn(head.ln_pre_t(text_tokens), head.ln_pre_i(image_tokens))
     for block in head.cross_modal_transformer.resblocks:
         x = block(x, None)
-    logits = head.mlm_head(head.ln_post(x)).flatten(0, 1)
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=0)
+    logits, labels = head.mlm_head(head.ln_post(x)).flatten(0, 1), labels.flatten()
+    masked = labels != 0
+    accuracy = ((logits.detach().argmax(dim=1) == labels) & masked).sum() / masked.sum()
+    return IRROutput(F.cross_entropy(logits, labels, ignore_index=0), accuracy).loss
 
 
 def plain_id(head: IDHead, image_features: Tensor, text_features: Tensor, pids: Tensor) -> Tensor:
