@@ -55,9 +55,10 @@ class Report:
 
 def record(chip: str, kind: str) -> list[Any]:
     """The launches of every operation at the shapes that pick every entry of the block tables."""
-    from fmfa_losses.kernels import aggregation, hard_similarity, similarity_distribution
+    from fmfa_losses.kernels import aggregation, distribution_blocks, hard_similarity, similarity_distribution
     from fmfa_losses.kernels._launch import recording
 
+    from fmfa_losses.ops import _row_blocks
     from fmfa_losses.ops.similarity_distribution import RowLoss
 
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
@@ -86,7 +87,7 @@ def record(chip: str, kind: str) -> list[Any]:
                 aggregation.forward(image, text, mask, threshold)
                 if masked:
                     aggregation.backward(djoint, image, text, mask, threshold, row, row)
-            # Small and large tiles: the paper's loss, and rows of one direction with all that a row can carry. One pair
+            # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One pair
             # of one number, on one chip: an argument of 1 is a constant to the compiler.
             paper = RowLoss(alpha=10.0)
             full = RowLoss(alpha=0.1, gap="cosine", positive="any", target="column", both=False, offset=16)
@@ -96,9 +97,15 @@ def record(chip: str, kind: str) -> list[Any]:
             for R, C, D, spec in cases:
                 queries, keys, pids = empty(R, D), empty(C, D), empty(C, dtype=torch.int64)
                 image_ids, scale = (None, None) if spec.both else (pids, empty(dtype=torch.float32))
-                arguments = (queries, keys, pids, image_ids, scale, 50.0)
-                loss, *saved = similarity_distribution.forward(*arguments, spec)
-                similarity_distribution.backward(torch.empty_like(loss), *saved, *arguments, scale is not None, spec)
+                if similarity_distribution.takes(queries, keys):
+                    forward, backward = similarity_distribution.forward, similarity_distribution.backward
+                    arguments, last = (queries, keys, pids, image_ids, scale, 50.0), (spec,)
+                else:
+                    forward, backward = _row_blocks.forward, _row_blocks.backward
+                    arguments = (queries, keys, pids, image_ids, 50.0 if scale is None else scale)
+                    last = (spec, distribution_blocks)
+                loss, *saved = forward(*arguments, *last)
+                backward(torch.empty_like(loss), *saved, *arguments, scale is not None, *last)
         return launches
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

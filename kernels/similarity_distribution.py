@@ -6,16 +6,15 @@ The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in regi
     row loss     one program a block of rows, walking over all columns with running sums relative to the running maximum
 
                      y_0   y_1   y_2 ...
-            x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top), sum e log(t + eps), positive  ->  loss
+            x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top - log(t + eps)), positive  ->  loss
 
     gradient     one program a block of rows of the input that it owns, and a chunk of D: recomputes each tile, adds
                  what the tile's rows pay and what its columns pay (as rows of the other side), multiplies with y, and
                  leaves through the normalisation
 
-With `both` sides the second grid axis is the side: rows and columns change places. A tile of logits is thereby computed
-once a side. One pass for both would have to merge the columns' running sums across programs, through memory that grows
-with the number of row blocks; two cost one more matrix product, and every number has one owner: no atomics, bitwise
-equal reruns.
+With `both` sides the second grid axis is the side: rows and columns change places. Every number has one owner: no
+atomics, bitwise equal reruns. A tile of logits is computed once a side, and in the gradient once a chunk of D, which a
+small batch does not feel; a large one in float32 goes through `distribution_blocks`.
 """
 
 import torch
@@ -23,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load_paid
 from ._launch import LDS, chip_class, dot_precision, launch, on_device, precision
 from ._tile import dot_wide
 
 ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as zero vectors
-LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
 
 
 # Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
@@ -39,14 +38,10 @@ BLOCKS = {
     ("row_loss", "small", "tf32"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "ieee"): (16, 32, 32, None, 4, 3),
     ("row_loss", "large", "half"): (64, 64, 64, None, 8, 3),
-    ("row_loss", "large", "tf32"): (64, 64, 32, None, 8, 3),
-    ("row_loss", "large", "ieee"): (64, 64, 16, None, 8, 2),
     ("gradient", "small", "half"): (16, 32, 64, 128, 4, 2),
     ("gradient", "small", "tf32"): (16, 32, 64, 64, 4, 2),
     ("gradient", "small", "ieee"): (16, 32, 32, 64, 4, 2),
     ("gradient", "large", "half"): (64, 32, 64, 256, 8, 2),
-    ("gradient", "large", "tf32"): (64, 32, 32, 64, 8, 2),
-    ("gradient", "large", "ieee"): (32, 32, 16, 64, 8, 2),
 }
 
 
@@ -104,35 +99,6 @@ def _cosines(
         dots = tl.dot(x, y, dots, input_precision=PRECISION)
     # One product of the inverses: both sides, rows and columns exchanged, get the same number to the last bit.
     return dots * (x_inverse[:, None] * y_inverse[None, :])
-
-
-@triton.jit
-def _by_label(same, same_image, both, pid, image, neither, HAS_IMAGES: tl.constexpr):
-    """One of four values an entry, by what its row and column share."""
-    if HAS_IMAGES:
-        both = tl.where(same_image, both, pid)
-        neither = tl.where(same_image, image, neither)
-    return tl.where(same, both, neither)
-
-
-@triton.jit
-def _target(same, same_image, total, factor, HAS_IMAGES: tl.constexpr):
-    """t = y / total; total is [BLOCK_M, 1] or [1, BLOCK_N]."""
-    return _by_label(same, same_image, 1 / total, factor / total, (1 - factor) / total, 0.0, HAS_IMAGES)
-
-
-@triton.jit
-def _log_target(same, same_image, total, factor, eps, HAS_IMAGES: tl.constexpr):
-    """log(t + eps): logarithms of vectors, never of the tile."""
-    return _by_label(
-        same,
-        same_image,
-        tl.log(1 / total + eps),
-        tl.log(factor / total + eps),
-        tl.log((1 - factor) / total + eps),
-        tl.log(0 * total + eps),
-        HAS_IMAGES,
-    )
 
 
 @triton.jit
@@ -247,16 +213,9 @@ def _row_loss_kernel(
     if not BY_COLUMN:
         total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
 
-    # Running sums over the columns so far, relative to the running maximum; e = exp(z - top).
-    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    sum_e = tl.zeros((BLOCK_M,), tl.float32)
-    sum_ez = tl.zeros((BLOCK_M,), tl.float32)  # of e (z - top)
-    sum_et = tl.zeros((BLOCK_M,), tl.float32)  # of e log(t + eps), or of t z for the cross-entropy
-    mass = tl.zeros((BLOCK_M,), tl.float32)  # of t
-    top_place = tl.zeros((BLOCK_M,), tl.int32)
-    positive = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    positive_place = offset + rows
-
+    top, positive = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
+    sum_e, paid, mass = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    top_place, positive_place = tl.zeros((BLOCK_M,), tl.int32), offset + rows
     for start in range(0, Y, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         inside = (cols < Y)[None, :]
@@ -273,112 +232,17 @@ def _row_loss_kernel(
         if BY_COLUMN:
             total = tl.load(label_sum_ptr + cols, mask=cols < Y, other=1.0)[None, :]
 
-        if WEIGHTED:
-            tile_top, tile_place = tl.max(z, 1, return_indices=True)
-            top_place = tl.where(tile_top > top, start + tile_place, top_place)
-            # Ties go to the lowest column, here and below.
-            if POSITIVE == "any":
-                tile_positive, tile_place = tl.max(tl.where(same, z, -float("inf")), 1, return_indices=True)
-                positive_place = tl.where(tile_positive > positive, start + tile_place, positive_place)
-                positive = tl.maximum(positive, tile_positive)
-            else:
-                if POSITIVE == "first":
-                    first = tl.min(tl.where(same, cols[None, :], Y), 1)
-                    positive_place = tl.where(positive == LOWEST, first, positive_place)
-                found = cols[None, :] == positive_place[:, None]
-                tile_positive = tl.max(tl.where(found, z, LOWEST), 1)
-                positive = tl.where(positive == LOWEST, tile_positive, positive)
-        else:
-            tile_top = tl.max(z, 1)
+        top, sum_e, paid, mass, top_place, positive, positive_place = absorb_tile(
+            top, sum_e, paid, mass, top_place, positive, positive_place, z, cols, inside, same, same_image, total,
+            factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, POSITIVE,
+        )  # fmt: skip
 
-        new_top = tl.maximum(top, tile_top)
-        below = tl.where(inside, z - new_top[:, None], 0.0)
-        e = tl.where(inside, tl.exp(below), 0.0)
-        shrink = tl.exp(top - new_top)
-        if CROSS_ENTROPY:
-            t = _target(same, same_image, total, factor, HAS_IMAGES)
-            sum_et += tl.sum(tl.where(t > 0, t * z, 0.0), 1)
-            mass += tl.sum(t, 1)
-        else:
-            sum_ez = shrink * (sum_ez + (top - new_top) * sum_e) + tl.sum(e * below, 1)
-            sum_et = shrink * sum_et + tl.sum(e * _log_target(same, same_image, total, factor, eps, HAS_IMAGES), 1)
-        sum_e = shrink * sum_e + tl.sum(e, 1)
-        top = new_top
-
-    # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
-    log_sum = tl.log(sum_e)
-    statistics = statistics_ptr + side.to(tl.int64) * STATISTICS * X + rows
-    tl.store(statistics, top, mask=live)
-    tl.store(statistics + X, log_sum, mask=live)
-    if CROSS_ENTROPY:
-        loss = mass * (top + log_sum) - sum_et
-        tl.store(statistics + 2 * X, mass, mask=live)
-    else:
-        divergence = (sum_ez - sum_et) / sum_e - log_sum
-        tl.store(statistics + 2 * X, divergence, mask=live)
-        loss = divergence
-        if WEIGHTED:
-            positive = tl.where(live, positive, top)  # a row beyond the end has none
-            if COSINE_GAP:
-                gap = (top - positive) / scale
-            else:
-                gap = 1 / sum_e - tl.exp(positive - top - log_sum)
-            loss = (1 + alpha * gap) * divergence
-            tl.store(statistics + 3 * X, gap, mask=live)
-            places = places_ptr + side.to(tl.int64) * 2 * X + rows
-            tl.store(places, top_place, mask=live)
-            tl.store(places + X, positive_place, mask=live)
-    tl.store(loss_ptr + side.to(tl.int64) * X + rows, loss * loss_weight, mask=live)
-
-
-@triton.jit
-def _add_dlogits(
-    dz,  # [BLOCK_M, BLOCK_N] so far
-    dgap,  # [BLOCK_M, BLOCK_N] so far, of the cosine gap, which does not see the scale
-    z,  # [BLOCK_M, BLOCK_N]
-    same,
-    same_image,
-    columns,  # who stands where in the paying row, [1, BLOCK_N] or [BLOCK_M, 1]
-    total,  # what y is divided by, [BLOCK_M, 1] or [1, BLOCK_N]
-    g,  # gradient of the paying rows' losses, [BLOCK_M, 1] or [1, BLOCK_N], as the next six
-    top,
-    log_sum,
-    third,  # divergence, or mass
-    gap,
-    top_place,
-    positive_place,
-    scale,
-    alpha,
-    push_alpha,
-    eps,
-    factor,
-    HAS_IMAGES: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
-):
-    """Adds the gradient in the logits of what the tile's rows pay, or, with everything transposed, its columns.
-
-    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
-    g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
-    g (mass p - t)                                                                  cross-entropy
-    """
-    log_p = z - top - log_sum
-    p = tl.exp(log_p)
-    if CROSS_ENTROPY:
-        dz += g * (third * p - _target(same, same_image, total, factor, HAS_IMAGES))
-    else:
-        excess = log_p - _log_target(same, same_image, total, factor, eps, HAS_IMAGES) - third
-        if WEIGHTED:
-            excess *= 1 + alpha * gap
-            push = push_alpha * third
-            ends = (columns == top_place).to(tl.float32) - (columns == positive_place).to(tl.float32)
-            if COSINE_GAP:
-                dgap += g * push / scale * ends
-            else:
-                excess += push * (ends - gap)
-        dz += g * p * excess
-    return dz, dgap
+    conclude(
+        loss_ptr + side.to(tl.int64) * X, statistics_ptr + side.to(tl.int64) * STATISTICS * X,
+        places_ptr + side.to(tl.int64) * 2 * X, rows, live, X,
+        top, sum_e, paid, mass, top_place, positive, positive_place,
+        scale, alpha, loss_weight, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -450,16 +314,11 @@ def _gradient_kernel(
     own_image = own_pid
     if HAS_IMAGES:
         own_image = tl.load(image_ids_ptr + x_sample + rows, mask=live, other=0)[:, None]
-    row_gap, row_top, row_positive = x_inverse, rows, rows
     if AS_ROWS:
-        row_g = loss_weight * tl.load(dloss_ptr + rows.to(tl.int64) * dloss_stride, mask=live, other=0.0)
-        row_max = tl.load(statistics_ptr + STATISTICS * as_rows + rows, mask=live, other=0.0)
-        row_log_sum = tl.load(statistics_ptr + STATISTICS * as_rows + X + rows, mask=live, other=0.0)
-        row_third = tl.load(statistics_ptr + STATISTICS * as_rows + 2 * X + rows, mask=live, other=0.0)
-        if WEIGHTED:
-            row_gap = tl.load(statistics_ptr + STATISTICS * as_rows + 3 * X + rows, mask=live, other=0.0)
-            row_top = tl.load(places_ptr + 2 * as_rows + rows, mask=live, other=0)
-            row_positive = tl.load(places_ptr + 2 * as_rows + X + rows, mask=live, other=0)
+        row_g, row_max, row_log_sum, row_third, row_gap, row_top, row_positive = load_paid(
+            dloss_ptr, statistics_ptr + STATISTICS * as_rows, places_ptr + 2 * as_rows, rows, live, X,
+            dloss_stride, loss_weight, WEIGHTED,
+        )  # fmt: skip
     if AS_COLUMNS if BY_COLUMN else AS_ROWS:
         own_total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
 
@@ -488,23 +347,18 @@ def _gradient_kernel(
         dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dgap = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if AS_ROWS:
-            dz, dgap = _add_dlogits(
+            dz, dgap = add_dlogits(
                 dz, dgap, z, same, same_image, cols[None, :], other_total if BY_COLUMN else own_total, row_g[:, None],
                 row_max[:, None], row_log_sum[:, None], row_third[:, None], row_gap[:, None],
                 row_top[:, None], row_positive[:, None],
                 scale, alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
             )  # fmt: skip
         if AS_COLUMNS:
-            col_g = loss_weight * tl.load(dloss_ptr + cols.to(tl.int64) * dloss_stride, mask=here, other=0.0)
-            col_max = tl.load(statistics_ptr + STATISTICS * as_columns + cols, mask=here, other=0.0)
-            col_log_sum = tl.load(statistics_ptr + STATISTICS * as_columns + Y + cols, mask=here, other=0.0)
-            col_third = tl.load(statistics_ptr + STATISTICS * as_columns + 2 * Y + cols, mask=here, other=0.0)
-            col_gap, col_top, col_positive = y_inverse, cols, cols
-            if WEIGHTED:
-                col_gap = tl.load(statistics_ptr + STATISTICS * as_columns + 3 * Y + cols, mask=here, other=0.0)
-                col_top = tl.load(places_ptr + 2 * as_columns + cols, mask=here, other=0)
-                col_positive = tl.load(places_ptr + 2 * as_columns + Y + cols, mask=here, other=0)
-            dz, dgap = _add_dlogits(
+            col_g, col_max, col_log_sum, col_third, col_gap, col_top, col_positive = load_paid(
+                dloss_ptr, statistics_ptr + STATISTICS * as_columns, places_ptr + 2 * as_columns, cols, here, Y,
+                dloss_stride, loss_weight, WEIGHTED,
+            )  # fmt: skip
+            dz, dgap = add_dlogits(
                 dz, dgap, z, same, same_image, rows[:, None], own_total if BY_COLUMN else other_total, col_g[None, :],
                 col_max[None, :], col_log_sum[None, :], col_third[None, :], col_gap[None, :],
                 col_top[None, :], col_positive[None, :],
@@ -540,6 +394,16 @@ def _gradient_kernel(
 # offset, both, reduction.
 
 
+def takes(queries: Tensor, keys: Tensor) -> bool:
+    """Whether these kernels are the better way: small batches, and half precision.
+
+    Large float32 products belong to the BLAS library, whose blocks `distribution_blocks` reads: what a program could
+    keep of the gradient's D columns in float32 would make it compute every logit anew for each 64 of them.
+    """
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    return max(len(queries), len(keys)) <= SMALL or precision(dtype) == "half"
+
+
 def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale, scale: float, spec):  # type: ignore[no-untyped-def]
     """Loss, statistics, places, norms and label sums, as the operator declares them."""
     queries, keys = _alike(queries, keys)
@@ -549,7 +413,7 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
     norms = torch.empty(R + C, device=keys.device)
     label_sum = torch.empty(R if spec.target == "row" else C, device=keys.device)
     loss = torch.empty(S, R, device=keys.device)
-    scale_ptr, scale = _scale(logit_scale, scale, norms)
+    scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
     ids = (pids, pids if image_ids is None else image_ids)
     with on_device(keys):
         launch(
@@ -566,7 +430,7 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
             places if spec.weighted else statistics,
             R, C, D, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
             1 / R if spec.reduction == "mean" else 1.0, queries.stride(0), keys.stride(0),
-            POSITIVE=spec.positive, **_flags(image_ids, scale_ptr, spec, keys.dtype), **block,
+            POSITIVE=spec.positive, **flags(image_ids, scale_ptr, spec), PRECISION=dot_precision(keys.dtype), **block,
         )  # fmt: skip
     return loss.sum(0) if spec.reduction == "none" else loss.sum(), statistics, places, norms, label_sum
 
@@ -592,10 +456,10 @@ def backward(  # type: ignore[no-untyped-def]
     queries, keys = _alike(queries, keys)
     (R, D), C = queries.shape, keys.shape[0]
     dscale = torch.empty(R if scale_gradient else 0, device=keys.device)
-    scale_ptr, scale = _scale(logit_scale, scale, norms)
+    scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
     dloss = dloss.expand(R)
     block = blocks("gradient", max(R, C), keys)
-    flags = _flags(image_ids, scale_ptr, spec, keys.dtype)
+    compiled = flags(image_ids, scale_ptr, spec) | {"PRECISION": dot_precision(keys.dtype)} | block
     query = (queries, dqueries, R, spec.offset, 0)
     key = (keys, dkeys, C, 0, R)
 
@@ -609,7 +473,7 @@ def backward(  # type: ignore[no-untyped-def]
             X, Y, D, x_sample, y_sample, x_norm, y_norm, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
             spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,
             x.stride(0), y.stride(0), dloss.stride(0),
-            AS_ROWS=as_rows, AS_COLUMNS=as_columns, SCALE_GRADIENT=scale_gradient and as_rows, **flags, **block,
+            AS_ROWS=as_rows, AS_COLUMNS=as_columns, SCALE_GRADIENT=scale_gradient and as_rows, **compiled,
         )  # fmt: skip
 
     with on_device(keys):
@@ -628,14 +492,14 @@ def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(x if x.stride(1) == 1 else x.contiguous() for x in (queries, keys))  # type: ignore[return-value]
 
 
-def _scale(logit_scale: Tensor | None, scale: float, like: Tensor) -> tuple[Tensor | None, float]:
+def by_device(scale: Tensor | float, like: Tensor) -> tuple[Tensor | None, float]:
     """A scale on the accelerator is read there; one on the CPU is at hand without waiting."""
-    if logit_scale is None or logit_scale.device == like.device:
-        return logit_scale, scale
-    return None, float(logit_scale)
+    if isinstance(scale, Tensor) and scale.device == like.device:
+        return scale, 1.0
+    return None, float(scale)
 
 
-def _flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec, dtype: torch.dtype) -> dict[str, object]:  # type: ignore[no-untyped-def]
+def flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec) -> dict[str, object]:  # type: ignore[no-untyped-def]
     return {
         "STATISTICS": 4 if spec.weighted else 3,
         "HAS_IMAGES": image_ids is not None,
@@ -644,5 +508,4 @@ def _flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec, dtype: torc
         "WEIGHTED": spec.weighted,
         "COSINE_GAP": spec.weighted and spec.gap == "cosine",
         "BY_COLUMN": spec.target == "column",
-        "PRECISION": dot_precision(dtype),
     }

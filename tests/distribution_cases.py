@@ -31,6 +31,13 @@ def features(
     return inputs | {"image_ids": image_ids} if images else inputs
 
 
+def ties(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows whose best keys tie exactly: vectors of +-1, of norm 2, and products without rounding."""
+    keys = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, 1, 1], [1, 1, -1, -1]]).repeat(3, 1).to(dtype)
+    pids = torch.tensor([0, 1, 2, 3, 4, 1, 0, 3, 2, 5, 4, 5])
+    return {"queries": keys.roll(1, 0), "keys": keys, "logit_scale": torch.tensor(2.0, dtype=dtype), "pids": pids}
+
+
 def value_and_gradients(loss: Callable[..., Tensor], inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
     """The loss, weighted by row where it has rows, and its gradients."""
     leaves = {

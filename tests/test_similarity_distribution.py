@@ -5,26 +5,29 @@ import sys
 
 import pytest
 import torch
-from distribution_cases import GOLDEN, assert_within_budget, features, value_and_gradients
+from distribution_cases import GOLDEN, assert_within_budget, features, ties, value_and_gradients
 from golden import golden
 from torch import Tensor
 
-import fmfa_losses.ops.similarity_distribution as module
 from fmfa_losses.asdm import ASDMLoss, asdm_loss
+from fmfa_losses.ops._row_blocks import torch_reader
 from fmfa_losses.ops.similarity_distribution import (
     GAPS,
     OBJECTIVES,
     POSITIVES,
     REDUCTIONS,
     TARGETS,
+    RowLoss,
+    similarity_distribution_backward_op,
     similarity_distribution_loss,
     similarity_distribution_loss_reference,
+    similarity_distribution_op,
 )
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(torch_reader, "block_elements", 64)
 
 
 def same(inputs: dict[str, Tensor], **options: object) -> None:
@@ -54,6 +57,14 @@ def test_weights(gap: str, positive: str, detach_weight: bool) -> None:
     options = {"alpha": 3.0, "gap": gap, "positive": positive, "detach_weight": detach_weight}
     same(features(23, 23, 5, dtype=torch.float64, images=False), reduction="none", **options)
     same(features(9, 23, 5, offset=11, dtype=torch.float64), both=False, offset=11, **options)
+
+
+@pytest.mark.parametrize("elements", [12, 40, 1000])
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("positive", POSITIVES)
+def test_ties_go_to_the_lowest_column(gap: str, positive: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_reader, "block_elements", elements)
+    same(ties(torch.float64), alpha=3.0, gap=gap, positive=positive)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -175,7 +186,7 @@ def test_nan_comes_out() -> None:
 
 def arguments(objective: str, reduction: str) -> tuple[object, ...]:
     inputs = features(5, 7, 4, offset=1)
-    spec = module.RowLoss(objective=objective, alpha=2.0, offset=1, both=False, reduction=reduction)
+    spec = RowLoss(objective=objective, alpha=2.0, offset=1, both=False, reduction=reduction)
     floats = (inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale"))
     queries, keys, scale = floats
     return queries, keys, inputs["pids"], inputs["image_ids"], scale, 1.0, "torch", *spec
@@ -185,11 +196,11 @@ def arguments(objective: str, reduction: str) -> tuple[object, ...]:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_opcheck(objective: str, reduction: str) -> None:
     inputs = arguments(objective, reduction)
-    torch.library.opcheck(module.similarity_distribution_op, inputs)
+    torch.library.opcheck(similarity_distribution_op, inputs)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-    loss, *saved = module.similarity_distribution_op(*detached)
+    loss, *saved = similarity_distribution_op(*detached)
     backward = (torch.ones_like(loss), *saved, *detached[:6], True, *detached[6:])
-    torch.library.opcheck(module.similarity_distribution_backward_op, backward)
+    torch.library.opcheck(similarity_distribution_backward_op, backward)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -5,18 +5,20 @@
     cross_entropy   -sum_j t_ij log p_ij;   with ids that are all different InfoNCE, lse_i - z_ii           (ITC)
 
 A row needs a handful of numbers that one pass over its logits finds, and the gradient in the logits is a formula in
-those numbers; so the [R, C] matrix is only ever there in tiles, and the backward recomputes the tiles.
+those numbers; so the [R, C] matrix is only ever there in blocks or tiles, and the backward recomputes them. Blocks of
+rows are in `_row_blocks.py`; on a GPU, kernels take small batches and half precision in one piece.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _row_blocks
 from ._backend import select_backend
 from ._checks import check_float, check_ids, check_option, check_positive, check_same
 from ._operator import operator
-from ._precision import ZERO_NORM, accumulation_dtype, full_precision, unit_rows
+from ._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = ["RowLoss", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
 
@@ -233,12 +235,12 @@ _ROW_LOSS = (
 def similarity_distribution_op(  # type: ignore[no-untyped-def]
     queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
 ):
-    if backend == "triton":
-        from fmfa_losses.kernels import similarity_distribution as kernels
-
-        return kernels.forward(queries, keys, pids, image_ids, logit_scale, scale, RowLoss(*row_loss))
+    spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
+    if tiles is not None:
+        return tiles.forward(queries, keys, pids, image_ids, logit_scale, scale, spec)
     with full_precision(queries):
-        return _forward_torch(queries, keys, pids, image_ids, logit_scale, scale, RowLoss(*row_loss))
+        scale = scale if logit_scale is None else logit_scale.to(accumulation_dtype(queries, keys))
+        return _row_blocks.forward(queries, keys, pids, image_ids, scale, spec, reader)
 
 
 @operator(
@@ -250,13 +252,22 @@ def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
     dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale, scale_gradient,
     backend, *row_loss
 ):  # fmt: skip
-    arguments = (dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale)
-    if backend == "triton":
-        from fmfa_losses.kernels import similarity_distribution as kernels
-
-        return kernels.backward(*arguments, scale_gradient, RowLoss(*row_loss))
+    spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
+    arguments = (dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids)
+    if tiles is not None:
+        return tiles.backward(*arguments, logit_scale, scale, scale_gradient, spec)
     with full_precision(queries):
-        return _backward_torch(*arguments, scale_gradient, RowLoss(*row_loss))
+        scale = scale if logit_scale is None else logit_scale.to(norms.dtype)
+        return _row_blocks.backward(*arguments, scale, scale_gradient, spec, reader)
+
+
+def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, Any]:
+    """Kernels that do all of it in tiles, or None; and who reads blocks of rows."""
+    if backend == "torch":
+        return None, _row_blocks.torch_reader
+    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
+
+    return similarity_distribution if similarity_distribution.takes(queries, keys) else None, distribution_blocks
 
 
 @torch.library.register_fake(similarity_distribution_op)
@@ -300,208 +311,3 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(similarity_distribution_op, _backward, setup_context=_setup_context)
-
-
-# The torch path: blocks of rows against all columns; the backward visits each block once for both sides.
-
-# A block of logits holds this many numbers; about six temporaries of its size are alive at once.
-BLOCK_ELEMENTS = 2**22
-
-
-def _row_blocks(R: int, C: int) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // C)
-    return [slice(i, min(i + step, R)) for i in range(0, R, step)]
-
-
-class _Labels(NamedTuple):
-    """Labels of one block, [rows, C] each; `total`, what their y is divided by, is [rows, 1] or [C]."""
-
-    same: Tensor
-    same_image: Tensor | None
-    factor: float
-    eps: float
-
-    def pick(self, both: Tensor, pid: Tensor, image: Tensor, neither: Tensor) -> Tensor:
-        """One of four values an entry, by what its row and column share."""
-        if self.same_image is None:
-            return torch.where(self.same, both, neither)
-        return torch.where(
-            self.same, torch.where(self.same_image, both, pid), torch.where(self.same_image, image, neither)
-        )
-
-    def target(self, total: Tensor) -> Tensor:
-        return self.pick(1 / total, self.factor / total, (1 - self.factor) / total, total.new_zeros(()))
-
-    def log_target(self, total: Tensor) -> Tensor:
-        """log(target + eps): logarithms of vectors, never of the matrix."""
-        values = (1 / total, self.factor / total, (1 - self.factor) / total, total.new_zeros(()))
-        return self.pick(*((value + self.eps).log() for value in values))
-
-
-def _block_labels(pids: Tensor, image_ids: Tensor | None, rows: slice, spec: RowLoss) -> _Labels:
-    samples = slice(rows.start + spec.offset, rows.stop + spec.offset)
-    same_image = None if image_ids is None else image_ids[samples, None] == image_ids
-    return _Labels(pids[samples, None] == pids, same_image, spec.image_id_factor, spec.eps)
-
-
-def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: RowLoss, dtype: torch.dtype) -> Tensor:
-    """sum_k y_ik of the queries, or of the keys where the target is divided by columns."""
-    samples = slice(spec.offset, spec.offset + R) if spec.target == "row" else slice(None)
-
-    def count(ids: Tensor) -> Tensor:
-        """How often the sample's id occurs among all."""
-        ordered, wanted = ids.sort().values, ids[samples].contiguous()
-        return (torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)).to(dtype)
-
-    if image_ids is None:
-        return count(pids)
-    return spec.image_id_factor * count(pids) + (1 - spec.image_id_factor) * count(image_ids)
-
-
-def _divisor(norm: Tensor) -> Tensor:
-    return torch.where(norm <= ZERO_NORM, torch.ones_like(norm), norm).unsqueeze(1)
-
-
-def _forward_torch(
-    queries: Tensor,
-    keys: Tensor,
-    pids: Tensor,
-    image_ids: Tensor | None,
-    logit_scale: Tensor | None,
-    scale: float,
-    spec: RowLoss,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    R, C, S, dtype = queries.shape[0], keys.shape[0], spec.sides, accumulation_dtype(queries, keys)
-    s = scale if logit_scale is None else logit_scale.to(dtype)
-    norms = torch.cat([torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in (queries, keys)])
-    label_sum = _label_sum(pids, image_ids, R, spec, dtype)
-    q, k = queries / _divisor(norms[:R]), keys / _divisor(norms[R:])
-    loss = norms.new_empty(S, R)
-    statistics = norms.new_empty(S, 4 if spec.weighted else 3, R)
-    places = torch.empty((S, 2, R) if spec.weighted else (0,), dtype=torch.int32, device=pids.device)
-    for side, (x, y) in enumerate([(q, k), (k, q)][:S]):
-        for rows in _row_blocks(R, C):
-            z = (x[rows] @ y.T).mul_(s)
-            labels = _block_labels(pids, image_ids, rows, spec)
-            total = label_sum[rows, None] if spec.target == "row" else label_sum
-            top, top_place = z.max(dim=1)
-            # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
-            below = z.sub_(top[:, None])
-            p = below.exp()
-            log_sum = p.sum(dim=1).log_()
-            statistics[side, 0, rows], statistics[side, 1, rows] = top, log_sum
-            if spec.objective == "cross_entropy":
-                target = labels.target(total)
-                statistics[side, 2, rows] = target.sum(dim=1)
-                loss[side, rows] = target.mul_(log_sum[:, None] - below).sum(dim=1)
-                continue
-            if spec.weighted:
-                place = _positive_place(below, labels.same, rows, spec)
-                behind = below.gather(1, place[:, None]).squeeze(1)
-                gap = (-log_sum).exp() - (behind - log_sum).exp() if spec.gap == "probability" else -behind / s
-                statistics[side, 3, rows] = gap
-                places[side, 0, rows], places[side, 1, rows] = top_place, place
-            p.mul_((-log_sum).exp_()[:, None])
-            divergence = below.sub_(log_sum[:, None]).sub_(labels.log_target(total)).mul_(p).sum(dim=1)
-            statistics[side, 2, rows] = divergence
-            loss[side, rows] = divergence * (1 + spec.alpha * gap) if spec.weighted else divergence
-    per_sample = loss.sum(dim=0)
-    if spec.reduction != "none":
-        per_sample = getattr(per_sample, spec.reduction)()
-    return per_sample, statistics, places, norms, label_sum
-
-
-def _positive_place(z: Tensor, same: Tensor, rows: slice, spec: RowLoss) -> Tensor:
-    if spec.positive == "paired":
-        return torch.arange(rows.start, rows.stop, device=z.device) + spec.offset
-    if spec.positive == "first":
-        return same.to(torch.uint8).argmax(dim=1)
-    return z.masked_fill(~same, -torch.inf).argmax(dim=1)
-
-
-def _backward_torch(
-    dloss: Tensor,
-    statistics: Tensor,
-    places: Tensor,
-    norms: Tensor,
-    label_sum: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    pids: Tensor,
-    image_ids: Tensor | None,
-    logit_scale: Tensor | None,
-    scale: float,
-    scale_gradient: bool,
-    spec: RowLoss,
-) -> tuple[Tensor, Tensor, Tensor]:
-    R, C = queries.shape[0], keys.shape[0]
-    s = scale if logit_scale is None else logit_scale.to(norms.dtype)
-    q_norm, k_norm = _divisor(norms[:R]), _divisor(norms[R:])
-    q, k = queries / q_norm, keys / k_norm
-    g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
-    dq, dk = torch.empty_like(q), torch.zeros_like(k)
-    for rows in _row_blocks(R, C):
-        z = (q[rows] @ k.T).mul_(s)
-        labels = _block_labels(pids, image_ids, rows, spec)
-        # Totals that divide the labels of the block's rows, and those of its columns as rows of the other side.
-        totals = (label_sum[rows, None], label_sum) if spec.target == "row" else (label_sum, label_sum[rows, None])
-        own, own_places = statistics[0, :, rows, None], places[0, :, rows, None] if spec.weighted else places
-        dz = _dlogits(z, labels, totals[0], own, own_places, g[rows, None], s, spec, 1, 0)
-        if spec.both:
-            other, other_places = statistics[1, :, None], places[1, :, None] if spec.weighted else places
-            dz += _dlogits(z, labels, totals[1], other, other_places, g, s, spec, 0, rows.start)
-        dq[rows] = dz @ k
-        dk.addmm_(dz.T, q[rows])
-    dq, dk = dq.mul_(s), dk.mul_(s)
-
-    # Along a unit vector its gradient is sum_j z_ij dz_ij: what normalising takes out is what the scale receives.
-    dq_along, dk_along = (q * dq).sum(dim=1, keepdim=True), (k * dk).sum(dim=1, keepdim=True)
-    dscale = norms.new_empty(0)
-    if scale_gradient:
-        dscale = dq_along.sum()
-        if spec.weighted and spec.gap == "cosine" and not spec.detach_weight:  # a cosine gap does not see the scale
-            dscale -= spec.alpha * (g * statistics[:, 2] * statistics[:, 3]).sum()
-        dscale /= s
-    for unit, along, norm, dx in ((q, dq_along, norms[:R], dq), (k, dk_along, norms[R:], dk)):
-        dx.sub_(unit * along * (norm > ZERO_NORM).unsqueeze(1)).div_(_divisor(norm))
-    return dq.to(queries.dtype), dk.to(keys.dtype), dscale
-
-
-def _dlogits(
-    z: Tensor,
-    labels: _Labels,
-    total: Tensor,
-    statistics: Tensor,
-    places: Tensor,
-    g: Tensor,
-    s: float | Tensor,
-    spec: RowLoss,
-    dim: int,
-    start: int,
-) -> Tensor:
-    """Gradient in a block of logits of what its rows pay (dim = 1), or its columns (dim = 0, from row `start` on).
-
-    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
-    g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
-    g (mass p - t)                                                                  cross-entropy
-    """
-    top, log_sum, third, *gap = statistics.unbind()
-    excess = (z - top).sub_(log_sum)
-    p = excess.exp()
-    if spec.objective == "cross_entropy":
-        return p.mul_(third).sub_(labels.target(total)).mul_(g)
-    excess.sub_(labels.log_target(total)).sub_(third)
-    if not spec.weighted:
-        return excess.mul_(p).mul_(g)
-    push = spec.alpha * g * third * (not spec.detach_weight)
-    excess.mul_(g * (1 + spec.alpha * gap[0]))
-    if spec.gap == "cosine":
-        excess.mul_(p)
-        push = push / s
-    else:
-        excess.sub_(push * gap[0])
-    for place, sign in zip(places.unbind(), (1, -1), strict=True):
-        index = place.to(torch.int64) - start
-        here = (index >= 0) & (index < z.shape[dim])
-        excess.scatter_add_(dim, index.clamp(0, z.shape[dim] - 1), torch.where(here, sign * push, 0))
-    return excess if spec.gap == "cosine" else excess.mul_(p)

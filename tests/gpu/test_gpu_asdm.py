@@ -21,6 +21,8 @@ VARIANTS = [
 CASES = [(shape, {}, precision) for shape in SHAPES for precision in ("fp32", "bf16")]
 CASES += [((193, 512), {}, precision) for precision in ("tf32", "fp16")]
 CASES += [((129, 507), options, precision) for options in VARIANTS for precision in ("fp32", "bf16")]
+# More than fit into the kernels for small batches: tiles in half precision, blocks of rows in float32.
+CASES += [((1500, 64), options, precision) for options in ({}, *VARIANTS) for precision in ("fp32", "bf16")]
 
 
 def draw(B, D, dtype=torch.float32, ids=None):
@@ -73,8 +75,9 @@ def test_learnable_scale():
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_deterministic_to_the_bit(precision):
-    image, text, pids = draw(1000, 512, DTYPES[precision])
+@pytest.mark.parametrize("B", [1000, 5000])
+def test_deterministic_to_the_bit(B, precision):
+    image, text, pids = draw(B, 512, DTYPES[precision])
     with matmul_precision(precision):
         runs = [value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="triton"), [image, text]) for _ in range(3)]
     for run in runs[1:]:
@@ -93,9 +96,10 @@ def test_compiled_equals_eager(dynamic):
         assert all(error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
 
 
-def test_captured_graph_replays():
+@pytest.mark.parametrize("B", [128, 1500])
+def test_captured_graph_replays(B):
     loss = ASDMLoss(backend="triton")
-    image, text, pids = draw(128, 64)
+    image, text, pids = draw(B, 64)
     image.requires_grad_()
     text.requires_grad_()
 
@@ -118,9 +122,10 @@ def test_captured_graph_replays():
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-def test_host_never_waits():
+@pytest.mark.parametrize("B", [128, 1500])
+def test_host_never_waits(B):
     loss = ASDMLoss(backend="triton")
-    image, text, pids = draw(128, 64)
+    image, text, pids = draw(B, 64)
     image.requires_grad_()
     loss(image, text, pids, logit_scale=torch.tensor(50.0)).backward()  # compiled; the scale stays on the CPU
     torch.cuda.set_sync_debug_mode("error")

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from distribution_cases import GOLDEN, assert_within_budget, features, value_and_gradients
+from distribution_cases import GOLDEN, assert_within_budget, features, ties, value_and_gradients
+from fmfa_losses.kernels import distribution_blocks
 from fmfa_losses.kernels import similarity_distribution as kernels
 from golden import golden
 from torch import Tensor
@@ -22,11 +23,14 @@ from fmfa_losses.ops.similarity_distribution import (
 )
 
 
-@pytest.fixture
-def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiles that large batches of half precision get, at sizes that the interpreter can bear."""
+@pytest.fixture(params=["tiles", "blocks"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of large batches at sizes that the interpreter can bear: half precision's tiles, float32's blocks."""
     monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
+    if request.param == "tiles":
+        monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
+    monkeypatch.setattr(distribution_blocks, "block_elements", 1100)
+    return request.param
 
 
 def check(inputs: dict[str, Tensor], **options: object) -> None:
@@ -46,14 +50,14 @@ def test_small(shape: tuple[int, int]) -> None:
     check(features(B, B, D, images=False), alpha=10.0)
 
 
-@pytest.mark.usefixtures("large_blocks")
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("shape", [(77, 507), (129, 64), (193, 16)])
 def test_large(shape: tuple[int, int]) -> None:
     B, D = shape
     check(features(B, B, D, images=False), alpha=10.0)
 
 
-@pytest.mark.usefixtures("large_blocks")
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("positive", POSITIVES)
 @pytest.mark.parametrize("detach_weight", [False, True])
@@ -63,7 +67,14 @@ def test_weights(gap: str, positive: str, detach_weight: bool) -> None:
     check(features(17, 70, 16, offset=41), both=False, offset=41, **options)
 
 
-@pytest.mark.usefixtures("large_blocks")
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("positive", ["paired", "any"])
+def test_ties_go_to_the_lowest_column(positive: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distribution_blocks, "block_elements", 40)
+    check(ties(torch.float32), alpha=3.0, positive=positive)
+
+
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_labels(objective: str, target: str) -> None:
@@ -76,6 +87,7 @@ def test_labels(objective: str, target: str) -> None:
 @pytest.mark.parametrize("size", [kernels.SMALL, 0])
 def test_dtypes(dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SMALL", size)
+    monkeypatch.setattr(distribution_blocks, "block_elements", 400)
     check(features(40, 40, 64, dtype=dtype, images=False), alpha=10.0)
 
 
@@ -107,7 +119,7 @@ def test_golden(case: str) -> None:
 
 
 def degenerate(case: str) -> dict[str, Tensor]:
-    inputs = features(9, 9, 16, images=False)
+    inputs = features(33, 33, 32, images=False)
     if case == "zero vectors":
         inputs["queries"][2:4], inputs["keys"][3] = 0, 0
     elif case == "one identity":
@@ -121,9 +133,10 @@ def degenerate(case: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", ["zero vectors", "one identity", "temperature 0.01", "large float16"])
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("options", [{"alpha": 10.0}, {"alpha": 1.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
 def test_degenerate_inputs(case: str, options: dict[str, object]) -> None:
-    """Finite, and the gradient of a zero vector is that of the identity."""
+    """Finite, and the gradient of a zero vector is that of the identity. Enough rows to average rounding errors."""
     check(degenerate(case), **options)
 
 
@@ -137,6 +150,7 @@ def test_nan_comes_out() -> None:
     assert got["dkeys"].isnan().all()
 
 
+@pytest.mark.usefixtures("large")
 def test_reruns_are_bitwise_equal() -> None:
     inputs = features(40, 40, 16)
     first, second = (
