@@ -4,7 +4,7 @@
 
 The launchers run on meta tensors and their launches are recorded (`_launch.recording`): what is compiled here is what
 runs there, with the same arguments, compile-time sizes and block table. A launch fails when it does not compile,
-when a block asks for more shared memory than the chip has, when registers spill to memory, or when a hard-similarity
+when a block asks for more shared memory or registers than the chip has, when registers spill to memory, or when a hard-similarity
 match for sm_90 does not use Hopper's matrix instruction.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+REGISTERS = 65536  # of an NVIDIA multiprocessor, for one block at most; the compiler does not check
 KINDS = ("float32", "tf32", "float16", "bfloat16")
 
 
@@ -36,6 +37,7 @@ class Report:
     shared: int = 0
     limit: int = 0
     registers: int = 0
+    threads: int = 0
     spills: int = 0  # bytes of stack (NVIDIA), spilled registers (AMD)
     wgmma: bool = False
     error: str = ""
@@ -46,6 +48,8 @@ class Report:
         failures = [self.error] if self.error else []
         if self.shared > self.limit:
             failures.append(f"{self.shared} bytes of shared memory, the chip has {self.limit}")
+        if self.chip.startswith("sm_") and self.registers * self.threads > REGISTERS:
+            failures.append(f"{self.registers} registers for each of {self.threads} threads, a block has {REGISTERS}")
         if self.spills:
             failures.append(f"{self.spills} spilled")
         if self.chip == "sm_90" and self.kernel == "_match_kernel" and self.kind != "float32" and not self.wgmma:
@@ -87,8 +91,8 @@ def record(chip: str, kind: str) -> list[Any]:
                 aggregation.forward(image, text, mask, threshold)
                 if masked:
                     aggregation.backward(djoint, image, text, mask, threshold, row, row)
-            # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One pair
-            # of one number, on one chip: an argument of 1 is a constant to the compiler.
+            # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One
+            # pair of one number, on one chip: an argument of 1 is a constant to the compiler.
             paper = RowLoss(alpha=10.0)
             full = RowLoss(alpha=0.1, gap="cosine", positive="any", target="column", both=False, offset=16)
             cases = [(128, 128, 512, paper), (2048, 2048, 512, paper), (2048, 4096, 512, full)]
@@ -169,6 +173,7 @@ def compile_launch(chip: str, kind: str, launch: Any) -> Report:
         shared=kernel.metadata.shared,
         limit=SHARED_MEMORY[chip],
         registers=registers,
+        threads=launch.options["num_warps"] * target.warp_size,
         spills=spills,
         wgmma="wgmma.mma_async" in kernel.asm.get("ptx", ""),
         seconds=sum(os.times()[:4]) - sum(before[:4]),

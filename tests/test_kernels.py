@@ -51,3 +51,5 @@ def test_the_compile_gate_refuses_what_does_not_fit(monkeypatch):
     assert ["shared memory" in failure for failure in too_big.failures].count(True) == 1
     spills = compile_check.compile_launch("sm_86", "float16", match(128, 256, 32, 4, 2))
     assert any("spilled" in failure for failure in spills.failures)
+    threads = compile_check.Report("sm_90", "float16", "_match_kernel", "", registers=218, threads=512, wgmma=True)
+    assert ["218 registers for each of 512 threads" in failure for failure in threads.failures] == [True]
