@@ -4,8 +4,8 @@
 
 The launchers run on meta tensors and their launches are recorded (`_launch.recording`): what is compiled here is what
 runs there, with the same arguments, compile-time sizes and block table. A launch fails when it does not compile,
-when a block asks for more shared memory or registers than the chip has, when registers spill to memory, or when a hard-similarity
-match for sm_90 does not use Hopper's matrix instruction.
+when a block asks for more shared memory or registers than the chip has, when registers spill to memory, or when a
+hard-similarity match for sm_90 does not use Hopper's matrix instruction.
 """
 
 import argparse

@@ -42,6 +42,7 @@ FULL = [
     (Case("asdm", 1024), (REFERENCE, TORCH)),
     (Case("asdm", 4096), (REFERENCE, TORCH)),
     (Case("asdm", 16384), (TORCH,)),
+    (Case("asdm", 32768), (TORCH,)),
     (Case("irr", 16, N=193), (REFERENCE, TORCH)),
     (Case("id", 64, V=PEOPLE), (REFERENCE, TORCH)),
     (Case("mask_tokens", 64), (REFERENCE, TORCH)),

@@ -57,6 +57,7 @@ def micro_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             3,
         ),
         below("A-SDM, B 16384: a process under 1.5 GB", find(rows, Case("asdm", 16384), TORCH), 1.5),
+        below("A-SDM, B 32768: a process under 2 GB", find(rows, Case("asdm", 32768), TORCH), 2),
     ]
 
 
