@@ -7,7 +7,8 @@ exchange below adds up what all ranks have to say about a rank's own samples, so
 of d(sum_r L_r); DistributedDataParallel takes the mean over ranks, and that is the gradient of (1/B) sum_i l_i. Neither
 unequal b_r nor the size of the world leave a factor behind. The global order is rank order.
 
-What a loss needs of its peers are three linear maps, each with its transpose as backward:
+A loss that compares a sample with its own label alone is the rank's own mean times its share W b_r / B: `shares`.
+What other losses need of their peers are three linear maps, each with its transpose as backward:
 
     gather     own rows -> all rows                   backward: every rank sends each owner its gradient, the owner adds
     transpose  own rows of S -> own columns of S      its own backward: transposing back
@@ -29,7 +30,7 @@ from .ops._checks import check_option
 from .ops._operator import operator
 from .ops._precision import accumulation_dtype
 
-__all__ = ["GATHER", "Peers", "meet"]
+__all__ = ["GATHER", "Peers", "meet", "shares"]
 
 GATHER = (False, True, "ring")
 DTYPES = (
@@ -284,6 +285,27 @@ def meet(
             return Peers(sizes, rank, group, gather == "ring")
         _agreed.add(key)
     return Peers((first.shape[0],) * world, rank, group, gather == "ring")
+
+
+def shares(counts: Tensor, gather: bool | str, process_group: Any) -> Tensor:
+    """W n_r / sum over ranks of n_r for each of this rank's counts n_r [K]: what its own mean is to be multiplied by.
+
+    The mean over ranks is then the mean over everything that was counted, and 0 where nothing was. Counts are integers,
+    so their sum is exact; the host does not wait for it, but for the agreement of the first call.
+
+    Args:
+        counts: [K] integers, of the same things on all ranks.
+        gather: True or "ring", as the rest of the loss has it.
+        process_group: as `meet` takes it.
+    Returns:
+        [K], float64.
+    Raises:
+        RuntimeError, ValueError: as `meet` does.
+    """
+    own = counts.unsqueeze(0)
+    peers = meet(gather, process_group, {"counts": own}, equal_batches=True)  # a row of counts a rank
+    total = peers.gather(own).sum(dim=0)
+    return len(peers.sizes) * counts.double() / total.clamp(min=1)
 
 
 class _Layout(NamedTuple):

@@ -193,6 +193,11 @@ class IRRHead(nn.Module):
             rows = (labels.flatten() != self.ignore_index).nonzero().squeeze(1).to(device, non_blocking=True)
         return rows, targets.index_select(0, rows), overflow
 
+    def _count_masked(self, labels: Tensor, text_mask: Tensor | None, device: torch.device) -> Tensor:
+        """Number of the labels that the loss is a mean over, a scalar on the device; the host does not wait."""
+        masked = labels.to(device, non_blocking=True) != self.ignore_index
+        return (masked if text_mask is None else masked & text_mask).sum()
+
     def _encode(self, image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None, rows: Tensor) -> Tensor:
         """States [M, D] of the text tokens `rows`, after they have looked at the image and at each other."""
         dtype = self.cross_attn.in_proj_weight.dtype

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .asdm import ASDMLoss
+from .distributed import GATHER, shares
 from .efa import EFALoss
 from .identity import IDHead
 from .irr import IRRHead
@@ -25,7 +26,10 @@ DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 class FMFAOutput(NamedTuple):
-    """loss: weighted sum, a scalar. terms: each term before its weight. metrics: accuracies in [0, 1], detached."""
+    """loss: weighted sum, a scalar. terms: each term before its weight. metrics: accuracies in [0, 1], detached.
+
+    With gather each of them is the rank's share: the mean over ranks is the value of the whole batch.
+    """
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -44,11 +48,12 @@ class FMFALoss(nn.Module):
         weights: by term name ("id", "irr", "efa", "asdm"); what is not named weighs 1, and a term of weight 0 is not
             computed. The paper reports that an EFA weight of 5 or more collapses training.
         asdm, efa, irr: keyword arguments of ASDMLoss, EFALoss and IRRHead, or (asdm, efa) the modules themselves.
-        gather, process_group, equal_batches: of both parameter-free terms, as ASDMLoss takes them.
-            The ID and IRR terms compare a sample with nothing but its own labels, so they need no gathering: with
-            DistributedDataParallel each is the mean over ranks of the rank's own mean. That is the mean over all
-            samples (ID) where the ranks have equal batches, and over all masked words (IRR) where they have equally
-            many; otherwise a rank with fewer of them gives each more weight.
+        gather, process_group, equal_batches: of both parameter-free terms, as ASDMLoss takes them. With True or "ring"
+            the mean over ranks of the loss, and of every term and metric, is that of one process on the concatenated
+            batch. The ID and IRR terms compare a sample with nothing but its own labels: their features stay, and the
+            rank's own means are weighted by its share of all pairs (ID) and of all masked words (IRR), so that two
+            counts are what travels. gather and process_group decide over ID and IRR also where asdm or efa have their
+            own. With False every term is the rank's own mean.
         backend: of both parameter-free terms, whose own arguments, in asdm and efa, come first here and above.
 
     Inputs:
@@ -67,6 +72,7 @@ class FMFALoss(nn.Module):
 
     Raises:
         TypeError, ValueError: as the terms do; an unknown weight, or only one of the two masked arguments.
+        RuntimeError: gather without torch.distributed, or a process that died or did not arrive in time.
 
     Example:
         >>> objective = FMFALoss.for_dataset("RSTPReid", 64, 10, vocab_size=100, irr={"depth": 1})
@@ -96,6 +102,8 @@ class FMFALoss(nn.Module):
         super().__init__()
         for name in weights or {}:
             check_option("weights", name, TERMS)
+        check_option("gather", gather, GATHER)
+        self.gather, self.process_group = gather, process_group
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in TERMS}
         both: dict[str, Any] = {
             "gather": gather,
@@ -149,12 +157,25 @@ class FMFALoss(nn.Module):
             irr = self.irr(tokens, masked_text_tokens, masked_labels, text_mask=text_mask)
             terms["irr"] = irr.loss
             metrics["mlm_accuracy"] = irr.accuracy
+        if self.gather and (self.weights["id"] or self.weights["irr"]):
+            pairs, words = self._shares(image_features, masked_labels, text_mask)
+            share = {"irr": words, "mlm_accuracy": words}
+            terms, metrics = (
+                {name: value * share.get(name, pairs).to(value.dtype) for name, value in values.items()}
+                for values in (terms, metrics)
+            )
         if self.weights["efa"]:
             terms["efa"] = self.efa(image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, pids=pids)
         if self.weights["asdm"]:
             terms["asdm"] = self.asdm(image_features, text_features, pids, image_ids=image_ids, logit_scale=logit_scale)
         loss = sum((self.weights[name] * term for name, term in terms.items()), image_features.new_zeros(()))
         return FMFAOutput(loss, terms, metrics)
+
+    def _shares(self, features: Tensor, labels: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """By what the means of this rank are multiplied: [2], of its pairs and of its masked words."""
+        pairs = torch.full((), len(features), device=features.device)
+        words = torch.zeros_like(pairs) if labels is None else self.irr._count_masked(labels, text_mask, pairs.device)
+        return shares(torch.stack([pairs, words]), self.gather, self.process_group)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())

@@ -5,20 +5,35 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from benchmarks.retrieval.__main__ import main
 from benchmarks.retrieval.captions import caption
-from benchmarks.retrieval.datasets import LAYOUTS, IdentitySampler, Pairs, read_dataset, rendered_splits
-from benchmarks.retrieval.model import TwoStream
+from benchmarks.retrieval.datasets import (
+    LAYOUTS,
+    Batches,
+    IdentitySampler,
+    Pairs,
+    RandomSampler,
+    read_dataset,
+    rendered_splits,
+)
+from benchmarks.retrieval.model import Neck, TwoStream
 from benchmarks.retrieval.pedestrians import HEIGHT, WIDTH, make_identities, render
 from benchmarks.retrieval.tokenizer import WordTokenizer
-from benchmarks.retrieval.train import Beginner, Recipe, Trainee, Trainer, parameter_groups
+from benchmarks.retrieval.train import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
 from fmfa_losses import FMFALoss
 
 ROOT = Path(__file__).parents[1]
@@ -107,14 +122,40 @@ def test_augmentation_follows_from_seed_epoch_and_index() -> None:
     assert torch.equal(plain.images()[0], plain[0]["pixels"])
 
 
-def test_identity_batches_hold_groups_and_ranks_share_them() -> None:
+def test_identity_batches_hold_groups() -> None:
     pids = torch.arange(10).repeat_interleave(9)
-    shares = [list(IdentitySampler(pids, per_identity=4, seed=1, rank=rank, world_size=2)) for rank in range(2)]
-    assert len(shares[0]) == len(shares[1]) == 40
-    assert not set(shares[0]) & set(shares[1])
-    assert (
-        pids[torch.tensor(shares[0])].view(-1, 4).amax(1) == pids[torch.tensor(shares[0])].view(-1, 4).amin(1)
-    ).all()
+    sampler = IdentitySampler(pids, per_identity=4, seed=1)
+    drawn = list(sampler)
+    assert len(drawn) == len(set(drawn)) == len(sampler) == 80
+    groups = pids[torch.tensor(drawn)].view(-1, 4)
+    assert (groups.amax(1) == groups.amin(1)).all()
+    sampler.epoch = 1
+    assert list(sampler) != drawn
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler(23, seed=3), IdentitySampler(torch.arange(23) // 5, seed=3)])
+@pytest.mark.parametrize(("world", "size"), [(2, 4), (3, 2), (4, 1), (2, 16), (3, 16)])
+def test_processes_read_slices_of_the_batches_of_one(
+    sampler: RandomSampler | IdentitySampler, world: int, size: int
+) -> None:
+    whole = Batches(sampler, world * size)
+    shares = [Batches(sampler, size, rank=rank, world_size=world) for rank in range(world)]
+    for epoch in range(2):
+        for batches in (whole, *shares):
+            batches.set_epoch(epoch)
+        assert len(list(whole)) == len(whole) == len(shares[0]) > 0
+        together = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
+        assert together == list(whole)
+        if world * size <= len(sampler):
+            assert all(len(batch) == size for batches in shares for batch in batches)
+        else:  # all pairs are one batch, and processes get one pair more or less
+            assert sorted(together[0]) == sorted(sampler)
+            assert {len(batch) for batches in shares for batch in batches} <= {
+                len(sampler) // world,
+                len(sampler) // world + 1,
+            }
+    with pytest.raises(ValueError, match="got 2 pairs for 3 processes"):
+        Batches(RandomSampler(2), size, rank=1, world_size=3)
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -229,19 +270,30 @@ def test_clip_weights_from_a_folder(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def small_trainer(file: Path | None, *, beginner: bool = False) -> Trainer:
+def small_trainer(
+    file: Path | None,
+    *,
+    beginner: bool = False,
+    world: World | None = None,
+    gather: bool | str = False,
+    drop: int = 0,
+    **settings: Any,
+) -> Trainer:
+    """On 24 pairs without the last `drop`; `settings` of the recipe."""
     train, _ = rendered_splits(6, 1, images=2, seed=0)
+    kept = len(train.captions) - drop
+    train = replace(train, captions=train.captions[:kept], caption_images=train.caption_images[:kept])
     tokenizer = WordTokenizer(train.captions, context_length=40)
     torch.manual_seed(0)
     model = TwoStream(
         tokenizer.vocab_size, context_length=40, image_size=(48, 16), width=32, heads=2, image_depth=1, text_depth=1
     )
-    objective = FMFALoss(32, 6, vocab_size=tokenizer.vocab_size, irr={"depth": 1, "num_heads": 2})
-    trainee = Beginner(model) if beginner else Trainee(model, objective)
+    objective = FMFALoss(32, 6, vocab_size=tokenizer.vocab_size, irr={"depth": 1, "num_heads": 2}, gather=gather)
+    trainee = Beginner(model, gather=gather) if beginner else Trainee(model, objective)
     pairs = Pairs(train, tokenizer(train.captions), size=(48, 16), seed=0)
-    recipe = Recipe(epochs=4, batch_size=8, lr=1e-3, warmup_epochs=1.0, clip_norm=1.0)
+    recipe = Recipe(**{"epochs": 4, "batch_size": 8, "lr": 1e-3, "warmup_epochs": 1.0, "clip_norm": 1.0, **settings})
     tokens = {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
-    return Trainer(trainee, pairs, recipe, tokens=tokens, checkpoint=file, quiet=True)
+    return Trainer(trainee, pairs, recipe, tokens=tokens, world=world, checkpoint=file, quiet=True)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
@@ -265,6 +317,13 @@ def test_a_resumed_run_keeps_its_recipe(tmp_path: Path) -> None:
     other.recipe = Recipe(epochs=4, batch_size=8, lr=2e-3)
     with pytest.raises(ValueError, match=r"lr was 0\.001 and is 0\.002"):
         other.resume(tmp_path / "state.pt")
+    more = small_trainer(None)  # as many processes as there are must have the same batch together
+    more.recipe, more.world = replace(more.recipe, batch_size=4), World(rank=1, size=2)
+    more.resume(tmp_path / "state.pt")
+    assert more.epoch == 1
+    more.world = World(rank=1, size=4)
+    with pytest.raises(ValueError, match="batch_size of all processes was 8 and is 16"):
+        more.resume(tmp_path / "state.pt")
 
 
 def test_the_contrastive_beginning_learns() -> None:
@@ -294,6 +353,96 @@ def test_the_learning_rate_warms_up_and_falls_on_a_cosine() -> None:
     assert factors[-1] == pytest.approx(0.0, abs=1e-12)
     assert factors[(1 + 4) * steps // 2] == pytest.approx(0.5, abs=0.1)
     assert all(a >= b for a, b in zip(factors[steps:], factors[steps + 1 :], strict=False))
+
+
+# ----------------------------------------------------------------------------------- two processes train as one
+
+GLOO = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no Gloo")
+
+# Batches of all processes of 8 of 24 pairs, and one of all 23, of which the processes have 11 and 12.
+CASES: list[dict[str, Any]] = [
+    {"beginner": True, "gather": True, "batch_size": 8},
+    {"beginner": True, "gather": "ring", "batch_size": 32, "drop": 1},
+    {"gather": True, "batch_size": 8, "sampler": "identity"},
+    {"gather": "ring", "batch_size": 8},
+    {"gather": True, "batch_size": 32, "drop": 1},
+    {"gather": False, "batch_size": 8},
+]
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def histories() -> list[dict[str, list[float]]]:
+    """Every term and accuracy of the first steps of every case, in float64, in as many processes as there are."""
+    found = []
+    alone = not dist.is_initialized()
+    world = World() if alone else World(dist.get_rank(), dist.get_world_size())
+    for case in CASES:
+        settings = {**case, "batch_size": case["batch_size"] // world.size}
+        if alone:
+            settings["gather"] = False
+        with float64():
+            trainer = small_trainer(None, world=world, epochs=2, **settings)
+            trainer.fit()
+        found.append(trainer.history)
+    return found
+
+
+def difference(ours: dict[str, list[float]], theirs: dict[str, list[float]], *, accuracies: bool = False) -> float:
+    """The largest relative one of the terms or the accuracies at any step."""
+    assert ours.keys() == theirs.keys()
+    names = [name for name in ours if name.endswith("accuracy") == accuracies]
+    a, b = (np.array([history[name] for name in names]) for history in (ours, theirs))
+    assert a.shape == b.shape
+    return float((np.abs(a - b) / np.maximum(np.abs(b), 1e-3)).max(initial=0))
+
+
+@GLOO
+def test_two_processes_train_as_one() -> None:
+    """In float64, where the order of the sums, the only difference, is out of sight."""
+    alone = histories()
+    for together in processes.run(2, histories):
+        assert isinstance(together, list), together
+        for case, ours, theirs in zip(CASES, together, alone, strict=True):
+            assert len(ours["loss"]) == (6 if case["batch_size"] == 8 else 2)
+            if not case["gather"]:
+                assert difference(ours, theirs) > 1e-3  # each for itself is another training
+                continue
+            assert difference(ours, theirs) < 1e-9, case
+            assert difference(ours, theirs, accuracies=True) < 1e-6, case  # they are float32
+
+
+def necks() -> list[torch.Tensor]:
+    """Output, gradient and running statistics of a neck for this process's rows, 3 and 6 of 9; all of them alone."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(2, 9, 4, generator=generator, dtype=torch.float64).unbind()
+    if dist.is_initialized():
+        x, weight = (rows[:3] if dist.get_rank() == 0 else rows[3:] for rows in (x, weight))
+    x = (x + 30).requires_grad_()
+    neck = Neck(4).double()
+    y = neck(x)
+    neck(x.detach() * 2)
+    (y * weight).sum().backward()
+    assert neck.eval()(x[:1]).shape == (1, 4)  # evaluation asks nobody
+    return [y.detach(), x.grad, neck.running_mean, neck.running_var, neck.num_batches_tracked]
+
+
+@GLOO
+def test_necks_normalise_over_the_rows_of_all_processes() -> None:
+    reference = torch.nn.BatchNorm1d(4, affine=False).double()
+    assert reference.state_dict().keys() == Neck(4).state_dict().keys()
+    expected, (first, second) = necks(), processes.run(2, necks)
+    assert isinstance(first, list) and isinstance(second, list), (first, second)
+    got = [torch.cat(parts) for parts in zip(first[:2], second[:2], strict=True)]
+    for ours in ([*got, *first[2:]], [*got, *second[2:]]):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------- the whole run
@@ -328,30 +477,18 @@ def test_the_ablation_tells_mean_and_spread_of_every_variant(tmp_path: Path, cap
     assert "±" in written and written.strip() in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no Gloo")
-def test_two_processes_train_together(tmp_path: Path) -> None:
-    """DDP under torchrun on the CPU: each process takes its half, and rank 0 writes."""
+@GLOO
+def test_torchrun_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself, both phases, in float32: the order of sums differs, and every step builds on the last."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [
-        "--identities",
-        "4",
-        "--test-identities",
-        "2",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "2",
-        "--quiet",
-        "--device",
-        "cpu",
-    ]
+    options = ["--identities", "4", "--test-identities", "2", "--epochs", "2", "--quiet", "--device", "cpu"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += ["-m", "benchmarks.retrieval", *options, "--out", str(tmp_path)]
+    command += ["-m", "benchmarks.retrieval", *options, "--batch-size", "8", "--gather", "ring"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        command,
+        [*command, "--out", str(tmp_path / "two")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
@@ -360,6 +497,12 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to") == 1
-    result = json.loads((tmp_path / "metrics.json").read_text())
-    assert result["processes"] == 2
-    assert result["steps"] == 2  # 32 pairs, 2 x 16 at a time, two epochs
+    result = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert result["processes"] == 2 and result["recipe"]["gather"] == "ring"
+    assert result["steps"] == 2  # 16 pairs, 2 x 8 at a time, two epochs
+    monkeypatch.setattr("benchmarks.retrieval.__main__.draw", lambda *_: {})  # drawn by the others
+    main([*options, "--batch-size", "16", "--out", str(tmp_path / "one")])
+    for name, steps in (("beginning.pt", 4), ("checkpoint.pt", 2)):
+        ours, theirs = (torch.load(tmp_path / run / name, weights_only=True)["history"] for run in ("two", "one"))
+        assert len(ours["loss"]) == steps
+        assert difference(ours, theirs) < 1e-4, name

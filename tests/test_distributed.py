@@ -1,8 +1,11 @@
 """The global batch: real processes against one process on the concatenated batch."""
 
+import itertools
+import math
 import os
 import time
 import warnings
+from functools import partial
 
 import processes
 import pytest
@@ -14,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fmfa_losses import distributed
 from fmfa_losses.asdm import ASDMLoss
-from fmfa_losses.distributed import Peers, meet
+from fmfa_losses.distributed import Peers, meet, shares
 from fmfa_losses.efa import EFALoss
-from fmfa_losses.objective import FMFALoss
+from fmfa_losses.objective import FMFALoss, FMFAOutput
 
-N, L, D = 5, 4, 6
+N, L, D, V = 5, 4, 6, 9
 TOLERANCE = 1e-9
 
 EQUAL, UNEQUAL = (3, 3, 3, 3), (2, 5, 1, 4)
@@ -52,15 +55,21 @@ class Towers(nn.Module):
 
 
 def batch(total: int) -> dict[str, Tensor]:
-    """`total` pairs with identities and images that repeat across ranks, and one fully masked text."""
+    """`total` pairs with identities and images that repeat across ranks, and one fully masked text.
+
+    Some of the labels of masked words stand in the padding, and the first two captions have none.
+    """
     generator = torch.Generator().manual_seed(7)
     image, text = (torch.randn(total, T, D, generator=generator, dtype=torch.float64) for T in (N, L))
     image_mask, text_mask = (torch.rand(total, T, generator=generator) < 0.7 for T in (N, L))
     image_mask[:, 0], text_mask[:, 0], text_mask[-1] = True, True, False
     image_ids = torch.arange(total) // 2 % 5
     pids = image_ids // 2
+    labels = torch.randint(1, V, (total, L), generator=generator)
+    labels[torch.rand(total, L, generator=generator) < 0.5] = 0
+    labels[:2] = 0
     tensors = {"image": image, "text": text, "image_mask": image_mask, "text_mask": text_mask}
-    return {**tensors, "image_ids": image_ids, "pids": pids}
+    return {**tensors, "image_ids": image_ids, "pids": pids, "labels": labels}
 
 
 def call(name: str, arguments: dict, towers: nn.Module, data: dict[str, Tensor], **gathering) -> Tensor:
@@ -143,14 +152,14 @@ class Trainee(nn.Module):
         super().__init__()
         self.towers = Towers()
         torch.manual_seed(2)
-        # IRR has its own mean over masked words, and is left out here.
-        self.objective = FMFALoss(D, 4, vocab_size=9, irr={"depth": 1, "num_heads": 1}, **options).double()
-        self.objective.irr.requires_grad_(False)
+        self.objective = FMFALoss(D, 4, vocab_size=V, irr={"depth": 1, "num_heads": 1}, **options).double()
 
-    def forward(self, data: dict[str, Tensor]) -> Tensor:
+    def forward(self, data: dict[str, Tensor]) -> FMFAOutput:
         image, text, scale = self.towers(data["image"], data["text"])
         masks = {key: data[key] for key in ("image_mask", "text_mask")}
-        return self.objective(image.mean(1), text.mean(1), image, text, data["pids"], logit_scale=scale, **masks).loss
+        masked = {"masked_text_tokens": text.flip(1), "masked_labels": data["labels"]}
+        inputs = (image.mean(1), text.mean(1), image, text, data["pids"])
+        return self.objective(*inputs, logit_scale=scale, **masks, **masked)
 
 
 def trained() -> dict[str, float]:
@@ -158,19 +167,76 @@ def trained() -> dict[str, float]:
     alone = Trainee()
     halves = [batch(8), {key: x.flip(0) for key, x in batch(8).items()}]
     for data in halves:
-        alone(data).backward()
-    expected = [p.grad for p in alone.parameters() if p.requires_grad]
+        alone(data).loss.backward()
+    expected = [p.grad for p in alone.parameters()]
 
     errors = {}
     for gather in (True, "ring"):
         trainee = Trainee(gather=gather, equal_batches=gather is True)
         ddp = DistributedDataParallel(trainee)
         with ddp.no_sync():
-            ddp(own(halves[0], (4, 4), dist.get_rank())).backward()
-        ddp(own(halves[1], (4, 4), dist.get_rank())).backward()
-        got = [p.grad for p in trainee.parameters() if p.requires_grad]
+            ddp(own(halves[0], (4, 4), dist.get_rank())).loss.backward()
+        ddp(own(halves[1], (4, 4), dist.get_rank())).loss.backward()
+        got = [p.grad for p in trainee.parameters()]
         errors[f"accumulated under DDP, {gather}"] = error(got, expected)
     return errors
+
+
+def totals() -> dict[str, float]:
+    """Every term, metric and gradient of FMFALoss; ranks differ in pairs and masked words, the first may have none."""
+    errors: dict[str, float] = {}
+    weights = {"id": 0.5, "irr": 3.0}
+    groups = [(ranks, dist.new_group(list(ranks))) for ranks in ((0, 1), (1, 2, 3), (0, 1, 2, 3))]
+    for (ranks, group), all_sizes in itertools.product(groups, (EQUAL, UNEQUAL)):
+        if dist.get_rank() not in ranks:
+            continue
+        sizes = tuple(all_sizes[r] for r in ranks)
+        data, rank = batch(sum(sizes)), dist.get_rank(group)
+        unmasked = {**data, "labels": torch.zeros_like(data["labels"])}
+        for words, inputs in (("some", data), ("no", unmasked)):
+            alone = Trainee(weights=weights)
+            whole = alone(inputs)
+            expected = [*differentiate(whole.loss, alone), *whole.terms.values()]
+            for gather in (True, "ring"):
+                equal = all_sizes == EQUAL
+                trainee = Trainee(weights=weights, gather=gather, process_group=group, equal_batches=equal)
+                out = trainee(own(inputs, sizes, rank))
+                got = mean_over(differentiate(out.loss, trainee) + [x.detach() for x in out.terms.values()], group)
+                case = f"{words} words masked, {gather} on {ranks} with {sizes}"
+                errors[f"loss, terms, gradients; {case}"] = error(got, expected)
+                accuracies = mean_over(list(out.metrics.values()), group)
+                # Accuracies are float32, and 1e-6 is a few of its roundings.
+                errors[f"metrics; {case}"] = error(accuracies, list(whole.metrics.values())) / 1e-6 * TOLERANCE
+    return errors
+
+
+def test_every_term_and_metric_of_the_total_is_that_of_the_whole_batch():
+    results = processes.run(4, totals)
+    for errors in results:
+        assert isinstance(errors, dict), errors
+        wrong = {case: value for case, value in errors.items() if not value <= TOLERANCE}
+        assert not wrong, f"{len(wrong)} of {len(errors)}: {wrong}"
+    assert len({case for errors in results for case in errors}) == 3 * 2 * 2 * 2 * 2
+    counts = [int(x.count_nonzero()) for x in batch(12)["labels"].split(UNEQUAL)]
+    assert counts[0] == 0 and len(set(counts)) > 2  # a rank without masked words, and others that differ
+
+
+def overflowing() -> tuple[float, float]:
+    """The IRR term, and the ID term, where rank 0 alone has more masked words than max_masked allows."""
+    trainee = Trainee(gather=True)
+    irr = trainee.objective.irr
+    irr.max_masked = 4
+    # As with labels on an accelerator, where the host does not know how many are masked.
+    irr.forward = lambda image, text, labels, text_mask: irr._forward(image, text, labels, text_mask, True)
+    data = {key: x.flip(0) for key, x in batch(8).items()}
+    out = trainee(own(data, (6, 2), dist.get_rank()))
+    mean_irr, mean_id = mean_over([out.terms["irr"].detach(), out.terms["id"].detach()], None)
+    return mean_irr.item(), mean_id.item()
+
+
+def test_too_many_masked_words_on_one_rank_are_nan_on_all():
+    for irr, identity in processes.run(2, overflowing):
+        assert math.isnan(irr) and math.isfinite(identity)
 
 
 def reduced() -> dict[str, float]:
@@ -206,7 +272,21 @@ def compiled() -> dict[str, float]:
         got = mean_over(differentiate(step(name, arguments, towers, mine, **options), towers), None)
         expected = differentiate(call(name, arguments, towers, data), towers)
         errors[f"compiled {name}, {gather}, {sizes}"] = error(got, expected)
-    return errors
+    return {**errors, "compiled shares": compiled_shares()}
+
+
+def compiled_shares() -> float:
+    """One graph: what the ranks count is never read by the host."""
+
+    def step(x: Tensor, counts: Tensor) -> Tensor:
+        return x.mean() * shares(counts, True, None)[0]
+
+    x = batch(8)["image"]
+    mine = own({"image": x}, (3, 5), dist.get_rank())["image"]
+    counts = torch.tensor([len(mine), 0])
+    step(mine, counts)  # the first call agrees on the layout
+    value = torch.compile(step, backend="aot_eager", fullgraph=True)(mine, counts)
+    return error(mean_over([value], None), [x.mean()])
 
 
 def in_half() -> dict[str, float]:
@@ -260,7 +340,7 @@ def test_training_reductions_compilation_autocast_and_reruns():
     for errors in processes.run(2, other_cases):
         assert isinstance(errors, dict), errors
         wrong = {case: value for case, value in errors.items() if not value <= TOLERANCE}
-        assert len(errors) == 4 + 2 + 1 + 4 + 2 + 2 and not wrong, wrong
+        assert len(errors) == 4 + 2 + 1 + 4 + 2 + 3 and not wrong, wrong
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -341,7 +421,10 @@ def test_without_processes():
     for gather in (True, "ring"):
         with pytest.raises(RuntimeError, match="start with torchrun"):
             ASDMLoss(gather=gather)(x, x, pids)
-    for build in (ASDMLoss, EFALoss):
+        only_identity = FMFALoss(4, 3, irr={"num_heads": 1}, weights={"asdm": 0, "efa": 0}, gather=gather)
+        with pytest.raises(RuntimeError, match="start with torchrun"):
+            only_identity(x, x, x[:, None], x[:, None], pids)
+    for build in (ASDMLoss, EFALoss, partial(FMFALoss, 4, 3, irr={"num_heads": 1}, asdm=ASDMLoss(), efa=EFALoss())):
         with pytest.raises(ValueError, match="gather must be one of False, True, 'ring', got 'all'"):
             build(gather="all")
 

@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SDM + EFA": {"asdm": {"alpha": 0.0}},
     "A-SDM + EFA (FMFA)": {},
 }
+GATHER: dict[str, bool | str] = {"true": True, "ring": "ring", "no": False}
 RENDERED_SIZE = (96, 32)
 PAPER_SIZE = (384, 128)
 BEGINNING_SHARE = 0.58  # of --minutes
@@ -48,10 +49,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--epochs", type=int, help="default: 5 on rendered pedestrians, 60 on a data set")
-    parser.add_argument("--batch-size", type=int, default=64, help="of one process")
+    parser.add_argument("--batch-size", type=int, default=64, help="of one process: two with 32 train as one with 64")
+    parser.add_argument(
+        "--gather",
+        choices=tuple(GATHER),
+        default="true",
+        help="under torchrun: contrast with the pairs of all processes, with them round a ring, or only with the own",
+    )
     parser.add_argument("--lr", type=float, help="default: 2e-4 on rendered pedestrians, 1e-5 on a data set")
     parser.add_argument("--sampler", choices=("random", "identity"), default="random")
     parser.add_argument("--workers", type=int, help="processes that read images (default: 0 rendered, 4 on a data set)")
+    parser.add_argument("--float64", action="store_true", help="on a CPU: two processes then equal one beyond doubt")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     rendered = parser.add_argument_group("rendered pedestrians (the default)")
@@ -101,6 +109,7 @@ def rendered_task(args: argparse.Namespace, progress: Callable[..., Any]) -> Tas
     recipe = Recipe(
         epochs=args.epochs or 5,
         batch_size=args.batch_size,
+        gather=GATHER[args.gather],
         lr=args.lr or 2e-4,
         warmup_epochs=0.5,
         clip_norm=1.0,
@@ -127,6 +136,7 @@ def dataset_task(args: argparse.Namespace) -> Task:
     recipe = Recipe(
         epochs=args.epochs or 50,
         batch_size=args.batch_size,
+        gather=GATHER[args.gather],
         lr=args.lr or 1e-5,
         sampler=args.sampler,
         workers=4 if args.workers is None else args.workers,
@@ -154,7 +164,8 @@ def begin(args: argparse.Namespace, task: Task, world: World, *, out: Path | Non
     if args.resume and not any(file and file.is_file() for file in (state, begun)):
         raise FileNotFoundError(f"--resume needs a checkpoint, found no {state}; run without --resume first")
     if task.beginning and not (args.resume and state and state.is_file()):
-        trainer = Trainer(Beginner(model), task.train, task.beginning, checkpoint=begun, **common(args, task, world))
+        beginner = Beginner(model, gather=world.gather(task.beginning))
+        trainer = Trainer(beginner, task.train, task.beginning, checkpoint=begun, **common(args, task, world))
         if args.resume and begun and begun.is_file():
             trainer.resume(begun)
         trainer.fit(minutes=minutes(args, BEGINNING_SHARE))
@@ -167,7 +178,7 @@ def run(
     """Trains `model` with one variant of the objectives and evaluates it; writes into `out`, if there is one."""
     start = time.perf_counter()
     torch.manual_seed(task.recipe.seed)
-    trainee = Trainee(model, task.objective(**variant))
+    trainee = Trainee(model, task.objective(gather=world.gather(task.recipe), **variant))
     state = out / "checkpoint.pt" if out else None
     trainer = Trainer(trainee, task.train, task.recipe, checkpoint=state, **common(args, task, world))
     before = None
@@ -288,6 +299,8 @@ def _with_seed(task: Task, seed: int) -> Task:
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     args = arguments(argv)
+    if args.float64:
+        torch.set_default_dtype(torch.float64)
     try:
         world = World.join(args.device)
         if args.dataset:

@@ -22,7 +22,16 @@ from torch.utils.data import Dataset, Sampler
 from .captions import caption
 from .pedestrians import make_identities, render
 
-__all__ = ["LAYOUTS", "IdentitySampler", "Pairs", "Split", "read_dataset", "rendered_splits"]
+__all__ = [
+    "LAYOUTS",
+    "Batches",
+    "IdentitySampler",
+    "Pairs",
+    "RandomSampler",
+    "Split",
+    "read_dataset",
+    "rendered_splits",
+]
 
 # annotation file, key of the image path
 LAYOUTS = {
@@ -149,7 +158,7 @@ def rendered_splits(
 
 
 class Pairs(Dataset[dict[str, Tensor]]):
-    """Training pairs: an augmented image (uint8), its caption's ids, its identity.
+    """Training pairs: an augmented image (uint8), its caption's ids, its identity, its index.
 
     The augmentation of a pair follows from (seed, epoch, index), whichever worker draws it.
 
@@ -184,6 +193,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
             "pixels": _channels_first(pixels),
             "token_ids": self.token_ids[index],
             "pids": self.split.image_pids[image],
+            "index": torch.tensor(index),
         }
 
     def images(self) -> "Images":
@@ -232,24 +242,32 @@ def _augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pixels
 
 
-class IdentitySampler(Sampler[int]):
-    """Batches of `per_identity` captions of each identity, so that every caption meets others of its person.
+class RandomSampler(Sampler[int]):
+    """Every pair once, in an order that follows from (seed, epoch)."""
 
-    Draws by (seed, epoch) and deals the groups to `world_size` ranks in turn, as DistributedSampler does.
+    def __init__(self, count: int, *, seed: int = 0) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
+class IdentitySampler(Sampler[int]):
+    """Runs of `per_identity` captions of each identity, so that every caption meets others of its person.
+
+    Draws by (seed, epoch).
     """
 
-    def __init__(
-        self, pids: Tensor, *, per_identity: int = 4, seed: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.pids, self.per_identity, self.seed = pids, per_identity, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, pids: Tensor, *, per_identity: int = 4, seed: int = 0) -> None:
+        self.pids, self.per_identity, self.seed, self.epoch = pids, per_identity, seed, 0
 
     def __len__(self) -> int:
         counts = torch.bincount(self.pids)
-        return int((counts // self.per_identity).sum()) // self.world_size * self.per_identity
+        return int((counts // self.per_identity).sum()) * self.per_identity
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
@@ -260,6 +278,35 @@ class IdentitySampler(Sampler[int]):
             for group in by_pid.split(torch.bincount(self.pids).tolist())
         ]
         dealt = torch.cat(groups)
-        dealt = dealt[torch.randperm(len(dealt), generator=generator)]
-        share = len(dealt) // self.world_size
-        return iter(dealt[self.rank : share * self.world_size : self.world_size].flatten().tolist())
+        return iter(dealt[torch.randperm(len(dealt), generator=generator)].flatten().tolist())
+
+
+class Batches(Sampler[list[int]]):
+    """Slice `rank` of every batch of all processes.
+
+    W processes with batches of b read, in rank order, the batches of one process with W b. What is left over at the end
+    of an epoch is dropped; fewer pairs than W b are one batch, cut as evenly as they go.
+    """
+
+    def __init__(
+        self, sampler: RandomSampler | IdentitySampler, batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.sampler, self.rank, self.world_size = sampler, rank, world_size
+        self.whole = min(batch_size * world_size, len(sampler))  # the batch of all processes
+        if self.whole < world_size:
+            raise ValueError(
+                f"every process must get a pair of every batch, got {len(sampler)} pairs for {world_size} processes; "
+                "start fewer"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.whole
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        start, stop = (self.whole * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        for first in range(0, len(self) * self.whole, self.whole):
+            yield order[first + start : first + stop]

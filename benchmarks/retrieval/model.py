@@ -9,9 +9,45 @@ What the training loop asks of a model, here and in `clip.py`:
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["TwoStream"]
+from fmfa_losses.distributed import meet
+
+__all__ = ["Neck", "TwoStream"]
+
+
+class Neck(nn.BatchNorm1d):
+    """Batch normalisation without parameters; in training its statistics are those of the rows of all processes.
+
+        n, s, q_r = rows, their sum and sum_i (x_i - s_r / n_r)^2 of each rank r
+        mean = sum_r s_r / N      variance = sum_r [ q_r + n_r (s_r / n_r - mean)^2 ] / N          N = sum_r n_r
+
+    nn.SyncBatchNorm does so on GPUs alone. Squares are taken around means, never as E[x^2] - E[x]^2: fresh weights give
+    rows that differ little beside what they share. One process: nn.BatchNorm1d itself; so are evaluation and state.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, D], where n may differ between processes."""
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            normalized: Tensor = super().forward(x)
+            return normalized
+        rows = x.to(torch.promote_types(x.dtype, torch.float32))
+        own_mean = rows.sum(dim=0) / max(len(rows), 1)
+        own = torch.cat([own_mean, (rows - own_mean).square().sum(dim=0), rows.new_full((1,), len(rows))])[None]
+        peers = meet(True, None, {"statistics": own}, equal_batches=True)  # one row of statistics a rank
+        means, squares, n = peers.gather(own).split([self.num_features, self.num_features, 1], dim=1)  # [W, D or 1]
+        mean = (n * means).sum(dim=0) / n.sum()
+        variance = (squares + n * (means - mean).square()).sum(dim=0) / n.sum()
+        with torch.no_grad():
+            unbiased = variance * (n.sum() / (n.sum() - 1))
+            for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.lerp_(value.to(running.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
+            self.num_batches_tracked += 1  # type: ignore[operator]
+        return ((rows - mean) * (variance + self.eps).rsqrt()).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -78,7 +114,7 @@ class TwoStream(nn.Module):
         self.image_blocks = nn.ModuleList(Block(width, heads) for _ in range(image_depth))
         self.image_norm, self.image_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
         self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
-        self.image_neck, self.patch_neck = (nn.BatchNorm1d(width, affine=False) for _ in range(2))
+        self.image_neck, self.patch_neck = (Neck(width) for _ in range(2))
 
         self.word = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.word.weight, std=0.1)
@@ -86,10 +122,10 @@ class TwoStream(nn.Module):
         self.text_blocks = nn.ModuleList(Block(width, heads) for _ in range(text_depth))
         self.text_norm, self.text_projection = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
         self.word_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
-        self.text_neck, self.word_neck = (nn.BatchNorm1d(width, affine=False) for _ in range(2))
+        self.text_neck, self.word_neck = (Neck(width) for _ in range(2))
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.stem((pixels.float() - 127.5) / 64).flatten(2).transpose(1, 2)
+        x = self.stem((pixels.to(self.cls.dtype) - 127.5) / 64).flatten(2).transpose(1, 2)
         patches = x + self.image_position
         x = torch.cat([self.cls.expand(len(x), 1, -1), patches], dim=1)
         for block in self.image_blocks:

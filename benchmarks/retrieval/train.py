@@ -2,6 +2,10 @@
 
 A run is a function of its settings: order, augmentation and masks follow from (seed, epoch), so that a run that was
 stopped and resumed ends with the same weights as one that was not, bit for bit on a CPU.
+
+The number of processes is no such setting. W of them with batches of b train as one with batches of W b, up to the
+order of sums: each reads its slice of those batches, objectives and batch normalisation see all of them, and gradients
+are averaged.
 """
 
 import gc
@@ -17,13 +21,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fmfa_losses import FMFALoss, FMFAOutput, mask_tokens
+from fmfa_losses.distributed import Peers, meet
 from fmfa_losses.functional import hard_similarity
 
-from .datasets import IdentitySampler, Pairs
+from .datasets import Batches, IdentitySampler, Pairs, RandomSampler
 
 __all__ = ["Beginner", "Recipe", "Trainee", "Trainer", "World", "parameter_groups"]
 
@@ -36,6 +41,7 @@ class Recipe:
 
     epochs: int = 60
     batch_size: int = 64  # of one process
+    gather: bool | str = True  # of the objectives, where there is more than one process
     lr: float = 1e-5
     fast_factor: float = 5.0
     warmup_epochs: float = 5.0
@@ -72,6 +78,10 @@ class World:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def gather(self, recipe: Recipe) -> bool | str:
+        """What the objectives are given; one process has nobody to gather from."""
+        return recipe.gather if self.size > 1 else False
 
     def leave(self) -> None:
         """Leaves together: whoever tears the group down while another process still talks may be aborted."""
@@ -116,13 +126,17 @@ class Beginner(nn.Module):
     A-SDM is a reverse KL divergence. From fresh weights its nearest minimum is a model that finds everything alike; it
     sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians start from here:
     CLIP's loss on the global features, and FILIP's (arXiv 2111.07783) on tokens, where each word picks its best patch.
+
+    Args:
+        gather: False contrasts within this process's batch; True and "ring" do so with the images, captions and patches
+            of all processes, gathered either way: this model's patches are few.
     """
 
     title = "contrastive beginning"
 
-    def __init__(self, model: nn.Module, temperature: float = 0.07) -> None:
+    def __init__(self, model: nn.Module, temperature: float = 0.07, *, gather: bool | str = False) -> None:
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.gather = model, temperature, gather
 
     def forward(
         self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
@@ -130,17 +144,22 @@ class Beginner(nn.Module):
         image, patches = self.model.encode_image(pixels)
         text, words = self.model.encode_text(token_ids)
         keep = self.model.text_mask(token_ids)
+        peers = meet(self.gather, None, {"image": image, "patches": patches})
+        similarity = F.normalize(text, dim=1) @ peers.gather(F.normalize(image, dim=1)).T  # own rows, [b, B]
+        token_similarity = hard_similarity(words, peers.gather(patches), x_mask=keep, pool="mean")
         terms = {
-            "contrastive": self._contrast(F.normalize(text, dim=1) @ F.normalize(image, dim=1).T),
-            "token_contrastive": self._contrast(hard_similarity(words, patches, x_mask=keep, pool="mean")),
+            "contrastive": self._contrast(similarity, peers),
+            "token_contrastive": self._contrast(token_similarity, peers),
         }
         return FMFAOutput(torch.stack(list(terms.values())).sum(), terms, {})
 
-    def _contrast(self, similarity: Tensor) -> Tensor:
-        """Cross-entropy of the pairs [B] on the diagonal of [B, B], both ways."""
-        logits = similarity / self.temperature
-        pairs = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    def _contrast(self, similarity: Tensor, peers: Peers) -> Tensor:
+        """Cross-entropy of the own pairs on the diagonal of [B, B], own rows of which are given, both ways."""
+        pairs = peers.offset + torch.arange(len(similarity), device=similarity.device)
+        both = [similarity / self.temperature, peers.transpose(similarity) / self.temperature]
+        return peers.mean(
+            torch.stack([F.cross_entropy(logits, pairs, reduction="none") for logits in both]).mean(dim=0)
+        )
 
 
 def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -185,7 +204,13 @@ class Trainer:
         self.module: nn.Module = self.trainee
         if self.world.size > 1:
             self.module = DistributedDataParallel(self.trainee)
-        self.loader = self._loader()
+        self.batches = self._batches()
+        self.loader = DataLoader(
+            self.pairs,
+            batch_sampler=self.batches,
+            num_workers=recipe.workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -221,11 +246,13 @@ class Trainer:
         """Every term at every step, the mean over the processes."""
         self.module.train()
         self.pairs.epoch = self.epoch
-        self.loader.sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
-        masks = torch.Generator().manual_seed((self.recipe.seed * 1009 + self.epoch) * 1009 + self.world.rank)
+        self.batches.set_epoch(self.epoch)
+        # Drawn for all captions at once, so that the mask of a caption does not depend on the batch it is in.
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1009 + self.epoch)
+        masked_ids, labels = mask_tokens(self.pairs.token_ids, generator=generator, **self.tokens)
         steps: list[dict[str, Tensor]] = []
         for batch in self.loader:
-            out = self._step(batch, masks)
+            out = self._step(batch, masked_ids[batch["index"]], labels[batch["index"]])
             steps.append(
                 {name: value.detach() for name, value in {"loss": out.loss, **out.terms, **out.metrics}.items()}
             )
@@ -237,9 +264,8 @@ class Trainer:
                 )
         return {name: self._mean(torch.stack([step[name] for step in steps])) for name in steps[0]}
 
-    def _step(self, batch: dict[str, Tensor], masks: torch.Generator) -> FMFAOutput:
+    def _step(self, batch: dict[str, Tensor], masked_ids: Tensor, labels: Tensor) -> FMFAOutput:
         device = self.world.device
-        masked_ids, labels = mask_tokens(batch["token_ids"], generator=masks, **self.tokens)
         inputs = [batch["pixels"], batch["token_ids"], masked_ids]
         pixels, token_ids, masked_ids = (tensor.to(device, non_blocking=True) for tensor in inputs)
         with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
@@ -264,20 +290,13 @@ class Trainer:
         cosine = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(self.epochs - warmup, 1e-9)))
         return self.recipe.final_factor + (1 - self.recipe.final_factor) * cosine
 
-    def _loader(self) -> "DataLoader[Any]":
-        rank, size, seed = self.world.rank, self.world.size, self.recipe.seed
-        if self.recipe.sampler == "identity":
-            sampler: Any = IdentitySampler(self.pairs.split.caption_pids, seed=seed, rank=rank, world_size=size)
+    def _batches(self) -> Batches:
+        recipe, world = self.recipe, self.world
+        if recipe.sampler == "identity":
+            sampler: Any = IdentitySampler(self.pairs.split.caption_pids, seed=recipe.seed)
         else:
-            sampler = DistributedSampler(self.pairs, num_replicas=size, rank=rank, seed=seed)
-        return DataLoader(
-            self.pairs,
-            self.recipe.batch_size,
-            sampler=sampler,
-            num_workers=self.recipe.workers,
-            pin_memory=self.world.device.type == "cuda",
-            drop_last=len(sampler) >= self.recipe.batch_size,
-        )
+            sampler = RandomSampler(len(self.pairs), seed=recipe.seed)
+        return Batches(sampler, recipe.batch_size, rank=world.rank, world_size=world.size)
 
     def _mean(self, values: Tensor) -> list[float]:
         """Over the processes."""
@@ -296,6 +315,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
+    def _settings(self) -> dict[str, Any]:
+        """The recipe as a resumed run must keep it, with as many processes or others."""
+        settings = asdict(self.recipe)
+        settings["batch_size of all processes"] = settings.pop("batch_size") * self.world.size
+        return settings
+
     def _save(self) -> None:
         if self.checkpoint is None or not self.world.leads:
             return
@@ -308,7 +333,7 @@ class Trainer:
             "epochs": self.epochs,
             "history": self.history,
             "rng": torch.get_rng_state(),
-            "recipe": asdict(self.recipe),
+            "recipe": self._settings(),
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")  # a run killed while it writes keeps the previous state
@@ -320,7 +345,7 @@ class Trainer:
         if not file.is_file():
             raise FileNotFoundError(f"no checkpoint to resume from at {file}")
         state = torch.load(file, map_location=self.world.device, weights_only=True)
-        ours, theirs = asdict(self.recipe), state["recipe"]
+        ours, theirs = self._settings(), state["recipe"]
         differing = [name for name in ours if ours[name] != theirs.get(name) and name != "workers"]
         if differing:
             told = ", ".join(f"{name} was {theirs.get(name)!r} and is {ours[name]!r}" for name in differing)
