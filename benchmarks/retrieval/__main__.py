@@ -134,7 +134,7 @@ def dataset_task(args: argparse.Namespace) -> Task:
     train, test = (read_dataset(args.dataset, args.root, split) for split in ("train", "test"))
     clip, tokenizer = load_clip(args.weights, train.captions, image_size=PAPER_SIZE, tiny=args.tiny)
     recipe = Recipe(
-        epochs=args.epochs or 50,
+        epochs=args.epochs or 60,
         batch_size=args.batch_size,
         gather=GATHER[args.gather],
         lr=args.lr or 1e-5,
