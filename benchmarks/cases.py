@@ -51,6 +51,11 @@ def lengths(case: Case, seed: int = 0) -> Tensor:
     return (case.mean_length * (1 + draw / 3)).round().long().clamp(1, case.L)
 
 
+def kept(case: Case, device: str) -> Tensor:
+    """Text mask [B, L]: padding at the end."""
+    return (torch.arange(case.L) < lengths(case)[:, None]).to(device)
+
+
 def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Arguments of the providers by name. Random; floating-point tensors collect gradients; every second id repeats."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -77,10 +82,11 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
         masked = torch.rand(B, L, device=device, generator=generator) < 0.05
         masked[:, 1] = True  # at least one a caption
         tokens = {"image_tokens": features(B, N, D), "text_tokens": features(B, L, D)}
-        return {"head": head, **tokens, "labels": torch.where(masked, words, 0)}
+        keep = {} if case.mean_length is None else {"text_mask": kept(case, device)}
+        return {"head": head, **tokens, "labels": torch.where(masked, words, 0), **keep}
     tokens = {"image_tokens": features(B, N, D), "text_tokens": features(B, L, D)}
     if case.mean_length is not None:
-        tokens["text_mask"] = (torch.arange(L) < lengths(case)[:, None]).to(device)
+        tokens["text_mask"] = kept(case, device)
     if case.op == "hard_similarity":
         # The joint embeddings stand in for themselves: what is measured does not depend on where they come from.
         tokens["joint"] = tokens.pop("text_tokens")

@@ -44,6 +44,7 @@ FULL = [
     (Case("asdm", 16384), (TORCH,)),
     (Case("asdm", 32768), (TORCH,)),
     (Case("irr", 16, N=193), (REFERENCE, TORCH)),
+    (Case("irr", 16, N=193, mean_length=25), (REFERENCE, TORCH)),
     (Case("id", 64, V=PEOPLE), (REFERENCE, TORCH)),
     (Case("mask_tokens", 64), (REFERENCE, TORCH)),
 ]

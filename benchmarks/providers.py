@@ -61,11 +61,15 @@ def plain_asdm(image_features: Tensor, text_features: Tensor, pids: Tensor) -> T
     return total
 
 
-def dense_irr(head: IRRHead, image_tokens: Tensor, text_tokens: Tensor, labels: Tensor) -> Tensor:
+def dense_irr(
+    head: IRRHead, image_tokens: Tensor, text_tokens: Tensor, labels: Tensor, text_mask: Tensor | None = None
+) -> Tensor:
     """The same head and the same two results, with logits over the vocabulary at every position, [B, L, V]."""
     x = head.cross_attn(head.ln_pre_t(text_tokens), head.ln_pre_i(image_tokens))
     for block in head.cross_modal_transformer.resblocks:
-        x = block(x, None)
+        x = block(x, text_mask)
+    if text_mask is not None:
+        labels = labels.masked_fill(~text_mask, 0)
     logits, labels = head.mlm_head(head.ln_post(x)).flatten(0, 1), labels.flatten()
     masked = labels != 0
     accuracy = ((logits.detach().argmax(dim=1) == labels) & masked).sum() / masked.sum()
@@ -110,7 +114,9 @@ def ours(op: str, backend: str) -> Provider:
             image_tokens, text_tokens, backend=backend
         ),
         "asdm": partial(asdm_loss, backend=backend),
-        "irr": lambda head, image_tokens, text_tokens, labels: head(image_tokens, text_tokens, labels).loss,
+        "irr": lambda head, image_tokens, text_tokens, labels, text_mask=None: (
+            head(image_tokens, text_tokens, labels, text_mask=text_mask).loss
+        ),
         "id": lambda head, **features: head(**features).loss,
         "mask_tokens": lambda token_ids: mask_tokens(token_ids)[0],
     }

@@ -50,7 +50,8 @@ def describe(name: str, result: dict[str, Any]) -> str:
         what = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {machine['cuda']}; {what}"
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     source = f"`benchmarks/results/{name}`, `{result['command']}`, {result['date']}"
-    return f"Source: {source}.\nMachine: {what}.\nVersions: {packages}."
+    note = [result["note"]] if "note" in result else []
+    return "\n".join([f"Source: {source}.", f"Machine: {what}.", f"Versions: {packages}.", *note])
 
 
 def cpu_section(name: str, result: dict[str, Any]) -> str:
@@ -82,7 +83,11 @@ def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     parts = [HEAD.strip()]
     parts += [cpu_section(name, result) for name, result in kinds.get("micro", {}).items()]
     parts += [gpu_section(name, result, folder) for name, result in kinds.get("gpu", {}).items()] or [NOT_MEASURED]
-    others = [f"- `benchmarks/results/{name}`" for name in kinds.get(None, {})]
+    others = [
+        f"- `benchmarks/results/{name}`"
+        for name, result in results.items()
+        if result.get("kind") not in ("micro", "gpu")
+    ]
     if others:
         parts.append("## Other results\n\n" + "\n".join(others))
     return "\n\n".join(parts) + "\n"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .distributed import GATHER, Peers, meet
 from .ops._checks import check_float, check_ids, check_mask, check_option, check_positive, check_same
+from .ops._padding import longest
 from .ops._precision import accumulation_dtype
 from .ops.aggregation import sparse_aggregate
 from .ops.hard_similarity import hard_similarity
@@ -64,6 +65,9 @@ def efa_loss(
     exchanged = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids}
     peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
     if text_mask is not None:
+        if not gather:  # what travels has the same L everywhere
+            L = longest(text_mask)
+            text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
         text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
     if ranking == "released" and sparsity is None and image_mask is None:
         # n > 1/N is n >= the next number after 1/N.

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._checkpoint import LoadReport, checkpoint_entries, load_entries
 from .ops._checks import check_float, check_mask, check_same, check_shape, describe
+from .ops._padding import longest
 
 __all__ = ["IRRHead", "IRROutput"]
 
@@ -70,8 +71,9 @@ class IRRHead(nn.Module):
         image_tokens: [B, N, D], any float dtype, [CLS] included.
         masked_text_tokens: [B, L, D], encoded from the masked caption.
         labels: [B, L], any integer dtype: the original id where masked, else ignore_index.
-        text_mask: [B, L] bool, True = keep. Padding is not attended to, and a label there is ignored. With None, as
-            released, padding is attended to like any token.
+        text_mask: [B, L] bool, True = keep. Padding is not attended to, and a label there is ignored; on a CPU what
+            lies behind the longest caption is not computed. With None, as released, padding is attended to like any
+            token.
     Returns:
         IRROutput(loss, accuracy): scalars, float32 or better.
     Raises:
@@ -169,6 +171,9 @@ class IRRHead(nn.Module):
         text_mask: Tensor | None,
         static: bool,
     ) -> IRROutput:
+        if text_mask is not None:
+            L = longest(text_mask)
+            text_tokens, labels, text_mask = text_tokens[:, :L], labels[:, :L], text_mask[:, :L]
         rows, targets, overflow = self._select(labels.long(), text_mask, text_tokens.device, static)
         states = self._encode(image_tokens, text_tokens, text_mask, rows)
         total, correct = self._score(states, targets)

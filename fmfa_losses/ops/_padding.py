@@ -1,0 +1,18 @@
+"""Padding at the end of every sample, which nobody has to compute."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["longest"]
+
+
+def longest(mask: Tensor) -> int:
+    """How many tokens it takes to hold the last kept one of every sample, at least 1; mask [B, L], True = keep.
+
+    A CPU can look; on an accelerator the host would have to wait, and torch.compile would break its graph: all L.
+    """
+    L = mask.shape[1]
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return L
+    used = mask.any(dim=0)
+    return max(1, L - int(used.flip(0).to(torch.uint8).argmax())) if bool(used.any()) else 1
