@@ -7,7 +7,7 @@ meta tensors, so that what they see is what a GPU would get: kernel, argument ty
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,11 +50,34 @@ def recording(chip: str) -> Iterator[list[Launch]]:
         _Recorder.launches, _Recorder.chip = before
 
 
+class Strided(NamedTuple):
+    """An argument of `launch` whose strides the kernel is told among its other arguments."""
+
+    tensor: Tensor
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Makes the launch, or records it.
+
+    A kernel that is not told a tensor's strides reads it as contiguous, and past its storage where it is expanded. So
+    every tensor that comes through this door is contiguous, or its launcher says `Strided`.
+    """
+    args = tuple(_pointed_to(kernel, number, arg) for number, arg in enumerate(args))
     if _Recorder.launches is not None:
         _Recorder.launches.append(Launch(kernel, grid, args, options))
     else:
         kernel[grid](*args, **options)
+
+
+def _pointed_to(kernel: Any, number: int, arg: Any) -> Any:
+    if isinstance(arg, Strided):
+        return arg.tensor
+    if isinstance(arg, Tensor) and not arg.is_contiguous():
+        raise RuntimeError(
+            f"{kernel.__name__} reads {kernel.arg_names[number]} as contiguous, got shape {list(arg.shape)} with "
+            f"strides {list(arg.stride())}; the launcher must make it contiguous, or pass Strided(...) and its strides"
+        )
+    return arg
 
 
 def choose(table: dict[tuple[str, str], tuple[int, ...]], like: Tensor) -> tuple[int, ...]:
@@ -79,7 +102,11 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 products are made: torch's own setting decides; other types have one way only."""
     if dtype != torch.float32:
         return "half"
-    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 this switch follows the two older ones, which raise or warn once it was set itself.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    allowed = matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
     return "tf32" if allowed else "ieee"
 
 

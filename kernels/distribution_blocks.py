@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load_paid
-from ._launch import launch, on_device
+from ._launch import Strided, launch, on_device
 from .similarity_distribution import by_device, flags, launch_options
 
 __all__ = ["absorb", "block_elements", "dlogits"]
@@ -240,7 +240,7 @@ def dlogits(cos: Tensor, rows: slice, g: Tensor, batch: Any, out: Any) -> Tensor
             _dlogits_kernel, (triton.cdiv(C, N), triton.cdiv(m, M)),
             cos, batch.pids, batch.pids if batch.image_ids is None else batch.image_ids,
             cos if scale_ptr is None else scale_ptr, batch.label_sum, out.statistics,
-            out.places if spec.weighted else cos, g, R, m, C, rows.start, spec.offset, scale,
+            out.places if spec.weighted else cos, Strided(g), R, m, C, rows.start, spec.offset, scale,
             spec.alpha, 0.0 if spec.detach_weight else spec.alpha, spec.eps, spec.image_id_factor, g.stride(0),
             BOTH=spec.both, **flags(batch.image_ids, scale_ptr, spec), BLOCK_M=M, BLOCK_N=N,
             **launch_options(cos, 4, 2),

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load_paid
-from ._launch import LDS, chip_class, dot_precision, launch, on_device, precision
+from ._launch import LDS, Strided, chip_class, dot_precision, launch, on_device, precision
 from ._tile import dot_wide
 
 ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as zero vectors
@@ -418,7 +418,7 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
     with on_device(keys):
         launch(
             _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
-            queries, keys, *ids, norms, label_sum, R, C, D, spec.offset, spec.image_id_factor,
+            Strided(queries), Strided(keys), *ids, norms, label_sum, R, C, D, spec.offset, spec.image_id_factor,
             queries.stride(0), keys.stride(0),
             HAS_IMAGES=image_ids is not None, BY_COLUMN=spec.target == "column",
             BLOCK_M=16, BLOCK_N=128, BLOCK_D=128, **launch_options(keys, 4, 2),
@@ -426,8 +426,8 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
         block = blocks("row_loss", max(R, C), keys)
         launch(
             _row_loss_kernel, (triton.cdiv(R, block["BLOCK_M"]), S),
-            queries, keys, *ids, norms if scale_ptr is None else scale_ptr, norms, label_sum, loss, statistics,
-            places if spec.weighted else statistics,
+            Strided(queries), Strided(keys), *ids, norms if scale_ptr is None else scale_ptr, norms, label_sum,
+            loss, statistics, places if spec.weighted else statistics,
             R, C, D, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
             1 / R if spec.reduction == "mean" else 1.0, queries.stride(0), keys.stride(0),
             POSITIVE=spec.positive, **flags(image_ids, scale_ptr, spec), PRECISION=dot_precision(keys.dtype), **block,
@@ -467,9 +467,10 @@ def backward(  # type: ignore[no-untyped-def]
         (x, dx, X, x_sample, x_norm), (y, dy, Y, y_sample, y_norm) = own, other
         grid = (triton.cdiv(X, block["BLOCK_M"]), sides, triton.cdiv(D, block["BLOCK_OUT"]))
         launch(
-            _gradient_kernel, grid, x, y, pids, pids if image_ids is None else image_ids,
+            _gradient_kernel, grid, Strided(x), Strided(y), pids, pids if image_ids is None else image_ids,
             norms if scale_ptr is None else scale_ptr, norms, label_sum,
-            statistics, places if spec.weighted else statistics, dloss, dx, dy, dscale if scale_gradient else norms,
+            statistics, places if spec.weighted else statistics, Strided(dloss), dx, dy,
+            dscale if scale_gradient else norms,
             X, Y, D, x_sample, y_sample, x_norm, y_norm, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
             spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,
             x.stride(0), y.stride(0), dloss.stride(0),

@@ -7,6 +7,7 @@ import torch
 from distribution_cases import GOLDEN, assert_within_budget, features, ties, value_and_gradients
 from fmfa_losses.kernels import distribution_blocks
 from fmfa_losses.kernels import similarity_distribution as kernels
+from fmfa_losses.kernels._launch import launch
 from golden import golden
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,7 +194,7 @@ class Launches(TorchDispatchMode):
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.names.append(kernel.__name__)
         self.inside = True
-        kernel[grid](*arguments, **options)
+        launch(kernel, grid, *arguments, **options)
         self.inside = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
