@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["operator"]
+__all__ = ["differentiable_once", "operator"]
 
 _library = torch.library.Library("fmfa_losses", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -26,3 +26,18 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
         return getattr(torch.ops.fmfa_losses, name.partition("::")[2] or name).default
 
     return define
+
+
+def differentiable_once(backward: Any, name: str) -> None:
+    """The operator `backward` is the gradient of `name` and has none itself: a second derivative raises, and says so.
+
+    Without it PyTorch takes the gradient for a constant, and a gradient penalty would change nothing.
+    """
+
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            f"{name} is differentiable once, got a second derivative of it; leave its gradient out of what you "
+            "differentiate again (create_graph alone is fine)"
+        )
+
+    torch.library.register_autograd(backward, refuse, setup_context=lambda ctx, inputs, output: None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._backend import select_backend
 from ._checks import check_float, check_mask, check_same
-from ._operator import operator
+from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision
 
 __all__ = ["sparse_aggregate", "sparse_aggregate_reference"]
@@ -175,6 +175,7 @@ def _backward(ctx, djoint, drow_min, drow_sum):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(sparse_aggregate_op, _backward, setup_context=_setup_context)
+differentiable_once(sparse_aggregate_backward_op, "sparse_aggregate")
 
 
 def _weights(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._backend import select_backend
 from ._checks import check_float, check_mask, check_option, check_positive, check_same
-from ._operator import operator
+from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = ["hard_similarity", "hard_similarity_reference"]
@@ -169,6 +169,7 @@ def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(hard_similarity_op, _backward, setup_context=_setup_context)
+differentiable_once(hard_similarity_backward_op, "hard_similarity")
 
 
 def _winner_dtype(Q: int) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _row_blocks
 from ._backend import select_backend
 from ._checks import check_float, check_ids, check_option, check_positive, check_same
-from ._operator import operator
+from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = ["RowLoss", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
@@ -311,3 +311,4 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(similarity_distribution_op, _backward, setup_context=_setup_context)
+differentiable_once(similarity_distribution_backward_op, "similarity_distribution_loss")
