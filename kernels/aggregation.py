@@ -44,6 +44,7 @@ from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_preci
 from ._tile import BIG, dot_wide, load_columns, load_rows
 
 NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the largest entry is noise
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32; one digit less makes it float64
 STATISTICS = 6  # per row: minimum, range, 1 / sum u, uniform weight, c, what the minimum pays
 # Patches whose scores fit into one tile; without tensor cores a product takes more registers.
 ONE_TILE = {"half": 512, "tf32": 512, "ieee": 256}
@@ -71,7 +72,7 @@ class Backward(NamedTuple):
 # By memory and precision.
 FORWARD = {
     (LARGE, "half"): Forward(64, 64, 128, 8, 2),
-    (LARGE, "tf32"): Forward(32, 32, 128, 8, 2),
+    (LARGE, "tf32"): Forward(32, 32, 128, 8, 3),
     (LARGE, "ieee"): Forward(16, 32, 128, 8, 2),
     (MEDIUM, "half"): Forward(64, 64, 128, 8, 2),
     (MEDIUM, "tf32"): Forward(32, 32, 128, 8, 2),
@@ -84,8 +85,8 @@ FORWARD = {
     (LDS, "ieee"): Forward(16, 16, 64, 8, 1),
 }
 BACKWARD = {
-    (LARGE, "half"): Backward(64, 128, 8, 2),
-    (LARGE, "tf32"): Backward(32, 128, 8, 2),
+    (LARGE, "half"): Backward(64, 128, 4, 3),
+    (LARGE, "tf32"): Backward(32, 128, 8, 3),
     (LARGE, "ieee"): Backward(16, 128, 8, 2),
     (MEDIUM, "half"): Backward(64, 128, 8, 2),
     (MEDIUM, "tf32"): Backward(32, 128, 8, 2),
@@ -139,19 +140,24 @@ def _sample_and_block(blocks):
 
 
 @triton.jit
-def _patches(mask_ptr, b, start, N, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Indices of a tile of patches, their rows among all patches, and which are kept."""
+def _patches(b, start, N, BLOCK_N: tl.constexpr):
+    """Indices of a tile of patches, their rows among all patches, and which exist."""
     n = start + tl.arange(0, BLOCK_N)
-    rows = b.to(tl.int64) * N + n
-    keep = n < N
+    return n, b.to(tl.int64) * N + n, n < N
+
+
+@triton.jit
+def _kept(mask_ptr, patches, exist, HAS_MASK: tl.constexpr):
+    """Which patches are kept. All that exist are loaded: the tokens do not wait for the mask."""
+    keep = exist
     if HAS_MASK:
-        keep = tl.load(mask_ptr + rows, mask=keep, other=0) != 0
-    return n, rows, keep
+        keep = tl.load(mask_ptr + patches, mask=exist, other=0) != 0
+    return keep
 
 
 @triton.jit
 def _extremes(s, n, keep):
-    """Minimum, maximum and first minimum of every row. Min and max pass over a NaN: a sum is what it shows in."""
+    """Minimum, maximum and first minimum of every row. Both pass over a NaN, which shows in sums of s - minimum."""
     low = tl.min(tl.where(keep[None, :], s, float("inf")), 1)
     high = tl.max(tl.where(keep[None, :], s, -float("inf")), 1)
     first = tl.min(tl.where((s == low[:, None]) & keep[None, :], n[None, :], BIG), 1)
@@ -170,8 +176,9 @@ def _row_extremes(
     first = tl.full((BLOCK_L,), BIG, tl.int32)
     count = tl.zeros((BLOCK_L,), tl.int32)
     for start in range(0, N, BLOCK_N):
-        n, rows, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, text_rows, text_live, image_ptr, rows, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        n, rows, exist = _patches(b, start, N, BLOCK_N)
+        keep = _kept(mask_ptr, rows, exist, HAS_MASK)
+        s = _products(text_ptr, text_rows, text_live, image_ptr, rows, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         tile_low, tile_high, tile_first = _extremes(s, n, keep)
         first = tl.where(tile_low < low, tile_first, first)
         low = tl.minimum(low, tile_low)
@@ -184,6 +191,12 @@ def _row_extremes(
 def _is_constant(low, high):
     """The range is rounding noise, or there is no patch at all (low > high)."""
     return high - low <= NOISE * tl.maximum(tl.abs(low), tl.abs(high))
+
+
+@triton.jit
+def _above(s, low):
+    """s - low. NaN where s is and nowhere else: a row with an infinite score is constant, and -inf - -inf is not."""
+    return s - tl.maximum(low, LOWEST)[:, None]
 
 
 @triton.jit
@@ -221,11 +234,12 @@ def _forward_kernel(
     threshold = tl.load(threshold_ptr + b)
 
     if WHOLE_ROW:
-        n, patches, keep = _patches(mask_ptr, b, 0, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        n, patches, exist = _patches(b, 0, N, BLOCK_N)
+        keep = _kept(mask_ptr, patches, exist, HAS_MASK)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         low, high, _first = _extremes(s, n, keep)
         count = tl.sum(keep.to(tl.int32), 0)
-        u = s - low[:, None]
+        u = _above(s, low)
         u = tl.where(_passed(u, high - low, keep, threshold), u, 0.0)
         total = tl.sum(u, 1)
         constant = _is_constant(low, high) & (total == total)
@@ -234,7 +248,7 @@ def _forward_kernel(
         a = tl.where(constant[:, None], uniform[None, :], a)
         for start in range(0, D, BLOCK_OUT):
             d = start + tl.arange(0, BLOCK_OUT)
-            v = load_rows(image_ptr, patches, keep, d, D)
+            v = load_rows(image_ptr, patches, exist, d, D)
             joint = dot_wide(a, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
             tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
     else:
@@ -246,13 +260,14 @@ def _forward_kernel(
         joint = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
         total = tl.zeros((BLOCK_L,), tl.float32)
         for start in range(0, N, BLOCK_N):
-            _n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-            s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-            u = s - low[:, None]
+            _n, patches, exist = _patches(b, start, N, BLOCK_N)
+            s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+            keep = _kept(mask_ptr, patches, exist, HAS_MASK)  # before the products it spills a register
+            u = _above(s, low)
             u = tl.where(_passed(u, high - low, keep, threshold), u, 0.0)
             total += tl.sum(u, 1)
-            u = tl.where(constant[:, None] & (u == u), keep[None, :].to(tl.float32), u)
-            joint = dot_wide(u, load_rows(image_ptr, patches, keep, d, D), joint, PRECISION)
+            u = tl.where(constant[:, None], keep[None, :].to(tl.float32), u)
+            joint = dot_wide(u, load_rows(image_ptr, patches, exist, d, D), joint, PRECISION)
         constant = constant & (total == total)
         joint /= tl.where(constant, tl.maximum(count, 1).to(tl.float32), total)[:, None]
         tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
@@ -299,9 +314,10 @@ def _statistics_kernel(
     kept_da = tl.zeros((BLOCK_L,), tl.float32)
     kept = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, N, BLOCK_N):
-        _n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        _n, patches, exist = _patches(b, start, N, BLOCK_N)
+        keep = _kept(mask_ptr, patches, exist, HAS_MASK)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         u = s - low[:, None]
         passed = _passed(u, high - low, keep, threshold) & (constant == 0)[:, None]
         c += tl.sum(tl.where(passed, u * inverse[:, None] * da, 0.0), 1)
@@ -368,13 +384,14 @@ def _dtext_kernel(
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dtext = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
     for start in range(0, N, BLOCK_N):
-        n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        n, patches, exist = _patches(b, start, N, BLOCK_N)
+        keep = _kept(mask_ptr, patches, exist, HAS_MASK)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         _a, ds = _weights_and_gradient(
             s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold
         )
-        dtext = dot_wide(ds, load_rows(image_ptr, patches, keep, d, D), dtext, PRECISION)
+        dtext = dot_wide(ds, load_rows(image_ptr, patches, exist, d, D), dtext, PRECISION)
     out = dtext_ptr + rows[:, None] * D + d[None, :]
     tl.store(out, dtext.to(dtext_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
@@ -403,15 +420,16 @@ def _dimage_kernel(
     """Grid (B x patch blocks, chunks of D): dimage_k = sum_l a_lk djoint_l + ds_lk t_l, tile of tokens after tile."""
     b, block = _sample_and_block(tl.cdiv(N, BLOCK_N))
     threshold = tl.load(threshold_ptr + b)
-    n, patches, keep = _patches(mask_ptr, b, block * BLOCK_N, N, HAS_MASK, BLOCK_N)
+    n, patches, exist = _patches(b, block * BLOCK_N, N, BLOCK_N)
+    keep = _kept(mask_ptr, patches, exist, HAS_MASK)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dimage = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
         live = l < L
         rows = b.to(tl.int64) * L + l
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold)
         # djoint is float32 always: with half inputs TF32 is what its product with them has as well.
         djoint = load_rows(djoint_ptr, rows, live, d, D)
@@ -423,7 +441,7 @@ def _dimage_kernel(
         dimage = dot_wide(tl.trans(ds), text, dimage, PRECISION)
     # Patches that the mask leaves out are owned too: their gradient is zero.
     out = dimage_ptr + patches[:, None] * D + d[None, :]
-    tl.store(out, dimage.to(dimage_ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+    tl.store(out, dimage.to(dimage_ptr.dtype.element_ty), mask=exist[:, None] & (d < D)[None, :])
 
 
 def forward(
