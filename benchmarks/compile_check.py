@@ -136,12 +136,13 @@ def source(launch: Any) -> tuple[Any, dict[str, int]]:
     for number, name in enumerate(names):
         value = values[name]
         divisible = False
-        if name in launch.options or value is None or (isinstance(value, int) and value == 1):
+        specialized = not launch.kernel.params[number].do_not_specialize
+        if name in launch.options or value is None or (isinstance(value, int) and value == 1 and specialized):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], divisible = POINTERS[value.dtype], True
         elif isinstance(value, int):
-            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and specialized
         else:
             signature[name] = "fp32"
         if divisible:
