@@ -376,6 +376,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sim, maxima (kept for "lse" and `save`), winners (kept for `save`)."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
+    x_mask, e_mask = (None if mask is None else mask.contiguous() for mask in (x_mask, e_mask))
     rows, row_count = _left_rows(x_mask)
     tokens, counts = _left_tokens(e_mask)
     # Half inputs: float16 holds a cosine as exactly as its inputs allow, and gradients are those of what was pooled.
@@ -430,10 +431,11 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dx, de; `gather=False` makes dx from tiles of weights as well."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
+    x_mask, e_mask = (None if mask is None else mask.contiguous() for mask in (x_mask, e_mask))
     rows, row_count = _left_rows(x_mask)
     tokens, counts = _left_tokens(e_mask)
-    dx = torch.empty_like(x) if rows is None else torch.zeros_like(x)
-    de = torch.empty_like(e) if tokens is None else torch.zeros_like(e)
+    dx = (torch.empty_like if rows is None else torch.zeros_like)(x, memory_format=torch.contiguous_format)
+    de = (torch.empty_like if tokens is None else torch.zeros_like)(e, memory_format=torch.contiguous_format)
     dsim = dsim.to(torch.float32)
     if pool == "mean":
         dsim = dsim / (P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1))
@@ -494,5 +496,5 @@ def _into_range(dsim: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     if dtype != torch.float16:
         return dsim, None
     exponent = torch.frexp(dsim.abs().amax())[1].clamp(-120, 120)
-    one = torch.ones((), device=dsim.device)
+    one = torch.ones((), dtype=torch.float32, device=dsim.device)
     return dsim * torch.ldexp(one, -exponent), torch.ldexp(one, exponent)

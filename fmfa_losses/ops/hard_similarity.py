@@ -152,15 +152,20 @@ def _(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no
 
 @torch.library.register_fake(hard_similarity_backward_op)
 def _(dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(e)
+    # Both backends write contiguous gradients, whatever the strides of the tokens.
+    dx, de = (torch.empty_like(tokens, memory_format=torch.contiguous_format) for tokens in (x, e))
+    return dx, de
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for maxima and winners
     x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, _, ctx.backend = inputs
     ctx.save_for_backward(*output, x, e, x_mask, e_mask)
 
 
 def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
+    if dsim is None:
+        return (None,) * 8
     sim, maxima, winners, x, e, x_mask, e_mask = ctx.saved_tensors
     dx, de = hard_similarity_backward_op(
         dsim, sim, maxima, winners, x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, ctx.backend
@@ -245,7 +250,7 @@ def _backward_torch(
 ) -> tuple[Tensor, Tensor]:
     """dx_il = sum_j w_ijl e_jk*,  de_jk = sum over the (i, l) that k won of w_ijl x_il, with w = dsim * dS/dmax."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    dx, de = torch.empty_like(x), torch.empty_like(e)
+    dx, de = (torch.empty_like(tokens, memory_format=torch.contiguous_format) for tokens in (x, e))
     if pool == "mean":
         count = P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1)
         dsim = dsim / count
