@@ -7,8 +7,10 @@
     Inputs: unit rows (or zeros), contiguous, one dtype, zeros where masked out.
 
     match    a matrix product whose result never leaves registers. Rows are the tokens of x, one after the other across
-             samples; a tile's columns hold as many whole samples of e as fit, each in UNIT = Q rounded up to 16 columns
-             (77 tokens: 3 x 80 of 256). Every sample's columns are reduced to maximum and winner, which are written.
+             samples; a tile's columns hold as many whole samples of e as fit, each in UNIT columns: 32, 80 or 128 by
+             its class of width (77 tokens: 3 x 80 of 256). Columns beyond a sample's last token hold that token again:
+             a copy changes no maximum and, as the lowest of equals wins, no winner. Every sample's columns are reduced
+             to maximum and winner, which are written.
 
                             e_j        e_j+1      e_j+2
                  x_i,l   [ k k k k k | k k k k k | k k k k k | . ]  ->  maxima, winners [i, j..j+2, l]
@@ -68,7 +70,9 @@ DE = {
 }
 DX = (32, 128, 4, 1)  # gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages)
 POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
-SHORT = 32  # columns of the narrow class: samples of e with no more tokens than this are matched together
+# Columns that a sample of e has in a tile that several share. Few classes of width, and no kernel is compiled for a Q.
+UNITS = (32, 80, 128)
+SHORT = UNITS[0]  # samples of e that a mask leaves no more tokens than this are matched together
 SUPER = 8  # row tiles that go through the column tiles together, so that both stay in L2
 
 
@@ -85,7 +89,7 @@ def _listed_rows(list_ptr, count_ptr, start, total, P, LISTED: tl.constexpr, BLO
     return row.to(tl.int64), i.to(tl.int64), row - i * P, live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Bx", "Be", "P", "Q", "row_tiles", "column_tiles"])
 def _match_kernel(
     x_ptr,  # [Bx P, D]
     e_ptr,  # [Be, Q, D]
@@ -108,7 +112,7 @@ def _match_kernel(
     LIST_X: tl.constexpr,
     LIST_E: tl.constexpr,
     SAVE: tl.constexpr,
-    UNIT: tl.constexpr,  # columns that a sample of e has in a tile: Q rounded up to 16 where several share it
+    UNIT: tl.constexpr,  # columns that a sample of e has in a tile
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,18 +148,17 @@ def _match_kernel(
         running = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         running_place = tl.zeros((BLOCK_M,), tl.int32)
         for start in range(0, widest, BLOCK_N):
-            # Columns: sample `first + c // UNIT` and its token `start + c % UNIT`.
+            # Columns: sample `first + c // UNIT` and its token `start + c % UNIT`, or its last one.
             sample = first + c // UNIT
-            place = start + c % UNIT
+            k = start + c % UNIT
             live_c = (sample < last) & (c < SAMPLES * UNIT)
             j = sample
             if LIST_E:
                 j = tl.load(order_ptr + sample, mask=live_c, other=0)
-                live_c &= place < tl.load(counts_ptr + j, mask=live_c, other=0)
-                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + place, mask=live_c, other=0)
+                k = tl.minimum(k, tl.load(counts_ptr + j, mask=live_c, other=1) - 1)
+                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + k, mask=live_c, other=0)
             else:
-                live_c &= place < Q
-                k = place
+                k = tl.minimum(k, Q - 1)
             column = j.to(tl.int64) * Q + k
 
             cos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -174,14 +177,10 @@ def _match_kernel(
                     if LIST_E:
                         j_g = tl.load(order_ptr + first + g)
                         count = tl.load(counts_ptr + j_g)
-                    # Which sample a column belongs to is known when compiling, and so, without a mask, is all but the
-                    # last 16 columns' presence: other columns cost nothing.
+                    # Which sample a column belongs to is known when compiling: other columns cost nothing.
                     place_c = c - g * UNIT
                     mine = (place_c >= 0) & (place_c < UNIT)
-                    there = place_c < count - start
-                    if (SAMPLES > 1) & (not LIST_E):
-                        there |= place_c <= UNIT - 16
-                    value = tl.where((mine & there)[None, :], cos, -float("inf"))
+                    value = tl.where(mine[None, :], cos, -float("inf"))
                     best = tl.max(value, 1)
                     place_g = tl.zeros((BLOCK_M,), tl.int32)
                     if SAVE:
@@ -196,12 +195,14 @@ def _match_kernel(
                         best = tl.where(best == float("inf"), float("nan"), best)
                         tl.store(maxima_ptr + at, best.to(maxima_ptr.dtype.element_ty), mask=live)
                         if SAVE:
+                            # A product may give equal columns unequal last digits: a copy that won is the last token.
+                            place_g = tl.minimum(place_g, count - 1)
                             if LIST_E:
                                 place_g = tl.load(tokens_ptr + j_g.to(tl.int64) * Q + place_g, mask=live, other=0)
                             tl.store(winners_ptr + at, place_g.to(winners_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_mask_ptr", "sim_ptr", "Be", "P"])
 def _pool_kernel(
     maxima_ptr,  # [Bx, Be, P]
     x_mask_ptr,  # [Bx, P] bool, or None
@@ -262,7 +263,7 @@ def _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, s
     return tl.where(winner >= 0, w, 0.0), winner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dsim_ptr", "sim_ptr", "Bx", "Be", "P", "Q"])
 def _dx_kernel(
     dsim_ptr,  # [Bx, Be] float32
     sim_ptr,  # [Bx, Be] float32
@@ -311,7 +312,7 @@ def _dx_kernel(
     tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dsim_ptr", "sim_ptr", "Bx", "Be", "P", "Q"])
 def _de_kernel(
     dsim_ptr,  # [Bx, Be] float32
     sim_ptr,  # [Bx, Be] float32
@@ -390,13 +391,12 @@ def forward(
     sim = torch.empty(Bx, Be, dtype=torch.float32, device=x.device)
 
     M, N, BLOCK_D, warps, stages = choose(MATCH if rows is None and tokens is None else MATCH_LISTED, x)
-    widths = [width for width in (SHORT,) if counts is not None and width < min(Q, N)] + [Q]
     order = bounds = None
     if counts is not None:
         order = torch.argsort(counts, stable=True).to(torch.int32)
-        bounds = torch.stack([(counts <= width).sum(dtype=torch.int32) for width in (0, *widths)])
+        bounds = torch.stack([(counts <= width).sum(dtype=torch.int32) for width in (0, SHORT, Q)])
     with on_device(x):
-        for number, width in enumerate(widths):
+        for number, width in enumerate((SHORT, Q) if counts is not None and Q > SHORT else (Q,)):
             columns, unit = _columns(width, N)
             tiles = triton.cdiv(Bx * P, M), triton.cdiv(Be, columns // unit)
             launch(
@@ -458,7 +458,7 @@ def backward(
             GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=1 if gather else block_sum, BLOCK_OUT=dx_out, **flags,
             num_warps=dx_warps, num_stages=dx_stages,
         )  # fmt: skip
-        if own > 64 and (Q <= 64 or tokens is not None):
+        if own > 64 and (Q <= SHORT or tokens is not None):
             own, warps = own // 2, warps // 2  # short samples leave whole blocks of tokens out
         launch(
             _de_kernel, (Be, triton.cdiv(Q, own), triton.cdiv(D, out)),
@@ -471,8 +471,8 @@ def backward(
 
 def _columns(width: int, BLOCK_N: int) -> tuple[int, int]:
     """Columns of a tile, and of a sample in it. A sample too wide to share a tile gets tiles of half the width."""
-    unit = triton.cdiv(width, 16) * 16
-    return (BLOCK_N, unit) if 2 * unit <= BLOCK_N else (BLOCK_N // 2, min(unit, BLOCK_N // 2))
+    unit = next((unit for unit in UNITS if width <= unit and 2 * unit <= BLOCK_N), BLOCK_N // 2)
+    return (BLOCK_N if width <= unit else BLOCK_N // 2), unit
 
 
 def _left_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

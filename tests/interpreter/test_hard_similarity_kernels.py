@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_close, value_and_grads
 from fmfa_losses.kernels import hard_similarity
+from fmfa_losses.kernels._launch import recording
 from reference import hard_similarity_reference, within_budget
 
 from fmfa_losses import functional
@@ -266,3 +267,32 @@ def test_a_similarity_nobody_differentiates_costs_no_backward(monkeypatch):
     _, maxima, _ = hard_similarity_op(x, e, None, None, "lse", 1.0, True, "triton")
     monkeypatch.setattr(hard_similarity, "backward", lambda *args, **kwargs: pytest.fail("nobody asked"))
     assert torch.autograd.grad(maxima.sum(), x, allow_unused=True) == (None,)
+
+
+def launched(B, P, Q, masked):
+    """What is constant when compiling, of every launch of one step."""
+    x, e = (torch.empty(B, tokens, 16, dtype=torch.bfloat16, device="meta") for tokens in (P, Q))
+    masks = [torch.empty(B, tokens, dtype=torch.bool, device="meta") if masked else None for tokens in (P, Q)]
+    with recording("sm_90") as launches:
+        sim, *saved = hard_similarity.forward(x, e, *masks, "lse", 1.0, True)
+        hard_similarity.backward(sim, sim, *saved, x, e, *masks, "lse", 1.0)
+    return {
+        (one.kernel.__name__, *one.options.items(), *(getattr(arg, "dtype", arg is None) for arg in one.args))
+        for one in launches
+    }
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_neither_batch_nor_length_make_another_kernel(masked):
+    usual = launched(64, 77, 77, masked)
+    for B in (1, 37, 128):
+        for tokens in (33, 50, 64, 80) + ((12, 16, 32) if masked else ()):
+            assert launched(B, tokens, tokens, masked) <= usual
+    assert not launched(64, 77, 81, masked) <= usual
+
+
+@pytest.mark.parametrize("Q", [15, 16, 17, 32, 33, 79, 80, 81, 128, 129, 257])
+def test_every_class_of_width(Q):
+    x, e, _, e_mask = inputs(1, 7, 3, Q, 16, torch.float32, masked=True)
+    for mask in (None, e_mask):
+        check((x, e, None, mask), "lse", 2.0, True)
