@@ -4,7 +4,8 @@
         -> sim [Bx, Be] float32, maxima [Bx, Be, P], winners [Bx, Be, P]
     backward(dsim [Bx, Be], sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, gather=True)
         -> dx, de, in the inputs' dtype
-    Inputs: unit rows (or zeros), contiguous, one dtype, zeros where masked out.
+    Inputs: unit rows (or zeros), contiguous, one dtype, finite where masked out. Both take x_lists and e_lists, what
+    token_lists.make(mask) gave; without them they make them.
 
     match    a matrix product whose result never leaves registers. Rows are the tokens of x, one after the other across
              samples; a tile's columns hold as many whole samples of e as fit, each in UNIT columns: 32, 80 or 128 by
@@ -20,7 +21,7 @@
              gather=False multiplies with tiles of winners instead, as below.
     de       tiles of winners become tiles of weights in registers: de_j [Q, D] += W^T [Q, rows] x [rows, D].
 
-Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left, made on the device; e is
+Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left (token_lists.py); e is
 sorted by length and matched in classes of width. Memory: Bx Be P maxima and winners. Every number has one owner: no
 atomics, bitwise equal reruns. Sums are float32.
 """
@@ -30,8 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import token_lists
 from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, choose, dot_precision, launch, on_device
 from ._tile import BIG, load_columns, load_rows
+from .token_lists import SHORT, TokenLists
 
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
 
@@ -71,8 +74,8 @@ DE = {
 DX = (32, 128, 4, 1)  # gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages)
 POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
 # Columns that a sample of e has in a tile that several share. Few classes of width, and no kernel is compiled for a Q.
-UNITS = (32, 80, 128)
-SHORT = UNITS[0]  # samples of e that a mask leaves no more tokens than this are matched together
+# Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
+UNITS = (SHORT, 80, 128)
 SUPER = 8  # row tiles that go through the column tiles together, so that both stay in L2
 
 
@@ -94,11 +97,11 @@ def _match_kernel(
     x_ptr,  # [Bx P, D]
     e_ptr,  # [Be, Q, D]
     rows_ptr,  # [Bx P] int32: the tokens of x that are left, first; or None
-    row_count_ptr,  # [] int32: how many; or None
+    row_count_ptr,  # [1] int32: how many; or None
     tokens_ptr,  # [Be, Q] int32: the tokens of each e that are left, first, in order; or None
     counts_ptr,  # [Be] int32: how many; or None
     order_ptr,  # [Be] int32: samples of e by count; or None
-    bounds_ptr,  # [classes + 1] int32: where a class begins in that order; or None
+    bounds_ptr,  # [3] int32: where the classes begin in that order; or None
     maxima_ptr,  # [Bx, Be, P]
     winners_ptr,  # [Bx, Be, P] int16 or int32, or None
     Bx,
@@ -271,7 +274,7 @@ def _dx_kernel(
     winners_ptr,  # [Bx, Be, P]
     e_ptr,  # [Be, Q, D]
     rows_ptr,  # [Bx P] int32, or None
-    row_count_ptr,  # [] int32, or None
+    row_count_ptr,  # [1] int32, or None
     unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
     dx_ptr,  # [Bx P, D]
     Bx,
@@ -320,7 +323,7 @@ def _de_kernel(
     winners_ptr,  # [Bx, Be, P]
     x_ptr,  # [Bx P, D]
     rows_ptr,  # [Bx P] int32, or None
-    row_count_ptr,  # [] int32, or None
+    row_count_ptr,  # [1] int32, or None
     tokens_ptr,  # [Be, Q] int32, or None
     counts_ptr,  # [Be] int32, or None
     unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
@@ -374,12 +377,14 @@ def forward(
     pool: str,
     pool_scale: float,
     save: bool,
+    x_lists: Tensor | None = None,
+    e_lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sim, maxima (kept for "lse" and `save`), winners (kept for `save`)."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    x_mask, e_mask = (None if mask is None else mask.contiguous() for mask in (x_mask, e_mask))
-    rows, row_count = _left_rows(x_mask)
-    tokens, counts = _left_tokens(e_mask)
+    x_mask = None if x_mask is None else x_mask.contiguous()
+    *_, rows, row_count = _lists(x_mask, x_lists)
+    tokens, counts, order, bounds, *_ = _lists(e_mask, e_lists)
     # Half inputs: float16 holds a cosine as exactly as its inputs allow, and gradients are those of what was pooled.
     maxima_dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
     winner_dtype = torch.int16 if torch.iinfo(torch.int16).max >= Q else torch.int32
@@ -391,10 +396,6 @@ def forward(
     sim = torch.empty(Bx, Be, dtype=torch.float32, device=x.device)
 
     M, N, BLOCK_D, warps, stages = choose(MATCH if rows is None and tokens is None else MATCH_LISTED, x)
-    order = bounds = None
-    if counts is not None:
-        order = torch.argsort(counts, stable=True).to(torch.int32)
-        bounds = torch.stack([(counts <= width).sum(dtype=torch.int32) for width in (0, SHORT, Q)])
     with on_device(x):
         for number, width in enumerate((SHORT, Q) if counts is not None and Q > SHORT else (Q,)):
             columns, unit = _columns(width, N)
@@ -428,17 +429,18 @@ def backward(
     pool: str,
     pool_scale: float,
     gather: bool = True,
+    x_lists: Tensor | None = None,
+    e_lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx, de; `gather=False` makes dx from tiles of weights as well."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    x_mask, e_mask = (None if mask is None else mask.contiguous() for mask in (x_mask, e_mask))
-    rows, row_count = _left_rows(x_mask)
-    tokens, counts = _left_tokens(e_mask)
+    _, x_counts, _, _, rows, row_count = _lists(x_mask, x_lists)
+    tokens, counts, *_ = _lists(e_mask, e_lists)
     dx = (torch.empty_like if rows is None else torch.zeros_like)(x, memory_format=torch.contiguous_format)
     de = (torch.empty_like if tokens is None else torch.zeros_like)(e, memory_format=torch.contiguous_format)
     dsim = dsim.to(torch.float32)
     if pool == "mean":
-        dsim = dsim / (P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1))
+        dsim = dsim / (P if x_counts is None else x_counts.clamp(min=1).unsqueeze(-1))
     dsim = dsim.contiguous()
     in_range, unscale = _into_range(dsim, x.dtype)
 
@@ -475,20 +477,10 @@ def _columns(width: int, BLOCK_N: int) -> tuple[int, int]:
     return (BLOCK_N if width <= unit else BLOCK_N // 2), unit
 
 
-def _left_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens that the mask leaves, over all samples, before the others [B T]; and their number."""
+def _lists(mask: Tensor | None, buffer: Tensor | None) -> TokenLists | tuple[None, ...]:
     if mask is None:
-        return None, None
-    gone = mask.logical_not().flatten().to(torch.uint8)
-    return torch.argsort(gone, stable=True).to(torch.int32), mask.sum(dtype=torch.int32)
-
-
-def _left_tokens(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens that the mask leaves, in order, before the others [B, T]; and their number [B]."""
-    if mask is None:
-        return None, None
-    gone = mask.logical_not().to(torch.uint8)
-    return torch.argsort(gone, dim=1, stable=True).to(torch.int32), mask.sum(dim=1, dtype=torch.int32)
+        return (None,) * len(TokenLists._fields)
+    return token_lists.sections(token_lists.make(mask) if buffer is None else buffer, *mask.shape)
 
 
 def _into_range(dsim: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
