@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import token_lists
 from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, choose, dot_precision, launch, on_device
-from ._tile import BIG, load_columns, load_rows
+from ._tile import BIG, load_columns, load_rows, max_or_nan, row_max
 from .token_lists import SHORT, TokenLists
 
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
@@ -171,8 +171,6 @@ def _match_kernel(
                 e = load_columns(e_ptr, column, live_c, d, D)
                 cos = tl.dot(x, e, cos, input_precision=PRECISION)
 
-            # max passes over NaN; +inf, which no cosine is, stands in for it.
-            cos = tl.where(cos == cos, cos, float("inf"))
             for g in tl.static_range(SAMPLES):
                 if first + g < last:
                     j_g = first + g
@@ -183,19 +181,18 @@ def _match_kernel(
                     # Which sample a column belongs to is known when compiling: other columns cost nothing.
                     place_c = c - g * UNIT
                     mine = (place_c >= 0) & (place_c < UNIT)
-                    value = tl.where(mine[None, :], cos, -float("inf"))
-                    best = tl.max(value, 1)
+                    best = row_max(tl.where(mine[None, :], cos, -float("inf")))
                     place_g = tl.zeros((BLOCK_M,), tl.int32)
                     if SAVE:
-                        ties = tl.where(mine[None, :] & (value >= best[:, None]), place_c[None, :], BIG)
+                        # Not below rather than equal: where the best is NaN, all columns are, and the first one wins.
+                        ties = tl.where(mine[None, :] & ~(cos < best[:, None]), place_c[None, :], BIG)
                         place_g = start + tl.min(ties, 1)  # the lowest k
                     if SAMPLES == 1:
                         place_g = tl.where(best > running, place_g, running_place)
-                        best = tl.maximum(best, running)
+                        best = max_or_nan(best, running)
                         running, running_place = best, place_g
                     if (SAMPLES > 1) | (start + BLOCK_N >= count):
                         at = out + j_g.to(tl.int64) * P
-                        best = tl.where(best == float("inf"), float("nan"), best)
                         tl.store(maxima_ptr + at, best.to(maxima_ptr.dtype.element_ty), mask=live)
                         if SAVE:
                             # A product may give equal columns unequal last digits: a copy that won is the last token.

@@ -1,9 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from compare import assert_close, value_and_grads
 from fmfa_losses.kernels import hard_similarity
 from fmfa_losses.kernels._launch import recording
+from fmfa_losses.kernels._tile import max_or_nan, row_max
 from reference import hard_similarity_reference, within_budget
 
 from fmfa_losses import functional
@@ -126,6 +129,35 @@ def test_many_tokens_need_wider_winners():
     _, _, winners = hard_similarity.forward(x, e, None, None, "sum", 1.0, True)
     assert winners.dtype == torch.int32
     assert torch.equal(winners.long(), torch.einsum("ild,jkd->ijlk", x, e).argmax(-1))
+
+
+@triton.jit
+def _row_max_kernel(x_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr):
+    r, c = tl.arange(0, R), tl.arange(0, C)
+    x = tl.load(x_ptr + r[:, None] * C + c[None, :])
+    tl.store(out_ptr + r, row_max(x))
+    tl.store(out_ptr + R + r, tl.reduce(x, 1, max_or_nan))
+
+
+def test_a_row_with_a_nan_has_no_largest_number():
+    x = torch.randn(8, 4)
+    x[2, 1], x[5], x[6, 3], x[7] = float("nan"), float("nan"), float("inf"), -float("inf")
+    out = torch.empty(2, 8)
+    _row_max_kernel[(1,)](x, out, R=8, C=4)  # as it is interpreted, and as it is compiled
+    torch.testing.assert_close(out, x.amax(1).expand(2, 8), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("Q", [7, 40, 300])
+def test_one_nan_token_shows_wherever_it_stands(Q):
+    for token in (0, Q // 2, Q - 1):
+        x, e, _, _ = inputs(2, 4, 5, Q, 16, torch.float32)
+        e[2, token, 3] = float("nan")
+        sim, maxima, winners = hard_similarity.forward(x, e, None, None, "lse", 2.0, True)
+        assert torch.equal(sim.isnan(), torch.tensor([[False, False, True, False]] * 2))
+        assert ((winners >= 0) & (winners < Q)).all()
+        dx, de = hard_similarity.backward(torch.ones_like(sim), sim, maxima, winners, x, e, None, None, "lse", 2.0)
+        assert dx.isnan().any(-1).all()
+        assert torch.equal(de.isnan().flatten(1).any(1), torch.tensor([False, False, True, False]))
 
 
 @pytest.mark.parametrize("pool", ["lse", "sum", "mean"])
