@@ -49,7 +49,8 @@ def value_and_gradients(loss: Callable[..., Tensor], inputs: dict[str, Tensor], 
         for name, tensor in inputs.items()
     }
     value = loss(**leaves, **options)
-    (value * torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)).sum().backward()
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device)
+    (value * weights.reshape(value.shape)).sum().backward()
     return {"value": value.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 
 

@@ -17,7 +17,7 @@ def run(code: str) -> str:
 
 
 def test_import_brings_einops_and_nothing_of_torch_that_is_not_there_already():
-    """torch's compiler, its checkpointing (which imports the compiler in torch 2.6), triton, matplotlib wait for use."""
+    """torch's compiler, torch.utils.checkpoint (which imports it in torch 2.6), triton and matplotlib wait for use."""
     out = run(
         "import sys, torch; before = set(sys.modules); import fmfa_losses;"
         "print(*sorted(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))"
