@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -91,3 +92,19 @@ def assert_within_budget(
         if rounded is not None:
             allowed += (rounded[name] - want).norm()
         assert error <= allowed, f"{name}: error {error:.2e}, budget {allowed:.2e}, size {size:.2e}"
+
+
+def assert_differentiable_once(loss: Callable[..., Tensor], backend: str) -> None:
+    """create_graph alone changes nothing; a gradient penalty raises, and is no number."""
+    inputs = features(6, 6, 5, images=False)
+    leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")]
+    value = loss(*leaves[:2], inputs["pids"], logit_scale=leaves[2], backend=backend)
+    plain = torch.autograd.grad(value, leaves, retain_graph=True)
+    graph = torch.autograd.grad(value, leaves, create_graph=True)
+    for a, b in zip(plain, graph, strict=True):
+        assert torch.equal(a, b)
+    for gradient in graph:
+        penalty = value + gradient.square().sum()
+        with pytest.raises(RuntimeError, match="similarity_distribution_loss is differentiable once"):
+            penalty.backward(retain_graph=True)
+    assert all(leaf.grad is None for leaf in leaves)

@@ -29,8 +29,8 @@ NOWHERE = 2**30  # above every place
 class Batch(NamedTuple):
     """What all blocks share."""
 
-    pids: Tensor  # [C]
-    image_ids: Tensor | None  # [C]
+    pids: Tensor  # [C], contiguous
+    image_ids: Tensor | None  # [C], contiguous
     label_sum: Tensor  # [R], or [C] with target="column": what the labels are divided by
     scale: float | Tensor
     spec: "RowLoss"
@@ -75,9 +75,11 @@ def forward(
     """Loss, statistics, places, norms and label sums, as the operator declares them."""
     R, C, dtype = queries.shape[0], keys.shape[0], accumulation_dtype(queries, keys)
     norms = torch.cat([torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in (queries, keys)])
+    pids, image_ids = _contiguous(pids, image_ids)
     batch = Batch(pids, image_ids, _label_sum(pids, image_ids, R, spec, dtype), scale, spec)
     out = Statistics.empty(R, norms, spec)
-    q, k = queries / _divisor(norms[:R]), keys / _divisor(norms[R:])
+    divisors = _divisors(norms)
+    q, k = queries / divisors[:R], keys / divisors[R:]
     for rows in _blocks(R, C, reader):
         reader.absorb(q[rows] @ k.T, rows, batch, out)
     per_sample = out.loss.sum(dim=0)
@@ -103,9 +105,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and scale."""
     R, C = queries.shape[0], keys.shape[0]
-    batch = Batch(pids, image_ids, label_sum, scale, spec)
+    batch = Batch(*_contiguous(pids, image_ids), label_sum, scale, spec)
     known = Statistics(norms[:0], statistics, places, norms[:0])
-    q, k = queries / _divisor(norms[:R]), keys / _divisor(norms[R:])
+    divisors, has_direction = _divisors(norms), (norms > ZERO_NORM).unsqueeze(1)
+    q, k = queries / divisors[:R], keys / divisors[R:]
     g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
     for rows in _blocks(R, C, reader):
@@ -122,9 +125,14 @@ def backward(
         if spec.weighted and spec.gap == "cosine" and not spec.detach_weight:  # a cosine gap does not see the scale
             dscale -= spec.alpha * (g * statistics[:, 2] * statistics[:, 3]).sum()
         dscale /= scale
-    for unit, along, norm, dx in ((q, dq_along, norms[:R], dq), (k, dk_along, norms[R:], dk)):
-        dx.sub_(unit.mul_(along).mul_((norm > ZERO_NORM).unsqueeze(1))).div_(_divisor(norm))
+    for unit, along, dx, samples in ((q, dq_along, dq, slice(R)), (k, dk_along, dk, slice(R, None))):
+        dx.sub_(unit.mul_(along).mul_(has_direction[samples])).div_(divisors[samples])
     return dq.to(queries.dtype), dk.to(keys.dtype), dscale
+
+
+def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Once a pass: every block reads the ids."""
+    return pids.contiguous(), None if image_ids is None else image_ids.contiguous()
 
 
 def _start(n: int, like: Tensor) -> Tensor:
@@ -153,8 +161,8 @@ def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: "RowLoss", 
     return spec.image_id_factor * count(pids) + (1 - spec.image_id_factor) * count(image_ids)
 
 
-def _divisor(norm: Tensor) -> Tensor:
-    return torch.where(norm <= ZERO_NORM, torch.ones_like(norm), norm).unsqueeze(1)
+def _divisors(norms: Tensor) -> Tensor:
+    return norms.masked_fill(norms <= ZERO_NORM, 1).unsqueeze(1)
 
 
 class _TorchReader:
