@@ -27,9 +27,10 @@ from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load
 from ._launch import Strided, launch, on_device
 from .similarity_distribution import ANY_ADDRESS, by_device, contiguous_ids, flags, launch_options
 
-__all__ = ["absorb", "block_elements", "dlogits"]
+__all__ = ["absorb", "block_elements", "dlogits", "row_multiple"]
 
 block_elements = 2**24  # numbers in a block: 64 MiB
+row_multiple = 16  # a row begins where 16 bytes can be loaded at once, and its stride is one specialisation, whatever C
 
 # (BLOCK_M, BLOCK_N): payers, and what they look at in one step. Memory is contiguous along the columns of the block.
 # A block has 2^24 / C rows: from 4096 columns on, programs of 8 rows would be fewer than four for each of an H100's 132
@@ -43,9 +44,9 @@ COLUMNS, TILE = (64, 32), (32, 64)
 OF_A_SIDE = ("running_ptr", "loss_ptr", "statistics_ptr", "places_ptr")
 
 
-@triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_A_SIDE, "R", "X", "Y", "C", "x_first", "y_first", "offset"])
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_A_SIDE, "R", "X", "Y", "x_first", "y_first", "offset"])
 def _absorb_kernel(
-    cos_ptr,  # [X, Y], or with DOWN [Y, X]; C numbers a row
+    cos_ptr,  # [X, Y], or with DOWN [Y, X]
     running_ptr,  # [5, R]: top, sum_e, paid, mass, positive; or anything
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
@@ -57,7 +58,6 @@ def _absorb_kernel(
     R,
     X,  # payers in this block
     Y,
-    C,
     x_first,  # place of the first payer among all
     y_first,
     offset,
@@ -65,6 +65,7 @@ def _absorb_kernel(
     alpha,
     eps,
     factor,
+    cos_stride,
     DOWN: tl.constexpr,  # payers are the columns: they have seen other blocks, or will
     HAS_IMAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -108,9 +109,9 @@ def _absorb_kernel(
         inside = (y < Y)[None, :]
         columns = y_first + y
         if DOWN:
-            entries = cos_ptr + y.to(tl.int64)[None, :] * C + x[:, None]
+            entries = cos_ptr + y.to(tl.int64)[None, :] * cos_stride + x[:, None]
         else:
-            entries = cos_ptr + x.to(tl.int64)[:, None] * C + y[None, :]
+            entries = cos_ptr + x.to(tl.int64)[:, None] * cos_stride + y[None, :]
         z = scale * tl.load(entries, mask=live[:, None] & inside, other=0.0)
         z = tl.where(inside, z, -float("inf"))
         same = (own_pid == tl.load(pids_ptr + columns, mask=y < Y, other=0)[None, :]) & inside
@@ -158,6 +159,7 @@ def _dlogits_kernel(
     push_alpha,  # alpha, or 0 where the weight is detached
     eps,
     factor,
+    cos_stride,
     g_stride,
     BOTH: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -176,7 +178,7 @@ def _dlogits_kernel(
     x = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live, here, at = x < X, columns < C, x_first + x
-    entries = cos_ptr + x.to(tl.int64)[:, None] * C + columns[None, :]
+    entries = cos_ptr + x.to(tl.int64)[:, None] * cos_stride + columns[None, :]
     inside = live[:, None] & here[None, :]
     z = scale * tl.load(entries, mask=inside, other=0.0)
     own_pid = tl.load(pids_ptr + offset + at, mask=live, other=0)
@@ -232,9 +234,10 @@ def absorb(cos: Tensor, rows: slice, batch: Any, out: Any) -> None:
             X, Y, x_first, y_first = (C, m, 0, rows.start) if side else (m, C, rows.start, 0)
             launch(
                 _absorb_kernel, (triton.cdiv(X, M),),
-                cos, out.running if side else cos, *ids, cos if scale_ptr is None else scale_ptr,
-                batch.label_sum, out.loss[side], out.statistics[side], out.places[side] if spec.weighted else cos,
-                R, X, Y, C, x_first, y_first, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
+                Strided(cos), out.running if side else out.loss, *ids, out.loss if scale_ptr is None else scale_ptr,
+                batch.label_sum, out.loss[side], out.statistics[side], out.places[side] if spec.weighted else out.loss,
+                R, X, Y, x_first, y_first, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
+                cos.stride(0),
                 DOWN=side == 1, POSITIVE=spec.positive, **compiled, BLOCK_M=M, BLOCK_N=N, **launch_options(cos, 4, 2),
             )  # fmt: skip
 
@@ -247,10 +250,12 @@ def dlogits(cos: Tensor, rows: slice, g: Tensor, batch: Any, out: Any) -> Tensor
     with on_device(cos):
         launch(
             _dlogits_kernel, (triton.cdiv(C, N), triton.cdiv(m, M)),
-            cos, *contiguous_ids(batch.pids, batch.image_ids), cos if scale_ptr is None else scale_ptr,
-            batch.label_sum, out.statistics, out.places if spec.weighted else cos, Strided(g),
+            Strided(cos), *contiguous_ids(batch.pids, batch.image_ids),
+            out.statistics if scale_ptr is None else scale_ptr, batch.label_sum,
+            out.statistics, out.places if spec.weighted else out.statistics, Strided(g),
             R, m, C, rows.start, spec.offset, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
-            spec.eps, spec.image_id_factor, g.stride(0), BOTH=spec.both, **flags(batch.image_ids, scale_ptr, spec),
-            BLOCK_M=M, BLOCK_N=N, **launch_options(cos, 4, 2),
+            spec.eps, spec.image_id_factor, cos.stride(0), g.stride(0),
+            BOTH=spec.both, **flags(batch.image_ids, scale_ptr, spec), BLOCK_M=M, BLOCK_N=N,
+            **launch_options(cos, 4, 2),
         )  # fmt: skip
     return cos

@@ -264,6 +264,7 @@ def test_what_changes_with_the_batch_is_not_specialised() -> None:
     from fmfa_losses.kernels import distribution_blocks, similarity_distribution
 
     fixed = {"D", "q_stride", "k_stride", "x_stride", "y_stride"}  # of the features
+    fixed |= {"cos_stride"}  # always a multiple of 16, and never 1
     fixed |= {"scale", "alpha", "push_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
     kernels = (
         similarity_distribution._prepare_kernel,

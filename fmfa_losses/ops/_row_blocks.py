@@ -55,6 +55,7 @@ class Reader(Protocol):
     """What Eq. 1-4 make of a block of cosines [m, C], those of the queries `rows` with all keys; may overwrite it."""
 
     block_elements: int  # numbers in a block
+    row_multiple: int  # what the stride of its rows is a multiple of
 
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
         """Writes what the rows pay and their statistics; those of the columns as far as the blocks have come."""
@@ -81,7 +82,7 @@ def forward(
     divisors = _divisors(norms)
     q, k = queries / divisors[:R], keys / divisors[R:]
     for rows in _blocks(R, C, reader):
-        reader.absorb(q[rows] @ k.T, rows, batch, out)
+        reader.absorb(_cosines(q[rows], k, reader), rows, batch, out)
     per_sample = out.loss.sum(dim=0)
     if spec.reduction != "none":
         per_sample = getattr(per_sample, spec.reduction)()
@@ -112,7 +113,7 @@ def backward(
     g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
     for rows in _blocks(R, C, reader):
-        dz = reader.dlogits(q[rows] @ k.T, rows, g, batch, known)
+        dz = reader.dlogits(_cosines(q[rows], k, reader), rows, g, batch, known)
         torch.mm(dz, k, out=dq[rows])
         dk.addmm_(dz.T, q[rows])
     dq, dk = dq.mul_(scale), dk.mul_(scale)
@@ -147,6 +148,14 @@ def _blocks(R: int, C: int, reader: Reader) -> list[slice]:
     return [slice(i, min(i + step, R)) for i in range(0, R, step)]
 
 
+def _cosines(q: Tensor, k: Tensor, reader: Reader) -> Tensor:
+    """A block [m, C] whose rows are consecutive numbers."""
+    columns = -(-len(k) // reader.row_multiple) * reader.row_multiple
+    if columns == len(k):
+        return q @ k.T
+    return torch.mm(q, k.T, out=q.new_empty(len(q), columns)[:, : len(k)])
+
+
 def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: "RowLoss", dtype: torch.dtype) -> Tensor:
     """sum_k y_ik of the queries, or of the keys where the target is divided by columns."""
     samples = slice(spec.offset, spec.offset + R) if spec.target == "row" else slice(None)
@@ -169,6 +178,7 @@ class _TorchReader:
     """Eq. 1-4 on a block in plain PyTorch. One side reads along dim 1, the other along dim 0."""
 
     block_elements = 2**22  # about six temporaries of this size are alive at once
+    row_multiple = 1
 
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
         spec, z = batch.spec, cos.mul_(batch.scale)
