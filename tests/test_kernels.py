@@ -43,7 +43,7 @@ def test_the_compile_gate_refuses_what_does_not_fit(monkeypatch):
         launches = compile_check.record("sm_86", "float16")
         return next(launch for launch in launches if launch.kernel.__name__ == "_match_kernel")
 
-    fits = compile_check.compile_launch("sm_86", "float16", match(64, 64, 32, 4, 2))
+    fits = compile_check.compile_launch("sm_86", "float16", match(64, 64, 32, 8, 2))
     assert fits.failures == []
     assert fits.registers > 0
     assert fits.instructions > 100
