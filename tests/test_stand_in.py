@@ -142,7 +142,7 @@ def test_an_extra_operator_is_seen():
     assert step(extra=True) == step(extra=False) + 1
 
 
-def test_everything_is_an_accelerator_inside_and_as_before_outside():
+def test_everything_is_an_accelerator_inside_and_as_before_outside(monkeypatch):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -154,7 +154,8 @@ def test_everything_is_an_accelerator_inside_and_as_before_outside():
             len(_specialised.device_caches), why_not_triton(x),
         )  # fmt: skip
 
-    x, mask = torch.randn(3, 4), torch.tensor([[True, False, False]])
+    x, mask, real = torch.randn(3, 4), torch.tensor([[True, False, False]]), object()
+    monkeypatch.setattr(driver, "_active", real)
     before = state()
     with pytest.raises(KeyError), stand_in.gpu(chip="sm_86"):
         _specialised[(1,)](x, 3, BLOCK=16)
@@ -166,6 +167,7 @@ def test_everything_is_an_accelerator_inside_and_as_before_outside():
     with stand_in.gpu():
         assert _launch.chip_class(x.device) == _launch.LARGE
     assert state() == before
+    assert driver.active is real
     assert fmfa_losses.efa.longest is _padding.longest
     assert _padding.longest(mask) == 1
     with pytest.raises(RuntimeError, match="need a CUDA"):
