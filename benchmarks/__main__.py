@@ -7,7 +7,9 @@ COMMANDS = {
     "micro": ("benchmarks.micro", "every operation against its reference on the CPU"),
     "gpu": ("benchmarks.gpu", "the kernels' tests, then their time and memory on a CUDA device"),
     "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
+    "launches": ("benchmarks.launches", "what a step launches, compiles, moves and allocates, without a GPU"),
     "compile-check": ("benchmarks.compile_check", "every kernel compiled for every architecture, without a GPU"),
+    "prebuild": ("benchmarks.prebuild", "the kernels of a GPU run, compiled for that machine without its GPU"),
 }
 
 
