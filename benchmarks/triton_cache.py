@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import importlib.util
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -30,5 +29,5 @@ def prepare(prebuilt: Path | None) -> tuple[Path | None, str]:
     if reason is not None:
         return None, f"{prebuilt} is not used: {reason}; kernels are compiled here"
     copy = Path(tempfile.mkdtemp(prefix="triton-cache-"))
-    shutil.copytree(prebuilt, copy, dirs_exist_ok=True)
+    prebuild.install(prebuilt, copy)  # not a plain copy: Triton's files name one another by absolute paths
     return copy, f"prebuilt Triton cache: {prebuilt}, its key agrees"

@@ -173,7 +173,7 @@ def test_plan_is_ordered_and_complete():
 
 @pytest.mark.parametrize("stage", [stage.letter for stage in STAGES])
 def test_a_stage_alone_has_its_ceilings(stage):
-    """Shares of the roof need them, whichever stage is chosen; and a reference comes before what is compared with it."""
+    """Shares of the roof need them, whichever stage is chosen; and a reference comes before its rivals."""
     jobs = gpu_jobs([stage])
     kinds = [job.kind for job in jobs]
     assert kinds.count("ceilings") == int(any(kind in ("figure", "kernels") for kind in kinds))
@@ -394,20 +394,20 @@ def test_outcomes_are_read(line, expected):
 def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
     """A cache that does not fit is never used, and the reason is said."""
     assert triton_cache.prepare(None) == (None, "no prebuilt Triton cache: kernels are compiled here")
-    (tmp_path / "kernel").mkdir()
-    spec = triton_cache.importlib.util.find_spec
+    spec, installed = triton_cache.importlib.util.find_spec, []
     monkeypatch.setattr(triton_cache.importlib.util, "find_spec", lambda name: None)
     assert "has no `benchmarks prebuild`" in triton_cache.prepare(tmp_path)[1]
     monkeypatch.setattr(triton_cache.importlib.util, "find_spec", lambda name: True)
     for reason in ("another triton", None):
-        module = SimpleNamespace(usable=lambda folder, reason=reason: reason)
+        module = SimpleNamespace(
+            usable=lambda folder, reason=reason: reason, install=lambda *folders: installed.append(folders)
+        )
         monkeypatch.setattr(triton_cache.importlib, "import_module", lambda name, module=module: module)
         folder, sentence = triton_cache.prepare(tmp_path)
         if reason:
-            assert (folder, reason in sentence) == (None, True)
+            assert (folder, reason in sentence, installed) == (None, True, [])
         else:
-            assert folder != tmp_path
-            assert [path.name for path in folder.iterdir()] == ["kernel"]
+            assert installed == [(tmp_path, folder)]
     monkeypatch.setattr(triton_cache.importlib.util, "find_spec", spec)
     assert len(triton_cache.triton_key_sha256()) == 64
 
@@ -441,11 +441,12 @@ def fake_result():
     rows[-1] = {key: value for key, value in rows[-1].items() if key not in spreads} | {"status": "not run: why"}
     ceilings = {"copy": 4e12, "fp32": 5e13, "tf32": 4e14, "bf16": 8e14, "fp16": 8e14}
     test = {"test": "tests/gpu/test_gpu_efa.py::test_x", "outcome": "failed", "status": "ok"}
+    end = {"summary": "1 failed, 1 passed", "status": "failed: exit code 1"}
     return {
         "kind": "gpu", "command": "python -m benchmarks gpu", "date": "2000-01-01", "machine": MACHINE,
         "versions": {"torch": "0"}, "ceilings": ceilings, "targets": gpu_targets(rows, ceilings),
         "measurements": rows, "exact": [], "kernels": [], "alternatives": [],
-        "tests": [test, test | {"outcome": "passed"}, {"summary": "1 failed, 1 passed", "status": "failed: exit code 1"}],
+        "tests": [test, test | {"outcome": "passed"}, end],
     }  # fmt: skip
 
 
