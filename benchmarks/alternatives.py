@@ -28,7 +28,8 @@ class Alternative(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.table}" + ("" if self.key is None else f"[{', '.join(map(str, self.key))}]")
+        key = ", ".join(self.key) if isinstance(self.key, tuple) else self.key
+        return f"{self.module}.{self.table}" + ("" if key is None else f"[{key}]")
 
 
 def value(row: Alternative) -> Any:

@@ -394,21 +394,21 @@ def test_outcomes_are_read(line, expected):
 def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
     """A cache that does not fit is never used, and the reason is said."""
     assert triton_cache.prepare(None) == (None, "no prebuilt Triton cache: kernels are compiled here")
-    spec, installed = triton_cache.importlib.util.find_spec, []
-    monkeypatch.setattr(triton_cache.importlib.util, "find_spec", lambda name: None)
-    assert "has no `benchmarks prebuild`" in triton_cache.prepare(tmp_path)[1]
-    monkeypatch.setattr(triton_cache.importlib.util, "find_spec", lambda name: True)
-    for reason in ("another triton", None):
-        module = SimpleNamespace(
-            usable=lambda folder, reason=reason: reason, install=lambda *folders: installed.append(folders)
-        )
-        monkeypatch.setattr(triton_cache.importlib, "import_module", lambda name, module=module: module)
-        folder, sentence = triton_cache.prepare(tmp_path)
-        if reason:
-            assert (folder, reason in sentence, installed) == (None, True, [])
-        else:
-            assert installed == [(tmp_path, folder)]
-    monkeypatch.setattr(triton_cache.importlib.util, "find_spec", spec)
+    installed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_cache.importlib.util, "find_spec", lambda name: None)
+        assert "has no `benchmarks prebuild`" in triton_cache.prepare(tmp_path)[1]
+        patch.setattr(triton_cache.importlib.util, "find_spec", lambda name: True)
+        for reason in ("another triton", None):
+            module = SimpleNamespace(
+                usable=lambda folder, reason=reason: reason, install=lambda *folders: installed.append(folders)
+            )
+            patch.setattr(triton_cache.importlib, "import_module", lambda name, module=module: module)
+            folder, sentence = triton_cache.prepare(tmp_path)
+            if reason:
+                assert (folder, reason in sentence, installed) == (None, True, [])
+            else:
+                assert installed == [(tmp_path, folder)]
     assert len(triton_cache.triton_key_sha256()) == 64
 
 
