@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .compiles import counted
 from .cuda_clock import graph_of, time_calls
+from .kernel_work import bytes_of, flops_of
 from .measure import spread
 
-__all__ = ["Launched", "captured", "flops", "kernels_of", "moved", "time_kernel", "time_step"]
+__all__ = ["Launched", "captured", "kernels_of", "measure", "time_kernel", "time_step"]
 
 IN_A_GRAPH = 10
 
@@ -101,59 +101,6 @@ def time_step(step: Callable[[], Any], often: int = IN_A_GRAPH, repeats: int = 7
     return spread([time / often for time in times])
 
 
-def moved(launches: Sequence[Launched]) -> int:
-    """Bytes of the tensors that the launches are given, each once: no kernel can move less of what it needs."""
-    return sum(
-        sum(value.numel() * value.element_size() for value in launch.arguments.values() if isinstance(value, Tensor))
-        for launch in launches
-    )
-
-
-def _match(a: dict[str, Any]) -> float:
-    return 2.0 * a["Bx"] * a["P"] * a["Be"] * a["Q"] * a["D"]
-
-
-def _gathered(a: dict[str, Any]) -> float:
-    return 2.0 * a["Bx"] * a["P"] * a["Be"] * a["D"]  # one row of D for every winner
-
-
-def _scores(products: int) -> Callable[[dict[str, Any]], float]:
-    """So many products of [L, N] with D, a sample."""
-    return lambda a: 2.0 * products * a["image_ptr"].shape[0] * a["L"] * a["N"] * a["D"]
-
-
-def _logits(products: int, sides: int, rows: str, columns: str) -> Callable[[dict[str, Any]], float]:
-    return lambda a: 2.0 * products * sides * a[rows] * a[columns] * a["D"]
-
-
-# Operations of a kernel's products by its arguments: the least that gives its results. Kernels that are not here make
-# no products, or move bytes for longer than they compute.
-FLOPS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "_match_kernel": _match,
-    "_dx_kernel": _gathered,
-    "_de_kernel": _gathered,
-    "_forward_kernel": _scores(2),  # s and the weighted sum
-    "_statistics_kernel": _scores(2),  # s and da
-    "_dtext_kernel": _scores(3),  # s, da, ds v
-    "_dimage_kernel": _scores(4),  # s, da, a^T djoint, ds^T t
-    "_row_loss_kernel": _logits(1, 2, "X", "Y"),
-    "_gradient_kernel": _logits(2, 2, "X", "Y"),  # the logits and one gradient
-}
-
-
-def flops(launches: Sequence[Launched]) -> float:
-    """0 where they are not counted: a time without its roof is better than none."""
-    try:
-        return sum(FLOPS[launch.name](launch.arguments) if launch.name in FLOPS else 0.0 for launch in launches)
-    except KeyError:  # a kernel whose arguments have other names by now; the tests say so
-        return 0.0
-
-
-def seconds_at(operations: float, moved: float, precision: str, ceilings: dict[str, float]) -> float:
-    """The least time: whichever of the two takes longer at the measured ceilings."""
-    return max(operations / ceilings[precision], moved / ceilings["copy"])
-
-
 def measure(step: Callable[[], Any], often: int = IN_A_GRAPH) -> Iterator[dict[str, Any]]:
     """One record a kernel of a step: time, launches, counted operations and bytes, blocks."""
     from .compile_check import describe
@@ -163,8 +110,8 @@ def measure(step: Callable[[], Any], often: int = IN_A_GRAPH) -> Iterator[dict[s
             "kernel": name,
             "config": describe(launches[0]),
             "launches": len(launches),
-            "flops": flops(launches),
-            "bytes": moved(launches),
+            "flops": flops_of(name, [launch.arguments for launch in launches]),
+            "bytes": bytes_of([launch.arguments for launch in launches]),
             "ms": time_kernel(launches, often),
             "status": "ok",
         }

@@ -28,7 +28,15 @@ from .roofline import measure_ceilings
 
 __all__ = ["do", "main", "records"]
 
-LOST = ("illegal memory access", "launch failure", "misaligned address", "device-side assert", "illegal instruction")
+# Words of errors after which this process is of no more use: its device context is lost, or it still captures.
+LOST = (
+    "captur",
+    "illegal memory access",
+    "launch failure",
+    "misaligned address",
+    "device-side assert",
+    "illegal instruction",
+)
 TEST_WORKERS = 8
 
 

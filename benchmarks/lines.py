@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .alone import seconds_at
+from .kernel_work import seconds_at
 from .measure import DTYPES
 from .roofline import share_of_roof
 

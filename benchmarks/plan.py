@@ -105,15 +105,19 @@ def _figures(
     precisions: Sequence[str],
     modes: tuple[str, ...] = ("eager",),
 ) -> list[Job]:
-    jobs = []
-    for precision in precisions:
-        for case in cases:
-            for name in names:
-                guess = {AUTOTUNED: 75.0, COMPILED: 25.0}.get(name, 90.0 if name in PEERS else 5.0)
-                if name == TRITON:
-                    guess = 12.0  # without a prebuilt cache its kernels are compiled first
-                jobs.append(Job(stage, "figure", case, name, precision, modes, guess))
-    return jobs
+    return [
+        Job(stage, "figure", case, name, precision, modes, _guess(case, name))
+        for precision in precisions
+        for case in cases
+        for name in names
+    ]
+
+
+def _guess(case: Case, provider: str) -> float:
+    """Cautious: a job is killed at twice of it, and our kernels may have to be compiled first."""
+    guess = {AUTOTUNED: 75.0, COMPILED: 25.0, TRITON: 20.0}.get(provider, 90.0 if provider in PEERS else 5.0)
+    large = case.B >= (512 if case.op == "efa" else 65536)
+    return max(guess, 20.0) if large else guess
 
 
 def _exact() -> list[Job]:
@@ -130,18 +134,18 @@ def _exact() -> list[Job]:
     some = [cases[0], patches, cases[5]]
     plan = [(case, precision) for precision in ("bf16", "fp32") for case in cases]
     plan += [(case, precision) for precision in ("tf32", "fp16") for case in some]
-    return [Job("a", "exact", case, TRITON, precision, guess=8) for case, precision in plan]
+    return [Job("a", "exact", case, TRITON, precision, guess=15) for case, precision in plan]
 
 
 def _alone() -> list[Job]:
     cases = [(_efa(128), "bf16"), (Case("asdm", 64), "fp32"), (Case("asdm", 1024), "fp32"), (_efa(128), "fp32")]
     cases += [(_efa(128, mean_length=25), "bf16"), (_efa(128), "tf32"), (Case("asdm", 16384), "fp32")]
-    return [Job("b", "kernels", case, TRITON, precision, guess=8) for case, precision in cases]
+    return [Job("b", "kernels", case, TRITON, precision, guess=20) for case, precision in cases]
 
 
 def _alternatives() -> list[Job]:
     rows = enumerate(ALTERNATIVES)
-    return [Job("c", "alternative", row.case, TRITON, row.precision, guess=12, alternative=n) for n, row in rows]
+    return [Job("c", "alternative", row.case, TRITON, row.precision, guess=20, alternative=n) for n, row in rows]
 
 
 def _losses() -> list[Job]:

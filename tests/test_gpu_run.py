@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.alone import FLOPS
 from benchmarks.book import UNSEEN, missing, read_records
 from benchmarks.gpu import ROOT
+from benchmarks.kernel_work import FLOPS
 from benchmarks.plan import STAGES, gpu_jobs
 from benchmarks.supervisor import OUT_OF_TIME
 
