@@ -5,7 +5,8 @@ import sys
 
 COMMANDS = {
     "micro": ("benchmarks.micro", "every operation against its reference on the CPU"),
-    "gpu": ("benchmarks.gpu", "the kernels' tests, then their time and memory on a CUDA device"),
+    "gpu": ("benchmarks.gpu", "the kernels on a CUDA device: right, then how fast"),
+    "tune": ("benchmarks.tune", "candidates for the block tables: compiled anywhere, timed on a CUDA device"),
     "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
     "launches": ("benchmarks.launches", "what a step launches, compiles, moves and allocates, without a GPU"),
     "compile-check": ("benchmarks.compile_check", "every kernel compiled for every architecture, without a GPU"),

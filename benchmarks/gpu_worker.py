@@ -1,136 +1,188 @@
-"""Measures the jobs of the GPU benchmark in one process, and writes every record down before the next job starts.
+"""Does the jobs of `benchmarks gpu` in one process; each line of standard input is the number of a job.
 
-Started by benchmarks/gpu.py, which outlives it: a kernel that takes the process down, or one job that takes too long,
-costs that job alone.
+Answers one line of JSON at a time on what was its standard output: {"ready": true}, {"record": {...}} as soon as there
+is one, {"done": true} after the last of a job, {"lost": true} when the device does not answer any more and another
+process must go on. Everything that libraries print goes to standard error. benchmarks/supervisor.py starts it.
 """
 
 import argparse
 import gc
 import json
+import os
+import signal
 import sys
+import threading
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
-from . import providers
-from .cases import inputs
-from .measure import DTYPES, PASSES, autocast, disagreement, matmul_precision, measure_cuda
-from .plan import Job, gpu_jobs, run_plan
-from .providers import COMPILED, REFERENCE, TORCH, TRITON, memory_needed
+from . import alone, alternatives, device, exact, figures, gpu_tests, stand_in_cuda
+from .cases import inputs, leaves
+from .measure import AGREEMENT, DTYPES, cotangent, disagreement, fingerprint, matmul_precision
+from .plan import Job, gpu_jobs
+from .predictions import predicted
+from .providers import TORCH, TRITON, provider
 from .roofline import measure_ceilings
 
-DEVICE = "cuda"
+__all__ = ["do", "main", "records"]
 
-# Relative difference in value and gradient norm beyond which two providers have not computed the same. Rounding flips
-# near ties between winners, which changes gradients more than values.
-AGREEMENT = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
+# Words of errors after which this process is of no more use: its device context is lost, or it still captures.
+LOST = (
+    "captur",
+    "illegal memory access",
+    "launch failure",
+    "misaligned address",
+    "device-side assert",
+    "illegal instruction",
+)
+TEST_WORKERS = 8
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """The measurement or the reason why there is none; afterwards the device is as empty as before."""
+def records(job: Job, *, dry: bool) -> Iterator[dict[str, Any]]:
+    """The records of a job, each as soon as it is there."""
     matmul_precision(job.precision)
-    try:
-        return {"status": "ok"} | _measure(job)
-    except torch.cuda.OutOfMemoryError:
-        return {"status": "failed: out of memory"}
-    except Exception as error:
-        if "illegal memory access" in str(error) or "launch failure" in str(error):
-            raise  # the device context is lost, and with it this process
-        message = (str(error).splitlines() or [""])[0]
-        return {"status": f"failed: {type(error).__name__}: {message:.200}"}
-    finally:
-        if job.provider == COMPILED:
-            torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+    for record in _KINDS[job.kind](job, dry):
+        mode = record.pop("mode", job.modes[0])
+        identity = next(i for i in job.identities if i.get("mode", mode) == mode)
+        yield identity | record
 
 
-def _measure(job: Job) -> dict[str, Any]:
-    fn = providers.provider(job.provider, job.case.op)
-    plain = job.provider in (REFERENCE, COMPILED)
-
-    def call(**arguments: Any) -> torch.Tensor:
-        if not plain:
-            return fn(**arguments)
-        with autocast(job.precision, DEVICE):
-            return fn(**arguments)
-
-    def make(seed: int) -> dict[str, Any]:
-        return inputs(job.case, dtype=DTYPES[job.precision], device=DEVICE, seed=seed)
-
-    step = torch.compiler.cudagraph_mark_step_begin if job.provider == COMPILED else lambda: None
-    return measure_cuda(call, make, before_run=step)
+def _ceilings(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    yield {"status": "ok", "ceilings": measure_ceilings(device.NAME)}
 
 
-def why_not(job: Job, red: set[str]) -> str | None:
-    if job.provider == TRITON and job.case.op in red:
-        return "the kernel tests failed"
-    reason = providers.why_not(job.provider)
+def _exact(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    assert job.case is not None
+    yield exact.check(job.case, job.precision, device.NAME)
+
+
+def step_of(job: Job) -> Callable[[], tuple[Any, ...]]:
+    """Forward and backward of our kernels on one set of inputs."""
+    assert job.case is not None
+    fn = provider(TRITON, job.case.op)
+    arguments = inputs(job.case, dtype=DTYPES[job.precision], device=device.NAME)
+
+    def step() -> tuple[Any, ...]:
+        value = fn(**arguments)
+        return value.detach(), torch.autograd.grad(value, leaves(arguments), cotangent(value))
+
+    return step
+
+
+def _kernels(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    assert job.case is not None
+    for record in alone.measure(step_of(job), often=1 if dry else alone.IN_A_GRAPH):
+        expected = predicted(job.case.op, job.case.B, job.precision, record["kernel"])
+        if expected is not None:
+            record |= {"predicted": expected.before, "after": expected.after, "change": expected.change}
+        yield record
+
+
+def _alternative(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    """The table's entry and the other one in turn, twice; the better of two medians each."""
+    assert job.alternative is not None
+    row = alternatives.ALTERNATIVES[job.alternative]
+    entries = {"entry": alternatives.value(row), "other": row.other}
+    step, found = step_of(job), {}
+    times: dict[str, list[float]] = {name: [] for name in entries}
+    often = 1 if dry else alone.IN_A_GRAPH
+    for name in [*entries] * (1 if dry else 2):
+        with alternatives.swapped(row, entries[name]):
+            kernels, (value, grads) = alone.kernels_of(step)
+            found[name] = fingerprint(value, grads) | {"provider": name}
+            if row.kernels:
+                spreads = [alone.time_kernel(kernels[kernel], often) for kernel in row.kernels]
+                times[name].append(sum(spread["median"] for spread in spreads))
+            else:
+                times[name].append(alone.time_step(step, often)["median"])
+    record = {**{name: _plain(entry) for name, entry in entries.items()}, "predicted": row.predicted}
+    wrong = disagreement(found["other"], found["entry"], AGREEMENT[job.precision])
+    if wrong is not None:
+        yield record | {"status": f"failed: {wrong}"}
+    else:
+        best = {f"{name}_ms": float(f"{min(values):.4g}") for name, values in times.items()}
+        yield record | best | {"status": "ok"}
+
+
+def _plain(entry: Any) -> Any:
+    return list(entry) if isinstance(entry, tuple) else entry
+
+
+def _figure(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    assert job.case is not None
+    reason = figures.why_not(job.case, job.provider, job.precision)
     if reason is not None:
-        return reason
-    case, itemsize = job.case, DTYPES[job.precision].itemsize
-    needed = memory_needed(job.provider, case.op, case.B, case.L, case.N, case.D, itemsize)
-    free = torch.cuda.mem_get_info()[0]
-    if needed > 0.95 * free:
-        return f"needs over {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-    return None
+        for mode in job.modes:
+            yield {"mode": mode, "status": f"not run: {reason}"}
+        return
+    timing = {"seconds": 0.0, "least": 1} if dry else {}
+    # A dry run has interpreted the kernels in stages a to c; here it would take minutes.
+    name = TORCH if dry and job.provider == TRITON else job.provider
+    for mode, record in figures.figures(job.case, name, job.precision, job.modes, timing):
+        yield {"mode": mode} | record
 
 
-def checked(record: dict[str, Any], references: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """The record, without its times where it disagrees with the reference of its case (else the torch path)."""
-    if record["status"] != "ok":
-        return record
-    key = (record["case"], record["dtype"])
-    if key not in references and record["provider"] in (REFERENCE, TORCH):
-        references[key] = record
-    if references.get(key, record) is record:
-        return record | {"checked": False}
-    wrong = disagreement(record, references[key], AGREEMENT[record["dtype"]])
-    if wrong is None:
-        return record | {"checked": True}
-    kept = {name: value for name, value in record.items() if name not in PASSES}
-    return kept | {"status": f"failed: {wrong}"}
+def _tests(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    yield from gpu_tests.run_tests(0 if dry else TEST_WORKERS)
 
 
-def main(argv: list[str]) -> None:
+_KINDS: dict[str, Callable[[Job, bool], Iterator[dict[str, Any]]]] = {
+    "ceilings": _ceilings, "exact": _exact, "kernels": _kernels, "alternative": _alternative, "figure": _figure,
+    "tests": _tests,
+}  # fmt: skip
+
+
+def do(job: Job, write: Callable[[dict[str, Any]], None], *, dry: bool) -> bool:
+    """Writes the records of a job, a failure among them; whether the device can be used afterwards."""
+    try:
+        for record in records(job, dry=dry):
+            write(record)
+    except torch.cuda.OutOfMemoryError:
+        write({"status": "failed: out of memory"})
+    except Exception as error:
+        message = (str(error).splitlines() or [""])[0]
+        write({"status": f"failed: {type(error).__name__}: {message:.200}"})
+        return not any(word in str(error) for word in LOST)
+    finally:
+        gc.collect()
+    torch.cuda.empty_cache()
+    return True
+
+
+def _end_with(parent: int) -> None:
+    """This process and all that it started end when the supervisor is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main(argv: list[str], requests: TextIO, replies: TextIO) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--records", type=Path, required=True)
-    parser.add_argument("--deadline", type=float, required=True, help="seconds since the epoch")
-    parser.add_argument("--red", nargs="*", default=[], help="operations whose kernel tests failed")
+    parser.add_argument("--stage", nargs="*")
+    parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(argv)
-    known = [json.loads(line) for line in options.records.read_text().splitlines()] if options.records.exists() else []
-    with options.records.open("a") as file:
+    if options.dry_run:
+        stand_in_cuda.install()
 
-        def note(line: dict[str, Any]) -> None:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+    def reply(line: dict[str, Any]) -> None:
+        replies.write(json.dumps(line) + "\n")
+        replies.flush()
 
-        if not any("ceilings" in line for line in known):
-            note({"ceilings": measure_ceilings(DEVICE)})
-        references: dict[tuple[str, str], dict[str, Any]] = {}
-        done = [line for line in known if "status" in line]
-        for record in done:
-            checked(record, references)
-        jobs = gpu_jobs()[len(done) :]
-        bar = tqdm(total=len(jobs) + len(done), initial=len(done), unit="job")
-
-        def measure_noted(job: Job) -> dict[str, Any]:
-            bar.set_description(f"{job.case.name} {job.precision}: {job.provider}")
-            note({"begun": len(done) + bar.n - bar.initial})
-            return measure(job)
-
-        red = set(options.red)
-        records = run_plan(
-            jobs, measure_noted, clock=time.time, deadline=options.deadline, why_not=lambda job: why_not(job, red)
-        )
-        for record in records:
-            note(checked(record, references))
-            bar.update()
-        bar.close()
+    jobs = gpu_jobs(options.stage, dry=options.dry_run)
+    torch.cuda.synchronize()  # the device's context
+    gc.freeze()  # what is there by now stays, and need not be looked through after every job
+    reply({"ready": True})
+    for line in requests:
+        usable = do(jobs[int(line)], lambda record: reply({"record": record}), dry=options.dry_run)
+        reply({"done": True} if usable else {"lost": True})
+        if not usable:
+            return
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    main(sys.argv[1:], sys.stdin, answers)

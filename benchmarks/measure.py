@@ -1,4 +1,4 @@
-"""Time and peak memory of one provider on one case, on the CPU or on a CUDA device.
+"""Time and peak memory of one provider on one case on the CPU, and what the CPU and a CUDA device share.
 
 A pass is timed as training runs it: the forward keeps what its backward needs. One warm-up at least is thrown away.
 """
@@ -17,10 +17,24 @@ from torch import Tensor
 
 from .cases import leaves
 
-__all__ = ["DTYPES", "PASSES", "autocast", "disagreement", "matmul_precision", "measure_cpu", "measure_cuda", "spread"]
+__all__ = [
+    "AGREEMENT",
+    "DTYPES",
+    "PASSES",
+    "autocast",
+    "disagreement",
+    "fingerprint",
+    "matmul_precision",
+    "measure_cpu",
+    "spread",
+]
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PASSES = ("forward", "backward", "both")
+
+# Relative difference in value and gradient norm beyond which two providers have not computed the same. Rounding flips
+# near ties between winners, which changes gradients more than values.
+AGREEMENT = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
@@ -120,58 +134,3 @@ def autocast(name: str, device: str) -> AbstractContextManager[Any]:
     """Lets plain PyTorch multiply in the 16 bits that its inputs have; nothing for 32 bits."""
     dtype = DTYPES[name]
     return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
-
-
-def measure_cuda(
-    fn: Callable[..., Tensor],
-    make_inputs: Callable[[int], dict[str, Any]],
-    *,
-    seconds: float = 1.0,
-    before_run: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Times with CUDA events over several input sets, so many that none is still in L2 when its turn comes.
-
-    `above_mib` is the peak of allocated memory above inputs and their gradients.
-    """
-    sets = [make_inputs(0)]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in leaves(sets[0]))
-    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 * 2**20)
-    # Not more than a sixteenth of the free memory goes to the sets: a large case leaves the cache by itself.
-    count = min(8, 1 + int(2 * cache // size), 1 + int(torch.cuda.mem_get_info()[0] // 16 // size))
-    sets += [make_inputs(seed) for seed in range(1, count)]
-    torch.cuda.synchronize()
-    base = torch.cuda.memory_allocated()
-
-    def run(arguments: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...], list[torch.cuda.Event]]:
-        before_run()
-        targets, events = leaves(arguments), [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        events[0].record()
-        value = fn(**arguments)
-        events[1].record()
-        grads = torch.autograd.grad(value, targets, cotangent(value))
-        events[2].record()
-        return value.detach(), grads, events
-
-    value, grads, _ = run(sets[0])
-    result: dict[str, Any] = fingerprint(value, grads)
-    gradient_bytes = sum(grad.numel() * grad.element_size() for grad in grads)
-    del value, grads
-    for arguments in [*sets, *sets]:  # compilers, autotuners and captured graphs have settled
-        run(arguments)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    run(sets[0])
-    torch.cuda.synchronize()
-    once = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() - base - gradient_bytes
-
-    repeats = int(min(200, max(5, seconds / max(once, 1e-5))))
-    recorded = [run(sets[i % count])[2] for i in range(repeats)]
-    torch.cuda.synchronize()
-    times = {name: [] for name in PASSES}
-    for first, middle, last in recorded:
-        for name, (a, b) in zip(PASSES, ((first, middle), (middle, last), (first, last)), strict=True):
-            times[name].append(a.elapsed_time(b))
-    result |= {name: spread(times[name]) for name in PASSES}
-    return result | {"repeats": repeats, "input_sets": count, "above_mib": round(peak / 2**20, 1)}

@@ -1,91 +1,190 @@
-"""What the GPU benchmark measures, the most important first, and how it keeps to its time."""
+"""What `benchmarks gpu` does: stages in the order in which time is given to them, and the jobs of each."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from .alternatives import ALTERNATIVES
 from .cases import Case
-from .providers import COMPILED, PEERS, REFERENCE, TORCH, TRITON
+from .providers import AUTOTUNED, COMPILED, PEERS, REFERENCE, TORCH, TRITON
 
-__all__ = ["OUT_OF_TIME", "Job", "gpu_jobs", "run_plan"]
+__all__ = ["LARGE_TOY", "STAGES", "Job", "Stage", "gpu_jobs", "stage_jobs", "toy"]
 
-OUT_OF_TIME = "not run: out of time"
 PAPER, LARGE = {"L": 77, "N": 192, "D": 512}, {"L": 77, "N": 432, "D": 768}  # ViT-B/16 and ViT-L/14 at 384 x 128
 EVERY = (REFERENCE, TORCH, TRITON)
+BOTH = ("eager", "graph")
+LARGE_TOY = 8  # pairs of a dry run that stand for more than 1024
+
+
+@dataclass(frozen=True)
+class Stage:
+    letter: str
+    name: str
+    seconds: float  # a guess; jobs of a stage that has taken twice as long are not begun
+    proves: str
+
+
+STAGES = (
+    Stage("a", "exact", 40, "every kernel at the paper's size against float64, poisoned memory, equal bits twice"),
+    Stage("b", "alone", 25, "each kernel alone beside its prediction and its least time"),
+    Stage("c", "alternatives", 40, "entries of the block tables against the other candidate"),
+    Stage("d", "losses", 110, "EFA and A-SDM, eager and as CUDA graphs, against PyTorch and torch.compile"),
+    Stage("e", "peers", 120, "MaxSim against late-interaction-kernels and flash-maxsim"),
+    Stage("f", "wider", 90, "float32 and TF32, large batches, short captions, ViT-L/14"),
+    Stage("g", "tests", 120, "tests/gpu, one outcome a test"),
+    Stage("h", "max-autotune", 150, "torch.compile at its best"),
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    case: Case
-    provider: str
-    precision: str
+    """One thing that the worker does; it writes one record for each of its `identities`, at least."""
+
+    stage: str
+    kind: str  # what the worker makes of it: ceilings, exact, kernels, alternative, figure, tests
+    case: Case | None = None
+    provider: str = TRITON
+    precision: str = "bf16"
+    modes: tuple[str, ...] = ("eager",)
+    guess: float = 5.0  # seconds; a job is killed at twice its guess
+    alternative: int | None = None  # row of ALTERNATIVES
 
     @property
-    def identity(self) -> dict[str, Any]:
-        return {
-            "case": self.case.name,
-            **self.case.as_dict(),
-            "provider": self.provider,
-            "dtype": self.precision,
-        }
-
-    @property
-    def expected_seconds(self) -> float:
-        """A cautious guess, so that a job that cannot end in time is not begun."""
-        if self.provider == COMPILED:
-            return 25 if self.case.op == "asdm" else 75
-        return 5
+    def identities(self) -> list[dict[str, Any]]:
+        """What every record of this job says about where it belongs."""
+        identity: dict[str, Any] = {"stage": self.stage, "kind": self.kind}
+        if self.case is not None:
+            identity |= {"case": self.case.name, **self.case.as_dict(), "provider": self.provider}
+            identity["dtype"] = self.precision
+        if self.alternative is not None:
+            row = ALTERNATIVES[self.alternative]
+            identity |= {"table": row.name, "number": self.alternative}
+        return [identity | {"mode": mode} for mode in self.modes] if self.kind == "figure" else [identity]
 
 
-def gpu_jobs() -> list[Job]:
-    """Every job once, in the order in which time is given to them."""
-    efa = {B: Case("efa", B, **PAPER) for B in (64, 128, 256, 512, 1024)}
-    captions = Case("efa", 128, **PAPER, mean_length=25)
-    large = Case("efa", 128, **LARGE)
-    maxsim = Case("maxsim", 128, **PAPER)
-    asdm = {B: Case("asdm", B) for B in (64, 256, 1024, 16384, 65536)}
+def stage_jobs(letter: str) -> list[Job]:
+    """The jobs of a stage, the most important first."""
+    return list(dict.fromkeys(_JOBS[letter]()))
+
+
+def gpu_jobs(letters: Iterable[str] | None = None, *, dry: bool = False) -> list[Job]:
+    """All jobs of the chosen stages in the order of STAGES. The ceilings are measured before the first figure."""
+    chosen = [stage.letter for stage in STAGES if letters is None or stage.letter in letters]
+    jobs = [job for letter in chosen for job in stage_jobs(letter)]
+    needs = next((number for number, job in enumerate(jobs) if job.kind in ("kernels", "figure")), None)
+    if needs is not None:
+        jobs.insert(needs, Job(jobs[needs].stage, "ceilings", guess=10))
+    return list(dict.fromkeys(map(_dry, jobs))) if dry else jobs
+
+
+def _dry(job: Job) -> Job:
+    """The same job for a dry run: Triton's interpreter knows no bfloat16, a CPU no TF32, and tests/gpu is skipped."""
+    if job.case is None:
+        return replace(job, guess=30) if job.kind == "tests" else job
+    precision = {"bf16": "fp16", "tf32": "fp32"}.get(job.precision, job.precision)
+    return replace(job, case=toy(job.case), precision=precision)
+
+
+def toy(case: Case) -> Case:
+    """The same case at a size that a CPU takes at once; different cases stay different."""
+    D = {128: 16, 512: 32, 768: 48}[case.D]
+    N = {192: 6, 432: 7, 1024: 8, 77: 5}[case.N]
+    L, mean = (5 if case.L > 32 else 4), case.mean_length and 3
+    return replace(case, B=int(math.log2(case.B)) - 3, L=L, N=N, D=D, mean_length=mean)
+
+
+def _efa(B: int, **sizes: Any) -> Case:
+    return Case("efa", B, **PAPER | sizes)
+
+
+def _figures(
+    stage: str,
+    cases: Sequence[Case],
+    names: Sequence[str],
+    precisions: Sequence[str],
+    modes: tuple[str, ...] = ("eager",),
+) -> list[Job]:
+    return [
+        Job(stage, "figure", case, name, precision, modes, _guess(case, name))
+        for precision in precisions
+        for case in cases
+        for name in names
+    ]
+
+
+def _guess(case: Case, provider: str) -> float:
+    """Cautious: a job is killed at twice of it, and our kernels may have to be compiled first."""
+    guess = {AUTOTUNED: 75.0, COMPILED: 25.0, TRITON: 20.0}.get(provider, 90.0 if provider in PEERS else 5.0)
+    large = case.B >= (512 if case.op == "efa" else 65536)
+    return max(guess, 20.0) if large else guess
+
+
+def _exact() -> list[Job]:
+    patches, text = Case("hard_similarity", 128, **PAPER), Case("hard_similarity", 128, **PAPER | {"N": 77})
+    cases = [
+        Case("sparse_aggregate", 128, **PAPER),
+        patches,
+        replace(patches, mean_length=25),
+        text,
+        Case("maxsim", 128, **PAPER),
+        Case("asdm", 128),
+        Case("asdm", 2048),
+    ]
+    some = [cases[0], patches, cases[5]]
+    plan = [(case, precision) for precision in ("bf16", "fp32") for case in cases]
+    plan += [(case, precision) for precision in ("tf32", "fp16") for case in some]
+    return [Job("a", "exact", case, TRITON, precision, guess=15) for case, precision in plan]
+
+
+def _alone() -> list[Job]:
+    cases = [(_efa(128), "bf16"), (Case("asdm", 64), "fp32"), (Case("asdm", 1024), "fp32"), (_efa(128), "fp32")]
+    cases += [(_efa(128, mean_length=25), "bf16"), (_efa(128), "tf32"), (Case("asdm", 16384), "fp32")]
+    return [Job("b", "kernels", case, TRITON, precision, guess=20) for case, precision in cases]
+
+
+def _alternatives() -> list[Job]:
+    rows = enumerate(ALTERNATIVES)
+    return [Job("c", "alternative", row.case, TRITON, row.precision, guess=20, alternative=n) for n, row in rows]
+
+
+def _losses() -> list[Job]:
+    jobs = _figures("d", [_efa(128), _efa(64)], EVERY, ("bf16",), BOTH)
+    small = [Case("asdm", B) for B in (64, 256, 1024)]
+    jobs += _figures("d", [*small, Case("asdm", 16384)], (REFERENCE, TRITON, COMPILED), ("fp32",), BOTH)
+    jobs += _figures("d", [Case("asdm", 65536)], (TORCH, TRITON), ("fp32",), BOTH)
+    return jobs + _figures("d", small, (TORCH,), ("fp32",), BOTH)
+
+
+def _peers() -> list[Job]:
+    paper, colbert = Case("maxsim", 128, **PAPER), {"L": 32, "D": 128}
+    long, short = Case("maxsim", 128, N=1024, **colbert), Case("maxsim", 128, N=192, **colbert)
+    return _figures("e", [long, paper, short], (REFERENCE, TRITON, *PEERS), ("bf16",))
+
+
+def _wider() -> list[Job]:
+    captions, large = _efa(128, mean_length=25), Case("efa", 128, **LARGE)
     parts = [Case("hard_similarity", 128, **PAPER), Case("sparse_aggregate", 128, **PAPER)]
-
-    jobs: list[Job] = []
-
-    def add(cases: Sequence[Case], names: Sequence[str], precisions: Sequence[str]) -> None:
-        jobs.extend(Job(case, name, precision) for precision in precisions for case in cases for name in names)
-
-    add([efa[128]], EVERY, ("bf16", "fp32", "tf32", "fp16"))
-    add([maxsim], (REFERENCE, TRITON, *PEERS), ("bf16",))
-    add([captions], (REFERENCE, TRITON), ("bf16", "fp32"))
-    add([asdm[B] for B in (64, 256, 1024, 16384)], (REFERENCE, TRITON), ("fp32",))
-    add([asdm[65536]], (TORCH, TRITON), ("fp32",))
-    add([efa[1024]], (TRITON,), ("bf16",))
-    add([efa[128]], (COMPILED,), ("bf16",))
-    add([efa[64], efa[256], efa[512]], EVERY, ("bf16", "fp32"))
-    add([large], EVERY, ("bf16", "fp32"))
-    add(parts, EVERY, ("bf16", "fp32"))
-    add([asdm[64], asdm[1024], asdm[16384]], (COMPILED,), ("fp32",))
-    add([maxsim], (REFERENCE, TRITON, *PEERS), ("fp16",))
-    add([maxsim], (REFERENCE, TRITON), ("fp32",))
-    add([efa[64], efa[256], efa[512]], EVERY, ("tf32", "fp16"))
-    add([large, captions], (REFERENCE, TRITON), ("tf32", "fp16"))
-    add([asdm[256]], (COMPILED,), ("fp32",))
-    add([efa[128]], (COMPILED,), ("fp32", "tf32", "fp16"))
-    add([efa[64], efa[256]], (COMPILED,), ("bf16",))
-    return list(dict.fromkeys(jobs))
+    jobs = _figures("f", [_efa(128)], EVERY, ("fp32", "tf32"))
+    jobs += _figures("f", [captions], (REFERENCE, TRITON), ("bf16",))
+    jobs += _figures("f", [_efa(1024)], (TRITON,), ("bf16",))
+    jobs += _figures("f", [large], EVERY, ("bf16",))
+    jobs += _figures("f", parts, EVERY, ("bf16",))
+    jobs += _figures("f", [_efa(256), _efa(512)], EVERY, ("bf16",))
+    jobs += _figures("f", [_efa(128)], EVERY, ("fp16",))
+    return jobs + _figures("f", [captions, large], (REFERENCE, TRITON), ("fp32",))
 
 
-def run_plan(
-    jobs: Sequence[Job],
-    measure: Callable[[Job], dict[str, Any]],
-    *,
-    clock: Callable[[], float],
-    deadline: float,
-    why_not: Callable[[Job], str | None] = lambda job: None,
-) -> Iterator[dict[str, Any]]:
-    """One record a job, in order, as soon as it is there. A job that would not end before the deadline is not begun."""
-    for job in jobs:
-        reason = why_not(job)
-        if reason is not None:
-            yield job.identity | {"status": f"not run: {reason}"}
-        elif clock() + job.expected_seconds > deadline:
-            yield job.identity | {"status": OUT_OF_TIME}
-        else:
-            yield job.identity | measure(job)
+def _tests() -> list[Job]:
+    return [Job("g", "tests", guess=120)]
+
+
+def _autotuned() -> list[Job]:
+    cases = [_efa(128)], [Case("asdm", 1024), Case("asdm", 16384)]
+    jobs = [*_figures("h", cases[0], (AUTOTUNED,), ("bf16",)), *_figures("h", cases[1], (AUTOTUNED,), ("fp32",))]
+    return jobs + _figures("h", cases[0], (AUTOTUNED,), ("fp32",))
+
+
+_JOBS = {
+    "a": _exact, "b": _alone, "c": _alternatives, "d": _losses, "e": _peers, "f": _wider, "g": _tests, "h": _autotuned,
+}  # fmt: skip

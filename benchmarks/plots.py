@@ -7,48 +7,58 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .providers import COMPILED, PEERS, REFERENCE, TORCH, TRITON
+from .cases import Case
+from .plan import toy
+from .providers import AUTOTUNED, PEERS, REFERENCE, TORCH, TRITON
 from .roofline import share_of_roof
 
-__all__ = ["draw_gpu"]
+__all__ = ["draw_gpu", "gpu_figures"]
 
 # One colour a provider in all plots; distinguishable without colour by the marker.
 STYLES = {
     REFERENCE: {"color": "#777777", "marker": "o"},
-    COMPILED: {"color": "#D55E00", "marker": "s"},
+    AUTOTUNED: {"color": "#D55E00", "marker": "s"},
     TORCH: {"color": "#56B4E9", "marker": "^"},
     TRITON: {"color": "#0072B2", "marker": "D"},
     **{name: {"color": color, "marker": "v"} for name, color in zip(PEERS, ("#009E73", "#CC79A7"), strict=True)},
 }
+PAPER = Case("efa", 128)  # the paper's tokens; all batches of it, and the roof at this one
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 
 
-def draw_gpu(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """STEM_time.png, STEM_memory.png and STEM_roof.png in `folder`; those that have something to show."""
-    rows = [row for row in result["measurements"] if row["status"] == "ok"]
-    efa = [row for row in rows if row["op"] == "efa" and (row["L"], row["N"], row["D"]) == (77, 192, 512)]
+def gpu_figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """ "time", "memory" and "roof"; those that have something to show."""
+    shown = toy(PAPER) if result.get("dry_run") else PAPER
+    rows = [row for row in result["measurements"] if row["status"] == "ok" and row["mode"] == "eager"]
+    efa = [row for row in rows if row["op"] == "efa" and (row["L"], row["N"], row["D"]) == (shown.L, shown.N, shown.D)]
     efa = [row for row in efa if "mean_length" not in row]
     device = result["machine"].get("gpu", "no GPU")
+    title = f"Whole EFA loss, L {shown.L}, N {shown.N}, D {shown.D}, on {device}"
+    same = [row for row in rows if row["B"] == shown.B]
     figures = {
-        "time": _against_batch(efa, device, "forward and backward, ms", lambda row: row["both"]["median"]),
-        "memory": _against_batch(efa, device, "peak above inputs and gradients, MiB", lambda row: row["above_mib"]),
-        "roof": _roof(rows, device, result["ceilings"]) if result["ceilings"] else None,
+        "time": _against_batch(efa, title, "forward and backward, ms", lambda row: row["both"]["median"]),
+        "memory": _against_batch(efa, title, "peak above inputs and gradients, MiB", lambda row: row["above_mib"]),
+        "roof": _roof(same, device, result["ceilings"]) if result["ceilings"] else None,
     }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def draw_gpu(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """STEM_time.png, STEM_memory.png and STEM_roof.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures.items():
-        if figure is not None:
-            written.append(folder / f"{stem}_{name}.png")
-            figure.savefig(written[-1], dpi=120)
+    for name, figure in gpu_figures(result).items():
+        written.append(folder / f"{stem}_{name}.png")
+        figure.savefig(written[-1], dpi=120)
     return written
 
 
-def _against_batch(rows: Sequence[dict[str, Any]], device: str, label: str, value: Any) -> Figure | None:
+def _against_batch(rows: Sequence[dict[str, Any]], title: str, label: str, value: Any) -> Figure | None:
     shown = [precision for precision in PRECISIONS if any(row["dtype"] == precision for row in rows)]
     if not shown:
         return None
     figure = Figure(figsize=(1 + 3.2 * len(shown), 4.4), layout="constrained")
-    figure.suptitle(f"Whole EFA loss, L 77, N 192, D 512, on {device}")
+    figure.suptitle(title)
     for axes, precision in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
         for provider, style in STYLES.items():
             chosen = [row for row in rows if row["dtype"] == precision and row["provider"] == provider]
@@ -80,8 +90,8 @@ def _legend(figure: Figure) -> None:
 
 
 def _roof(rows: Sequence[dict[str, Any]], device: str, ceilings: dict[str, float]) -> Figure | None:
-    """Bars of forward and backward for ours and the reference, at the batch of 128 that everything is measured at."""
-    chosen = [row for row in rows if row["B"] == 128 and row["provider"] in (REFERENCE, TRITON)]
+    """Bars of forward and backward for ours and the reference, at the batch that everything is measured at."""
+    chosen = [row for row in rows if row["provider"] in (REFERENCE, TRITON)]
     chosen = [row for row in chosen if share_of_roof(row, "both", ceilings) is not None]
     cases = list(dict.fromkeys(row["case"] for row in chosen))
     keys = [(case, dtype) for case in cases for dtype in PRECISIONS]

@@ -23,7 +23,8 @@ from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 
 Provider = Callable[..., Any]
 
-RELEASED, REFERENCE, COMPILED = "released formulation", "reference", "torch.compile of the reference"
+RELEASED, REFERENCE = "released formulation", "reference"
+COMPILED, AUTOTUNED = "torch.compile of the reference", "torch.compile of the reference, max-autotune"
 TORCH, TRITON = "fmfa-losses (torch)", "fmfa-losses (triton)"
 OURS = (TORCH, TRITON)
 
@@ -49,13 +50,15 @@ def plain_efa(
 
 
 def plain_asdm(image_features: Tensor, text_features: Tensor, pids: Tensor) -> Tensor:
-    """Eq. 1-4 with tau 0.02 and alpha 10, on whole [B, B] matrices."""
-    sim = F.normalize(text_features.float(), dim=1) @ F.normalize(image_features.float(), dim=1).T
-    same = (pids[:, None] == pids).float()
+    """Eq. 1-4 with tau 0.02 and alpha 10, on whole [B, B] matrices; in float32 at least."""
+    image, text = (x if x.dtype == torch.float64 else x.float() for x in (image_features, text_features))
+    sim = F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
+    same = (pids[:, None] == pids).to(text.dtype)
     log_target = (same / same.sum(dim=1, keepdim=True) + 1e-8).log()
     total = sim.new_zeros(())
     for z in (sim / 0.02, sim.T / 0.02):
-        p, log_p = z.float().softmax(dim=1), z.float().log_softmax(dim=1)
+        z = z.to(text.dtype)
+        p, log_p = z.softmax(dim=1), z.log_softmax(dim=1)
         divergence = (p * (log_p - log_target)).sum(dim=1)
         total = total + ((1 + 10 * (p.amax(dim=1) - p.diagonal())) * divergence).mean()
     return total
@@ -151,11 +154,20 @@ def released(op: str) -> Provider:
     return functions[op]
 
 
+# The peers score unit tokens: they are normalised here, by PyTorch, and the clock runs. Their own normalisation would
+# make float32 tiles in the inner loop, which spill at D 512.
+
+
+def unit_tokens(image_tokens: Tensor, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return F.normalize(image_tokens, dim=-1), F.normalize(text_tokens, dim=-1)
+
+
 def late_interaction_kernels() -> Provider:
     from late_interaction_kernels import maxsim
 
     def score(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        return maxsim(text_tokens, image_tokens, q_mask=text_mask, normalize=True)
+        image, text = unit_tokens(image_tokens, text_tokens)
+        return maxsim(text, image, q_mask=text_mask, normalize=False)
 
     return score
 
@@ -164,14 +176,15 @@ def flash_maxsim() -> Provider:
     from flash_maxsim import flash_maxsim_batched_train
 
     def score(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        text, image = F.normalize(text_tokens, dim=-1), F.normalize(image_tokens, dim=-1)
+        image, text = unit_tokens(image_tokens, text_tokens)
         lengths = None if text_mask is None else text_mask.sum(dim=1, dtype=torch.int32)
         return flash_maxsim_batched_train(text, image, shared_docs=True, query_lengths=lengths)
 
     return score
 
 
-# Name of the package -> how to get its MaxSim. Both multiply in 16 bits whatever the input.
+# Name of the package -> how to get its MaxSim. late-interaction-kernels multiplies in 16 bits whatever the input,
+# flash-maxsim in the type of the input (float32: TF32).
 PEERS = {"late-interaction-kernels": late_interaction_kernels, "flash-maxsim": flash_maxsim}
 
 
@@ -182,6 +195,8 @@ def provider(name: str, op: str) -> Provider:
     if name == REFERENCE:
         return reference(op)
     if name == COMPILED:
+        return torch.compile(reference(op), dynamic=False)
+    if name == AUTOTUNED:
         return torch.compile(reference(op), mode="max-autotune", dynamic=False)
     if name in PEERS:
         return PEERS[name]()
@@ -197,11 +212,11 @@ def why_not(name: str) -> str | None:
 
 def memory_needed(name: str, op: str, B: int, L: int, N: int, D: int, itemsize: int) -> float:
     """Bytes that a provider which keeps everything needs for forward and backward; a lower bound, 0 for the others."""
-    if op == "asdm" and name in (REFERENCE, COMPILED):
+    if op == "asdm" and name in (REFERENCE, COMPILED, AUTOTUNED):
         return 8.0 * B * B * 4
     rows = {"efa": L + N, "hard_similarity": N, "maxsim": N}.get(op, 0)
     if name == RELEASED:
         return 1.5 * B * B * (rows + L) * D * itemsize
-    if name in (REFERENCE, COMPILED):
+    if name in (REFERENCE, COMPILED, AUTOTUNED):
         return 2.0 * B * B * rows * L * itemsize
     return 0.0

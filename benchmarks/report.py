@@ -9,7 +9,7 @@ from typing import Any
 
 from . import plots
 from .results import load_all
-from .tables import gpu_tables, micro_table, target_table
+from .tables import gpu_report, micro_table, target_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,10 +29,12 @@ Written by `python -m benchmarks report` from the files in `benchmarks/results/`
 CPU = """Every measurement has a process of its own. *process* is its whole peak of resident memory, Python and torch
 included; *above inputs* what came on top of inputs and libraries, gradients included."""
 
-GPU = """CUDA events, inputs rotated past L2. *above* is the peak of allocated memory above inputs and gradients.
-*roof* is the time in which the counted operations and bytes could pass at the measured ceilings, over the measured
-time of both passes. Plain PyTorch multiplies in the precision of its inputs (autocast), the blocked torch path in
-float32."""
+GPU = """CUDA events, inputs rotated past L2; *graph*: forward and backward replayed as one CUDA graph. *above* is the
+peak of allocated memory above inputs and gradients. *roof* is the time in which the counted operations and bytes could
+pass at the measured ceilings, over the measured time of both passes. *first call* counts compilation and autotuning.
+*tests*: those of tests/gpu for the kernels of a figure that passed; they gate no figure, but one whose value or
+gradient norm disagrees with the reference is dropped. Plain PyTorch multiplies in the precision of its inputs
+(autocast), the blocked torch path in float32."""
 
 NOT_MEASURED = """## On a GPU
 
@@ -62,15 +64,12 @@ def cpu_section(name: str, result: dict[str, Any]) -> str:
 def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
     """Also draws the plots, into a folder beside the report."""
     images = plots.draw_gpu(result, folder, Path(name).stem)
-    tests = "\n".join(f"- `tests/gpu/{file}`: {outcome}" for file, outcome in result["tests"].items())
     parts = [
         f"## On a GPU: {result['machine'].get('gpu', 'none')}",
         GPU,
         describe(name, result),
-        f"Tests of the kernels on this device, before anything was timed:\n\n{tests}",
-        target_table(result["targets"]),
         *(f"![{image.stem}]({folder.name}/{image.name})" for image in images),
-        gpu_tables(result),
+        gpu_report(result),
     ]
     return "\n\n".join(parts)
 

@@ -1,10 +1,14 @@
-"""Result files: JSON with one measurement a line, so that a change of one number is a change of one line."""
+"""Result files: JSON with one measurement a line, so that a change of one number is a change of one line.
+
+A file is replaced as a whole: whoever is killed while writing leaves the one before.
+"""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_all", "read", "write"]
+__all__ = ["load_all", "read", "replace", "write"]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -16,7 +20,14 @@ def write(path: Path, result: dict[str, Any]) -> None:
         else:
             lines.append(f'  "{key}": {json.dumps(value, ensure_ascii=False)}')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    replace(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """The new content or, after a kill, the old; never a part."""
+    partial = path.with_name(".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
 
 
 def read(path: Path) -> dict[str, Any]:

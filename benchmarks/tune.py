@@ -1,85 +1,207 @@
-"""Times candidate blocks of the hard-similarity kernels on this GPU and prints them, best first.
+"""Candidates for the block tables: compiled anywhere, timed on a CUDA device.
 
-    python benchmarks/tune.py [--batch 128] [--patches 192] [--tokens 77] [--width 512] [--dtype bfloat16]
+    python -m benchmarks tune --compile [--chip sm_90] [--table DE DX ...] [--out candidates.json]
+    python -m benchmarks tune --time candidates.json [--minutes 5] [--out tuned.json]
 
-It changes nothing: the block tables are edited by hand, with the outcome in docs/kernels.md.
+The first needs no GPU: it compiles every candidate as that chip would get it, and drops those that do not fit or spill.
+The second times the survivors, the nearest to the entry as it stands first, each table in turn. Both print and write
+each outcome as it comes. Neither changes anything: a table is edited by hand, with the outcome in docs/kernels.md.
 """
 
 import argparse
-import itertools
-import statistics
-from collections.abc import Callable, Iterator
-from unittest import mock
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from fmfa_losses.kernels import hard_similarity
-from fmfa_losses.kernels._launch import chip_class, precision
 
-CANDIDATES = {
-    # BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages
-    "MATCH": itertools.product((64, 128), (128, 256), (32, 64), (4, 8), (2, 3, 4)),
-    # BLOCK_OWN, BLOCK_SUM, BLOCK_OUT, num_warps, num_stages
-    "DE": itertools.product((64, 128), (16, 32, 64), (128, 256), (4, 8), (2, 3, 4)),
-    # BLOCK_OWN, BLOCK_OUT, num_warps, num_stages
-    "DX": itertools.product((16, 32, 64), (64, 128, 256), (4, 8), (1, 2, 3)),
-}
+from . import alone, results, stand_in_cuda
+from .alternatives import swapped, value
+from .candidates import TABLES, Table
+from .gpu_worker import LOST, step_of
+from .machine import describe_machine, describe_versions, today
+from .measure import AGREEMENT, disagreement, fingerprint, matmul_precision
+from .plan import Job, toy
 
-
-def milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median time between two events around one call, after a warm-up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+KIND = "bfloat16"  # of the launches that are compiled; the entries are those of 16 bits
+SHARED_TOTAL = {"sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_89": 100 * 1024, "sm_90": 228 * 1024}
+RESERVED = 1024  # bytes of shared memory that the driver takes for each program
 
 
-def sweep(table: str, call: Callable[[], object], key: tuple[str, str]) -> Iterator[tuple[float, tuple[int, ...]]]:
-    for block in CANDIDATES[table]:
-        if table == "DX":
-            change = mock.patch.object(hard_similarity, "DX", block)
-        else:
-            change = mock.patch.dict(getattr(hard_similarity, table), {key: block})
-        with change:
-            try:
-                yield milliseconds(call), block
-            except Exception as error:  # a block that does not fit is an outcome, too
-                print(f"{table} {block}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+def compile_candidate(chip: str, table: str, candidate: tuple[int, ...]) -> dict[str, Any]:
+    """What the compiler says of every launch that the candidate changes; `dropped` says why it is not worth a GPU."""
+    from .compile_check import compile_launch
+
+    row = _table(table).entry
+    before = {_key(launch) for launch in _launches(chip, row.kernels)}
+    with swapped(row, candidate):
+        changed = [launch for launch in _launches(chip, row.kernels) if _key(launch) not in before]
+        reports = [compile_launch(chip, KIND, launch) for launch in changed]
+    found = {"table": table, "candidate": list(candidate)}
+    if not reports:
+        return found | {"dropped": "the entry as it stands"}
+    failures = [f"{report.kernel.strip('_')}: {failure}" for report in reports for failure in report.failures]
+    if failures:
+        return found | {"dropped": "; ".join(failures)[:300]}
+    worst = {name: max(getattr(report, name) for report in reports) for name in ("registers", "shared", "threads")}
+    return found | worst | {"programs": _programs(chip, **worst)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("batch", 128), ("patches", 192), ("tokens", 77), ("width", 512)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    options = parser.parse_args()
-    dtype, B = getattr(torch, options.dtype), options.batch
+def _launches(chip: str, kernels: Sequence[str]) -> list[Any]:
+    from .compile_check import distinct, record
 
-    def unit(tokens: int) -> torch.Tensor:
-        return F.normalize(torch.randn(B, tokens, options.width, device="cuda"), dim=-1).to(dtype)
+    return [launch for launch in distinct(record(chip, KIND)) if launch.kernel.__name__ in kernels]
 
-    x, e = unit(options.patches), unit(options.tokens)
-    key = chip_class(x.device), precision(dtype)
-    sim, *saved = hard_similarity.forward(x, e, None, None, "lse", 1.0, True)
-    dsim = torch.randn_like(sim)
-    calls = {
-        "MATCH": lambda: hard_similarity.forward(x, e, None, None, "lse", 1.0, True),
-        "DE": lambda: hard_similarity.backward(dsim, sim, *saved, x, e, None, None, "lse", 1.0),
-        "DX": lambda: hard_similarity.backward(dsim, sim, *saved, x, e, None, None, "lse", 1.0),
-    }
-    print(f"{torch.cuda.get_device_name()}, {options}")
-    for table, call in calls.items():
-        for time, block in sorted(sweep(table, call, key))[:10]:
-            print(f"{table} {time:8.3f} ms  {block}")
-    tiles = milliseconds(lambda: hard_similarity.backward(dsim, sim, *saved, x, e, None, None, "lse", 1.0, False))
-    print(f"backward with dx from weight tiles {tiles:8.3f} ms, by gather {milliseconds(calls['DX']):8.3f} ms")
+
+def _key(launch: Any) -> tuple[Any, ...]:
+    from .compile_check import source
+
+    ast, options = source(launch)
+    return ast.hash(), tuple(sorted(options.items()))
+
+
+def _programs(chip: str, registers: int, shared: int, threads: int) -> int:
+    """How many programs a multiprocessor with 65536 registers holds at once; a thread gets them in eights."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    by_shared = SHARED_TOTAL.get(chip, 228 * 1024) // (shared + RESERVED)
+    return min(by_registers, by_shared, 2048 // threads, 32)
+
+
+def _table(name: str) -> Table:
+    return next(table for table in TABLES if table.name == name)
+
+
+def in_order(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Survivors, the nearest to the entry as it stands first (then more programs at once), each table in turn."""
+    queues = []
+    for table in TABLES:
+        entry = value(table.entry)
+        rows = [row for row in found if row["table"] == table.name and "dropped" not in row]
+        distance = lambda row, entry=entry: sum(a != b for a, b in zip(row["candidate"], entry, strict=True))  # noqa: E731
+        queues.append(sorted(rows, key=lambda row: (distance(row), -row["programs"], row["candidate"])))
+    return [row for row in chain.from_iterable(zip_longest(*queues)) if row is not None]
+
+
+def compile_all(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
+    plan = [(name, candidate) for name in options.table for candidate in _table(name).candidates()[: options.limit]]
+    head = {"kind": "candidates", "chip": options.chip, "date": today(), "versions": describe_versions()}
+    print(f"{len(plan)} candidates for {options.chip}", flush=True)
+    found: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.workers) as pool:
+        jobs = [pool.submit(compile_candidate, options.chip, *job) for job in plan]
+        for job in as_completed(jobs):
+            row = job.result()
+            found.append(row)
+            said = row.get("dropped") or ", ".join(
+                f"{name} {row[name]}" for name in ("registers", "shared", "programs")
+            )
+            print(f"{row['table']:8} {tuple(row['candidate'])!s:28} {said}", flush=True)
+            survivors, dropped = in_order(found), [row for row in found if "dropped" in row]
+            results.write(options.out, head | {"survivors": survivors, "dropped": dropped})
+    print(f"{len(survivors)} survive, {len(dropped)} dropped; written to {options.out}")
+    return 0
+
+
+def timed(rows: Sequence[dict[str, Any]], left: Callable[[], float], *, dry: bool) -> Iterator[dict[str, Any]]:
+    """Each survivor's kernels in milliseconds, after those of the entry as it stands; until no time is left."""
+    entries: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if left() <= 0:
+            return
+        table = _table(row["table"])
+        if table.name not in entries:
+            entries[table.name] = _time(table, None, None, dry)
+            yield entries[table.name]
+        outcome = _time(table, tuple(row["candidate"]), entries[table.name], dry)
+        yield row | outcome
+        if outcome.get("lost"):
+            return
+
+
+def _time(table: Table, candidate: tuple[int, ...] | None, entry: dict[str, Any] | None, dry: bool) -> dict[str, Any]:
+    row = table.entry
+    case = toy(row.case) if dry else row.case
+    precision = "fp16" if dry else row.precision
+    standing = value(row)
+    found = {"table": table.name, "candidate": list(standing if candidate is None else candidate)}
+    try:
+        matmul_precision(precision)
+        step = step_of(Job("c", "kernels", case, precision=precision))
+        with swapped(row, standing if candidate is None else candidate):
+            kernels, (result, grads) = alone.kernels_of(step)
+            found |= fingerprint(result, grads) | {"provider": "entry"}
+            wrong = entry and disagreement(found, entry, AGREEMENT[precision])
+            if wrong:
+                return found | {"status": f"failed: {wrong}"}
+            often = 1 if dry else alone.IN_A_GRAPH
+            ms = sum(alone.time_kernel(kernels[name], often)["median"] for name in row.kernels)
+    except Exception as error:  # a candidate that does not run is an outcome, too
+        message = (str(error).splitlines() or [""])[0]
+        return found | {
+            "status": f"failed: {type(error).__name__}: {message:.150}",
+            "lost": any(word in str(error) for word in LOST),
+        }
+    return found | {"status": "ok", "ms": float(f"{ms:.4g}")} | ({"entry": True} if candidate is None else {})
+
+
+def time_all(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        stand_in_cuda.install()
+    if not torch.cuda.is_available():
+        print("needs a CUDA device; nothing was timed")
+        return 2
+    began = time.monotonic()
+    left = lambda: 60 * options.minutes - (time.monotonic() - began)  # noqa: E731
+    rows = [row for row in results.read(options.time)["survivors"] if row["table"] in options.table][: options.limit]
+    head = {"kind": "tuned", "date": today(), "machine": describe_machine(), "versions": describe_versions()}
+    outcomes: list[dict[str, Any]] = []
+    for outcome in timed(rows, left, dry=options.dry_run):
+        outcomes.append(outcome)
+        print(_line(outcome, outcomes), flush=True)
+        results.write(options.out, head | {"outcomes": outcomes})
+    for table in TABLES:
+        best = sorted((o for o in outcomes if o["table"] == table.name and "ms" in o), key=lambda o: o["ms"])[:5]
+        for outcome in best:
+            print(f"best {_line(outcome, outcomes)}")
+    tried = sum("entry" not in outcome for outcome in outcomes)
+    print(f"{tried} of {len(rows)} survivors tried in {time.monotonic() - began:.0f} s; written to {options.out}")
+    return 0
+
+
+def _line(outcome: dict[str, Any], outcomes: Sequence[dict[str, Any]]) -> str:
+    said = f"{outcome['table']:8} {tuple(outcome['candidate'])!s:28} "
+    if "ms" not in outcome:
+        return said + str(outcome["status"])
+    entry = next((o for o in outcomes if o["table"] == outcome["table"] and o.get("entry") and "ms" in o), None)
+    ratio = f", {outcome['ms'] / entry['ms']:.2f}x the entry's time" if entry else ""
+    return said + f"{outcome['ms']:.4g} ms" + (", the entry as it stands" if outcome.get("entry") else ratio)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [table.name for table in TABLES]
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--compile", action="store_true", help="compile the candidates; needs no GPU")
+    what.add_argument("--time", type=Path, metavar="FILE", help="time the survivors in FILE on a CUDA device")
+    parser.add_argument("--table", nargs="+", choices=names, default=names, metavar="TABLE", help=", ".join(names))
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N candidates of a table, or N survivors")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: candidates.json, tuned.json")
+    parser.add_argument("--chip", default="sm_90", help="of --compile (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="of --compile")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of --time (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="of --time: toy sizes on the CPU, TRITON_INTERPRET=1")
+    options = parser.parse_args(argv)
+    options.out = options.out or Path("candidates.json" if options.compile else "tuned.json")
+    return compile_all(options) if options.compile else time_all(options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

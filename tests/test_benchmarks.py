@@ -1,18 +1,36 @@
 """The benchmark's own logic: counted work, the plan and its time, tables, plots, report. No speed is judged."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import __main__, gpu, gpu_worker, micro, plots, providers, report, results, roofline
+from benchmarks import (
+    __main__,
+    alternatives,
+    exact,
+    gpu,
+    gpu_tests,
+    gpu_worker,
+    kernel_work,
+    micro,
+    plots,
+    providers,
+    report,
+    results,
+    stand_in_cuda,
+    triton_cache,
+    wheels,
+)
+from benchmarks.book import checked
 from benchmarks.cases import SIZES, Case, inputs, leaves, lengths, work
-from benchmarks.measure import disagreement, measure_cpu, measure_cuda, spread
-from benchmarks.plan import OUT_OF_TIME, Job, gpu_jobs, run_plan
-from benchmarks.providers import COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON
-from benchmarks.tables import gpu_tables, micro_table
+from benchmarks.cuda_clock import CaptureError, measure_cuda
+from benchmarks.measure import disagreement, measure_cpu, spread
+from benchmarks.plan import STAGES, Job, gpu_jobs, stage_jobs
+from benchmarks.predictions import PREDICTIONS, predicted
+from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON
+from benchmarks.tables import gpu_report, gpu_tables, micro_table
 from benchmarks.targets import gpu_targets, micro_targets
 
 SMALL = {"L": 3, "N": 5, "D": 7}
@@ -125,78 +143,101 @@ def test_micro_targets_name_what_is_missing():
     assert verdicts[4:] == [("not measured", None)] * 5
 
 
+def figures():
+    return [job for job in gpu_jobs() if job.kind == "figure"]
+
+
 def test_plan_is_ordered_and_complete():
     jobs = gpu_jobs()
     assert len(jobs) == len(set(jobs))
-    assert jobs[0] == Job(Case("efa", 128), REFERENCE, "bf16")
-    wanted = {(op, provider) for op in ("efa", "asdm") for provider in (REFERENCE, COMPILED, *OURS)}
-    wanted |= {("maxsim", peer) for peer in providers.PEERS}
-    assert wanted <= {(job.case.op, job.provider) for job in jobs}
-    assert {job.case.B for job in jobs if job.case.op == "efa"} == {64, 128, 256, 512, 1024}
-    assert {job.case.B for job in jobs if job.case.op == "asdm"} == {64, 256, 1024, 16384, 65536}
-    assert {job.precision for job in jobs if job.case.op == "efa"} == {"fp32", "tf32", "bf16", "fp16"}
-    # 16-bit peers are compared at 16 bits
-    assert {job.precision for job in jobs if job.provider in providers.PEERS} == {"bf16", "fp16"}
+    assert [job.stage for job in jobs] == sorted(job.stage for job in jobs)
+    assert [stage.letter for stage in STAGES] == list("abcdefgh") == sorted({job.stage for job in jobs})
+    assert {job.case.name.split(",")[0] for job in stage_jobs("a")} == {
+        "sparse_aggregate", "hard_similarity", "maxsim", "asdm"
+    }  # fmt: skip
+    both = ("eager", "graph")
+    assert figures()[0] == Job("d", "figure", Case("efa", 128), REFERENCE, "bf16", both, 5)
+    wanted = {(64, "efa", "bf16"), (128, "efa", "bf16")}
+    wanted |= {(B, "asdm", "fp32") for B in (64, 256, 1024, 16384, 65536)}
+    for provider in (TORCH, TRITON):
+        jobs_d = [job for job in stage_jobs("d") if job.provider == provider and job.modes == both]
+        assert wanted - {(16384, "asdm", "fp32")} <= {(job.case.B, job.case.op, job.precision) for job in jobs_d}
+    wanted = {(op, provider) for op in ("efa", "asdm") for provider in (REFERENCE, AUTOTUNED, *OURS)}
+    wanted |= {("asdm", COMPILED), *(("maxsim", peer) for peer in providers.PEERS)}
+    assert wanted <= {(job.case.op, job.provider) for job in figures()}
+    assert {(128, 1024), (128, 192), (512, 192)} == {(job.case.D, job.case.N) for job in stage_jobs("e")}
+    assert {job.case.B for job in figures() if job.case.op == "efa"} == {64, 128, 256, 512, 1024}
+    assert {job.precision for job in figures() if job.case.op == "efa"} == {"fp32", "tf32", "bf16", "fp16"}
+    assert all(job.guess == 90 for job in figures() if job.provider in providers.PEERS)
+    assert stage_jobs("h")[0] == Job("h", "figure", Case("efa", 128), AUTOTUNED, "bf16", guess=75)
 
 
-def test_plan_keeps_to_its_time():
-    """A fake clock: jobs of 30 s, a deadline at 100 s. A job that cannot end is not begun, a shorter one still is."""
-    now = [0.0]
-
-    def measure(job):
-        now[0] += 30
-        return {"status": "ok"}
-
-    efa = Case("efa", 128)
-    jobs = [
-        Job(efa, TORCH, "fp32"),
-        Job(efa, TRITON, "fp32"),
-        Job(efa, COMPILED, "fp32"),  # 60 s gone, expected 75
-        Job(efa, TORCH, "bf16"),
-        Job(efa, "flash-maxsim", "bf16"),
-        Job(efa, TRITON, "bf16"),
-        Job(efa, TRITON, "fp16"),
-    ]
-    missing = {"flash-maxsim": "flash-maxsim is not installed"}
-    records = list(
-        run_plan(jobs, measure, clock=lambda: now[0], deadline=100, why_not=lambda job: missing.get(job.provider))
-    )
-    assert [record["status"] for record in records] == [
-        "ok", "ok", OUT_OF_TIME, "ok", "not run: flash-maxsim is not installed", "ok", OUT_OF_TIME
-    ]  # fmt: skip
+@pytest.mark.parametrize("stage", [stage.letter for stage in STAGES])
+def test_a_stage_alone_has_its_ceilings(stage):
+    """Shares of the roof need them, whichever stage is chosen; and a reference comes before its rivals."""
+    jobs = gpu_jobs([stage])
+    kinds = [job.kind for job in jobs]
+    assert kinds.count("ceilings") == int(any(kind in ("figure", "kernels") for kind in kinds))
+    if "ceilings" in kinds:
+        assert kinds.index("ceilings") <= min(kinds.index(kind) for kind in ("figure", "kernels") if kind in kinds)
+    first = {}
+    for job in jobs:
+        if job.kind == "figure":
+            first.setdefault((job.case, job.precision), job.provider)
+    if stage != "h":  # which comes after d and f
+        assert set(first.values()) <= {REFERENCE, TORCH, TRITON}
+        alone = {case.B for (case, _), provider in first.items() if provider == TRITON}
+        assert alone <= {1024}  # too large for the others
 
 
-class FakeEvent:
-    """A CUDA event of a device that computes at once."""
+@pytest.mark.parametrize("row", alternatives.ALTERNATIVES, ids=lambda row: row.name)
+def test_alternatives_change_an_entry(row):
+    before = alternatives.value(row)
+    plain = tuple(before) if isinstance(before, tuple) else before
+    assert plain != row.other
+    assert not isinstance(before, tuple) or len(before) == len(row.other)
+    with alternatives.swapped(row, row.other):
+        assert alternatives.value(row) == row.other
+        assert type(alternatives.value(row)) is type(before)
+    assert alternatives.value(row) is before
+    with pytest.raises(RuntimeError, match="inside"), alternatives.swapped(row, row.other):
+        raise RuntimeError("inside")
+    assert alternatives.value(row) is before
 
-    def __init__(self, enable_timing):
-        assert enable_timing
 
-    def record(self):
-        self.time = time.perf_counter()
+def test_predictions_are_of_kernels_that_are_timed():
+    timed = {(job.case.op, job.case.B, job.precision) for job in stage_jobs("b")}
+    assert {row[:3] for row in PREDICTIONS} <= timed
+    assert predicted("efa", 128, "bf16", "_de_kernel").before == (1.2, 1.6)
+    assert predicted("efa", 64, "bf16", "_de_kernel") is None
 
-    def elapsed_time(self, later):
-        return 1e3 * (later.time - self.time)
+
+def test_kernel_work_by_hand():
+    """2 samples of 5 tokens against 3 of 4, 7 wide: all, and what masks leave; two classes of width are one match."""
+    x, e = torch.zeros(2, 5, 7), torch.zeros(3, 4, 7)
+    sizes = {"Bx": 2, "Be": 3, "P": 5, "Q": 4, "D": 7, "x_ptr": x, "e_ptr": e}
+    whole = sizes | {"row_count_ptr": None, "counts_ptr": None}
+    assert kernel_work.flops_of("_match_kernel", [whole]) == 2 * 10 * 12 * 7
+    assert kernel_work.flops_of("_dx_kernel", [whole]) == 2 * 10 * 3 * 7
+    left = sizes | {"row_count_ptr": torch.tensor(6), "counts_ptr": torch.tensor([1, 0, 4])}
+    assert kernel_work.flops_of("_match_kernel", [left | {"CLASS": 0}, left | {"CLASS": 1}]) == 2 * 6 * 5 * 7
+    other = whole | {"x_ptr": torch.zeros(2, 5, 7)}
+    assert kernel_work.flops_of("_match_kernel", [whole, other]) == 2 * 2 * 10 * 12 * 7
+    assert kernel_work.bytes_of([whole, whole]) == 4 * (70 + 84)
+    assert kernel_work.flops_of("_pool_kernel", [whole]) == kernel_work.flops_of("_match_kernel", [{}]) == 0
+    ceilings = {"copy": 10.0, "bf16": 100.0}
+    assert [kernel_work.seconds_at(f, m, "bf16", ceilings) for f, m in ((100, 1), (100, 50))] == [1, 5]
 
 
 @pytest.fixture
 def fake_device(monkeypatch):
     """The CPU under the name of a CUDA device, as far as the benchmark looks at one."""
+    stand_in_cuda.install(monkeypatch.setattr)
     memory = iter(range(10**9))
-    for name, function in {
-        "Event": FakeEvent,
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 0,
-        "max_memory_allocated": lambda: 2**30 + next(memory),
-        "mem_get_info": lambda: (2**30, 2**31),
-        "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=2**20),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(gpu_worker, "DEVICE", "cpu")
-    monkeypatch.setattr(roofline, "COPY_BYTES", 2**10)
-    monkeypatch.setattr(roofline, "MATMUL_SIZE", 16)
+    properties = SimpleNamespace(L2_cache_size=2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30 + next(memory))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
@@ -210,103 +251,224 @@ def test_measure_on_a_device(fake_device):
         made.append(seed)
         return inputs(case, seed=seed)
 
-    row = measure_cuda(providers.provider(TORCH, "asdm"), make, seconds=0)
+    fn = providers.provider(TORCH, "asdm")
+    rows = dict(measure_cuda(fn, make, modes=("eager", "graph"), seconds=0))
     assert made == list(range(8))  # 1 KiB an input set, 1 MiB of L2: as many sets as are allowed
-    assert row["repeats"] == 5
+    assert rows["eager"]["repeats"] == rows["graph"]["repeats"] == 5
     gradients = sum(leaf.numel() * 4 for leaf in leaves(inputs(case)))
-    assert row["above_mib"] == pytest.approx((2**30 - gradients) / 2**20, abs=0.1)
-    assert row["both"]["median"] >= row["forward"]["median"] > 0
+    assert rows["eager"]["above_mib"] == pytest.approx((2**30 - gradients) / 2**20, abs=0.1)
+    assert rows["eager"]["both"]["median"] >= rows["eager"]["forward"]["median"] > 0
+    assert rows["graph"]["value"] == rows["eager"]["value"]
+    assert "forward" not in rows["graph"]
 
 
-def small_plan():
+def test_a_step_that_waits_is_not_captured(fake_device, monkeypatch):
+    """Found before the capture, which would leave the allocator in a state of its own."""
+    mode, fn = ["default"], providers.provider(TORCH, "asdm")
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+
+    def waits(**arguments):
+        if mode[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return fn(**arguments)
+
+    measured = measure_cuda(waits, lambda seed: inputs(Case("asdm", 8, D=16)), modes=("eager", "graph"), seconds=0)
+    assert next(measured)[0] == "eager"
+    with pytest.raises(CaptureError):
+        next(measured)
+    assert mode[-1] == "default"
+    # In the run it is a record, not an error.
+    monkeypatch.setattr(providers, "provider", lambda name, op: waits)
+    written = []
+    job = Job("d", "figure", Case("asdm", 8, D=16), TORCH, "fp32", ("eager", "graph"))
+    assert gpu_worker.do(job, written.append, dry=False)
+    assert [record["status"] for record in written] == ["ok", "not run: no CUDA graph: the step waits for the device"]
+
+
+def test_a_kernel_compiled_while_timed_costs_the_figure(fake_device, monkeypatch):
+    """Warm-up goes on until a round compiles nothing; what compiles later all the same is refused."""
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *arguments: None)
+    calls = [0]
+
+    def compiles(first, always=False):
+        def fn(**arguments):
+            calls[0] += 1
+            if calls[0] <= first or always:
+                JITFunction._do_compile(None)
+            return providers.provider(TORCH, "asdm")(**arguments)
+
+        return fn
+
+    make = lambda seed: inputs(Case("asdm", 8, D=16), seed=seed)  # noqa: E731
+    row = dict(measure_cuda(compiles(20), make, seconds=0))["eager"]
+    assert row["compiled"] == 20
+    assert "both" in row
+    calls[0] = 0
+    row = dict(measure_cuda(compiles(0, always=True), make, seconds=0))["eager"]
+    assert row["status"] == "failed: 6 kernels were compiled while it was timed"
+    assert "both" not in row
+
+
+def test_worker_writes_every_record(fake_device, monkeypatch):
     efa = Case("efa", 128, L=3, N=4, D=8)
-    jobs = [Job(efa, name, "fp32") for name in (REFERENCE, TORCH, TRITON)]
-    jobs += [Job(Case("asdm", 16, D=8), name, "bf16") for name in (REFERENCE, TORCH)]
-    return [*jobs, Job(Case("efa", 4096), REFERENCE, "fp32"), Job(Case("maxsim", 4), "no-such-peer", "bf16")]
-
-
-def test_worker_notes_every_job(fake_device, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_worker, "gpu_jobs", small_plan)
+    jobs = [Job("d", "figure", efa, TORCH, "fp32", ("eager", "graph")), Job("d", "figure", efa, TRITON, "fp32"),
+            Job("d", "figure", Case("efa", 4096), REFERENCE, "fp32"),
+            Job("e", "figure", Case("maxsim", 4), "no-such-peer", "bf16"), Job("b", "ceilings")]  # fmt: skip
     monkeypatch.setitem(providers.PEERS, "no-such-peer", None)
-    records = tmp_path / "records.jsonl"
-    gpu_worker.main(["--records", str(records), "--deadline", str(time.time() + 60), "--red", "efa"])
-    rows = [line for line in gpu.read_lines(records) if "status" in line]
-    assert [row["status"].partition(":")[0] for row in rows] == [
-        "ok",
-        "ok",
-        "not run",
-        "ok",
-        "ok",
-        "not run",
-        "not run",
-    ]
-    assert [row.get("checked") for row in rows[:5]] == [False, True, None, False, True]
-    assert rows[2]["status"] == "not run: the kernel tests failed"
-    assert "GiB are free" in rows[5]["status"]
-    # A second worker has nothing left to do.
-    length = len(records.read_text())
-    gpu_worker.main(["--records", str(records), "--deadline", str(time.time() + 60)])
-    assert len(records.read_text()) == length
+    written = []
+    for job in jobs:
+        before = len(written)
+        assert gpu_worker.do(job, written.append, dry=False)
+        assert written[before]["status"].startswith("failed") or set(job.identities[0].items()) <= set(
+            {key: value for key, value in written[before].items() if not isinstance(value, dict)}.items()
+        )
+    statuses = [record["status"] for record in written]
+    assert statuses[:2] == ["ok", "ok"]
+    assert [record.get("mode") for record in written[:2]] == ["eager", "graph"]
+    assert statuses[2].startswith('failed: RuntimeError: backend="triton" cannot run')  # no device, no interpreter
+    assert "GiB are free" in statuses[3]
+    assert statuses[4] == "not run: no-such-peer is not installed"
+    assert set(written[5]["ceilings"]) == {"copy", "fp32", "tf32", "bf16", "fp16"}
 
 
-def test_a_wrong_result_has_no_speed():
-    job = Job(Case("asdm", 8), REFERENCE, "fp32")
-    truth = job.identity | {"status": "ok", "value": 1.0, "gradient_norm": 1.0, "both": {"median": 1.0}}
+@pytest.mark.parametrize("message", ["an illegal memory access was encountered", "operation failed during capture"])
+def test_a_lost_device_ends_the_worker(monkeypatch, message):
+    def broken(job, dry):
+        raise RuntimeError(message)
+        yield
+
+    monkeypatch.setitem(gpu_worker._KINDS, "figure", broken)
+    written = []
+    assert not gpu_worker.do(Job("d", "figure", Case("asdm", 8)), written.append, dry=False)
+    assert message in written[0]["status"]
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_wrong_result_has_no_speed(mode):
+    job = Job("d", "figure", Case("asdm", 8), REFERENCE, "fp32")
+    truth = job.identities[0] | {"status": "ok", "value": 1.0, "gradient_norm": 1.0, "both": {"median": 1.0}}
     known = {}
-    gpu_worker.checked(truth, known)
-    wrong = gpu_worker.checked(truth | {"provider": TRITON, "value": 1.1}, known)
-    assert wrong["status"].startswith("failed: value 1.1")
-    assert "both" not in wrong
+    assert checked(truth, known) == truth | {"checked": False}
+    ours = truth | {"provider": TRITON, "mode": mode}
+    assert checked(ours, known) == ours | {"checked": True}
+    for wrong in ({"value": 1.1}, {"gradient_norm": 0.9}, {"value": float("nan")}):
+        record = checked(ours | wrong, known)
+        assert record["status"].startswith(f"failed: {next(iter(wrong))}")
+        assert "both" not in record
 
 
-def test_a_dead_worker_costs_one_job(monkeypatch, tmp_path):
-    """The process dies at its second job; the next one goes on behind it."""
-    records = tmp_path / "records.jsonl"
-    monkeypatch.setattr(gpu, "gpu_jobs", small_plan)
+def test_exactness_can_fail(monkeypatch):
+    """Against float64: a result that is a little off, one that nobody wrote, one that changes from run to run."""
+    case = Case("sparse_aggregate", 4, L=5, N=6, D=32)
+    right = exact.sparse_aggregate
 
-    class Worker:
-        starts = 0
+    def check(change):
+        def fn(*tensors, backend, **options):
+            return change(right(*tensors, backend="torch", **options))
 
-        def __init__(self, command, cwd):
-            Worker.starts += 1
+        monkeypatch.setattr(exact, "sparse_aggregate", fn)
+        return exact.check(case, "fp32", "cpu")["status"]
 
-        def wait(self, timeout=None):
-            done = sum("status" in line for line in gpu.read_lines(records))
-            for job in small_plan()[done:]:
-                gpu.append(records, {"begun": 0})
-                if Worker.starts == 1 and job.provider == TORCH:
-                    return -6
-                gpu.append(records, job.identity | {"status": "ok"})
-            return 0
+    assert check(lambda value: value) == "ok"
+    assert check(lambda value: value * (1 + 1e-5)).startswith("failed: value errs by 1.00e-05")
+    assert "value is not finite" in check(lambda value: torch.empty_like(value) + 0 * value)
+    noise = iter((0.0, 1e-9))
+    assert check(lambda value: value + next(noise)) == "failed: value differs between two runs"
 
-    monkeypatch.setattr(gpu.subprocess, "Popen", Worker)
-    gpu.run_worker(records, time.time() + 60, [])
-    statuses = [line["status"] for line in gpu.read_lines(records) if "status" in line]
-    assert statuses == ["ok", "failed: the process died with exit code -6", *["ok"] * 5]
+
+def test_poison_is_taken_away_again():
+    empty = torch.empty
+    with exact.poisoned():
+        assert torch.empty(2).isnan().all()
+        assert torch.empty_like(torch.ones(2, dtype=torch.int32)).eq(-12345).all()
+        assert torch.ones(1).new_empty(2).isnan().all()
+    assert torch.empty is empty
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "tests/gpu/test_a.py::test_b[x-1] PASSED                 [ 10%]",
+            ("tests/gpu/test_a.py::test_b[x-1]", "passed"),
+        ),
+        ("[gw3] [ 12%] FAILED tests/gpu/test_a.py::test_b[x y]", ("tests/gpu/test_a.py::test_b[x y]", "failed")),
+        ("tests/gpu/test_a.py::test_b SKIPPED (needs a CUDA device) [ 1%]", ("tests/gpu/test_a.py::test_b", "skipped")),
+        ("[gw0] [100%] ERROR tests/gpu/test_a.py::test_b", ("tests/gpu/test_a.py::test_b", "error")),
+        ("tests/gpu/test_a.py::test_b[x-1] ", None),
+        ("FAILED tests/gpu/test_a.py::test_b - assert 0", None),
+        ("scheduling tests via LoadScheduling", None),
+    ],
+)
+def test_outcomes_are_read(line, expected):
+    assert gpu_tests.outcome_of(line) == (expected and dict(zip(("test", "outcome"), expected, strict=True)))
+
+
+def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
+    """A cache that does not fit is never used, and the reason is said."""
+    assert triton_cache.prepare(None) == (None, "no prebuilt Triton cache: kernels are compiled here")
+    installed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_cache.importlib.util, "find_spec", lambda name: None)
+        assert "has no `benchmarks prebuild`" in triton_cache.prepare(tmp_path)[1]
+        patch.setattr(triton_cache.importlib.util, "find_spec", lambda name: True)
+        for reason in ("another triton", None):
+            module = SimpleNamespace(
+                usable=lambda folder, reason=reason: reason, install=lambda *folders: installed.append(folders)
+            )
+            patch.setattr(triton_cache.importlib, "import_module", lambda name, module=module: module)
+            folder, sentence = triton_cache.prepare(tmp_path)
+            if reason:
+                assert (folder, reason in sentence, installed) == (None, True, [])
+            else:
+                assert installed == [(tmp_path, folder)]
+    assert len(triton_cache.triton_key_sha256()) == 64
+
+
+def test_wheels_without_a_pure_one(tmp_path):
+    (tmp_path / "a-1-cp312-cp312-linux_x86_64.whl").touch()
+    assert wheels.unpack(tmp_path)[0] is None
+    assert wheels.on_path({"PYTHONPATH": "b"}, tmp_path)["PYTHONPATH"] == f"{tmp_path}:b"
+
+
+def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    results.write(path, {"a": [1]})
+    monkeypatch.setattr(results.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        results.write(path, {"a": [2]})
+    assert results.read(path) == {"a": [1]}
 
 
 def fake_result():
     """A GPU result whose figures are invented, from the whole plan."""
     rows = []
-    for place, job in enumerate(gpu_jobs()[:-3]):
-        slowness = {REFERENCE: 12.0, COMPILED: 5.0, TORCH: 7.0, TRITON: 1.0}.get(job.provider, 1.3)
+    for job in figures():
+        slowness = {REFERENCE: 12.0, COMPILED: 5.0, AUTOTUNED: 5.0, TORCH: 7.0, TRITON: 1.0}.get(job.provider, 1.3)
         both = 1e-4 * job.case.B**2 * slowness * (2 if job.precision == "fp32" else 1)
         times = {"forward": 0.4 * both, "backward": 0.6 * both, "both": both}
         spreads = {key: {"median": ms, "p20": 0.95 * ms, "p80": 1.05 * ms} for key, ms in times.items()}
-        memory = job.case.B**2 * (0.3 if job.provider in (REFERENCE, COMPILED) else 0.001)
-        rows.append(job.identity | {"status": "ok", "checked": True, "above_mib": memory, **spreads, "place": place})
+        memory = job.case.B**2 * (0.3 if job.provider in (REFERENCE, COMPILED, AUTOTUNED) else 0.001)
+        found = {"status": "ok", "checked": True, "above_mib": memory, "first_call_s": 1.0, "compiled": 2}
+        rows += [identity | found | spreads for identity in job.identities]
+    rows[-1] = {key: value for key, value in rows[-1].items() if key not in spreads} | {"status": "not run: why"}
     ceilings = {"copy": 4e12, "fp32": 5e13, "tf32": 4e14, "bf16": 8e14, "fp16": 8e14}
-    rows = gpu.complete(rows, gpu_jobs())
+    test = {"test": "tests/gpu/test_gpu_efa.py::test_x", "outcome": "failed", "status": "ok"}
+    end = {"summary": "1 failed, 1 passed", "status": "failed: exit code 1"}
     return {
         "kind": "gpu", "command": "python -m benchmarks gpu", "date": "2000-01-01", "machine": MACHINE,
-        "versions": {"torch": "0"}, "tests": {"test_gpu_efa.py": "passed: 1 passed"}, "ceilings": ceilings,
-        "targets": gpu_targets(rows, ceilings), "measurements": rows,
+        "versions": {"torch": "0"}, "ceilings": ceilings, "targets": gpu_targets(rows, ceilings),
+        "measurements": rows, "exact": [], "kernels": [], "alternatives": [],
+        "tests": [test, test | {"outcome": "passed"}, end],
     }  # fmt: skip
 
 
 def test_gpu_report(tmp_path):
     result = fake_result()
-    assert sum(row["status"] == OUT_OF_TIME for row in result["measurements"]) == 3
+    # A job of the plan stands behind every target.
     assert {entry["met"] for entry in result["targets"]} <= {True, False}
     results.write(tmp_path / "gpu_fake.json", result)
     out = tmp_path / "docs" / "benchmarks.md"
@@ -314,7 +476,11 @@ def test_gpu_report(tmp_path):
     text = out.read_text()
     assert "On a GPU: FAKE DEVICE" in text
     assert "Not measured" not in text
-    assert gpu_tables(result) in text
+    assert gpu_report(result) in text
+    assert gpu_tables(result) in gpu_report(result)
+    assert "- tests/gpu/test_gpu_efa.py::test_x: failed" in text
+    assert "| 1 of 2 |" in text  # beside the kernels' figures of EFA, and of nothing else
+    assert "not run: why" in text
     for name in ("time", "memory", "roof"):
         assert f"(benchmarks/gpu_fake_{name}.png)" in text
         assert (out.parent / f"benchmarks/gpu_fake_{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -322,7 +488,7 @@ def test_gpu_report(tmp_path):
 
 def test_gpu_targets_without_a_figure():
     assert {(entry["measured"], entry["met"]) for entry in gpu_targets([], None)} == {("not measured", None)}
-    assert plots.draw_gpu({"measurements": [], "machine": MACHINE, "ceilings": None}, None or report.ROOT, "none") == []
+    assert plots.gpu_figures({"measurements": [], "machine": MACHINE, "ceilings": None}) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a CUDA device")
@@ -336,7 +502,7 @@ def test_commands(capsys):
     assert __main__.main([]) == 0
     assert __main__.main(["nonsense"]) == 2
     assert "compile-check" in capsys.readouterr().out
-    for command in ("micro", "gpu", "report"):
+    for command in ("micro", "gpu", "report", "tune"):
         with pytest.raises(SystemExit) as exit:
             __main__.main([command, "--help"])
         assert exit.value.code == 0

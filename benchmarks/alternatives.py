@@ -1,0 +1,75 @@
+"""Entries of the block tables beside the candidate that lost without a GPU: stage c measures both.
+
+A row's first value is the table as it stands; `other` takes its place for as long as `swapped` lasts.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from .cases import Case
+
+__all__ = ["ALTERNATIVES", "Alternative", "swapped", "value"]
+
+# The columns of the block tables, by memory (kernels/_launch.py).
+HOPPER = "227 KiB"
+
+
+class Alternative(NamedTuple):
+    module: str  # of fmfa_losses.kernels
+    table: str
+    key: Any  # None: the table is a single entry
+    other: Any
+    case: Case
+    precision: str
+    kernels: tuple[str, ...]  # which the entry changes; none: it changes which kernels run, and the step is timed
+    predicted: float  # time of `other` over the time of the entry as it stands
+
+    @property
+    def name(self) -> str:
+        key = ", ".join(self.key) if isinstance(self.key, tuple) else self.key
+        return f"{self.module}.{self.table}" + ("" if key is None else f"[{key}]")
+
+
+def value(row: Alternative) -> Any:
+    """The entry as it stands."""
+    table = getattr(importlib.import_module(f"fmfa_losses.kernels.{row.module}"), row.table)
+    return table if row.key is None else table[row.key]
+
+
+@contextmanager
+def swapped(row: Alternative, new: Any) -> Iterator[None]:
+    module = importlib.import_module(f"fmfa_losses.kernels.{row.module}")
+    before = value(row)
+    try:
+        # Entries with named fields stay what they are.
+        _put(module, row, type(before)(*new) if hasattr(before, "_fields") else new)
+        yield
+    finally:
+        _put(module, row, before)
+
+
+def _put(module: Any, row: Alternative, new: Any) -> None:
+    if row.key is None:
+        setattr(module, row.table, new)
+    else:
+        getattr(module, row.table)[row.key] = new
+
+
+EFA = Case("efa", 128)
+HALF = (HOPPER, "half")
+ALTERNATIVES = (
+    Alternative(
+        "aggregation", "BLOCKS", HALF, (64, 64, 128, 4, 3), EFA, "bf16",
+        ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel"), 0.6,
+    ),
+    Alternative("hard_similarity", "DE", HALF, (128, 64, 256, 8, 3), EFA, "bf16", ("_de_kernel",), 0.7),
+    Alternative("hard_similarity", "DX", None, (4, 512, 1, 1), EFA, "bf16", ("_dx_kernel",), 0.55),
+    Alternative("hard_similarity", "MATCH", HALF, (128, 256, 64, 8, 4), EFA, "bf16", ("_match_kernel",), 0.95),
+    Alternative(
+        "distribution_blocks", "ROWS", None, (2, 1024), Case("asdm", 16384), "fp32",
+        ("_absorb_kernel",), 0.9,
+    ),
+    Alternative("similarity_distribution", "SMALL", None, 256, Case("asdm", 1024), "fp32", (), 0.6),
+)  # fmt: skip

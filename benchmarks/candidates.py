@@ -1,0 +1,56 @@
+"""Which entries of the block tables are worth trying, and what each turns on. Data for benchmarks/tune.py."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .alternatives import EFA, HALF, Alternative
+
+__all__ = ["TABLES", "Table"]
+
+
+class Table(NamedTuple):
+    entry: Alternative  # which entry, the step that shows it, and the kernels that it changes; `other` is a candidate
+    fields: tuple[str, ...]
+    values: tuple[Sequence[int], ...]  # of each field; all combinations are candidates
+
+    @property
+    def name(self) -> str:
+        return self.entry.table
+
+    def candidates(self) -> list[tuple[int, ...]]:
+        return list(itertools.product(*self.values))
+
+
+def _entry(module: str, table: str, key: tuple[str, str] | None, kernels: tuple[str, ...]) -> Alternative:
+    return Alternative(module, table, key, None, EFA, "bf16", kernels, 1.0)
+
+
+# Kernels without a matrix product have no pipeline, so their number of stages changes nothing and does not vary.
+TABLES = (
+    Table(
+        _entry("hard_similarity", "DE", HALF, ("_de_kernel",)),
+        ("BLOCK_OWN", "BLOCK_SUM", "BLOCK_OUT", "num_warps", "num_stages"),
+        ((64, 128), (16, 32, 64), (128, 256), (4, 8), (2, 3, 4)),
+    ),
+    Table(
+        _entry("hard_similarity", "DX", None, ("_dx_kernel",)),
+        ("BLOCK_OWN", "BLOCK_OUT", "num_warps", "num_stages"),
+        ((1, 2, 4, 8, 16, 32), (128, 256, 512), (1, 2, 4), (1,)),
+    ),
+    Table(
+        _entry("aggregation", "BLOCKS", HALF, ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel")),
+        ("BLOCK_D", "BLOCK_OUT beside whole rows", "BLOCK_OUT", "num_warps", "num_stages"),
+        ((32, 64, 128), (64,), (64, 128, 256), (4, 8), (2, 3, 4)),
+    ),
+    Table(
+        _entry("hard_similarity", "MATCH", HALF, ("_match_kernel",)),
+        ("BLOCK_M", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
+        ((64, 128), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4)),
+    ),
+    Table(
+        _entry("hard_similarity", "POOL", None, ("_pool_kernel",)),
+        ("BLOCK_J", "BLOCK_P", "num_warps"),
+        ((4, 8, 16, 32), (32, 64, 128), (1, 2, 4)),
+    ),
+)

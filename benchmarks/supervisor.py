@@ -1,0 +1,179 @@
+"""Keeps a worker on its jobs: a job that hangs is killed at twice its guess, one that dies costs itself, time is kept.
+
+A worker is any program that speaks the protocol of benchmarks/gpu_worker.py.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from .plan import STAGES, Job
+
+__all__ = ["OUT_OF_TIME", "Worker", "run_jobs"]
+
+OUT_OF_TIME = "not run: out of time"
+START_SECONDS = 90.0  # for a worker to import torch and to reach the device
+GIVE_UP = 3  # workers that did not start, one after the other
+
+
+class Worker:
+    """A process of its own group, whose lines arrive in a queue."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str] | None, log: TextIO, cwd: Any = None) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=env, cwd=cwd,
+            start_new_session=True,
+        )  # fmt: skip
+        self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines, suppress(ValueError):  # a process was killed while it wrote its last line
+            for line in lines:
+                self.lines.put(json.loads(line))
+        self.lines.put(None)
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # its end arrives in the queue
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+
+    def next(self, seconds: float) -> dict[str, Any] | None:
+        """The next line; None when the process has ended. Raises queue.Empty when the time is over."""
+        return self.lines.get(timeout=max(0.0, seconds))
+
+    def ended(self) -> int:
+        """Exit code of a process that has closed its output: its own, if it ends by itself."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+        self.kill()
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """With everything that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.reader.join(timeout=5)
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+
+
+@dataclass
+class _Run:
+    start: Callable[[], Worker]
+    note: Callable[[Job, dict[str, Any]], None]
+    deadline: float
+    clock: Callable[[], float]
+    worker: Worker | None = None
+    not_started: int = 0
+    stage_began: dict[str, float] = field(default_factory=dict)
+
+    def ready(self) -> str | None:
+        """A worker that waits for jobs; or why there is none."""
+        if self.worker is not None:
+            return None
+        self.worker = self.start()
+        try:
+            line = self.worker.next(min(START_SECONDS, self.deadline - self.clock()))
+        except queue.Empty:
+            line = None
+        if line is not None and "ready" in line:
+            self.not_started = 0
+            return None
+        self.not_started += 1
+        self.end_worker()
+        return "failed: the worker did not start"
+
+    def end_worker(self) -> None:
+        assert self.worker is not None
+        self.worker.kill()
+        self.worker = None
+
+    def do(self, number: int, job: Job) -> None:
+        """Notes a record for every identity of the job, come what may."""
+        open_identities = job.identities
+        reason = self.refused(job)
+        if reason is None:
+            reason = self.ready()
+        if reason is None:
+            reason = self.ask(number, job, open_identities)
+        if reason is not None:
+            for identity in open_identities or job.identities[-1:]:
+                self.note(job, identity | {"status": reason})
+
+    def refused(self, job: Job) -> str | None:
+        if self.not_started >= GIVE_UP:
+            return "not run: no worker starts"
+        now = self.clock()
+        if now + job.guess > self.deadline:
+            return OUT_OF_TIME
+        seconds = next(stage.seconds for stage in STAGES if stage.letter == job.stage)
+        if now - self.stage_began.setdefault(job.stage, now) > 2 * seconds:
+            return f"not run: stage {job.stage} has taken twice its {seconds:.0f} s"
+        return None
+
+    def ask(self, number: int, job: Job, open_identities: list[dict[str, Any]]) -> str | None:
+        """Sends the job and notes its records; what is left to say, of the identities that got none or of the job."""
+        assert self.worker is not None
+        began = self.clock()
+        limit = min(began + 2 * job.guess, self.deadline)
+        self.worker.send(str(number))
+        while True:
+            try:
+                line = self.worker.next(limit - self.clock())
+            except queue.Empty:
+                self.end_worker()
+                took = self.clock() - began
+                return OUT_OF_TIME if limit == self.deadline else f"failed: stopped after {took:.0f} s, twice its guess"
+            if line is None:
+                code, self.worker = self.worker.ended(), None
+                return f"failed: the process died with exit code {code}"
+            if "record" in line:
+                self.keep(job, line["record"], open_identities)
+            else:
+                if "lost" in line:
+                    self.end_worker()
+                return "failed: the worker wrote no record" if open_identities else None
+
+    def keep(self, job: Job, record: dict[str, Any], open_identities: list[dict[str, Any]]) -> None:
+        if "kind" not in record:  # a failure of the whole job: for each that has no record yet
+            for identity in open_identities or job.identities[-1:]:
+                self.note(job, identity | record)
+            open_identities.clear()
+            return
+        mode = record.get("mode")
+        open_identities[:] = [identity for identity in open_identities if identity.get("mode") != mode]
+        self.note(job, record)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    start: Callable[[], Worker],
+    note: Callable[[Job, dict[str, Any]], None],
+    *,
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+    stage_done: Callable[[str], None] = lambda letter: None,
+) -> None:
+    """`note(job, record)` once at least for every identity of every job, in order, as soon as it is there."""
+    run = _Run(start, note, deadline, clock)
+    try:
+        for number, job in enumerate(jobs):
+            run.do(number, job)
+            if number + 1 == len(jobs) or jobs[number + 1].stage != job.stage:
+                stage_done(job.stage)
+    finally:
+        if run.worker is not None:
+            run.end_worker()

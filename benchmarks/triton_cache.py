@@ -1,0 +1,33 @@
+"""A Triton cache that was filled elsewhere (`benchmarks prebuild`): used where Triton's own key agrees, else named."""
+
+import hashlib
+import importlib
+import importlib.util
+import tempfile
+from pathlib import Path
+
+__all__ = ["prepare", "triton_key_sha256"]
+
+
+def triton_key_sha256() -> str:
+    """Of what enters every key of Triton's cache; equal here and where a cache was filled, or the cache is useless."""
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:
+        return "unknown: this Triton has no triton_key"
+    return hashlib.sha256(triton_key().encode()).hexdigest()
+
+
+def prepare(prebuilt: Path | None) -> tuple[Path | None, str]:
+    """(a copy of the cache that may be written to, a sentence about it); None: there is none to use."""
+    if prebuilt is None:
+        return None, "no prebuilt Triton cache: kernels are compiled here"
+    if importlib.util.find_spec("benchmarks.prebuild") is None:
+        return None, f"{prebuilt} is not used: this checkout has no `benchmarks prebuild`; kernels are compiled here"
+    prebuild = importlib.import_module("benchmarks.prebuild")
+    reason = prebuild.usable(prebuilt)
+    if reason is not None:
+        return None, f"{prebuilt} is not used: {reason}; kernels are compiled here"
+    copy = Path(tempfile.mkdtemp(prefix="triton-cache-"))
+    prebuild.install(prebuilt, copy)  # not a plain copy: Triton's files name one another by absolute paths
+    return copy, f"prebuilt Triton cache: {prebuilt}, its key agrees"

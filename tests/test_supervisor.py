@@ -1,0 +1,185 @@
+"""The supervisor of the GPU run, with workers that hang, die and lie. They are real processes that import nothing."""
+
+import json
+import sys
+import textwrap
+import time
+
+import psutil
+
+from benchmarks.book import Book, read_records
+from benchmarks.cases import Case
+from benchmarks.plan import Job
+from benchmarks.supervisor import OUT_OF_TIME, Worker, run_jobs
+
+IDENTITY = {"stage": "d", "kind": "figure", "case": "c", "provider": "p", "dtype": "bf16"}
+
+
+def job(B, guess=30.0, modes=("eager",)):
+    return Job("d", "figure", Case("asdm", B), "reference", "bf16", modes, guess)
+
+
+def run(tmp_path, jobs, body, *, seconds=60.0, note=None):
+    """Statuses by job number with a worker that answers number `n` by `body`; and how many workers were started."""
+    script = tmp_path / "worker.py"
+    answer = textwrap.indent(textwrap.dedent(body), "    ")
+    script.write_text(
+        "import json, os, sys, time\n"
+        "def say(**line): print(json.dumps(line), flush=True)\n"
+        f"def record(**fields): say(record={{**{IDENTITY!r}, 'mode': 'eager', 'status': 'ok', **fields}})\n"
+        "say(ready=True)\n"
+        f"for line in sys.stdin:\n    n = int(line)\n{answer}\n"
+        "    say(done=True)\n"
+    )
+    statuses, starts = {}, []
+    with (tmp_path / "log").open("w") as log:
+
+        def start():
+            starts.append(Worker([sys.executable, str(script)], None, log))
+            return starts[-1]
+
+        def keep(done, record):
+            statuses.setdefault(jobs.index(done), []).append(record["status"])
+            if note is not None:
+                note(done, record)
+
+        run_jobs(jobs, start, keep, deadline=time.monotonic() + seconds)
+    assert all(worker.process.poll() is not None for worker in starts)
+    return statuses, len(starts)
+
+
+def ended(pid):
+    """A zombie has ended, too: it waits for whoever adopted it."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_every_job_gets_its_records(tmp_path):
+    statuses, starts = run(tmp_path, [job(1), job(2, modes=("eager", "graph"))], """
+        record()
+        if n == 1: record(mode="graph")
+    """)  # fmt: skip
+    assert statuses == {0: ["ok"], 1: ["ok", "ok"]}
+    assert starts == 1
+
+
+def test_a_job_that_hangs_is_killed_at_twice_its_guess(tmp_path):
+    """It costs itself alone, and what it had found is kept; so is what it started."""
+    child = tmp_path / "child"
+    jobs = [job(1), job(2, guess=0.6, modes=("eager", "graph")), job(3)]
+    began = time.monotonic()
+    statuses, starts = run(tmp_path, jobs, f"""
+        record()
+        if n == 1:
+            import subprocess
+            open({str(child)!r}, "w").write(str(subprocess.Popen(["sleep", "600"]).pid))
+            time.sleep(600)
+    """)  # fmt: skip
+    assert statuses == {0: ["ok"], 1: ["ok", "failed: stopped after 1 s, twice its guess"], 2: ["ok"]}
+    assert starts == 2
+    assert time.monotonic() - began < 60
+    assert ended(int(child.read_text()))
+    # A kill after the last record is said as well.
+    statuses, _ = run(tmp_path, [job(2, guess=0.3)], "record(); time.sleep(600)")
+    assert statuses == {0: ["ok", "failed: stopped after 1 s, twice its guess"]}
+
+
+def test_a_worker_that_dies_costs_its_job(tmp_path):
+    statuses, starts = run(tmp_path, [job(1), job(2), job(3)], """
+        if n == 1: os.abort()
+        record()
+    """)  # fmt: skip
+    assert statuses == {0: ["ok"], 1: ["failed: the process died with exit code -6"], 2: ["ok"]}
+    assert starts == 2
+
+
+def test_a_lost_device_gets_another_worker(tmp_path):
+    statuses, starts = run(tmp_path, [job(1), job(2)], """
+        if n == 0:
+            say(record={"status": "failed: RuntimeError: illegal memory access"})
+            say(lost=True)
+            sys.exit()
+        record()
+    """)  # fmt: skip
+    assert statuses == {0: ["failed: RuntimeError: illegal memory access"], 1: ["ok"]}
+    assert starts == 2
+
+
+def test_a_job_that_says_nothing_is_recorded(tmp_path):
+    assert run(tmp_path, [job(1)], "pass")[0] == {0: ["failed: the worker wrote no record"]}
+    assert run(tmp_path, [job(1)], "say(record={'status': 'failed: X'})")[0] == {0: ["failed: X"]}
+
+
+def test_the_deadline_is_kept(tmp_path):
+    """A job that runs into it is stopped, one that cannot end before it is not begun, a shorter one still is."""
+    jobs = [job(1, guess=0.1), job(2, guess=50), job(3, guess=0.1), job(4, guess=2.0)]
+    began = time.monotonic()
+    body = "time.sleep(600 if n == 3 else 0); record()"
+    statuses, _ = run(tmp_path, jobs, body, seconds=3.0)
+    assert statuses == {0: ["ok"], 1: [OUT_OF_TIME], 2: ["ok"], 3: [OUT_OF_TIME]}
+    assert time.monotonic() - began < 30
+
+
+def test_no_worker_starts(tmp_path):
+    jobs = [job(n) for n in range(1, 6)]
+    with (tmp_path / "log").open("w") as log:
+        statuses = []
+        run_jobs(
+            jobs,
+            lambda: Worker([sys.executable, "-c", "raise SystemExit(3)"], None, log),
+            lambda done, record: statuses.append(record["status"]),
+            deadline=time.monotonic() + 60,
+        )
+    assert statuses == ["failed: the worker did not start"] * 3 + ["not run: no worker starts"] * 2
+
+
+def test_a_stage_ends_at_twice_its_seconds():
+    """A clock of its own: every look at it costs ten minutes."""
+    now = iter(range(0, 10**9, 600))
+    statuses = []
+
+    class Quick:
+        process = None
+
+        def __init__(self):
+            self.lines = iter(
+                [{"ready": True}, {"record": IDENTITY | {"mode": "eager", "status": "ok"}}, {"done": True}]
+            )
+
+        def send(self, line):
+            pass
+
+        def next(self, seconds):
+            return next(self.lines)
+
+        def kill(self):
+            pass
+
+    run_jobs([job(1), job(2)], Quick, lambda done, record: statuses.append(record["status"]),
+             deadline=10**9, clock=lambda: next(now))  # fmt: skip
+    assert statuses[0] == "ok"
+    assert statuses[1].startswith("not run: stage d has taken twice its")
+
+
+def test_every_record_is_on_disk_when_the_next_comes(tmp_path, capsys, request):
+    """records.jsonl, gpu.json and gpu.md, after each record; what cannot be shown is kept all the same."""
+    head = {"kind": "gpu", "command": "c", "date": "d", "machine": {}, "versions": {}, "minutes": 1}
+    book, seen = Book(tmp_path / "out", head), []
+    request.addfinalizer(book.close)
+
+    def note(done, record):
+        book.note(record | {"first_call_s": 0.0, "compiled": 0, "op": "asdm", "B": 1, "D": 4, "value": 1.0,
+                            "gradient_norm": 1.0, "both": {"median": 1.0, "p20": 1.0, "p80": 1.0}})  # fmt: skip
+        on_disk = json.loads((tmp_path / "out" / "gpu.json").read_text())
+        seen.append((len(read_records(tmp_path / "out" / "records.jsonl")), len(on_disk["measurements"])))
+        assert "| c " in (tmp_path / "out" / "gpu.md").read_text()
+
+    run(tmp_path, [job(1), job(2)], "record()", note=note)
+    assert seen == [(1, 1), (2, 2)]
+    book.note({"stage": "c", "kind": "alternative", "status": "ok"})
+    assert "a record that cannot be shown: KeyError" in capsys.readouterr().out
+    assert len(read_records(tmp_path / "out" / "records.jsonl")) == 3
