@@ -2,9 +2,9 @@
 
     python -m benchmarks prebuild --out DIR [--wheel triton-3.6.0-cp312-...whl] [--only asdm] [--workers 2]
 
-Fills DIR, a folder in the form of Triton's cache, through the stand-in of `benchmarks/stand_in`; `DIR/prebuilt.json`
-says what it is for. The machine with the GPU asks `usable(DIR)`, and `install(DIR, cache)` puts the kernels where
-TRITON_CACHE_DIR points: Triton's files name each other by absolute paths, so that a plain copy would never be found.
+Compiles through the stand-in of `benchmarks/stand_in` and writes two files: `DIR/kernels.tar.xz`, folders of Triton's
+cache, and `DIR/prebuilt.json`, what they are for. The machine with the GPU asks `usable(DIR)`; `install(DIR, cache)`
+then puts the kernels where TRITON_CACHE_DIR points. A second run compiles only what DIR does not hold.
 
 Triton's key of a kernel holds, besides the kernel with its specialisation and options:
 
@@ -19,12 +19,14 @@ The kernels are those of `CASES`: the same launchers, at sizes that specialise a
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
+import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -40,7 +42,7 @@ from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity
 from . import ROOT, stand_in
 
 CHIP = "sm_90"
-ABOUT = "prebuilt.json"
+ABOUT, KERNELS = "prebuilt.json", "kernels.tar.xz"
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -94,7 +96,10 @@ def leaf(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def fill(kind: str, only: str, cache: Path, key: str) -> tuple[list[str], list[str]]:
-    """Kernels of one kind that were compiled into the cache, and those that were there; in a process of its own."""
+    """Compiles the kernels of one kind into a cache; the hashes of what was compiled, and of what was there.
+
+    Runs in a process of its own, whose environment it changes.
+    """
     import triton.runtime.cache
     from triton import knobs
 
@@ -102,7 +107,7 @@ def fill(kind: str, only: str, cache: Path, key: str) -> tuple[list[str], list[s
     found: list[str] = []
 
     def note(src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
-        (found if cache_hit else compiled).append(f"{src.name} {metadata['hash']}")
+        (found if cache_hit else compiled).append(metadata["hash"])
 
     for name in environment():
         os.environ.pop(name)
@@ -189,8 +194,11 @@ def usable(folder: Path) -> str | None:
 
     try:
         about = json.loads((Path(folder) / ABOUT).read_text())
+        packed = digest((Path(folder) / KERNELS).open("rb"))
     except (OSError, ValueError) as error:
         return f"{folder} holds no prebuilt kernels: {error}"
+    if about.get("sha256") != packed:
+        return f"{folder}/{KERNELS} is not the file that {ABOUT} was written for"
     here = {"triton": triton.__version__, "triton_key": sha256(own_key()), "ptxas": ptxas(), "sources": sources(),
             "environment": environment()}  # fmt: skip
     for what, value in here.items():
@@ -200,24 +208,39 @@ def usable(folder: Path) -> str | None:
 
 
 def install(folder: Path, cache: Path) -> None:
-    """Copies prebuilt kernels into a folder for TRITON_CACHE_DIR."""
-    shutil.copytree(folder, cache, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ABOUT))
-    settle(cache)
-
-
-def settle(cache: Path) -> None:
-    """Triton finds the files of every kernel where they are now."""
+    """Puts prebuilt kernels into a folder for TRITON_CACHE_DIR."""
+    with tarfile.open(Path(folder) / KERNELS) as archive:
+        archive.extractall(cache, filter="data")
+    # A kernel's files name each other by absolute paths.
     for group in Path(cache).absolute().glob("*/__grp__*.json"):
-        names = json.loads(group.read_text())["child_paths"]
-        paths = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
-        group.write_text(json.dumps({"child_paths": paths}))
+        point_to(group, group.parent)
 
 
-def tidy(cache: Path) -> None:
-    """Leaves what a cache hit needs: Triton keeps intermediate code of a kernel, too."""
-    for path in cache.glob("*/*.source"):
-        path.unlink()
-    settle(cache)
+def point_to(group: Path, folder: Path) -> None:
+    """The files of a kernel, as far as they exist, are in `folder`."""
+    names = [name for name in json.loads(group.read_text())["child_paths"] if (group.parent / name).exists()]
+    group.write_text(json.dumps({"child_paths": {name: str(folder / name) for name in names}}))
+
+
+def pack(cache: Path, used: set[str] | None, folder: Path) -> int:
+    """Writes the kernels of a cache, or those `used` (hashes of their keys), and says how many.
+
+    Intermediate code, which a hit does not need, stays behind. Equal kernels make equal archives.
+    """
+    names = None if used is None else {base64.b32encode(bytes.fromhex(key)).decode().rstrip("=") for key in used}
+    kernels = [path.parent for path in sorted(cache.glob("*/*.cubin")) if names is None or path.parent.name in names]
+    with tarfile.open(folder / KERNELS, "w:xz") as archive:
+        for kernel in kernels:
+            for source in kernel.glob("*.source"):
+                source.unlink()
+            for group in kernel.glob("__grp__*.json"):
+                point_to(group, Path(kernel.name))
+            for path in sorted(kernel.iterdir()):
+                about = tarfile.TarInfo(f"{kernel.name}/{path.name}")
+                about.size = path.stat().st_size
+                with path.open("rb") as file:
+                    archive.addfile(about, file)
+    return len(kernels)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,26 +254,26 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     start = time.perf_counter()
     key = wheel_key(options.wheel) if options.wheel else own_key()
-    cache = options.out.absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    settle(cache)  # what an earlier run left, perhaps elsewhere
     compiled: set[str] = set()
     found: set[str] = set()
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        kinds = dict.fromkeys(case.kind for case in selected(options.only))
-        jobs = {kind: pool.submit(fill, kind, options.only, cache, key) for kind in kinds}
-        for kind, job in jobs.items():
-            new, old = map(set, job.result())
-            print(f"{kind}: {len(new)} kernels compiled, {len(old - new)} found", flush=True)
-            compiled, found = compiled | new, found | old
-    tidy(cache)
-    kernels = len(list(cache.glob("*/*.cubin")))
-    size = sum(path.stat().st_size for path in cache.glob("*/*"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache:
+        if (options.out / KERNELS).exists():
+            install(options.out, Path(cache))
+        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+            kinds = dict.fromkeys(case.kind for case in selected(options.only))
+            jobs = {kind: pool.submit(fill, kind, options.only, Path(cache), key) for kind in kinds}
+            for kind, job in jobs.items():
+                new, old = map(set, job.result())
+                print(f"{kind}: {len(new)} kernels compiled, {len(old - new)} found", flush=True)
+                compiled, found = compiled | new, found | old
+        kernels = pack(Path(cache), None if options.only else compiled | found, options.out)
     about = {"triton": triton.__version__, "triton_key": sha256(key), "ptxas": ptxas(), "sources": sources(),
-             "environment": {}, "chip": CHIP, "kernels": kernels, "bytes": size}  # fmt: skip
-    (cache / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+             "environment": {}, "chip": CHIP, "kernels": kernels, "bytes": (options.out / KERNELS).stat().st_size,
+             "sha256": digest((options.out / KERNELS).open("rb"))}  # fmt: skip
+    (options.out / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
     print(f"{len(compiled)} kernels compiled, {len(found - compiled)} found, in {time.perf_counter() - start:.0f} s")
-    print(f"{options.out}: {kernels} kernels, {size / 1e6:.1f} MB, triton {triton.__version__}, "
+    print(f"{options.out}: {kernels} kernels, {about['bytes'] / 1e6:.2f} MB, triton {triton.__version__}, "
           f"sha256 of triton_key {about['triton_key']}")  # fmt: skip
     return 0
 

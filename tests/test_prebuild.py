@@ -40,6 +40,7 @@ def test_another_checkout_and_a_moved_folder_compile_nothing(folder, tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert "\n0 kernels compiled, 3 found" in run(tmp_path, moved)
+    assert (moved / prebuild.KERNELS).read_bytes() == (folder / prebuild.KERNELS).read_bytes()
 
 
 def test_installed_kernels_are_hits(folder, tmp_path, monkeypatch, without_variables):
@@ -57,12 +58,18 @@ def test_installed_kernels_are_hits(folder, tmp_path, monkeypatch, without_varia
 def test_usable_says_why_not(folder, tmp_path, monkeypatch, without_variables):
     assert prebuild.usable(folder) is None
     about = json.loads((folder / prebuild.ABOUT).read_text())
+    assert sorted(path.name for path in folder.iterdir()) == [prebuild.KERNELS, prebuild.ABOUT]
     assert about["kernels"] == 3
-    assert 10_000 < about["bytes"] < 2_000_000
+    assert 10_000 < about["bytes"] < 200_000
     assert "holds no prebuilt kernels" in prebuild.usable(tmp_path)
+    shutil.copy(folder / prebuild.KERNELS, tmp_path)
     for what in ("triton", "triton_key", "ptxas", "sources"):
         (tmp_path / prebuild.ABOUT).write_text(json.dumps(about | {what: "other"}))
         assert prebuild.usable(tmp_path).startswith(f"prebuilt for another {what}: 'other'")
+    (tmp_path / prebuild.ABOUT).write_text(json.dumps(about))
+    assert prebuild.usable(tmp_path) is None
+    (tmp_path / prebuild.KERNELS).write_bytes(b"cut off")
+    assert "is not the file" in prebuild.usable(tmp_path)
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     assert prebuild.usable(folder).startswith("prebuilt for another environment")
 
