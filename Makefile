@@ -3,8 +3,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 RUN := $(BIN)/python
+TRITON_TESTS := tests/test_kernels.py tests/test_stand_in.py tests/test_launches.py
 
-.PHONY: demo test lint compile-check bench gpu-bench wheel-check clean help
+# A stamp that make would take for an intermediate file.
+.PRECIOUS: .venv/triton-%/installed
+
+.PHONY: demo test lint compile-check launches bench gpu-bench wheel-check clean help
 
 help:
 	@echo "make demo   train on rendered pedestrians and show where the pictures are"
@@ -21,6 +25,17 @@ help:
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
+# Another Triton over the same environment, `make test-triton-3.6.0`: the kernels interpreted, specialised, and compiled
+# for sm_90. Its interpreter may need an older numpy; torch stays.
+.venv/triton-%/installed: .venv/installed
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) "triton==$*" "numpy<2.4"
+	touch $@
+
+test-triton-%: .venv/triton-%/installed
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(TRITON_TESTS)
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(RUN) -m benchmarks compile-check --chip sm_90
+
 demo: .venv/installed
 	$(RUN) -m benchmarks.retrieval --out runs/demo
 
@@ -29,9 +44,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every kernel, compiled for every architecture of the block table, without a GPU.
+# Every kernel, compiled for every architecture of the block table, without a GPU; CHIPS="sm_90" for some.
+CHIPS ?=
 compile-check: .venv/installed
-	$(RUN) -m benchmarks compile-check
+	$(RUN) -m benchmarks compile-check $(if $(CHIPS),--chip $(CHIPS))
+
+# What a step launches, compiles, moves and allocates on a GPU; fails when a figure exceeds its limit.
+launches: .venv/installed
+	$(RUN) -m benchmarks launches --out docs/launches.md
 
 bench: .venv/installed
 	$(RUN) -m benchmarks micro

@@ -8,7 +8,9 @@ COMMANDS = {
     "gpu": ("benchmarks.gpu", "the kernels on a CUDA device: right, then how fast"),
     "tune": ("benchmarks.tune", "candidates for the block tables: compiled anywhere, timed on a CUDA device"),
     "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
+    "launches": ("benchmarks.launches", "what a step launches, compiles, moves and allocates, without a GPU"),
     "compile-check": ("benchmarks.compile_check", "every kernel compiled for every architecture, without a GPU"),
+    "prebuild": ("benchmarks.prebuild", "the kernels of a GPU run, compiled for that machine without its GPU"),
 }
 
 

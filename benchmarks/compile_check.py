@@ -2,20 +2,21 @@
 
     python -m benchmarks compile-check [--chip sm_90 ...] [--workers 2]
 
-The launchers run on meta tensors and their launches are recorded (`_launch.recording`): what is compiled here is what
-runs there, with the same arguments, compile-time sizes and block table. A launch fails when it does not compile,
-when a block asks for more shared memory or registers than the chip has, when registers spill to memory, or when a
-hard-similarity match for sm_90 does not use Hopper's matrix instruction.
+The launchers run on meta tensors and their launches are recorded (`_launch.recording`); a stand-in for the chip then
+specialises them through Triton's own JIT (`stand_in.gpu`). What is compiled here is what runs there, with the same
+arguments, compile-time sizes and block table. A launch fails when it does not compile, when a block asks for more
+shared memory or registers than the chip has, when registers spill to memory, or when a hard-similarity match for sm_90
+does not use Hopper's matrix instruction.
 """
 
 import argparse
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import stand_in
+
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 REGISTERS = 65536  # of an NVIDIA multiprocessor, for one block at most; the compiler does not check
+NO_OPERATION = 0x918  # of sm_80 and later
 KINDS = ("float32", "tf32", "float16", "bfloat16")
 
 
@@ -40,6 +44,7 @@ class Report:
     threads: int = 0
     spills: int = 0  # bytes of stack (NVIDIA), spilled registers (AMD)
     wgmma: bool = False
+    instructions: int = 0  # of machine code, NVIDIA
     error: str = ""
     seconds: float = 0.0  # of processor time
 
@@ -117,67 +122,49 @@ def record(chip: str, kind: str) -> list[Any]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
-}  # fmt: skip
-
-
-def source(launch: Any) -> tuple[Any, dict[str, int]]:
-    """What the compiler starts from, specialised as at run time, and the launch options."""
-    from triton.compiler import ASTSource
-
-    names = launch.kernel.arg_names
-    options = {key: value for key, value in launch.options.items() if key not in names}
-    values = dict(zip(names, launch.args, strict=False)) | {k: v for k, v in launch.options.items() if k in names}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for number, name in enumerate(names):
-        value = values[name]
-        divisible = False
-        if name in launch.options or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], divisible = POINTERS[value.dtype], True
-        elif isinstance(value, int):
-            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if divisible:
-            attributes[(number,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes), options
+def specialised(chip: str, launches: list[Any]) -> list[tuple[Any, Any]]:
+    """Launches whose kernels differ, and each kernel as the JIT of that chip specialises it."""
+    kernels = []
+    with stand_in.gpu(chip=chip) as device:
+        for launch in launches:
+            before = len(device.compiled)
+            launch.kernel[launch.grid](*launch.args, **launch.options)
+            kernels += [(launch, kernel) for kernel in device.compiled[before:]]
+    return kernels
 
 
 def compile_launch(chip: str, kind: str, launch: Any) -> Report:
-    import triton
+    ((_, kernel),) = specialised(chip, [launch])
+    return compile_kernel(chip, kind, launch, kernel)
+
+
+def compile_kernel(chip: str, kind: str, launch: Any, kernel: Any) -> Report:
     from fmfa_losses.kernels._launch import SHARED_MEMORY
-    from triton.backends.compiler import GPUTarget
 
     before = os.times()
-    target = GPUTarget("hip", chip, 64) if chip.startswith("gfx") else GPUTarget("cuda", int(chip[3:]), 32)
-    config = describe(launch)
-    report = {"chip": chip, "kind": kind, "kernel": launch.kernel.__name__, "config": config}
+    report = {"chip": chip, "kind": kind, "kernel": kernel.name, "config": describe(launch)}
     try:
-        ast, options = source(launch)
-        kernel = triton.compile(ast, target=target, options=options)
+        binary = kernel.compile()
     except Exception as exception:
         return Report(**report, error=f"{type(exception).__name__}: {exception}"[:300])
-    if target.backend == "hip":
-        text = kernel.asm["amdgcn"]
+    instructions = 0
+    if kernel.target.backend == "hip":
+        text = binary.asm["amdgcn"]
         number = lambda pattern: sum(int(n) for n in re.findall(pattern, text))  # noqa: E731
         # Spilled scalar registers stay on the chip, in lanes of vector registers.
         registers, spills = number(r"\.vgpr_count:\s+(\d+)"), number(r"\.vgpr_spill_count:\s+(\d+)")
     else:
-        registers, spills = resource_usage(kernel.asm["cubin"])
+        registers, spills = resource_usage(binary.asm["cubin"])
+        instructions = instruction_count(binary.asm["cubin"])
     return Report(
         **report,
-        shared=kernel.metadata.shared,
+        shared=binary.metadata.shared,
         limit=SHARED_MEMORY[chip],
         registers=registers,
-        threads=launch.options["num_warps"] * target.warp_size,
+        threads=launch.options["num_warps"] * kernel.target.warp_size,
         spills=spills,
-        wgmma="wgmma.mma_async" in kernel.asm.get("ptx", ""),
+        wgmma="wgmma.mma_async" in binary.asm.get("ptx", ""),
+        instructions=instructions,
         seconds=sum(os.times()[:4]) - sum(before[:4]),
     )
 
@@ -195,6 +182,23 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return use["REG"], use["STACK"] + use["LOCAL"]
 
 
+def instruction_count(cubin: bytes) -> int:
+    """Machine instructions, without the no-operations that fill the end.
+
+    What `cuobjdump -sass` lists, without its half second. A cubin is an ELF file; its sections .text.* hold
+    instructions of 16 bytes, with the operation in the low 12 bits.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, number, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + n * size) for n in range(number)]
+    total = 0
+    for name, _, _, _, start, length in sections:
+        if cubin.startswith(b".text.", sections[names][4] + name):
+            words = struct.iter_unpack("<QQ", cubin[start : start + length])
+            total += sum(low & 0xFFF != NO_OPERATION for low, _ in words)
+    return total
+
+
 def describe(launch: Any) -> str:
     """Blocks, warps, stages and the switches that are on."""
     options = launch.options
@@ -204,31 +208,25 @@ def describe(launch: Any) -> str:
     return f"{blocks} w{options['num_warps']} s{options.get('num_stages', '-')} {' '.join(flags)}"
 
 
-def distinct(launches: list[Any]) -> Iterator[Any]:
-    seen = set()
-    for launch in launches:
-        ast, options = source(launch)
-        key = (ast.hash(), tuple(sorted(options.items())))
-        if key not in seen:
-            seen.add(key)
-            yield launch
+def check(chip: str, kind: str) -> list[Report]:
+    return [compile_kernel(chip, kind, *kernel) for kernel in specialised(chip, record(chip, kind))]
 
 
-def check(chip: str, kind: str, share: int = 0, shares: int = 1) -> list[Report]:
-    return [compile_launch(chip, kind, launch) for launch in list(distinct(record(chip, kind)))[share::shares]]
-
-
-HEADER = f"{'kernel':18} {'config':56} {'dtype':8} {'chip':6} {'shared':>6} {'regs':>4} {'spills':>6} wgmma"
+HEADER = (
+    f"{'kernel':18} {'config':56} {'dtype':8} {'chip':6} {'shared':>6} {'regs':>4} {'spills':>6} {'instr':>5} wgmma"
+)
 
 
 def line(r: Report) -> str:
     return (
         f"{r.kernel.strip('_'):18} {r.config:56} {r.kind:8} {r.chip:6} {r.shared:6} {r.registers:4} {r.spills:6} "
-        f"{'yes' if r.wgmma else '-':5}" + "".join(f"  <- {failure}" for failure in r.failures)
+        f"{r.instructions or '-':>5} {'yes' if r.wgmma else '-':5}" + "".join(f"  <- {what}" for what in r.failures)
     ).rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:
+    import triton
+
     parser = argparse.ArgumentParser(prog="compile-check", description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
@@ -238,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = [pool.submit(check, chip, kind) for chip in options.chip for kind in options.kind]
-        print(HEADER)
+        print(f"triton {triton.__version__}\n{HEADER}")
         reports = []
         for job in jobs:
             reports += job.result()

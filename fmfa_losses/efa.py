@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distributed import GATHER, Peers, meet
+from .ops._backend import select_backend
 from .ops._checks import check_float, check_ids, check_mask, check_option, check_positive, check_same
 from .ops._padding import longest
-from .ops._precision import accumulation_dtype
+from .ops._precision import accumulation_dtype, unit_rows
 from .ops.aggregation import sparse_aggregate
-from .ops.hard_similarity import hard_similarity
+from .ops.hard_similarity import UnitTokens, product_dtype, token_lists, unit_similarity
 
 __all__ = ["EFALoss", "efa_loss"]
 
@@ -77,22 +78,20 @@ def efa_loss(
     text_sim, image_sim = _similarities(
         joint, image_tokens, text_tokens, image_mask, text_mask, peers, pool_scale=pool_scale, backend=backend
     )
-    own, everyone = (
-        torch.arange(len(text_sim), device=text_sim.device),
-        torch.arange(text_sim.shape[1], device=text_sim.device),
-    )
-    excluded = (own + peers.offset)[:, None] == everyone
-    if pids is not None and negatives == "different_identity":
-        excluded = pids[:, None] == peers.gather(pids)
-
-    def alignment(sim: Tensor, margin: float) -> Tensor:
-        """Both directions between one modality and the joint embeddings, per sample [B]."""
-        if ranking == "released":
-            return _released_ranking(sim, margin, temperature, peers)
-        rows, columns = (_ranking(s, excluded, margin, temperature, peers.offset) for s in (sim, peers.transpose(sim)))
-        return rows + columns
-
-    per_sample = alignment(text_sim, margin_text) + alignment(image_sim, margin_image)
+    if ranking == "released":
+        of_text = _released_ranking(text_sim, margin_text, temperature, peers)
+        per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers)
+    else:
+        everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
+        own = everyone[peers.offset : peers.offset + len(text_sim)]
+        excluded = own[:, None] == everyone
+        if pids is not None and negatives == "different_identity":
+            excluded = pids[:, None] == peers.gather(pids)
+        # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
+        # of the margins in each.
+        sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
+        margin = (margin_text + margin_image) / 2
+        per_sample = _ranking(sims, excluded, margin, temperature, peers.offset).sum(dim=0)
     if reduction == "mean":
         return peers.mean(per_sample)
     return per_sample.sum() if reduction == "sum" else per_sample
@@ -110,36 +109,47 @@ def _similarities(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each."""
+    chosen = select_backend(backend, image_tokens, text_tokens, joint)
     joint_mask = None if text_mask is None else peers.gather(text_mask)
+    text_lists, image_lists = token_lists(text_mask, chosen), token_lists(image_mask, chosen)
 
-    def both(text: Tensor, image: Tensor, joint: Tensor, joint_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        options: Any = {"e_mask": joint_mask, "pool_scale": pool_scale, "backend": backend}
-        return (
-            hard_similarity(text, joint, x_mask=text_mask, **options),
-            hard_similarity(image, joint, x_mask=image_mask, **options),
-        )
+    def both(
+        text: Tensor, image: Tensor, joint: Tensor, joint_mask: Tensor | None, joint_lists: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(text, image, joint)
+        text_product, image_product = (product_dtype(x, joint, chosen) for x in (text, image))
+        # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
+        joint = unit_rows(joint, dtype=dtype)
+        texts = UnitTokens(unit_rows(text, dtype=dtype).to(text_product), text_mask, text_lists)
+        images = UnitTokens(unit_rows(image, image_mask, dtype=dtype).to(image_product), image_mask, image_lists)
+        joints = UnitTokens(joint.to(text_product), joint_mask, joint_lists)
+        of_text = unit_similarity(texts, joints, pool="lse", pool_scale=pool_scale, backend=chosen)
+        if image_product != text_product:
+            joints = joints._replace(rows=joint.to(image_product))
+        return of_text, unit_similarity(images, joints, pool="lse", pool_scale=pool_scale, backend=chosen)
 
     if not peers.ring:
-        return both(text_tokens, image_tokens, peers.gather(joint), joint_mask)
+        joint_lists = text_lists if peers.group is None else token_lists(joint_mask, chosen)
+        return both(text_tokens, image_tokens, peers.gather(joint), joint_mask, joint_lists)
     masks = [None] * len(peers.sizes) if joint_mask is None else peers.blocks(joint_mask)
+    lists = [token_lists(mask, chosen) for mask in masks]
 
     def with_block(q: int, text: Tensor, image: Tensor, joint: Tensor) -> Tensor:
-        return torch.stack(both(text, image, joint, masks[q]))
+        return torch.stack(both(text, image, joint, masks[q], lists[q]))
 
     text_sim, image_sim = torch.cat(peers.around(with_block, (text_tokens, image_tokens), joint), dim=2)
     return text_sim, image_sim
 
 
 def _ranking(sim: Tensor, excluded: Tensor, margin: float, temperature: float, offset: int) -> Tensor:
-    """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [b]; 0 for a row without negatives.
+    """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [..., b]; 0 for a row without negatives.
 
-    Row i of sim [b, B] belongs to column offset + i.
+    Row i of sim [..., b, B] belongs to column offset + i; excluded [b, B].
     """
-    logits = (sim - sim.diagonal(offset)[:, None] + margin) / temperature
-    alone = excluded.all(dim=1)
-    # The inner fill keeps the gradient of a row without negatives finite.
-    logits = logits.masked_fill(excluded, -torch.inf).masked_fill(alone[:, None], 0)
-    return logits.logsumexp(dim=1).masked_fill(alone, 0)
+    logits = (sim - sim.diagonal(offset, -2, -1).unsqueeze(-1) + margin) / temperature
+    # Finite, so that a row without negatives has a finite gradient for its last fill to stop.
+    logits = logits.masked_fill(excluded, torch.finfo(sim.dtype).min)
+    return logits.logsumexp(dim=-1).masked_fill(excluded.all(dim=1), 0)
 
 
 def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Peers) -> Tensor:

@@ -1,8 +1,11 @@
 """Helpers that several kernels share: tiles in, products, and nothing that belongs to one objective."""
 
+import os
+
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 BIG = tl.constexpr(2147483647)  # above every index; min(x, BIG) folds away where a column is known to be out
 
 
@@ -30,3 +33,19 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr):
     if b.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision=PRECISION)
     return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32")
+
+
+@triton.jit
+def max_or_nan(a, b):
+    """One instruction; tl.max passes over NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_max(x):
+    """[R] of [R, C]: the largest of every row, NaN where there is one."""
+    if INTERPRETED:  # the interpreter would call a function of ours for one number at a time
+        best = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
+    else:
+        best = tl.reduce(x, 1, max_or_nan)
+    return best

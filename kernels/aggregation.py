@@ -7,8 +7,8 @@
 
     s = t . v    u = s - min s where (s - min s) / (max s - min s) >= threshold, else 0    joint = sum_k u_k v_k / sum u
 
-    forward      one program a block of tokens; the whole row of scores is one tile up to 512 patches (256 in IEEE
-                 float32). Beyond, one pass over tiles of patches for minimum and maximum, and a second one that
+    forward      one program a block of tokens of one sample; the whole row of scores is one tile up to 512 patches (256
+                 in IEEE float32). Beyond, one pass over tiles of patches for minimum and maximum, and a second one that
                  aggregates a chunk of D.
 
                      patches ->  v_0 .. v_N        d chunk
@@ -21,9 +21,19 @@
                      ds = (da - c) / sum u where kept, c = sum_k a_k da_k; the first minimum also gets -sum of those
                      dtext_l = sum_k ds_lk v_k           dimage_k = sum_l a_lk djoint_l + ds_lk t_l
 
+    grid         axis 0 counts blocks of tokens or patches, those of one sample next to each other, sample after sample:
+                 it may have 2^31 - 1 programs, axes 1 and 2 only 65535. Axis 1 counts chunks of D.
+
 Every number has one owner: no atomics, bitwise equal reruns. A row whose range is rounding noise is constant: uniform
-weights, no gradient through s; row_sum = 0 marks it. Image tokens that the mask leaves out must be finite.
+weights, no gradient through s; row_sum = 0 marks it. A NaN among its scores makes a row NaN and no other. Image tokens
+that the mask leaves out must be finite.
+
+The launchers take tensors of any strides and make them contiguous; results are contiguous. Kernels read image_mask as
+int32: loads of 8 bits would also choose the layout of the products beside them, which then take twice the instructions.
+L and B L vary from batch to batch and are not specialised: another caption length compiles nothing new.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,28 +44,59 @@ from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_preci
 from ._tile import BIG, dot_wide, load_columns, load_rows
 
 NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the largest entry is noise
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32; one digit less makes it float64
 STATISTICS = 6  # per row: minimum, range, 1 / sum u, uniform weight, c, what the minimum pays
 # Patches whose scores fit into one tile; without tensor cores a product takes more registers.
 ONE_TILE = {"half": 512, "tf32": 512, "ieee": 256}
 
-# (BLOCK_D of the products over D, BLOCK_OUT of a result's tile beside whole rows of scores and beside walked tiles,
-# num_warps, num_stages) by memory and precision. Tiles of scores have fewer than 64 rows, so that all of them come from
-# the same matrix instruction.
+# Tiles of scores [BLOCK_L, BLOCK_N] have fewer than 64 rows, so that all of them come from the same matrix instruction.
 WALK = {"BLOCK_L": 32, "BLOCK_N": 64}
 STATISTICS_L = 16  # the statistics walk twice and keep more between
-BLOCKS = {
-    (LARGE, "half"): (64, 64, 128, 8, 2),
-    (LARGE, "tf32"): (32, 32, 128, 8, 2),
-    (LARGE, "ieee"): (16, 32, 128, 8, 2),
-    (MEDIUM, "half"): (64, 64, 128, 8, 2),
-    (MEDIUM, "tf32"): (32, 32, 128, 8, 2),
-    (MEDIUM, "ieee"): (16, 32, 64, 8, 2),
-    (SMALL, "half"): (32, 32, 128, 8, 2),
-    (SMALL, "tf32"): (16, 16, 64, 8, 2),
-    (SMALL, "ieee"): (16, 32, 64, 8, 2),
-    (LDS, "half"): (32, 16, 64, 8, 1),
-    (LDS, "tf32"): (16, 16, 64, 8, 1),
-    (LDS, "ieee"): (16, 16, 64, 8, 1),
+
+
+class Forward(NamedTuple):
+    BLOCK_D: int  # of the products over D
+    WHOLE_OUT: int  # BLOCK_OUT, the columns of a result's tile, beside whole rows of scores
+    TILES_OUT: int  # BLOCK_OUT beside tiles of scores
+    num_warps: int
+    num_stages: int
+
+
+class Backward(NamedTuple):
+    BLOCK_D: int  # of the products over D
+    BLOCK_OUT: int  # columns of a gradient's tile
+    num_warps: int
+    num_stages: int
+
+
+# By memory and precision.
+FORWARD = {
+    (LARGE, "half"): Forward(64, 64, 128, 8, 2),
+    (LARGE, "tf32"): Forward(32, 32, 128, 8, 3),
+    (LARGE, "ieee"): Forward(16, 32, 128, 8, 2),
+    (MEDIUM, "half"): Forward(64, 64, 128, 8, 2),
+    (MEDIUM, "tf32"): Forward(32, 32, 128, 8, 2),
+    (MEDIUM, "ieee"): Forward(16, 32, 64, 8, 2),
+    (SMALL, "half"): Forward(32, 32, 128, 8, 2),
+    (SMALL, "tf32"): Forward(16, 16, 64, 8, 2),
+    (SMALL, "ieee"): Forward(16, 32, 64, 8, 2),
+    (LDS, "half"): Forward(32, 16, 64, 8, 1),
+    (LDS, "tf32"): Forward(16, 16, 64, 8, 1),
+    (LDS, "ieee"): Forward(16, 16, 64, 8, 1),
+}
+BACKWARD = {
+    (LARGE, "half"): Backward(64, 128, 4, 3),
+    (LARGE, "tf32"): Backward(32, 128, 8, 3),
+    (LARGE, "ieee"): Backward(16, 128, 8, 2),
+    (MEDIUM, "half"): Backward(64, 128, 8, 2),
+    (MEDIUM, "tf32"): Backward(32, 128, 8, 2),
+    (MEDIUM, "ieee"): Backward(16, 64, 8, 2),
+    (SMALL, "half"): Backward(32, 128, 8, 2),
+    (SMALL, "tf32"): Backward(16, 64, 8, 2),
+    (SMALL, "ieee"): Backward(16, 64, 8, 2),
+    (LDS, "half"): Backward(32, 64, 8, 1),
+    (LDS, "tf32"): Backward(16, 64, 8, 1),
+    (LDS, "ieee"): Backward(16, 64, 8, 1),
 }
 
 
@@ -93,25 +134,34 @@ def _products(
 
 
 @triton.jit
-def _patches(mask_ptr, b, start, N, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Indices of a tile of patches, their rows among all patches, and which are kept."""
+def _sample_and_block(blocks):
+    """Which sample, and which of its blocks, a program of axis 0 has: the blocks of one sample are neighbours."""
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
+
+
+@triton.jit
+def _patches(b, start, N, BLOCK_N: tl.constexpr):
+    """Indices of a tile of patches, their rows among all patches, and which exist."""
     n = start + tl.arange(0, BLOCK_N)
-    rows = b.to(tl.int64) * N + n
-    keep = n < N
+    return n, b.to(tl.int64) * N + n, n < N
+
+
+@triton.jit
+def _kept(mask_ptr, patches, exist, HAS_MASK: tl.constexpr):
+    """Which patches are kept. All that exist are loaded: the tokens do not wait for the mask."""
+    keep = exist
     if HAS_MASK:
-        keep = tl.load(mask_ptr + rows, mask=keep, other=0).to(tl.int1)
-    return n, rows, keep
+        keep = tl.load(mask_ptr + patches, mask=exist, other=0) != 0
+    return keep
 
 
 @triton.jit
 def _extremes(s, n, keep):
-    """Minimum, maximum and first minimum of every row, and whether it holds a NaN, which min and max pass over."""
-    broken = tl.max(((s != s) & keep[None, :]).to(tl.int32), 1)
-    s = tl.where(s == s, s, 0.0)
+    """Minimum, maximum and first minimum of every row. Both pass over a NaN, which shows in sums of s - minimum."""
     low = tl.min(tl.where(keep[None, :], s, float("inf")), 1)
     high = tl.max(tl.where(keep[None, :], s, -float("inf")), 1)
     first = tl.min(tl.where((s == low[:, None]) & keep[None, :], n[None, :], BIG), 1)
-    return low, high, first, broken
+    return low, high, first
 
 
 @triton.jit
@@ -124,38 +174,43 @@ def _row_extremes(
     low = tl.full((BLOCK_L,), float("inf"), tl.float32)
     high = tl.full((BLOCK_L,), -float("inf"), tl.float32)
     first = tl.full((BLOCK_L,), BIG, tl.int32)
-    broken = tl.zeros((BLOCK_L,), tl.int32)
     count = tl.zeros((BLOCK_L,), tl.int32)
     for start in range(0, N, BLOCK_N):
-        n, rows, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, text_rows, text_live, image_ptr, rows, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        tile_low, tile_high, tile_first, tile_broken = _extremes(s, n, keep)
+        n, rows, exist = _patches(b, start, N, BLOCK_N)
+        keep = _kept(mask_ptr, rows, exist, HAS_MASK)
+        s = _products(text_ptr, text_rows, text_live, image_ptr, rows, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        tile_low, tile_high, tile_first = _extremes(s, n, keep)
         first = tl.where(tile_low < low, tile_first, first)
         low = tl.minimum(low, tile_low)
         high = tl.maximum(high, tile_high)
-        broken = tl.maximum(broken, tile_broken)
         count += tl.sum(keep.to(tl.int32), 0)
-    return low, high, first, broken, count
+    return low, high, first, count
 
 
 @triton.jit
-def _is_constant(low, high, broken):
-    """The range is rounding noise, or there is no patch at all (low > high); a NaN is not constant."""
-    return (broken == 0) & (high - low <= NOISE * tl.maximum(tl.abs(low), tl.abs(high)))
+def _is_constant(low, high):
+    """The range is rounding noise, or there is no patch at all (low > high)."""
+    return high - low <= NOISE * tl.maximum(tl.abs(low), tl.abs(high))
 
 
 @triton.jit
-def _passed(u, span, keep, constant, threshold):
+def _above(s, low):
+    """s - low. NaN where s is and nowhere else: a row with an infinite score is constant, and -inf - -inf is not."""
+    return s - tl.maximum(low, LOWEST)[:, None]
+
+
+@triton.jit
+def _passed(u, span, keep, threshold):
     """u / span >= threshold. "Not below" rather than "at or above": a NaN passes and shows."""
     below = u < (threshold * span)[:, None]
-    return keep[None, :] & (constant == 0)[:, None] & (below == 0)
+    return keep[None, :] & (below == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _forward_kernel(
     image_ptr,  # [B, N, D]
     text_ptr,  # [B, L, D]
-    mask_ptr,  # [B, N] bool, or None
+    mask_ptr,  # [B, N] int32, or None
     threshold_ptr,  # [B] float32
     joint_ptr,  # [B, L, D] float32
     row_min_ptr,  # [B, L] float32
@@ -171,60 +226,63 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Grid (token blocks, B, 1 | chunks of D)."""
-    b = tl.program_id(1)
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    """Grid (B x token blocks, 1 | chunks of D)."""
+    b, block = _sample_and_block(tl.cdiv(L, BLOCK_L))
+    l = block * BLOCK_L + tl.arange(0, BLOCK_L)
     live = l < L
     rows = b.to(tl.int64) * L + l
     threshold = tl.load(threshold_ptr + b)
 
     if WHOLE_ROW:
-        n, patches, keep = _patches(mask_ptr, b, 0, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        low, high, _first, broken = _extremes(s, n, keep)
+        n, patches, exist = _patches(b, 0, N, BLOCK_N)
+        keep = _kept(mask_ptr, patches, exist, HAS_MASK)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        low, high, _first = _extremes(s, n, keep)
         count = tl.sum(keep.to(tl.int32), 0)
-        constant = _is_constant(low, high, broken)
-        u = s - low[:, None]
-        u = tl.where(_passed(u, high - low, keep, constant, threshold), u, 0.0)
+        u = _above(s, low)
+        u = tl.where(_passed(u, high - low, keep, threshold), u, 0.0)
         total = tl.sum(u, 1)
+        constant = _is_constant(low, high) & (total == total)
         a = u / tl.where(constant, 1.0, total)[:, None]
         uniform = tl.where(keep, 1.0 / tl.maximum(count, 1), 0.0)
         a = tl.where(constant[:, None], uniform[None, :], a)
         for start in range(0, D, BLOCK_OUT):
             d = start + tl.arange(0, BLOCK_OUT)
-            v = load_rows(image_ptr, patches, keep, d, D)
+            v = load_rows(image_ptr, patches, exist, d, D)
             joint = dot_wide(a, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
             tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
     else:
-        low, high, _first, broken, count = _row_extremes(
+        low, high, _first, count = _row_extremes(
             text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
         )
-        constant = _is_constant(low, high, broken)
-        d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        constant = _is_constant(low, high)
+        d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         joint = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
         total = tl.zeros((BLOCK_L,), tl.float32)
         for start in range(0, N, BLOCK_N):
-            _n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-            s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-            u = s - low[:, None]
-            u = tl.where(_passed(u, high - low, keep, constant, threshold), u, 0.0)
+            _n, patches, exist = _patches(b, start, N, BLOCK_N)
+            s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+            keep = _kept(mask_ptr, patches, exist, HAS_MASK)  # before the products it spills a register
+            u = _above(s, low)
+            u = tl.where(_passed(u, high - low, keep, threshold), u, 0.0)
             total += tl.sum(u, 1)
             u = tl.where(constant[:, None], keep[None, :].to(tl.float32), u)
-            joint = dot_wide(u, load_rows(image_ptr, patches, keep, d, D), joint, PRECISION)
+            joint = dot_wide(u, load_rows(image_ptr, patches, exist, d, D), joint, PRECISION)
+        constant = constant & (total == total)
         joint /= tl.where(constant, tl.maximum(count, 1).to(tl.float32), total)[:, None]
         tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
 
-    if tl.program_id(2) == 0:
+    if tl.program_id(1) == 0:
         tl.store(row_min_ptr + rows, tl.where(count == 0, 0.0, low), mask=live)
-        tl.store(row_sum_ptr + rows, total, mask=live)
+        tl.store(row_sum_ptr + rows, tl.where(constant, 0.0, total), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "BL"])
 def _statistics_kernel(
     djoint_ptr,  # [B, L, D] float32
     image_ptr,  # [B, N, D]
     text_ptr,  # [B, L, D]
-    mask_ptr,  # [B, N] bool, or None
+    mask_ptr,  # [B, N] int32, or None
     threshold_ptr,  # [B] float32
     row_sum_ptr,  # [B, L] float32
     statistics_ptr,  # [STATISTICS, B, L] float32
@@ -239,9 +297,9 @@ def _statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (token blocks, B): all that a row must know before its gradients can be recomputed tile by tile."""
-    b = tl.program_id(1)
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    """Grid (B x token blocks): all that a row must know before its gradients can be recomputed tile by tile."""
+    b, block = _sample_and_block(tl.cdiv(L, BLOCK_L))
+    l = block * BLOCK_L + tl.arange(0, BLOCK_L)
     live = l < L
     rows = b.to(tl.int64) * L + l
     threshold = tl.load(threshold_ptr + b)
@@ -249,18 +307,19 @@ def _statistics_kernel(
     constant = total == 0
     inverse = tl.where(constant, 0.0, 1.0 / tl.where(constant, 1.0, total))
 
-    low, high, first, _broken, count = _row_extremes(
+    low, high, first, count = _row_extremes(
         text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
     )
     c = tl.zeros((BLOCK_L,), tl.float32)
     kept_da = tl.zeros((BLOCK_L,), tl.float32)
     kept = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, N, BLOCK_N):
-        _n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        _n, patches, exist = _patches(b, start, N, BLOCK_N)
+        keep = _kept(mask_ptr, patches, exist, HAS_MASK)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         u = s - low[:, None]
-        passed = _passed(u, high - low, keep, constant, threshold)
+        passed = _passed(u, high - low, keep, threshold) & (constant == 0)[:, None]
         c += tl.sum(tl.where(passed, u * inverse[:, None] * da, 0.0), 1)
         kept_da += tl.sum(tl.where(passed, da, 0.0), 1)
         kept += tl.sum(passed.to(tl.float32), 1)
@@ -288,19 +347,19 @@ def _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr,
     minimum_pays = tl.load(at + 5 * BL, mask=live, other=0.0)
     first = tl.load(first_ptr + rows, mask=live, other=-1)
     u = s - low[:, None]
-    passed = _passed(u, span, keep, inverse == 0, threshold)
+    passed = _passed(u, span, keep, threshold) & (inverse != 0)[:, None]
     a = tl.where(passed, u * inverse[:, None], tl.where(keep[None, :], uniform[:, None], 0.0))
     ds = tl.where(passed, (da - c[:, None]) * inverse[:, None], 0.0)
     ds -= tl.where(n[None, :] == first[:, None], minimum_pays[:, None], 0.0)
     return a, ds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "BL"])
 def _dtext_kernel(
     djoint_ptr,  # [B, L, D] float32
     image_ptr,  # [B, N, D]
     text_ptr,  # [B, L, D]
-    mask_ptr,  # [B, N] bool, or None
+    mask_ptr,  # [B, N] int32, or None
     threshold_ptr,  # [B] float32
     statistics_ptr,  # [STATISTICS, B, L] float32
     first_ptr,  # [B, L] int32
@@ -316,32 +375,33 @@ def _dtext_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Grid (token blocks, B, chunks of D): dtext_l = sum_k ds_lk v_k, tile of patches after tile."""
-    b = tl.program_id(1)
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    """Grid (B x token blocks, chunks of D): dtext_l = sum_k ds_lk v_k, tile of patches after tile."""
+    b, block = _sample_and_block(tl.cdiv(L, BLOCK_L))
+    l = block * BLOCK_L + tl.arange(0, BLOCK_L)
     live = l < L
     rows = b.to(tl.int64) * L + l
     threshold = tl.load(threshold_ptr + b)
-    d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dtext = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
     for start in range(0, N, BLOCK_N):
-        n, patches, keep = _patches(mask_ptr, b, start, N, HAS_MASK, BLOCK_N)
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        n, patches, exist = _patches(b, start, N, BLOCK_N)
+        keep = _kept(mask_ptr, patches, exist, HAS_MASK)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         _a, ds = _weights_and_gradient(
             s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold
         )
-        dtext = dot_wide(ds, load_rows(image_ptr, patches, keep, d, D), dtext, PRECISION)
+        dtext = dot_wide(ds, load_rows(image_ptr, patches, exist, d, D), dtext, PRECISION)
     out = dtext_ptr + rows[:, None] * D + d[None, :]
     tl.store(out, dtext.to(dtext_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "BL"])
 def _dimage_kernel(
     djoint_ptr,  # [B, L, D] float32
     image_ptr,  # [B, N, D]
     text_ptr,  # [B, L, D]
-    mask_ptr,  # [B, N] bool, or None
+    mask_ptr,  # [B, N] int32, or None
     threshold_ptr,  # [B] float32
     statistics_ptr,  # [STATISTICS, B, L] float32
     first_ptr,  # [B, L] int32
@@ -357,18 +417,19 @@ def _dimage_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Grid (patch blocks, B, chunks of D): dimage_k = sum_l a_lk djoint_l + ds_lk t_l, tile of tokens after tile."""
-    b = tl.program_id(1)
+    """Grid (B x patch blocks, chunks of D): dimage_k = sum_l a_lk djoint_l + ds_lk t_l, tile of tokens after tile."""
+    b, block = _sample_and_block(tl.cdiv(N, BLOCK_N))
     threshold = tl.load(threshold_ptr + b)
-    n, patches, keep = _patches(mask_ptr, b, tl.program_id(0) * BLOCK_N, N, HAS_MASK, BLOCK_N)
-    d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    n, patches, exist = _patches(b, block * BLOCK_N, N, BLOCK_N)
+    keep = _kept(mask_ptr, patches, exist, HAS_MASK)
+    d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dimage = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
         live = l < L
         rows = b.to(tl.int64) * L + l
-        s = _products(text_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, keep, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold)
         # djoint is float32 always: with half inputs TF32 is what its product with them has as well.
         djoint = load_rows(djoint_ptr, rows, live, d, D)
@@ -380,28 +441,29 @@ def _dimage_kernel(
         dimage = dot_wide(tl.trans(ds), text, dimage, PRECISION)
     # Patches that the mask leaves out are owned too: their gradient is zero.
     out = dimage_ptr + patches[:, None] * D + d[None, :]
-    tl.store(out, dimage.to(dimage_ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+    tl.store(out, dimage.to(dimage_ptr.dtype.element_ty), mask=exist[:, None] & (d < D)[None, :])
 
 
 def forward(
     image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """joint [B, L, D], row_min and row_sum [B, L], float32; both inputs contiguous and of one dtype."""
+    """joint [B, L, D], row_min and row_sum [B, L], float32; both kinds of tokens have one dtype."""
     (B, N, D), L = image_tokens.shape, text_tokens.shape[1]
     joint = torch.empty(B, L, D, dtype=torch.float32, device=image_tokens.device)
     row_min, row_sum = (torch.empty(B, L, dtype=torch.float32, device=image_tokens.device) for _ in range(2))
-    BLOCK_D, whole_out, walk_out, warps, stages = choose(BLOCKS, image_tokens)
+    blocks = choose(FORWARD, image_tokens)
     kind = precision(image_tokens.dtype)
     if N <= ONE_TILE[kind]:
-        whole, tile, out, chunks = True, score_tile(N, kind), whole_out, 1
+        whole, tile, out, chunks = True, score_tile(N, kind), blocks.WHOLE_OUT, 1
     else:
-        whole, tile, out, chunks = False, WALK, walk_out, triton.cdiv(D, walk_out)
+        whole, tile, out, chunks = False, WALK, blocks.TILES_OUT, triton.cdiv(D, blocks.TILES_OUT)
     with on_device(image_tokens):
         launch(
-            _forward_kernel, (triton.cdiv(L, tile["BLOCK_L"]), B, chunks),
-            image_tokens, text_tokens, image_mask, threshold, joint, row_min, row_sum, N, L, D,
+            _forward_kernel, (B * triton.cdiv(L, tile["BLOCK_L"]), chunks),
+            image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask), threshold.contiguous(),
+            joint, row_min, row_sum, N, L, D,
             HAS_MASK=image_mask is not None, WHOLE_ROW=whole, PRECISION=dot_precision(image_tokens.dtype),
-            **tile, BLOCK_D=BLOCK_D, BLOCK_OUT=out, num_warps=warps, num_stages=stages,
+            **tile, BLOCK_D=blocks.BLOCK_D, BLOCK_OUT=out, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
             **all_registers(image_tokens.device),
         )  # fmt: skip
     return joint, row_min, row_sum
@@ -419,23 +481,33 @@ def backward(
     """dimage_tokens, dtext_tokens. row_min comes along with row_sum and is recomputed, bit for bit, with its index."""
     (B, N, D), L = image_tokens.shape, text_tokens.shape[1]
     device = image_tokens.device
-    dimage, dtext = torch.empty_like(image_tokens), torch.empty_like(text_tokens)
+    dimage = torch.empty_like(image_tokens, memory_format=torch.contiguous_format)
+    dtext = torch.empty_like(text_tokens, memory_format=torch.contiguous_format)
     statistics = torch.empty(STATISTICS, B, L, dtype=torch.float32, device=device)
     first = torch.empty(B, L, dtype=torch.int32, device=device)
-    BLOCK_D, _, out, warps, stages = choose(BLOCKS, image_tokens)
+    blocks = choose(BACKWARD, image_tokens)
     flags = {
         "HAS_MASK": image_mask is not None, "PRECISION": dot_precision(image_tokens.dtype),
-        **WALK, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages,
+        **WALK, "BLOCK_D": blocks.BLOCK_D, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages,
         **all_registers(device),
     }  # fmt: skip
-    tokens, patches, chunks = triton.cdiv(L, WALK["BLOCK_L"]), triton.cdiv(N, WALK["BLOCK_N"]), triton.cdiv(D, out)
-    inputs = (djoint, image_tokens, text_tokens, image_mask, threshold)
+    tokens, patches = B * triton.cdiv(L, WALK["BLOCK_L"]), B * triton.cdiv(N, WALK["BLOCK_N"])
+    out, chunks = {"BLOCK_OUT": blocks.BLOCK_OUT}, triton.cdiv(D, blocks.BLOCK_OUT)
     sizes = (N, L, D, B * L)
     with on_device(image_tokens):
-        launch(
-            _statistics_kernel, (triton.cdiv(L, STATISTICS_L), B), *inputs, row_sum, statistics, first, *sizes,
-            **flags | {"BLOCK_L": STATISTICS_L},
+        inputs = (
+            djoint.contiguous(), image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask),
+            threshold.contiguous(),
         )  # fmt: skip
-        launch(_dtext_kernel, (tokens, B, chunks), *inputs, statistics, first, dtext, *sizes, BLOCK_OUT=out, **flags)
-        launch(_dimage_kernel, (patches, B, chunks), *inputs, statistics, first, dimage, *sizes, BLOCK_OUT=out, **flags)
+        launch(
+            _statistics_kernel, (B * triton.cdiv(L, STATISTICS_L),), *inputs, row_sum.contiguous(), statistics, first,
+            *sizes, **flags | {"BLOCK_L": STATISTICS_L},
+        )  # fmt: skip
+        launch(_dtext_kernel, (tokens, chunks), *inputs, statistics, first, dtext, *sizes, **out, **flags)
+        launch(_dimage_kernel, (patches, chunks), *inputs, statistics, first, dimage, *sizes, **out, **flags)
     return dimage, dtext
+
+
+def _int32(mask: Tensor | None) -> Tensor | None:
+    """[B, N] as the kernels read it."""
+    return None if mask is None else mask.to(torch.int32).contiguous()

@@ -25,19 +25,28 @@ from torch import Tensor
 
 from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load_paid
 from ._launch import Strided, launch, on_device
-from .similarity_distribution import by_device, flags, launch_options
+from .similarity_distribution import ANY_ADDRESS, by_device, contiguous_ids, flags, launch_options
 
-__all__ = ["absorb", "block_elements", "dlogits"]
+__all__ = ["absorb", "block_elements", "dlogits", "row_multiple"]
 
 block_elements = 2**24  # numbers in a block: 64 MiB
+row_multiple = 16  # a row begins where 16 bytes can be loaded at once, and its stride is one specialisation, whatever C
 
 # (BLOCK_M, BLOCK_N): payers, and what they look at in one step. Memory is contiguous along the columns of the block.
-ROWS, COLUMNS, TILE = (8, 256), (64, 32), (32, 64)
+# A block has 2^24 / C rows: from 4096 columns on, programs of 8 rows would be fewer than four for each of an H100's 132
+# multiprocessors, and at 65536 fewer than a quarter of one.
+WIDE = 4096
+ROWS = {"narrow": (8, 256), "wide": (2, 1024)}
+COLUMNS, TILE = (64, 32), (32, 64)
 
 
-@triton.jit
+# Not specialised, too: vectors of side 1, which follow those of side 0 at any distance.
+OF_A_SIDE = ("running_ptr", "loss_ptr", "statistics_ptr", "places_ptr")
+
+
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_A_SIDE, "R", "X", "Y", "x_first", "y_first", "offset"])
 def _absorb_kernel(
-    cos_ptr,  # [X, Y] with the strides below
+    cos_ptr,  # [X, Y], or with DOWN [Y, X]
     running_ptr,  # [5, R]: top, sum_e, paid, mass, positive; or anything
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
@@ -56,9 +65,8 @@ def _absorb_kernel(
     alpha,
     eps,
     factor,
-    x_stride,
-    y_stride,
-    CARRY: tl.constexpr,  # payers have seen other blocks, or will
+    cos_stride,
+    DOWN: tl.constexpr,  # payers are the columns: they have seen other blocks, or will
     HAS_IMAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
@@ -85,7 +93,7 @@ def _absorb_kernel(
     top, positive = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
     sum_e, paid, mass = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     top_place, positive_place = tl.zeros((BLOCK_M,), tl.int32), offset + at
-    if CARRY:
+    if DOWN:
         top = tl.load(running_ptr + at, mask=live, other=LOWEST)
         sum_e = tl.load(running_ptr + R + at, mask=live, other=0.0)
         paid = tl.load(running_ptr + 2 * R + at, mask=live, other=0.0)
@@ -96,12 +104,15 @@ def _absorb_kernel(
             if POSITIVE != "paired":
                 positive_place = tl.load(places_ptr + R + at, mask=live, other=0)
 
-    cos_rows = cos_ptr + x.to(tl.int64)[:, None] * x_stride
     for start in range(0, Y, BLOCK_N):
         y = start + tl.arange(0, BLOCK_N)
         inside = (y < Y)[None, :]
         columns = y_first + y
-        z = scale * tl.load(cos_rows + y.to(tl.int64)[None, :] * y_stride, mask=live[:, None] & inside, other=0.0)
+        if DOWN:
+            entries = cos_ptr + y.to(tl.int64)[None, :] * cos_stride + x[:, None]
+        else:
+            entries = cos_ptr + x.to(tl.int64)[:, None] * cos_stride + y[None, :]
+        z = scale * tl.load(entries, mask=live[:, None] & inside, other=0.0)
         z = tl.where(inside, z, -float("inf"))
         same = (own_pid == tl.load(pids_ptr + columns, mask=y < Y, other=0)[None, :]) & inside
         same_image = same
@@ -114,7 +125,7 @@ def _absorb_kernel(
             factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, POSITIVE,
         )  # fmt: skip
 
-    if CARRY:
+    if DOWN:
         tl.store(running_ptr + at, top, mask=live)
         tl.store(running_ptr + R + at, sum_e, mask=live)
         tl.store(running_ptr + 2 * R + at, paid, mask=live)
@@ -128,7 +139,7 @@ def _absorb_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_A_SIDE, "R", "X", "C", "x_first", "offset", "g_stride"])
 def _dlogits_kernel(
     cos_ptr,  # [X, C]; the gradient takes its place
     pids_ptr,  # [C]
@@ -148,6 +159,7 @@ def _dlogits_kernel(
     push_alpha,  # alpha, or 0 where the weight is detached
     eps,
     factor,
+    cos_stride,
     g_stride,
     BOTH: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -166,7 +178,7 @@ def _dlogits_kernel(
     x = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live, here, at = x < X, columns < C, x_first + x
-    entries = cos_ptr + x.to(tl.int64)[:, None] * C + columns[None, :]
+    entries = cos_ptr + x.to(tl.int64)[:, None] * cos_stride + columns[None, :]
     inside = live[:, None] & here[None, :]
     z = scale * tl.load(entries, mask=inside, other=0.0)
     own_pid = tl.load(pids_ptr + offset + at, mask=live, other=0)
@@ -213,20 +225,20 @@ def absorb(cos: Tensor, rows: slice, batch: Any, out: Any) -> None:
     """Writes what the rows pay and their statistics; those of the columns as far as the blocks have come."""
     (m, C), R, spec = cos.shape, out.loss.shape[1], batch.spec
     scale_ptr, scale = by_device(batch.scale, cos)
-    image_ids = batch.pids if batch.image_ids is None else batch.image_ids
+    ids = contiguous_ids(batch.pids, batch.image_ids)
     compiled = flags(batch.image_ids, scale_ptr, spec)
     compiled.pop("STATISTICS")
     with on_device(cos):
         for side in range(spec.sides):
-            M, N = COLUMNS if side else ROWS
+            M, N = COLUMNS if side else ROWS["wide" if C >= WIDE else "narrow"]
             X, Y, x_first, y_first = (C, m, 0, rows.start) if side else (m, C, rows.start, 0)
-            strides = cos.stride()[::-1] if side else cos.stride()
             launch(
                 _absorb_kernel, (triton.cdiv(X, M),),
-                cos, out.running if side else cos, batch.pids, image_ids, cos if scale_ptr is None else scale_ptr,
-                batch.label_sum, out.loss[side], out.statistics[side], out.places[side] if spec.weighted else cos,
-                R, X, Y, x_first, y_first, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor, *strides,
-                CARRY=side == 1, POSITIVE=spec.positive, **compiled, BLOCK_M=M, BLOCK_N=N, **launch_options(cos, 4, 2),
+                Strided(cos), out.running if side else out.loss, *ids, out.loss if scale_ptr is None else scale_ptr,
+                batch.label_sum, out.loss[side], out.statistics[side], out.places[side] if spec.weighted else out.loss,
+                R, X, Y, x_first, y_first, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
+                cos.stride(0),
+                DOWN=side == 1, POSITIVE=spec.positive, **compiled, BLOCK_M=M, BLOCK_N=N, **launch_options(cos, 4, 2),
             )  # fmt: skip
 
 
@@ -238,10 +250,11 @@ def dlogits(cos: Tensor, rows: slice, g: Tensor, batch: Any, out: Any) -> Tensor
     with on_device(cos):
         launch(
             _dlogits_kernel, (triton.cdiv(C, N), triton.cdiv(m, M)),
-            cos, batch.pids, batch.pids if batch.image_ids is None else batch.image_ids,
-            cos if scale_ptr is None else scale_ptr, batch.label_sum, out.statistics,
-            out.places if spec.weighted else cos, Strided(g), R, m, C, rows.start, spec.offset, scale,
-            spec.alpha, 0.0 if spec.detach_weight else spec.alpha, spec.eps, spec.image_id_factor, g.stride(0),
+            Strided(cos), *contiguous_ids(batch.pids, batch.image_ids),
+            out.statistics if scale_ptr is None else scale_ptr, batch.label_sum,
+            out.statistics, out.places if spec.weighted else out.statistics, Strided(g),
+            R, m, C, rows.start, spec.offset, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
+            spec.eps, spec.image_id_factor, cos.stride(0), g.stride(0),
             BOTH=spec.both, **flags(batch.image_ids, scale_ptr, spec), BLOCK_M=M, BLOCK_N=N,
             **launch_options(cos, 4, 2),
         )  # fmt: skip

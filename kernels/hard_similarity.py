@@ -4,11 +4,14 @@
         -> sim [Bx, Be] float32, maxima [Bx, Be, P], winners [Bx, Be, P]
     backward(dsim [Bx, Be], sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, gather=True)
         -> dx, de, in the inputs' dtype
-    Inputs: unit rows (or zeros), contiguous, one dtype, zeros where masked out.
+    Inputs: unit rows (or zeros), contiguous, one dtype, finite where masked out. Both take x_lists and e_lists, what
+    token_lists.make(mask) gave; without them they make them.
 
     match    a matrix product whose result never leaves registers. Rows are the tokens of x, one after the other across
-             samples; a tile's columns hold as many whole samples of e as fit, each in UNIT = Q rounded up to 16 columns
-             (77 tokens: 3 x 80 of 256). Every sample's columns are reduced to maximum and winner, which are written.
+             samples; a tile's columns hold as many whole samples of e as fit, each in UNIT columns: 32, 80 or 128 by
+             its class of width (77 tokens: 3 x 80 of 256). Columns beyond a sample's last token hold that token again:
+             a copy changes no maximum and, as the lowest of equals wins, no winner. Every sample's columns are reduced
+             to maximum and winner, which are written.
 
                             e_j        e_j+1      e_j+2
                  x_i,l   [ k k k k k | k k k k k | k k k k k | . ]  ->  maxima, winners [i, j..j+2, l]
@@ -18,7 +21,7 @@
              gather=False multiplies with tiles of winners instead, as below.
     de       tiles of winners become tiles of weights in registers: de_j [Q, D] += W^T [Q, rows] x [rows, D].
 
-Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left, made on the device; e is
+Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left (token_lists.py); e is
 sorted by length and matched in classes of width. Memory: Bx Be P maxima and winners. Every number has one owner: no
 atomics, bitwise equal reruns. Sums are float32.
 """
@@ -28,8 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import token_lists
 from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, choose, dot_precision, launch, on_device
-from ._tile import BIG, load_columns, load_rows
+from ._tile import BIG, load_columns, load_rows, max_or_nan, row_max
+from .token_lists import SHORT, TokenLists
 
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
 
@@ -68,7 +73,9 @@ DE = {
 }
 DX = (32, 128, 4, 1)  # gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages)
 POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
-SHORT = 32  # columns of the narrow class: samples of e with no more tokens than this are matched together
+# Columns that a sample of e has in a tile that several share. Few classes of width, and no kernel is compiled for a Q.
+# Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
+UNITS = (SHORT, 80, 128)
 SUPER = 8  # row tiles that go through the column tiles together, so that both stay in L2
 
 
@@ -85,16 +92,16 @@ def _listed_rows(list_ptr, count_ptr, start, total, P, LISTED: tl.constexpr, BLO
     return row.to(tl.int64), i.to(tl.int64), row - i * P, live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Bx", "Be", "P", "Q", "row_tiles", "column_tiles"])
 def _match_kernel(
     x_ptr,  # [Bx P, D]
     e_ptr,  # [Be, Q, D]
     rows_ptr,  # [Bx P] int32: the tokens of x that are left, first; or None
-    row_count_ptr,  # [] int32: how many; or None
+    row_count_ptr,  # [1] int32: how many; or None
     tokens_ptr,  # [Be, Q] int32: the tokens of each e that are left, first, in order; or None
     counts_ptr,  # [Be] int32: how many; or None
     order_ptr,  # [Be] int32: samples of e by count; or None
-    bounds_ptr,  # [classes + 1] int32: where a class begins in that order; or None
+    bounds_ptr,  # [3] int32: where the classes begin in that order; or None
     maxima_ptr,  # [Bx, Be, P]
     winners_ptr,  # [Bx, Be, P] int16 or int32, or None
     Bx,
@@ -108,7 +115,7 @@ def _match_kernel(
     LIST_X: tl.constexpr,
     LIST_E: tl.constexpr,
     SAVE: tl.constexpr,
-    UNIT: tl.constexpr,  # columns that a sample of e has in a tile: Q rounded up to 16 where several share it
+    UNIT: tl.constexpr,  # columns that a sample of e has in a tile
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,18 +151,17 @@ def _match_kernel(
         running = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         running_place = tl.zeros((BLOCK_M,), tl.int32)
         for start in range(0, widest, BLOCK_N):
-            # Columns: sample `first + c // UNIT` and its token `start + c % UNIT`.
+            # Columns: sample `first + c // UNIT` and its token `start + c % UNIT`, or its last one.
             sample = first + c // UNIT
-            place = start + c % UNIT
+            k = start + c % UNIT
             live_c = (sample < last) & (c < SAMPLES * UNIT)
             j = sample
             if LIST_E:
                 j = tl.load(order_ptr + sample, mask=live_c, other=0)
-                live_c &= place < tl.load(counts_ptr + j, mask=live_c, other=0)
-                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + place, mask=live_c, other=0)
+                k = tl.minimum(k, tl.load(counts_ptr + j, mask=live_c, other=1) - 1)
+                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + k, mask=live_c, other=0)
             else:
-                live_c &= place < Q
-                k = place
+                k = tl.minimum(k, Q - 1)
             column = j.to(tl.int64) * Q + k
 
             cos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -165,8 +171,6 @@ def _match_kernel(
                 e = load_columns(e_ptr, column, live_c, d, D)
                 cos = tl.dot(x, e, cos, input_precision=PRECISION)
 
-            # max passes over NaN; +inf, which no cosine is, stands in for it.
-            cos = tl.where(cos == cos, cos, float("inf"))
             for g in tl.static_range(SAMPLES):
                 if first + g < last:
                     j_g = first + g
@@ -174,34 +178,31 @@ def _match_kernel(
                     if LIST_E:
                         j_g = tl.load(order_ptr + first + g)
                         count = tl.load(counts_ptr + j_g)
-                    # Which sample a column belongs to is known when compiling, and so, without a mask, is all but the
-                    # last 16 columns' presence: other columns cost nothing.
+                    # Which sample a column belongs to is known when compiling: other columns cost nothing.
                     place_c = c - g * UNIT
                     mine = (place_c >= 0) & (place_c < UNIT)
-                    there = place_c < count - start
-                    if (SAMPLES > 1) & (not LIST_E):
-                        there |= place_c <= UNIT - 16
-                    value = tl.where((mine & there)[None, :], cos, -float("inf"))
-                    best = tl.max(value, 1)
+                    best = row_max(tl.where(mine[None, :], cos, -float("inf")))
                     place_g = tl.zeros((BLOCK_M,), tl.int32)
                     if SAVE:
-                        ties = tl.where(mine[None, :] & (value >= best[:, None]), place_c[None, :], BIG)
+                        # Not below rather than equal: where the best is NaN, all columns are, and the first one wins.
+                        ties = tl.where(mine[None, :] & ~(cos < best[:, None]), place_c[None, :], BIG)
                         place_g = start + tl.min(ties, 1)  # the lowest k
                     if SAMPLES == 1:
                         place_g = tl.where(best > running, place_g, running_place)
-                        best = tl.maximum(best, running)
+                        best = max_or_nan(best, running)
                         running, running_place = best, place_g
                     if (SAMPLES > 1) | (start + BLOCK_N >= count):
                         at = out + j_g.to(tl.int64) * P
-                        best = tl.where(best == float("inf"), float("nan"), best)
                         tl.store(maxima_ptr + at, best.to(maxima_ptr.dtype.element_ty), mask=live)
                         if SAVE:
+                            # A product may give equal columns unequal last digits: a copy that won is the last token.
+                            place_g = tl.minimum(place_g, count - 1)
                             if LIST_E:
                                 place_g = tl.load(tokens_ptr + j_g.to(tl.int64) * Q + place_g, mask=live, other=0)
                             tl.store(winners_ptr + at, place_g.to(winners_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_mask_ptr", "sim_ptr", "Be", "P"])
 def _pool_kernel(
     maxima_ptr,  # [Bx, Be, P]
     x_mask_ptr,  # [Bx, P] bool, or None
@@ -262,7 +263,7 @@ def _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, s
     return tl.where(winner >= 0, w, 0.0), winner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dsim_ptr", "sim_ptr", "Bx", "Be", "P", "Q"])
 def _dx_kernel(
     dsim_ptr,  # [Bx, Be] float32
     sim_ptr,  # [Bx, Be] float32
@@ -270,7 +271,7 @@ def _dx_kernel(
     winners_ptr,  # [Bx, Be, P]
     e_ptr,  # [Be, Q, D]
     rows_ptr,  # [Bx P] int32, or None
-    row_count_ptr,  # [] int32, or None
+    row_count_ptr,  # [1] int32, or None
     unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
     dx_ptr,  # [Bx P, D]
     Bx,
@@ -311,7 +312,7 @@ def _dx_kernel(
     tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dsim_ptr", "sim_ptr", "Bx", "Be", "P", "Q"])
 def _de_kernel(
     dsim_ptr,  # [Bx, Be] float32
     sim_ptr,  # [Bx, Be] float32
@@ -319,7 +320,7 @@ def _de_kernel(
     winners_ptr,  # [Bx, Be, P]
     x_ptr,  # [Bx P, D]
     rows_ptr,  # [Bx P] int32, or None
-    row_count_ptr,  # [] int32, or None
+    row_count_ptr,  # [1] int32, or None
     tokens_ptr,  # [Be, Q] int32, or None
     counts_ptr,  # [Be] int32, or None
     unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
@@ -373,11 +374,14 @@ def forward(
     pool: str,
     pool_scale: float,
     save: bool,
+    x_lists: Tensor | None = None,
+    e_lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sim, maxima (kept for "lse" and `save`), winners (kept for `save`)."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    rows, row_count = _left_rows(x_mask)
-    tokens, counts = _left_tokens(e_mask)
+    x_mask = None if x_mask is None else x_mask.contiguous()
+    *_, rows, row_count = _lists(x_mask, x_lists)
+    tokens, counts, order, bounds, *_ = _lists(e_mask, e_lists)
     # Half inputs: float16 holds a cosine as exactly as its inputs allow, and gradients are those of what was pooled.
     maxima_dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
     winner_dtype = torch.int16 if torch.iinfo(torch.int16).max >= Q else torch.int32
@@ -389,13 +393,8 @@ def forward(
     sim = torch.empty(Bx, Be, dtype=torch.float32, device=x.device)
 
     M, N, BLOCK_D, warps, stages = choose(MATCH if rows is None and tokens is None else MATCH_LISTED, x)
-    widths = [width for width in (SHORT,) if counts is not None and width < min(Q, N)] + [Q]
-    order = bounds = None
-    if counts is not None:
-        order = torch.argsort(counts, stable=True).to(torch.int32)
-        bounds = torch.stack([(counts <= width).sum(dtype=torch.int32) for width in (0, *widths)])
     with on_device(x):
-        for number, width in enumerate(widths):
+        for number, width in enumerate((SHORT, Q) if counts is not None and Q > SHORT else (Q,)):
             columns, unit = _columns(width, N)
             tiles = triton.cdiv(Bx * P, M), triton.cdiv(Be, columns // unit)
             launch(
@@ -427,16 +426,18 @@ def backward(
     pool: str,
     pool_scale: float,
     gather: bool = True,
+    x_lists: Tensor | None = None,
+    e_lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx, de; `gather=False` makes dx from tiles of weights as well."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    rows, row_count = _left_rows(x_mask)
-    tokens, counts = _left_tokens(e_mask)
-    dx = torch.empty_like(x) if rows is None else torch.zeros_like(x)
-    de = torch.empty_like(e) if tokens is None else torch.zeros_like(e)
+    _, x_counts, _, _, rows, row_count = _lists(x_mask, x_lists)
+    tokens, counts, *_ = _lists(e_mask, e_lists)
+    dx = (torch.empty_like if rows is None else torch.zeros_like)(x, memory_format=torch.contiguous_format)
+    de = (torch.empty_like if tokens is None else torch.zeros_like)(e, memory_format=torch.contiguous_format)
     dsim = dsim.to(torch.float32)
     if pool == "mean":
-        dsim = dsim / (P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1))
+        dsim = dsim / (P if x_counts is None else x_counts.clamp(min=1).unsqueeze(-1))
     dsim = dsim.contiguous()
     in_range, unscale = _into_range(dsim, x.dtype)
 
@@ -456,7 +457,7 @@ def backward(
             GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=1 if gather else block_sum, BLOCK_OUT=dx_out, **flags,
             num_warps=dx_warps, num_stages=dx_stages,
         )  # fmt: skip
-        if own > 64 and (Q <= 64 or tokens is not None):
+        if own > 64 and (Q <= SHORT or tokens is not None):
             own, warps = own // 2, warps // 2  # short samples leave whole blocks of tokens out
         launch(
             _de_kernel, (Be, triton.cdiv(Q, own), triton.cdiv(D, out)),
@@ -469,24 +470,14 @@ def backward(
 
 def _columns(width: int, BLOCK_N: int) -> tuple[int, int]:
     """Columns of a tile, and of a sample in it. A sample too wide to share a tile gets tiles of half the width."""
-    unit = triton.cdiv(width, 16) * 16
-    return (BLOCK_N, unit) if 2 * unit <= BLOCK_N else (BLOCK_N // 2, min(unit, BLOCK_N // 2))
+    unit = next((unit for unit in UNITS if width <= unit and 2 * unit <= BLOCK_N), BLOCK_N // 2)
+    return (BLOCK_N if width <= unit else BLOCK_N // 2), unit
 
 
-def _left_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens that the mask leaves, over all samples, before the others [B T]; and their number."""
+def _lists(mask: Tensor | None, buffer: Tensor | None) -> TokenLists | tuple[None, ...]:
     if mask is None:
-        return None, None
-    gone = mask.logical_not().flatten().to(torch.uint8)
-    return torch.argsort(gone, stable=True).to(torch.int32), mask.sum(dtype=torch.int32)
-
-
-def _left_tokens(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens that the mask leaves, in order, before the others [B, T]; and their number [B]."""
-    if mask is None:
-        return None, None
-    gone = mask.logical_not().to(torch.uint8)
-    return torch.argsort(gone, dim=1, stable=True).to(torch.int32), mask.sum(dim=1, dtype=torch.int32)
+        return (None,) * len(TokenLists._fields)
+    return token_lists.sections(token_lists.make(mask) if buffer is None else buffer, *mask.shape)
 
 
 def _into_range(dsim: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -494,5 +485,5 @@ def _into_range(dsim: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     if dtype != torch.float16:
         return dsim, None
     exponent = torch.frexp(dsim.abs().amax())[1].clamp(-120, 120)
-    one = torch.ones((), device=dsim.device)
+    one = torch.ones((), dtype=torch.float32, device=dsim.device)
     return dsim * torch.ldexp(one, -exponent), torch.ldexp(one, exponent)

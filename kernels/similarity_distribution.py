@@ -32,7 +32,9 @@ ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as
 # Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
 # Small batches want many programs; large ones tiles that pay for their loads. BLOCK_D is the same in both kernels: the
 # gradient of a peaked row is a small difference that needs the very logits of the forward.
-SMALL = 1024
+# SMALL: pairs of a small batch. In IEEE float32 each 64 columns of the gradient compute all logits anew: more pairs go
+# through `distribution_blocks`, as they do in TF32.
+SMALL = {"half": 1024, "tf32": 1024, "ieee": 256}
 BLOCKS = {
     ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "tf32"): (16, 64, 64, None, 4, 3),
@@ -47,7 +49,8 @@ BLOCKS = {
 
 def blocks(kernel: str, rows: int, like: Tensor) -> dict[str, int]:
     """Compile-time sizes and launch options of a kernel."""
-    M, N, D, out, warps, stages = BLOCKS[kernel, "small" if rows <= SMALL else "large", precision(like.dtype)]
+    kind = precision(like.dtype)
+    M, N, D, out, warps, stages = BLOCKS[kernel, "small" if rows <= SMALL[kind] else "large", kind]
     sizes = {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": D} | ({} if out is None else {"BLOCK_OUT": out})
     return sizes | launch_options(like, warps, stages)
 
@@ -61,7 +64,7 @@ def launch_options(like: Tensor, warps: int, stages: int) -> dict[str, int]:
 
 @triton.jit
 def _by_side(side, first, second):
-    """The two numbers in the order of the side. (The compiler takes an argument of 1 for a constant, so no `if`.)"""
+    """The two numbers in the order of the side. (A stride of 1 is a constant to the compiler, so no `if`.)"""
     return tl.where(side == 0, first, second), tl.where(side == 0, second, first)
 
 
@@ -101,7 +104,12 @@ def _cosines(
     return dots * (x_inverse[:, None] * y_inverse[None, :])
 
 
-@triton.jit
+# Arguments that Triton does not compile anew for: vectors that the user gives, at any address, and with them in every
+# kernel's list the numbers that change with the batch. A smaller last batch compiles nothing.
+ANY_ADDRESS = ("pids_ptr", "image_ids_ptr", "scale_ptr", "dloss_ptr", "g_ptr")
+
+
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, "R", "C", "offset"])
 def _prepare_kernel(
     q_ptr,  # [R, D]
     k_ptr,  # [C, D]
@@ -126,17 +134,18 @@ def _prepare_kernel(
     side = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     X, _ = _by_side(side, R, C)
+    x_norm, _ = _by_side(side, 0, R)
     stride, _ = _by_side(side, q_stride, k_stride)
-    x_ptr, norms_out = q_ptr, norms_ptr
+    x_ptr = q_ptr
     if side == 1:
-        x_ptr, norms_out = k_ptr, norms_ptr + R
+        x_ptr = k_ptr
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride
     squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         squares += x * x
-    tl.store(norms_out + rows, tl.sqrt(tl.sum(squares, 1)), mask=rows < X)
+    tl.store(norms_ptr + x_norm + rows, tl.sqrt(tl.sum(squares, 1)), mask=rows < X)
 
     if side == (1 if BY_COLUMN else 0):
         samples = rows if BY_COLUMN else rows + offset
@@ -158,7 +167,7 @@ def _prepare_kernel(
         tl.store(label_sum_ptr + rows, total, mask=rows < X)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, "X", "Y", "offset"])
 def _row_loss_kernel(
     x_ptr,  # [X, D] queries; on side 1 the keys, as every pair below
     y_ptr,  # [Y, D]
@@ -245,7 +254,7 @@ def _row_loss_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, "X", "Y", "x_sample", "y_sample", "x_norm", "y_norm", "dloss_stride"])
 def _gradient_kernel(
     x_ptr,  # [X, D] the owned input; on side 1 the other one, as every pair below
     y_ptr,  # [Y, D]
@@ -401,20 +410,22 @@ def takes(queries: Tensor, keys: Tensor) -> bool:
     keep of the gradient's D columns in float32 would make it compute every logit anew for each 64 of them.
     """
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    return max(len(queries), len(keys)) <= SMALL or precision(dtype) == "half"
+    kind = precision(dtype)
+    return kind == "half" or max(len(queries), len(keys)) <= SMALL[kind]
 
 
 def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale, scale: float, spec):  # type: ignore[no-untyped-def]
     """Loss, statistics, places, norms and label sums, as the operator declares them."""
     queries, keys = _alike(queries, keys)
     (R, D), C, S = queries.shape, keys.shape[0], spec.sides
-    statistics = torch.empty(S, 4 if spec.weighted else 3, R, device=keys.device)
+    numbers = {"dtype": torch.float32, "device": keys.device}
+    statistics = torch.empty(S, 4 if spec.weighted else 3, R, **numbers)
     places = torch.empty((S, 2, R) if spec.weighted else (0,), dtype=torch.int32, device=keys.device)
-    norms = torch.empty(R + C, device=keys.device)
-    label_sum = torch.empty(R if spec.target == "row" else C, device=keys.device)
-    loss = torch.empty(S, R, device=keys.device)
+    norms = torch.empty(R + C, **numbers)
+    label_sum = torch.empty(R if spec.target == "row" else C, **numbers)
+    loss = torch.empty(S, R, **numbers)
     scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
-    ids = (pids, pids if image_ids is None else image_ids)
+    ids = contiguous_ids(pids, image_ids)
     with on_device(keys):
         launch(
             _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
@@ -455,9 +466,9 @@ def backward(  # type: ignore[no-untyped-def]
     dkeys = torch.empty_like(keys, memory_format=torch.contiguous_format)
     queries, keys = _alike(queries, keys)
     (R, D), C = queries.shape, keys.shape[0]
-    dscale = torch.empty(R if scale_gradient else 0, device=keys.device)
+    dscale = torch.empty(R if scale_gradient else 0, dtype=torch.float32, device=keys.device)
     scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
-    dloss = dloss.expand(R)
+    ids, dloss = contiguous_ids(pids, image_ids), dloss.expand(R)
     block = blocks("gradient", max(R, C), keys)
     compiled = flags(image_ids, scale_ptr, spec) | {"PRECISION": dot_precision(keys.dtype)} | block
     query = (queries, dqueries, R, spec.offset, 0)
@@ -467,7 +478,7 @@ def backward(  # type: ignore[no-untyped-def]
         (x, dx, X, x_sample, x_norm), (y, dy, Y, y_sample, y_norm) = own, other
         grid = (triton.cdiv(X, block["BLOCK_M"]), sides, triton.cdiv(D, block["BLOCK_OUT"]))
         launch(
-            _gradient_kernel, grid, Strided(x), Strided(y), pids, pids if image_ids is None else image_ids,
+            _gradient_kernel, grid, Strided(x), Strided(y), *ids,
             norms if scale_ptr is None else scale_ptr, norms, label_sum,
             statistics, places if spec.weighted else statistics, Strided(dloss), dx, dy,
             dscale if scale_gradient else norms,
@@ -491,6 +502,12 @@ def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     queries, keys = queries.to(dtype), keys.to(dtype)
     return tuple(x if x.stride(1) == 1 else x.contiguous() for x in (queries, keys))  # type: ignore[return-value]
+
+
+def contiguous_ids(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids as the kernels read them; without image ids anything stands in their place. A column of a table is copied."""
+    pids = pids.contiguous()
+    return pids, pids if image_ids is None else image_ids.contiguous()
 
 
 def by_device(scale: Tensor | float, like: Tensor) -> tuple[Tensor | None, float]:

@@ -19,7 +19,7 @@ def value_and_grads(
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     value = fn(*leaves)
     if cotangent is None:
-        cotangent = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).reshape(value.shape)
+        cotangent = torch.linspace(-1, 2, value.numel(), dtype=torch.float64, device=value.device).reshape(value.shape)
     grads = torch.autograd.grad(value, leaves, cotangent.to(value.dtype))
     return [value.detach(), *grads]
 

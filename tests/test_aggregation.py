@@ -120,6 +120,84 @@ def test_nan_shows():
     assert joint[0].isfinite().all()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("fn", [sparse_aggregate, sparse_aggregate_reference])
+def test_the_default_dtype_changes_nothing(fn, default):
+    inputs = draw(3, 9, 4, 8, torch.float32)
+    mask = some_mask(inputs[0])
+    mask[2] = torch.arange(9) < 3
+    inputs[0][2, :3], inputs[1][2] = torch.tensor([0.0, 0.3336, 1.0])[:, None], 1  # in bfloat16 1/3 is 0.334
+    call = lambda: value_and_grads(lambda i, t: fn(i, t, image_mask=mask), inputs)  # noqa: E731
+    expected = call()
+    try:
+        torch.set_default_dtype(default)
+        got = call()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def recorded(B, N, L, D=32, dtype=torch.float32):
+    """The launches of forward and backward for a chip, on tensors that hold nothing."""
+    pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
+    from fmfa_losses.kernels import _launch, aggregation
+
+    meta = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    image, text, mask = meta(B, N, D, dtype=dtype), meta(B, L, D, dtype=dtype), meta(B, N, dtype=torch.bool)
+    threshold, djoint = meta(B), meta(B, L, D)
+    with _launch.recording("sm_90") as launches:
+        _, row_min, row_sum = aggregation.forward(image, text, mask, threshold)
+        aggregation.backward(djoint, image, text, mask, threshold, row_min, row_sum)
+    return launches
+
+
+@pytest.mark.parametrize("N", [192, 1025])
+def test_a_batch_of_seventy_thousand_fits_the_grid(N):
+    B, L, D = 70_000, 77, 512
+    launches = recorded(B, N, L, D, torch.bfloat16)
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "_forward_kernel", "_statistics_kernel", "_dtext_kernel", "_dimage_kernel",
+    ]  # fmt: skip
+    for launch in launches:
+        axis_0, *others = launch.grid
+        assert all(axis <= 65535 for axis in others)
+        assert axis_0 < 2**31
+        dimage = launch.kernel.__name__ == "_dimage_kernel"
+        size, block = (N, launch.options["BLOCK_N"]) if dimage else (L, launch.options["BLOCK_L"])
+        assert axis_0 == B * -(-size // block)
+        chunked = (
+            launch.kernel.__name__ in ("_dtext_kernel", "_dimage_kernel") or launch.options.get("WHOLE_ROW") is False
+        )
+        assert others == ([D // launch.options["BLOCK_OUT"]] if chunked else [1] * len(others))
+
+
+def test_kernels_read_masks_of_32_bits():
+    for launch in recorded(2, 20, 9):
+        mask = dict(zip(launch.kernel.arg_names, launch.args, strict=False))["mask_ptr"]
+        assert mask.dtype == torch.int32
+
+
+def test_another_batch_or_caption_length_compiles_nothing_new():
+    jit = pytest.importorskip(
+        "triton.runtime.jit", reason="the kernels need triton, which has no wheel for this platform"
+    )
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    keys = {}
+    for B, L in ((1, 1), (1, 16), (16, 77), (37, 64), (128, 77), (3, 7)):
+        for launch in recorded(B, 192, L):
+            kernel = launch.kernel
+            bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+            key = str(bind(*launch.args, **launch.options)[1:])
+            keys.setdefault(kernel.__name__, set()).add(key)
+    assert len(keys) == 4
+    assert {name: len(found) for name, found in keys.items()} == dict.fromkeys(keys, 1)
+
+
 IMAGE, TEXT = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
 BAD = [
     (lambda: sparse_aggregate(IMAGE[0], TEXT), ValueError, r"image_tokens must have shape \[B N D\]"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compare import value_and_grads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, sparse_aggregate
 from fmfa_losses.ops._backend import select_backend, why_not_triton
@@ -37,6 +38,82 @@ def test_opcheck_sparse_aggregate(masked):
         sparse_aggregate_backward_op,
         (torch.ones_like(joint), image.detach(), text.detach(), mask, threshold, low, total, "torch"),
     )
+
+
+def permuted_tokens():
+    """[L, B, D] as CLIP has them, seen as [B, L, D], and a mask without its first column."""
+    image, text = (torch.randn(n, 2, 4).permute(1, 0, 2) for n in (6, 3))
+    return image, text, torch.tensor([[True] * 7, [True] * 4 + [False] * 3])[:, 1:]
+
+
+def test_opcheck_sparse_aggregate_permuted():
+    image, text, mask = permuted_tokens()
+    threshold = torch.full((2,), 1 / 6)
+    torch.library.opcheck(
+        sparse_aggregate_op, (image.requires_grad_(), text.requires_grad_(), mask, threshold, "torch")
+    )
+    joint, low, total = (t.detach() for t in sparse_aggregate_op(image, text, mask, threshold, "torch"))
+    args = (torch.ones_like(joint), image.detach(), text.detach(), mask, threshold, low, total, "torch")
+    torch.library.opcheck(sparse_aggregate_backward_op, args)
+    assert all(t.is_contiguous() for t in (joint, low, total, *sparse_aggregate_backward_op(*args)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_compile_sparse_aggregate_permuted(dynamic):
+    torch._dynamo.reset()
+    image, text, mask = permuted_tokens()
+    fn = lambda i, t: sparse_aggregate(i, t, image_mask=mask)  # noqa: E731
+    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert not image.clone().is_contiguous()  # the leaves of value_and_grads are permuted, too
+    for a, b in zip(value_and_grads(compiled, (image, text)), value_and_grads(fn, (image, text)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Made(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Stop(torch.autograd.Function):
+    """The identity, whose gradient is missing rather than zero."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return None
+
+
+def test_sparse_aggregate_backward_is_given_no_zeros():
+    image, text = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    joint, low, total = sparse_aggregate_op(image, text, None, torch.full((2,), 0.3), "torch")
+    assert joint.requires_grad
+    assert not low.requires_grad
+    assert not total.requires_grad
+    with Made() as made:
+        joint.backward(torch.ones_like(joint))
+    at = made.names.index("fmfa_losses.sparse_aggregate_backward.default")
+    assert [name for name in made.names[:at] if "zero" in name] == []
+
+
+def test_sparse_aggregate_without_a_gradient_of_joint_gives_none():
+    image, text = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    joint = sparse_aggregate(image, text)
+    with Made() as made:
+        Stop.apply(joint).sum().backward()
+    assert image.grad is None
+    assert text.grad is None
+    assert "fmfa_losses.sparse_aggregate_backward.default" not in made.names
 
 
 def losses(dtype=torch.float32):

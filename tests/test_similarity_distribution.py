@@ -2,14 +2,24 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from distribution_cases import GOLDEN, assert_within_budget, features, ties, value_and_gradients
+from compare import value_and_grads
+from distribution_cases import (
+    GOLDEN,
+    assert_differentiable_once,
+    assert_within_budget,
+    features,
+    ties,
+    value_and_gradients,
+)
 from golden import golden
 from torch import Tensor
 
-from fmfa_losses.asdm import ASDMLoss, asdm_loss
+from fmfa_losses import ASDMLoss
+from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
 from fmfa_losses.ops._row_blocks import torch_reader
 from fmfa_losses.ops.similarity_distribution import (
     GAPS,
@@ -23,6 +33,8 @@ from fmfa_losses.ops.similarity_distribution import (
     similarity_distribution_loss_reference,
     similarity_distribution_op,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -144,6 +156,129 @@ def test_mixed_dtypes_and_autocast() -> None:
     assert got["dkeys"].dtype == torch.float32
     for name in want:
         assert torch.equal(got[name], want[name]), name
+
+
+LOSSES = {
+    "asdm": asdm_loss,
+    "sdm": sdm_loss,
+    "itc": lambda *args, **options: itc_loss(*args, targets="identity", **options),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_differentiable_once(loss: str) -> None:
+    assert_differentiable_once(LOSSES[loss], backend="torch")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_default_dtype_changes_nothing(loss: str, default: torch.dtype) -> None:
+    inputs = features(9, 9, 6)
+    leaves = [inputs[name] for name in ("queries", "keys", "logit_scale")]
+
+    def run() -> list[Tensor]:
+        return value_and_grads(lambda i, t, s: LOSSES[loss](i, t, inputs["pids"], logit_scale=s), leaves)
+
+    want = run()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+class OnCuda(Tensor):
+    """A tensor on the CPU that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(5.0), torch.tensor([5.0], requires_grad=True)])
+def test_a_scale_on_the_cpu_is_not_captured(scale: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = features(6, 6, 5, images=False)
+    image, text, pids = (inputs[name] for name in ("queries", "keys", "pids"))
+    on_cuda = image.as_subclass(OnCuda).requires_grad_()
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(1) or True)
+    with pytest.raises(RuntimeError, match="logit_scale must be on the device of the features, or a number"):
+        asdm_loss(on_cuda, text, pids, logit_scale=scale)
+    assert asked.pop()
+    # Nobody asks where it cannot matter.
+    asdm_loss(on_cuda, text, pids, logit_scale=5.0)
+    asdm_loss(image, text, pids, logit_scale=scale)
+    assert not asked
+
+
+def test_the_gradient_of_a_scale_on_the_cpu_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = features(6, 6, 5, images=False)
+    image = inputs["queries"].as_subclass(OnCuda).requires_grad_()
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    loss = asdm_loss(image, inputs["keys"], inputs["pids"], logit_scale=torch.tensor(5.0, requires_grad=True))
+    capturing = True
+    with pytest.raises(RuntimeError, match="while a CUDA graph is being captured"):
+        loss.backward()
+
+
+SWITCHES = [
+    ("", "ieee"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+    ("torch.backends.cuda.matmul.allow_tf32 = False", "ieee"),
+    ("torch.set_float32_matmul_precision('highest')", "ieee"),
+    ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ("torch.set_float32_matmul_precision('medium')", "tf32"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+    ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.fp32_precision = 'ieee'", "ieee"),
+]
+PRECISION = """
+import warnings
+import torch
+import benchmarks  # noqa: F401, a checkout that is not installed finds its kernels
+from fmfa_losses.kernels._launch import dot_precision, precision
+SWITCH
+warnings.simplefilter("error")
+print(precision(torch.float32), dot_precision(torch.float32), precision(torch.bfloat16), dot_precision(torch.float16))
+"""
+
+
+@pytest.mark.parametrize(("switch", "expected"), SWITCHES)
+def test_float32_products_follow_torch(switch: str, expected: str) -> None:
+    """Each in its own process: torch raises where older switches are read after a newer one was set."""
+    if "fp32_precision" in switch and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has no fp32_precision")
+    code = PRECISION.replace("SWITCH", switch)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [expected, expected, "half", "ieee"]
+
+
+def test_what_changes_with_the_batch_is_not_specialised() -> None:
+    """Triton compiles a kernel anew for every divisibility by 16, and every 1, among arguments that it specialises."""
+    pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
+    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
+
+    fixed = {"D", "q_stride", "k_stride", "x_stride", "y_stride"}  # of the features
+    fixed |= {"cos_stride"}  # always a multiple of 16, and never 1
+    fixed |= {"scale", "alpha", "push_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
+    kernels = (
+        similarity_distribution._prepare_kernel,
+        similarity_distribution._row_loss_kernel,
+        similarity_distribution._gradient_kernel,
+        distribution_blocks._absorb_kernel,
+        distribution_blocks._dlogits_kernel,
+    )
+    for kernel in kernels:
+        numbers = {p.name: p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")}
+        assert {name for name, p in numbers.items() if not p.do_not_specialize} <= fixed
+        # Ids, a scale and gradients come from the user, at any address.
+        vectors = {"pids_ptr", "image_ids_ptr", "scale_ptr", "dloss_ptr", "g_ptr"}
+        assert all(p.do_not_specialize for p in kernel.params if p.name in vectors)
 
 
 def degenerate(case: str) -> tuple[Tensor, Tensor, Tensor, float]:

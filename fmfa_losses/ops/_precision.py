@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["ZERO_NORM", "accumulation_dtype", "full_precision", "unit_rows"]
 
@@ -28,32 +27,44 @@ def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | Non
         mask: [...] bool; rows where it is False become zero vectors with zero gradient, whatever they held.
         dtype: of the result and its arithmetic; float32 or float64 by the input when None.
     """
-    unit: Tensor = _UnitRows.apply(x, mask, dtype or accumulation_dtype(x))  # type: ignore[no-untyped-call]
+    unit: Tensor = _UnitRows.apply(x, mask, dtype or accumulation_dtype(x))[0]  # type: ignore[no-untyped-call]
     return unit
 
 
 class _UnitRows(torch.autograd.Function):
-    """Keeps u and |x|; dx = (du - u (u . du)) / |x|."""
+    """u and |x|, which are all that its gradient needs: dx = (du - u (u . du)) / |x| + u d|x|.
+
+    Both are outputs, so that a second derivative finds its way through them to x; plain operations make it.
+    """
 
     @staticmethod
-    def forward(ctx, x, mask, dtype):  # type: ignore[no-untyped-def]
-        ctx.dtype = x.dtype
+    def forward(x, mask, dtype):  # type: ignore[no-untyped-def]
         x = x.to(dtype)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         norm.masked_fill_(norm <= 1e-12, 1)  # ZERO_NORM; torch.compile cannot lift a global float out of here
-        unit = x / norm
-        ctx.save_for_backward(unit, norm, mask)
-        return unit
+        return x / norm, norm
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dunit):  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, mask, _ = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(*output, mask)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dunit, dnorm):  # type: ignore[no-untyped-def]
         unit, norm, mask = ctx.saved_tensors
-        with full_precision(unit):
-            radial = torch.linalg.vecdot(unit, dunit).unsqueeze(-1)
-        dx = torch.addcmul(dunit, unit, radial, value=-1).div_(norm)
+        dx = None
+        if dunit is not None:
+            with full_precision(unit):
+                radial = torch.linalg.vecdot(unit, dunit).unsqueeze(-1)
+            dx = torch.addcmul(dunit, unit, radial, value=-1).div_(norm)
+        if dnorm is not None:  # of a second derivative alone
+            dx = unit * dnorm if dx is None else dx + unit * dnorm
+        if dx is None:
+            return None, None, None
         if mask is not None:
             dx.masked_fill_(~mask.unsqueeze(-1), 0)
         return dx.to(ctx.dtype), None, None

@@ -29,8 +29,8 @@ NOWHERE = 2**30  # above every place
 class Batch(NamedTuple):
     """What all blocks share."""
 
-    pids: Tensor  # [C]
-    image_ids: Tensor | None  # [C]
+    pids: Tensor  # [C], contiguous
+    image_ids: Tensor | None  # [C], contiguous
     label_sum: Tensor  # [R], or [C] with target="column": what the labels are divided by
     scale: float | Tensor
     spec: "RowLoss"
@@ -55,6 +55,7 @@ class Reader(Protocol):
     """What Eq. 1-4 make of a block of cosines [m, C], those of the queries `rows` with all keys; may overwrite it."""
 
     block_elements: int  # numbers in a block
+    row_multiple: int  # what the stride of its rows is a multiple of
 
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
         """Writes what the rows pay and their statistics; those of the columns as far as the blocks have come."""
@@ -75,11 +76,13 @@ def forward(
     """Loss, statistics, places, norms and label sums, as the operator declares them."""
     R, C, dtype = queries.shape[0], keys.shape[0], accumulation_dtype(queries, keys)
     norms = torch.cat([torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in (queries, keys)])
+    pids, image_ids = _contiguous(pids, image_ids)
     batch = Batch(pids, image_ids, _label_sum(pids, image_ids, R, spec, dtype), scale, spec)
     out = Statistics.empty(R, norms, spec)
-    q, k = queries / _divisor(norms[:R]), keys / _divisor(norms[R:])
+    divisors = _divisors(norms)
+    q, k = queries / divisors[:R], keys / divisors[R:]
     for rows in _blocks(R, C, reader):
-        reader.absorb(q[rows] @ k.T, rows, batch, out)
+        reader.absorb(_cosines(q[rows], k, reader), rows, batch, out)
     per_sample = out.loss.sum(dim=0)
     if spec.reduction != "none":
         per_sample = getattr(per_sample, spec.reduction)()
@@ -103,13 +106,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and scale."""
     R, C = queries.shape[0], keys.shape[0]
-    batch = Batch(pids, image_ids, label_sum, scale, spec)
+    batch = Batch(*_contiguous(pids, image_ids), label_sum, scale, spec)
     known = Statistics(norms[:0], statistics, places, norms[:0])
-    q, k = queries / _divisor(norms[:R]), keys / _divisor(norms[R:])
+    divisors, has_direction = _divisors(norms), (norms > ZERO_NORM).unsqueeze(1)
+    q, k = queries / divisors[:R], keys / divisors[R:]
     g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
     for rows in _blocks(R, C, reader):
-        dz = reader.dlogits(q[rows] @ k.T, rows, g, batch, known)
+        dz = reader.dlogits(_cosines(q[rows], k, reader), rows, g, batch, known)
         torch.mm(dz, k, out=dq[rows])
         dk.addmm_(dz.T, q[rows])
     dq, dk = dq.mul_(scale), dk.mul_(scale)
@@ -122,9 +126,14 @@ def backward(
         if spec.weighted and spec.gap == "cosine" and not spec.detach_weight:  # a cosine gap does not see the scale
             dscale -= spec.alpha * (g * statistics[:, 2] * statistics[:, 3]).sum()
         dscale /= scale
-    for unit, along, norm, dx in ((q, dq_along, norms[:R], dq), (k, dk_along, norms[R:], dk)):
-        dx.sub_(unit.mul_(along).mul_((norm > ZERO_NORM).unsqueeze(1))).div_(_divisor(norm))
+    for unit, along, dx, samples in ((q, dq_along, dq, slice(R)), (k, dk_along, dk, slice(R, None))):
+        dx.sub_(unit.mul_(along).mul_(has_direction[samples])).div_(divisors[samples])
     return dq.to(queries.dtype), dk.to(keys.dtype), dscale
+
+
+def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Once a pass: every block reads the ids."""
+    return pids.contiguous(), None if image_ids is None else image_ids.contiguous()
 
 
 def _start(n: int, like: Tensor) -> Tensor:
@@ -137,6 +146,14 @@ def _start(n: int, like: Tensor) -> Tensor:
 def _blocks(R: int, C: int, reader: Reader) -> list[slice]:
     step = max(1, reader.block_elements // C)
     return [slice(i, min(i + step, R)) for i in range(0, R, step)]
+
+
+def _cosines(q: Tensor, k: Tensor, reader: Reader) -> Tensor:
+    """A block [m, C] whose rows are consecutive numbers."""
+    columns = -(-len(k) // reader.row_multiple) * reader.row_multiple
+    if columns == len(k):
+        return q @ k.T
+    return torch.mm(q, k.T, out=q.new_empty(len(q), columns)[:, : len(k)])
 
 
 def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: "RowLoss", dtype: torch.dtype) -> Tensor:
@@ -153,14 +170,15 @@ def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: "RowLoss", 
     return spec.image_id_factor * count(pids) + (1 - spec.image_id_factor) * count(image_ids)
 
 
-def _divisor(norm: Tensor) -> Tensor:
-    return torch.where(norm <= ZERO_NORM, torch.ones_like(norm), norm).unsqueeze(1)
+def _divisors(norms: Tensor) -> Tensor:
+    return norms.masked_fill(norms <= ZERO_NORM, 1).unsqueeze(1)
 
 
 class _TorchReader:
     """Eq. 1-4 on a block in plain PyTorch. One side reads along dim 1, the other along dim 0."""
 
     block_elements = 2**22  # about six temporaries of this size are alive at once
+    row_multiple = 1
 
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
         spec, z = batch.spec, cos.mul_(batch.scale)

@@ -35,7 +35,7 @@ def sparse_aggregate_reference(
     image_tokens = image_tokens.masked_fill(~rearrange(keep, "b n -> b n 1"), 0)
     keep = rearrange(keep, "b n -> b 1 n")
     count = keep.sum(dim=-1, keepdim=True)
-    threshold = 1 / count if sparsity is None else sparsity
+    threshold = 1 / count.to(acc) if sparsity is None else sparsity
 
     s = einsum(text_tokens, image_tokens, "b l d, b n d -> b l n")
     low = s.masked_fill(~keep, torch.inf).min(dim=-1, keepdim=True).values
@@ -46,7 +46,7 @@ def sparse_aggregate_reference(
     n = (s - low.masked_fill(constant, 0)) / (high - low).masked_fill(constant, 1)
     m = torch.where(keep & ~(n < threshold), n, 0)
     a = m / m.sum(dim=-1, keepdim=True).masked_fill(constant, 1)
-    a = torch.where(constant, keep / count.clamp(min=1), a)
+    a = torch.where(constant, keep / count.clamp(min=1).to(acc), a)
     return einsum(a, image_tokens, "b l n, b n d -> b l d")
 
 
@@ -119,7 +119,7 @@ def sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, backen
     if backend == "triton":
         from fmfa_losses.kernels import aggregation as kernels
 
-        return kernels.forward(image_tokens.contiguous(), text_tokens.contiguous(), image_mask, threshold)
+        return kernels.forward(image_tokens, text_tokens, image_mask, threshold)
     with full_precision(image_tokens):
         a, row_min, row_sum = _weights(image_tokens, text_tokens, image_mask, threshold)[:3]
         return a @ image_tokens, row_min, row_sum
@@ -135,15 +135,7 @@ def sparse_aggregate_backward_op(  # type: ignore[no-untyped-def]
     if backend == "triton":
         from fmfa_losses.kernels import aggregation as kernels
 
-        return kernels.backward(
-            djoint.contiguous(),
-            image_tokens.contiguous(),
-            text_tokens.contiguous(),
-            image_mask,
-            threshold,
-            row_min,
-            row_sum,
-        )
+        return kernels.backward(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum)
     with full_precision(djoint):
         return _backward_torch(djoint, image_tokens, text_tokens, image_mask, threshold)
 
@@ -161,15 +153,21 @@ def _(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignor
 
 @torch.library.register_fake(sparse_aggregate_backward_op)
 def _(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(image_tokens), torch.empty_like(text_tokens)
+    # Contiguous, as both backends return them, whatever the strides of the tokens.
+    image, text = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image_tokens, text_tokens))
+    return image, text
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, djoint, drow_min, drow_sum):  # type: ignore[no-untyped-def]
+    if djoint is None:
+        return None, None, None, None, None
     dimage, dtext = sparse_aggregate_backward_op(djoint, *ctx.saved_tensors, ctx.backend)
     return dimage, dtext, None, None, None
 

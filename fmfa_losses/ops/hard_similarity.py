@@ -5,6 +5,8 @@ The gradient passes through the winning k alone, so the backward is a gather and
 and nothing of size Bx Be P Q ever exists.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -15,7 +17,14 @@ from ._checks import check_float, check_mask, check_option, check_positive, chec
 from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
-__all__ = ["hard_similarity", "hard_similarity_reference"]
+__all__ = [
+    "UnitTokens",
+    "hard_similarity",
+    "hard_similarity_reference",
+    "product_dtype",
+    "token_lists",
+    "unit_similarity",
+]
 
 POOLS = ("lse", "sum", "mean")
 
@@ -94,52 +103,100 @@ def hard_similarity(
     check_option("pool", pool, POOLS)
     check_positive("pool_scale", pool_scale)
     chosen = select_backend(backend, x, e)
-    save = torch.is_grad_enabled() and (x.requires_grad or e.requires_grad)
-    dtype = accumulation_dtype(x, e)
-    x_unit, e_unit = unit_rows(x, x_mask, dtype=dtype), unit_rows(e, e_mask, dtype=dtype)
-    if chosen == "triton":
-        # The tensor cores multiply in the lower of the two precisions and accumulate in float32.
-        dtype = next((t.dtype for t in (x, e) if t.dtype != torch.float32), torch.float32)
-        x_unit, e_unit = x_unit.to(dtype), e_unit.to(dtype)
-    sim: Tensor = hard_similarity_op(x_unit, e_unit, x_mask, e_mask, pool, float(pool_scale), save, chosen)[0]
+    dtype, product = accumulation_dtype(x, e), product_dtype(x, e, chosen)
+    x_units, e_units = (
+        UnitTokens(unit_rows(tokens, mask, dtype=dtype).to(product), mask, token_lists(mask, chosen))
+        for tokens, mask in ((x, x_mask), (e, e_mask))
+    )
+    return unit_similarity(x_units, e_units, pool=pool, pool_scale=pool_scale, backend=chosen)
+
+
+class UnitTokens(NamedTuple):
+    """Tokens as `hard_similarity_op` takes them, of one or of several similarities."""
+
+    rows: Tensor  # [B, T, D], of length 1 or 0; finite where masked out
+    mask: Tensor | None  # [B, T]
+    lists: Tensor | None  # token_lists(mask)
+
+
+def product_dtype(x: Tensor, e: Tensor, backend: str) -> torch.dtype:
+    """The tensor cores multiply in the lower of the two precisions and accumulate in float32."""
+    if backend == "triton":
+        return next((t.dtype for t in (x, e) if t.dtype != torch.float32), torch.float32)
+    return accumulation_dtype(x, e)
+
+
+def unit_similarity(x: UnitTokens, e: UnitTokens, *, pool: str, pool_scale: float, backend: str) -> Tensor:
+    """`hard_similarity` of tokens that are unit rows already; `backend` is "triton" or "torch"."""
+    save = torch.is_grad_enabled() and (x.rows.requires_grad or e.rows.requires_grad)
+    sim: Tensor = hard_similarity_op(
+        x.rows, e.rows, x.mask, e.mask, pool, float(pool_scale), save, backend, x.lists, e.lists
+    )[0]
     return sim
+
+
+def token_lists(mask: Tensor | None, backend: str) -> Tensor | None:
+    """Lists of the tokens that a mask [B, T] keeps, which the kernels want: one for all that have this mask."""
+    if mask is None or backend == "torch":
+        return None
+    lists: Tensor = token_lists_op(mask)
+    return lists
+
+
+@operator("token_lists(Tensor mask) -> Tensor")
+def token_lists_op(mask):  # type: ignore[no-untyped-def]
+    from fmfa_losses.kernels import token_lists as kernels
+
+    return kernels.make(mask)
+
+
+@torch.library.register_fake(token_lists_op)
+def _(mask):  # type: ignore[no-untyped-def]
+    from fmfa_losses.kernels import token_lists as kernels
+
+    return mask.new_empty(kernels.size(*mask.shape), dtype=torch.int32)
 
 
 # The operator: one schema, one fake kernel, one gradient formula for both backends.
 # maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`.
+# The kernels make the lists of a mask that comes without them.
 
 
 @operator(
     "hard_similarity(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    " str backend, Tensor? x_lists=None, Tensor? e_lists=None) -> (Tensor, Tensor, Tensor)",
 )
-def hard_similarity_op(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no-untyped-def]
+def hard_similarity_op(  # type: ignore[no-untyped-def]
+    x, e, x_mask, e_mask, pool, pool_scale, save, backend, x_lists=None, e_lists=None
+):
     if backend == "triton":
         from fmfa_losses.kernels import hard_similarity as kernels
 
-        return kernels.forward(x.contiguous(), e.contiguous(), x_mask, e_mask, pool, pool_scale, save)
+        return kernels.forward(x.contiguous(), e.contiguous(), x_mask, e_mask, pool, pool_scale, save, x_lists, e_lists)
     with full_precision(x):
         return _forward_torch(x, e, x_mask, e_mask, pool, pool_scale, save)
 
 
 @operator(
     "hard_similarity_backward(Tensor dsim, Tensor sim, Tensor maxima, Tensor winners, Tensor x, Tensor e,"
-    " Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, str backend) -> (Tensor, Tensor)",
+    " Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, str backend, Tensor? x_lists=None,"
+    " Tensor? e_lists=None) -> (Tensor, Tensor)",
 )
 def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
-    dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend
+    dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend, x_lists=None, e_lists=None
 ):
     if backend == "triton":
         from fmfa_losses.kernels import hard_similarity as kernels
 
-        return kernels.backward(
-            dsim, sim, maxima, winners, x.contiguous(), e.contiguous(), x_mask, e_mask, pool, pool_scale
-        )
+        saved, masks, lists = (sim, maxima, winners), (x_mask, e_mask), (x_lists, e_lists)
+        return kernels.backward(dsim, *saved, x.contiguous(), e.contiguous(), *masks, pool, pool_scale, True, *lists)
     return _backward_torch(dsim, sim, maxima, winners, x, e, x_mask, pool, pool_scale)
 
 
 @torch.library.register_fake(hard_similarity_op)
-def _(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, e, x_mask, e_mask, pool, pool_scale, save, backend, x_lists=None, e_lists=None
+):
     matches = (x.shape[0], e.shape[0], x.shape[1])
     acc = accumulation_dtype(x)
     saved = x.dtype if backend == "triton" and x.dtype != torch.float32 else acc
@@ -151,21 +208,26 @@ def _(x, e, x_mask, e_mask, pool, pool_scale, save, backend):  # type: ignore[no
 
 
 @torch.library.register_fake(hard_similarity_backward_op)
-def _(dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(e)
+def _(  # type: ignore[no-untyped-def]
+    dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend, x_lists=None, e_lists=None
+):
+    # Both backends write contiguous gradients, whatever the strides of the tokens.
+    dx, de = (torch.empty_like(tokens, memory_format=torch.contiguous_format) for tokens in (x, e))
+    return dx, de
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, _, ctx.backend = inputs
-    ctx.save_for_backward(*output, x, e, x_mask, e_mask)
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for maxima and winners
+    x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, _, ctx.backend, x_lists, e_lists = inputs
+    ctx.save_for_backward(*output, x, e, x_mask, e_mask, x_lists, e_lists)
 
 
 def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
-    sim, maxima, winners, x, e, x_mask, e_mask = ctx.saved_tensors
-    dx, de = hard_similarity_backward_op(
-        dsim, sim, maxima, winners, x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, ctx.backend
-    )
-    return dx, de, None, None, None, None, None, None
+    if dsim is None:
+        return (None,) * 10
+    *tensors, x_lists, e_lists = ctx.saved_tensors
+    dx, de = hard_similarity_backward_op(dsim, *tensors, ctx.pool, ctx.pool_scale, ctx.backend, x_lists, e_lists)
+    return dx, de, *(None,) * 8
 
 
 torch.library.register_autograd(hard_similarity_op, _backward, setup_context=_setup_context)
@@ -245,7 +307,7 @@ def _backward_torch(
 ) -> tuple[Tensor, Tensor]:
     """dx_il = sum_j w_ijl e_jk*,  de_jk = sum over the (i, l) that k won of w_ijl x_il, with w = dsim * dS/dmax."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    dx, de = torch.empty_like(x), torch.empty_like(e)
+    dx, de = (torch.empty_like(tokens, memory_format=torch.contiguous_format) for tokens in (x, e))
     if pool == "mean":
         count = P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1)
         dsim = dsim / count

@@ -161,7 +161,8 @@ def similarity_distribution_loss(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options that do not fit.
-        RuntimeError: backend="triton" cannot run; the message says why.
+        RuntimeError: backend="triton" cannot run, or a CUDA graph is being captured and logit_scale is a tensor on the
+            CPU; the message says why.
 
     Example:
         >>> image = text = torch.eye(4)
@@ -235,6 +236,7 @@ _ROW_LOSS = (
 def similarity_distribution_op(  # type: ignore[no-untyped-def]
     queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
 ):
+    _refuse_capture(logit_scale, queries)
     spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
     if tiles is not None:
         return tiles.forward(queries, keys, pids, image_ids, logit_scale, scale, spec)
@@ -252,6 +254,7 @@ def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
     dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale, scale_gradient,
     backend, *row_loss
 ):  # fmt: skip
+    _refuse_capture(logit_scale, queries)
     spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
     arguments = (dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids)
     if tiles is not None:
@@ -259,6 +262,18 @@ def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
     with full_precision(queries):
         scale = scale if logit_scale is None else logit_scale.to(norms.dtype)
         return _row_blocks.backward(*arguments, scale, scale_gradient, spec, reader)
+
+
+def _refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
+    """The host reads a scale on the CPU while it launches: a CUDA graph would keep the number that it was then."""
+    if logit_scale is None or not queries.is_cuda or not logit_scale.is_cpu:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "logit_scale must be on the device of the features, or a number, while a CUDA graph is being captured, got "
+            f"a tensor on the CPU and features on {queries.device}: every replay would use the value that it has now; "
+            f"call logit_scale.to({str(queries.device)!r})"
+        )
 
 
 def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, Any]:
@@ -296,11 +311,14 @@ def _(dloss, statistics, places, norms, label_sum, queries, keys, *arguments):  
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     queries, keys, pids, image_ids, logit_scale, *ctx.plain = inputs
     ctx.save_for_backward(*output[1:], queries, keys, pids, image_ids, logit_scale)
+    ctx.set_materialize_grads(False)  # no zeros for the statistics, of which nobody takes a gradient
 
 
 def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     *saved, logit_scale = ctx.saved_tensors
     scale, backend, *row_loss = ctx.plain
+    if dloss is None:
+        return (None,) * (7 + len(row_loss))
     scale_gradient = ctx.needs_input_grad[4]
     dqueries, dkeys, dscale = similarity_distribution_backward_op(
         dloss, *saved, logit_scale, scale, scale_gradient, backend, *row_loss

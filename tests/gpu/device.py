@@ -1,5 +1,6 @@
 """What the tests on a CUDA device share: the skip with its reason, token sets with clear winners, the error budget."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,6 +32,23 @@ def matmul_precision(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def waiting_raises() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises inside."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode("error")
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # setting it warns of a prototype, after the mode has changed
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def clear_tokens(B: int, T: int, D: int, *, directions: Tensor, seed: int) -> Tensor:

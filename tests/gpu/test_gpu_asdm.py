@@ -3,7 +3,16 @@
 import pytest
 import torch
 from compare import value_and_grads
-from device import DTYPES, assert_within_budget, error, matmul_precision, needs_cuda, needs_memory, needs_two
+from device import (
+    DTYPES,
+    assert_within_budget,
+    error,
+    matmul_precision,
+    needs_cuda,
+    needs_memory,
+    needs_two,
+    waiting_raises,
+)
 from test_asdm import plain  # the equations written out
 
 from fmfa_losses import ASDMLoss
@@ -128,11 +137,8 @@ def test_host_never_waits(B):
     image, text, pids = draw(B, 64)
     image.requires_grad_()
     loss(image, text, pids, logit_scale=torch.tensor(50.0)).backward()  # compiled; the scale stays on the CPU
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_raises():
         loss(image, text, pids).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_pairs_than_32_bits_count():

@@ -13,6 +13,7 @@ from device import (
     needs_cuda,
     needs_memory,
     needs_two,
+    waiting_raises,
 )
 
 from benchmarks.providers import plain_efa
@@ -171,11 +172,8 @@ def test_host_never_waits():
     image, text = (t.requires_grad_() for t in random_tokens(4, 65, 33, 64))
     mask = torch.ones(4, 33, dtype=torch.bool, device="cuda")
     loss(image, text, text_mask=mask).backward()  # compiled
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_raises():
         loss(image, text, text_mask=mask).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_autocast_changes_nothing():

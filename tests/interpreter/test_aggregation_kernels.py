@@ -3,6 +3,9 @@ import torch
 from fmfa_losses.kernels import aggregation
 from reference import aggregate_reference, within_budget
 
+from fmfa_losses.functional import sparse_aggregate
+from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
+
 # B, N, L, D: patches over one tile (513 > 512), sizes around the blocks, a width that no vector divides.
 SHAPES = [(2, 1, 1, 16), (2, 63, 77, 64), (1, 193, 33, 64), (1, 17, 9, 507), (2, 129, 129, 16), (1, 601, 33, 16)]
 
@@ -79,6 +82,7 @@ def test_constant_rows_are_uniform_and_send_no_gradient_through_s(N):
     patch = torch.randn(1, 1, 16)
     image, text = patch.repeat(1, N, 1), torch.randn(1, 5, 16)
     image[0, 3] = 0  # masked out: the kept patches are all alike
+    image[0, 1] *= 1 + 2**-22  # but for rounding noise
     mask = torch.arange(N).ne(3).unsqueeze(0)
     djoint = torch.randn(1, 5, 16)
     joint, dimage, dtext = run(image, text, mask, torch.tensor([0.5]), djoint)
@@ -124,3 +128,135 @@ def test_two_runs_are_equal_bit_for_bit():
     threshold, djoint = torch.full((2,), 0.2), torch.randn(*text.shape)
     runs = [run(image, text, mask, threshold, djoint) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+STRIDED = {
+    "mask of a sequence without its first token": lambda x: x | {"mask": torch.rand(3, 21).lt(0.6)[:, 1:]},
+    "one mask for every sample": lambda x: x | {"mask": torch.rand(1, 20).lt(0.6).expand(3, 20)},
+    "transposed mask": lambda x: x | {"mask": torch.rand(20, 3).lt(0.6).t()},
+    "tokens [L, B, D]": lambda x: x | {name: torch.randn(20, 3, 24).permute(1, 0, 2) for name in ("image", "text")},
+    "one image for every sample": lambda x: x | {"image": torch.randn(1, 20, 24).expand(3, 20, 24)},
+    "one text for every sample": lambda x: x | {"text": torch.randn(1, 20, 24).expand(3, 20, 24)},
+    "columns of wider tokens": lambda x: x | {name: torch.randn(3, 20, 48)[..., ::2] for name in ("image", "text")},
+    "one cotangent": lambda x: x | {"djoint": torch.tensor(0.7).expand(3, 20, 24)},
+    "one threshold": lambda x: x | {"threshold": torch.tensor(0.4).expand(3)},
+}
+
+
+@pytest.mark.parametrize("which", STRIDED)
+def test_strided_inputs(which):
+    image, text, mask = inputs(3, 20, 20, 24, torch.float32)
+    plain_inputs = {"image": image, "text": text, "mask": mask, "threshold": torch.full((3,), 0.3)}
+    given = STRIDED[which](plain_inputs | {"djoint": torch.randn(3, 20, 24)})
+    assert any(t is not None and not t.is_contiguous() for t in given.values())
+    order = ("image", "text", "mask", "threshold", "djoint")
+    strided = [given[name] for name in order]
+    got = run(*strided)
+    exact, rounded = (plain(*strided, dtype) for dtype in (torch.float64, torch.float32))
+    for value, right, same_dtype in zip(got, exact, rounded, strict=True):
+        assert value.is_contiguous()
+        within_budget(value, right, same_dtype)
+    for a, b in zip(got, run(*(t if t is None else t.contiguous() for t in strided)), strict=True):
+        assert torch.equal(a, b)
+
+    def public(backend):
+        """Value and gradients of the public function, in an order of `run`."""
+        leaves = [t.detach().requires_grad_() for t in strided[:2]]  # keeps the strides
+        joint = sparse_aggregate(*leaves, image_mask=strided[2], sparsity=0.3, backend=backend)
+        return joint.detach(), *torch.autograd.grad(joint, leaves, strided[4])
+
+    for a, b in zip(public("triton"), public("torch"), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 70, 40, 130), (2, 520, 33, 130)])  # several blocks of tokens, patches and D
+def test_every_program_has_its_own_rows(shape):
+    """The samples of a batch, one after the other in the grid, are what each of them is alone."""
+    image, text, mask = inputs(*shape, torch.float16, masked=True)
+    threshold, djoint = torch.linspace(0.1, 0.5, shape[0]), torch.randn(*text.shape)
+    together = run(image, text, mask, threshold, djoint)
+    for b in range(shape[0]):
+        alone = run(*(t[b : b + 1] for t in (image, text, mask, threshold, djoint)))
+        assert all(torch.equal(a[b : b + 1], c) for a, c in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("N", [17, 600])
+def test_a_nan_shows_in_rows_that_are_constant_without_it(N):
+    image, text = torch.randn(1, 1, 16).repeat(2, N, 1), torch.randn(2, 3, 16)
+    image[1, N - 2, 5] = float("nan")
+    threshold = torch.full((2,), 0.3)
+    joint, row_min, row_sum = aggregation.forward(image, text, None, threshold)
+    assert torch.equal(joint.isnan().all(-1), torch.tensor([[False], [True]]).expand(2, 3))
+    assert not joint[0].isnan().any()
+    dimage, dtext = aggregation.backward(torch.randn_like(joint), image, text, None, threshold, row_min, row_sum)
+    assert dtext[1].isnan().all()
+    assert dimage[1].isnan().all()
+    assert not dtext[0].isnan().any()
+    assert not dimage[0].isnan().any()
+
+
+@pytest.mark.parametrize("N", [17, 600])
+def test_infinite_scores_are_what_the_torch_path_makes_of_them(N):
+    image, text, _ = inputs(1, N, 3, 16, torch.float32)
+    text[0, 1, 2] = float("inf")  # both infinities among the scores of this row
+    image[0, :, 2] = image[0, :, 2].abs() + 1
+    image[0, ::2, 2] *= -1
+    joint = sparse_aggregate(image, text, sparsity=0.3, backend="triton")
+    torch.testing.assert_close(joint, sparse_aggregate(image, text, sparsity=0.3), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(default):
+    image, text, mask = inputs(2, 20, 9, 16, torch.float32, masked=True)
+    djoint = torch.randn(*text.shape)
+
+    def public(sparsity):
+        leaves = [t.detach().requires_grad_() for t in (image, text)]
+        joint = sparse_aggregate(*leaves, image_mask=mask, sparsity=sparsity, backend="triton")
+        return joint.detach(), *torch.autograd.grad(joint, leaves, djoint)
+
+    expected = public(0.3), public(None)
+    try:
+        torch.set_default_dtype(default)
+        got = public(0.3), public(None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(sum(got, ()), sum(expected, ()), strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def permuted():
+    image, text = (torch.randn(n, 2, 16).permute(1, 0, 2) for n in (20, 9))
+    return image, text, torch.rand(21, 2).lt(0.6).t()[:, 1:]
+
+
+def test_opcheck_permuted_tokens():
+    image, text, mask = permuted()
+    args = (image.requires_grad_(), text.requires_grad_(), mask, torch.full((2,), 0.1), "triton")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(sparse_aggregate_op, args, test_utils=tests)
+    joint, low, total = (t.detach() for t in sparse_aggregate_op(*args))
+    torch.library.opcheck(
+        sparse_aggregate_backward_op,
+        (torch.ones_like(joint), image.detach(), text.detach(), *args[2:4], low, total, "triton"),
+        test_utils=tests,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals, by version
+def test_compiled_permuted_tokens():
+    image, text, mask = permuted()
+
+    def both(fn):
+        leaves = [t.detach().requires_grad_() for t in (image, text)]
+        joint = fn(*leaves)
+        return joint.detach(), *torch.autograd.grad(joint, leaves, torch.linspace(-1, 2, joint.numel()).view_as(joint))
+
+    def fn(image, text):
+        return sparse_aggregate(image, text, image_mask=mask, backend="triton")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for a, b in zip(both(compiled), both(fn), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,8 +1,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from compare import assert_close, value_and_grads
 from fmfa_losses.kernels import hard_similarity
+from fmfa_losses.kernels._launch import recording
+from fmfa_losses.kernels._tile import max_or_nan, row_max
 from reference import hard_similarity_reference, within_budget
+
+from fmfa_losses import functional
+from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
 
 # Bx, Be, P, Q, D: several samples a tile, one, and samples wider than a tile; a width that no vector divides.
 SHAPES = [
@@ -80,15 +88,19 @@ def test_gradients_far_below_float16_keep_their_digits():
     torch.testing.assert_close(de.float() * 2.0**12, ones[2], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("Q", [24, 300])
-def test_ties_go_to_the_lowest_token(Q):
-    x, e, _, _ = inputs(2, 2, 9, Q, 16, torch.float32)
+def test_ties_go_to_the_lowest_token(Q, masked):
+    # Integers up to 4: their products' sums are exact in any order, so that equal tokens tie on every processor.
+    x, e = (torch.randint(-4, 5, (2, tokens, 16)).float() for tokens in (9, Q))
     e[:, Q // 2 :] = e[:, : Q - Q // 2]  # every token twice, in different tiles when there are several
     e_mask = torch.ones(2, Q, dtype=torch.bool)
-    e_mask[1, 0] = False
-    _, _, winners = hard_similarity.forward(x, e, None, e_mask, "sum", 1.0, True)
-    cos = torch.einsum("ild,jkd->ijlk", x, e).masked_fill(~e_mask[None, :, None], -2)
-    assert torch.equal(winners.long(), (cos >= cos.amax(-1, keepdim=True) - 1e-6).to(torch.uint8).argmax(-1))
+    e_mask[1, 0] = not masked
+    _, _, winners = hard_similarity.forward(x, e, None, e_mask if masked else None, "sum", 1.0, True)
+    products = torch.einsum("ild,jkd->ijlk", x, e).masked_fill(~e_mask[None, :, None], -1000)
+    ties = products == products.amax(-1, keepdim=True)
+    assert (ties.sum(-1) > 1).float().mean() > 0.9
+    assert torch.equal(winners.long(), ties.to(torch.uint8).argmax(-1))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -119,6 +131,35 @@ def test_many_tokens_need_wider_winners():
     assert torch.equal(winners.long(), torch.einsum("ild,jkd->ijlk", x, e).argmax(-1))
 
 
+@triton.jit
+def _row_max_kernel(x_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr):
+    r, c = tl.arange(0, R), tl.arange(0, C)
+    x = tl.load(x_ptr + r[:, None] * C + c[None, :])
+    tl.store(out_ptr + r, row_max(x))
+    tl.store(out_ptr + R + r, tl.reduce(x, 1, max_or_nan))
+
+
+def test_a_row_with_a_nan_has_no_largest_number():
+    x = torch.randn(8, 4)
+    x[2, 1], x[5], x[6, 3], x[7] = float("nan"), float("nan"), float("inf"), -float("inf")
+    out = torch.empty(2, 8)
+    _row_max_kernel[(1,)](x, out, R=8, C=4)  # as it is interpreted, and as it is compiled
+    torch.testing.assert_close(out, x.amax(1).expand(2, 8), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("Q", [7, 40, 300])
+def test_one_nan_token_shows_wherever_it_stands(Q):
+    for token in (0, Q // 2, Q - 1):
+        x, e, _, _ = inputs(2, 4, 5, Q, 16, torch.float32)
+        e[2, token, 3] = float("nan")
+        sim, maxima, winners = hard_similarity.forward(x, e, None, None, "lse", 2.0, True)
+        assert torch.equal(sim.isnan(), torch.tensor([[False, False, True, False]] * 2))
+        assert ((winners >= 0) & (winners < Q)).all()
+        dx, de = hard_similarity.backward(torch.ones_like(sim), sim, maxima, winners, x, e, None, None, "lse", 2.0)
+        assert dx.isnan().any(-1).all()
+        assert torch.equal(de.isnan().flatten(1).any(1), torch.tensor([False, False, True, False]))
+
+
 @pytest.mark.parametrize("pool", ["lse", "sum", "mean"])
 def test_nan_shows_in_its_own_pairs_and_nowhere_else(pool):
     x, e, _, _ = inputs(3, 4, 5, 7, 16, torch.float32)
@@ -139,3 +180,151 @@ def test_two_runs_are_equal_bit_for_bit():
     for gather in (True, False):
         runs = [run(*case, "lse", 3.0, dsim, gather)[0] for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+STRIDED = {
+    "sliced": lambda t: torch.cat([t[:, :1], t], dim=1)[:, 1:],
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("strided", STRIDED)
+def test_strided_masks_and_tokens(strided):
+    """A kernel that took them for contiguous would read another sample's, and past the end of the expanded ones."""
+    make = STRIDED[strided]
+    x, e, x_mask, e_mask = inputs(4, 3, 9, 7, 16, torch.float32, masked=True)
+    x_mask[:, 0] = e_mask[:, 0] = True
+    assert not any(make(t).is_contiguous() for t in (x, e, x_mask, e_mask))
+
+    def run(backend, make_masks):
+        masks = {"x_mask": make_masks(x_mask), "e_mask": make_masks(e_mask)}
+        return value_and_grads(
+            lambda x, e: functional.hard_similarity(make(x), make(e), backend=backend, **masks), (x, e)
+        )
+
+    got = run("triton", make)
+    for a, b in zip(got, run("triton", lambda mask: make(mask).contiguous()), strict=True):
+        assert torch.equal(a, b)
+    assert_close(got, run("torch", make), 1e-5)
+
+
+@pytest.mark.parametrize("strided", [None, *STRIDED])
+def test_strided_masks_and_tokens_of_efa(strided):
+    make = STRIDED.get(strided, lambda t: t)
+    image, text = torch.randn(4, 9, 16), torch.randn(4, 7, 16)
+    text_mask = torch.rand(4, 7) < 0.7
+    text_mask[:, 0] = True
+    text_mask[:, 5:] = False  # padding, which EFA cuts on a CPU: a strided mask again
+    tokens = make if strided != "expanded" else lambda t: t  # equal pairs have no gradient
+    results = [
+        value_and_grads(
+            lambda i, t, backend=backend: functional.efa_loss(
+                tokens(i), tokens(t), text_mask=make(text_mask), backend=backend
+            ),
+            (image, text),
+        )
+        for backend in ("triton", "torch")
+    ]
+    assert_close(*results, 2e-5)
+
+
+def test_permuted_tokens_are_promised_and_compiled_as_they_come():
+    """CLIP's tokens come as [L, B, D]; gradients are contiguous in the fake kernels as in the real ones."""
+    x, e, x_mask, e_mask = inputs(3, 4, 9, 7, 16, torch.float32, masked=True)
+    permuted = STRIDED["transposed"]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for backend in ("triton", "torch"):
+        args = (permuted(x).requires_grad_(), permuted(e).requires_grad_(), permuted(x_mask), permuted(e_mask))
+        args += ("lse", 1.0, True, backend)
+        torch.library.opcheck(hard_similarity_op, args, test_utils=tests)
+        saved = [t.detach() for t in hard_similarity_op(*args)]
+        tokens = [t.detach() for t in args[:2]]
+        backward = (torch.ones_like(saved[0]), *saved, *tokens, *args[2:6], backend)
+        torch.library.opcheck(hard_similarity_backward_op, backward, test_utils=tests)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_permuted_tokens_compile(backend):
+    image, text = torch.randn(9, 3, 16), torch.randn(7, 3, 16)
+    text_mask = torch.rand(3, 7) < 0.7
+
+    def loss(image, text):
+        image, text = image.transpose(0, 1), text.transpose(0, 1)
+        similarity = functional.hard_similarity(image, text, e_mask=text_mask, backend=backend)
+        return similarity.sum() + functional.efa_loss(image, text, text_mask=text_mask, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert_close(value_and_grads(compiled, (image, text)), value_and_grads(loss, (image, text)), 1e-6)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_default_dtype_does_not_show(monkeypatch, dtype, default):
+    x, e, x_mask, e_mask = inputs(3, 4, 9, 7, 16, dtype, masked=True)
+    dtypes, launch = [], hard_similarity.launch  # of what the kernels get: the interpreter takes any
+
+    def recorded(kernel, grid, *args, **options):
+        dtypes.append([arg.dtype for arg in args if isinstance(arg, torch.Tensor)])
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(hard_similarity, "launch", recorded)
+
+    def run():
+        return (
+            *value_and_grads(lambda x, e: functional.hard_similarity(x, e, x_mask=x_mask, backend="triton"), (x, e)),
+            *value_and_grads(
+                lambda x, e: functional.efa_loss(x, e[:3], text_mask=e_mask[:3], backend="triton"), (x, e)
+            ),
+        )
+
+    before = torch.get_default_dtype()
+    expected = run()
+    try:
+        torch.set_default_dtype(default)
+        got = run()
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    assert dtypes[: len(dtypes) // 2] == dtypes[len(dtypes) // 2 :]
+
+
+def test_a_similarity_nobody_differentiates_costs_no_backward(monkeypatch):
+    x, e, _, _ = inputs(2, 3, 5, 7, 16, torch.float32)
+    x.requires_grad_()
+    _, maxima, _ = hard_similarity_op(x, e, None, None, "lse", 1.0, True, "triton")
+    monkeypatch.setattr(hard_similarity, "backward", lambda *args, **kwargs: pytest.fail("nobody asked"))
+    assert torch.autograd.grad(maxima.sum(), x, allow_unused=True) == (None,)
+
+
+def launched(B, P, Q, masked):
+    """What is constant when compiling, of every launch of one step."""
+    x, e = (torch.empty(B, tokens, 16, dtype=torch.bfloat16, device="meta") for tokens in (P, Q))
+    masks = [torch.empty(B, tokens, dtype=torch.bool, device="meta") if masked else None for tokens in (P, Q)]
+    with recording("sm_90") as launches:
+        sim, *saved = hard_similarity.forward(x, e, *masks, "lse", 1.0, True)
+        hard_similarity.backward(sim, sim, *saved, x, e, *masks, "lse", 1.0)
+    return {
+        (one.kernel.__name__, *one.options.items(), *(getattr(arg, "dtype", arg is None) for arg in one.args))
+        for one in launches
+    }
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_neither_batch_nor_length_make_another_kernel(masked):
+    usual = launched(64, 77, 77, masked)
+    for B in (1, 37, 128):
+        for tokens in (33, 50, 64, 80) + ((12, 16, 32) if masked else ()):
+            assert launched(B, tokens, tokens, masked) <= usual
+    assert not launched(64, 77, 81, masked) <= usual
+
+
+@pytest.mark.parametrize("Q", [15, 16, 17, 32, 33, 79, 80, 81, 128, 129, 257])
+def test_every_class_of_width(Q):
+    x, e, _, e_mask = inputs(1, 7, 3, Q, 16, torch.float32, masked=True)
+    for mask in (None, e_mask):
+        check((x, e, None, mask), "lse", 2.0, True)

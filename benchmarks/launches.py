@@ -1,0 +1,221 @@
+"""What a training step launches, compiles, moves and allocates on a GPU, counted without one.
+
+    python -m benchmarks launches [--out docs/launches.md | --json | --check]
+
+A-SDM and EFA, forward and backward, on the stand-in of `benchmarks/stand_in`: launches of Triton kernels and of what
+torch does around them, kernels that a step compiles anew, bytes that torch's operators read and write, and the memory
+that they allocate. The command fails when a figure exceeds its limit; every limit is in `LIMITS`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmfa_losses.functional import asdm_loss, efa_loss
+
+from . import stand_in
+
+L, N, D = 77, 192, 64  # tokens, patches, width: everything but the bytes is the same at 512
+BATCHES = (64, 128, 37, 1)  # the first step, a larger batch, a ragged last one, one pair
+LENGTHS = (64, 50, 33, 16, 12)  # captions that a loader pads to the longest
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NO_MASK, TEXT, BOTH = "no mask", "text mask", "text and image mask"
+MASKS = {"asdm": (NO_MASK,), "efa": (NO_MASK, TEXT, BOTH)}
+
+
+class Limit(NamedTuple):
+    """The most that a step may need, at any batch and length above."""
+
+    launches: int  # on the device: Triton's, and torch's
+    kernels: int  # compiled by the first step of a data type and choice of masks; every other step compiles none
+    moved: float  # MB that torch reads and writes
+    buffers: int
+    allocated: float  # MB, all buffers
+    peak: float  # MB alive at once, above inputs and gradients
+
+
+# Launches: what a step is to cost. The rest: what was counted, and 5 % (`--suggest` prints these lines anew).
+LIMITS = {
+    ("asdm", NO_MASK, "bf16"): Limit(6, 3, 0.02, 15, 0.06, 0.03),
+    ("asdm", NO_MASK, "fp32"): Limit(6, 3, 0.02, 15, 0.09, 0.03),
+    ("efa", NO_MASK, "bf16"): Limit(120, 12, 300.67, 159, 143.36, 54.14),
+    ("efa", NO_MASK, "fp32"): Limit(120, 12, 255.68, 146, 142.69, 62.73),
+    ("efa", TEXT, "bf16"): Limit(150, 14, 384.65, 230, 154.96, 55.52),
+    ("efa", TEXT, "fp32"): Limit(150, 14, 371.42, 217, 156.95, 65.43),
+    ("efa", BOTH, "bf16"): Limit(170, 14, 429.28, 253, 169.03, 58.95),
+    ("efa", BOTH, "fp32"): Limit(170, 14, 432.56, 240, 177.62, 72.16),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step, forward and backward."""
+
+    loss: str
+    masks: str
+    dtype: str
+    B: int
+    L: int
+    first: bool  # of its data type and masks
+    triton: int
+    torch: int
+    kernels: int  # compiled at this step
+    moved: float
+    buffers: int
+    allocated: float
+    peak: float
+    waits: int  # of the host for the device
+
+    @property
+    def launches(self) -> int:
+        return self.triton + self.torch
+
+    @property
+    def exceeded(self) -> list[str]:
+        """What exceeds its limit."""
+        limit = LIMITS[self.loss, self.masks, self.dtype]
+        limits = limit._asdict() | {"kernels": limit.kernels if self.first else 0, "waits": 0}
+        return [f"{what} {getattr(self, what)} > {most}" for what, most in limits.items() if getattr(self, what) > most]
+
+
+def steps(loss: str, masks: str, dtype: str) -> Iterator[Row]:
+    """The steps of a training run, on one device that has compiled nothing before."""
+    sizes = [(B, L) for B in BATCHES] + ([(BATCHES[0], length) for length in LENGTHS] if masks != NO_MASK else [])
+    with stand_in.gpu() as device:
+        for number, (batch, length) in enumerate(sizes):
+            leaves, arguments = inputs(loss, masks, DTYPES[dtype], batch, length)
+            with device.step() as step:
+                value = asdm_loss(*leaves, **arguments) if loss == "asdm" else efa_loss(*leaves, **arguments)
+                gradients = torch.autograd.grad(value, leaves)
+            yield Row(
+                loss, masks, dtype, batch, length,
+                first=number == 0,
+                triton=len(step.launches),
+                torch=step.device_launches - len(step.launches),
+                kernels=len(step.compiled),
+                moved=megabytes(step.moved),
+                buffers=len(step.buffers),
+                allocated=megabytes(sum(step.buffers)),
+                peak=megabytes(step.peak - sum(g.numel() * g.element_size() for g in gradients)),
+                waits=step.waits,
+            )  # fmt: skip
+
+
+def inputs(loss: str, masks: str, dtype: torch.dtype, B: int, L: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """What the loss differentiates, and its other arguments."""
+    shapes = [(B, D), (B, D)] if loss == "asdm" else [(B, N, D), (B, L, D)]
+    leaves = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    arguments: dict[str, Any] = {"backend": "triton"}
+    if loss == "asdm":
+        arguments["pids"] = torch.arange(B) // 2
+    if masks in (TEXT, BOTH):
+        arguments["text_mask"] = kept(B, L)
+    if masks == BOTH:
+        arguments["image_mask"] = kept(B, N)
+    return leaves, arguments
+
+
+def kept(B: int, T: int) -> Tensor:
+    """[B, T]: between one token and all of them, True = keep."""
+    return torch.arange(T) <= (torch.arange(B) * 7 % T)[:, None]
+
+
+def megabytes(count: int) -> float:
+    return round(count / 1e6, 2)
+
+
+def rows() -> list[Row]:
+    torch.manual_seed(0)
+    runs = [(loss, masks, dtype) for loss, choices in MASKS.items() for masks in choices for dtype in DTYPES]
+    return [row for run in runs for row in steps(*run)]
+
+
+HEAD = f"""# Launches
+
+Written by `python -m benchmarks launches --out docs/launches.md`; do not edit it by hand.
+
+Every row is one training step, forward and backward, of {N} patches and width {D}, counted without a GPU on a stand-in
+that sends each launch through Triton's own JIT (`benchmarks/stand_in`). The host pays for every launch, Triton's and
+torch's alike, and for every kernel that is compiled; so a small batch is as fast as its row is low. "Moved" is what
+torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
+"""
+COLUMNS = (
+    "loss", "masks", "dtype", "B", "L", "launches", "Triton", "torch", "compiled", "moved, MB", "buffers",
+    "allocated, MB", "peak, MB",
+)  # fmt: skip
+
+
+def table(measured: list[Row]) -> str:
+    """Markdown, figures beside their limits; what exceeds its limit is bold."""
+    lines = [COLUMNS, ["---"] * 5 + ["---:"] * (len(COLUMNS) - 5)]
+    for row in measured:
+        limit = LIMITS[row.loss, row.masks, row.dtype]
+
+        def beside(figure: float, most: float) -> str:
+            return f"**{figure:g}** / {most:g}" if figure > most else f"{figure:g} / {most:g}"
+
+        lines.append((
+            row.loss.replace("asdm", "A-SDM").replace("efa", "EFA"), row.masks, row.dtype, str(row.B),
+            "-" if row.loss == "asdm" else str(row.L), beside(row.launches, limit.launches), str(row.triton),
+            str(row.torch), beside(row.kernels, limit.kernels if row.first else 0), beside(row.moved, limit.moved),
+            beside(row.buffers, limit.buffers), beside(row.allocated, limit.allocated), beside(row.peak, limit.peak),
+        ))  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def suggestion(measured: list[Row]) -> str:
+    """Lines for `LIMITS`: launches as they are, the rest as measured, and 5 %."""
+    lines = []
+    for key, limit in LIMITS.items():
+        of_key = [row for row in measured if (row.loss, row.masks, row.dtype) == key]
+        most = {what: max(getattr(row, what) for row in of_key) for what in ("buffers", "moved", "allocated", "peak")}
+        kernels = max(row.kernels for row in of_key if row.first)
+        name = {NO_MASK: "NO_MASK", TEXT: "TEXT", BOTH: "BOTH"}[key[1]]
+        lines.append(
+            f'    ("{key[0]}", {name}, "{key[2]}"): Limit({limit.launches}, {kernels}, {roomy(most["moved"])}, '
+            f"{round(1.05 * most['buffers'])}, {roomy(most['allocated'])}, {roomy(most['peak'])}),"
+        )
+    return "\n".join(lines)
+
+
+def roomy(figure: float) -> float:
+    return round(1.05 * figure + 0.005, 2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
+    form.add_argument("--json", action="store_true", help="every row as JSON, one a line")
+    form.add_argument("--check", action="store_true", help="only what exceeds its limit")
+    form.add_argument("--suggest", action="store_true", help="lines for LIMITS, from what is counted now")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
+    measured = rows()
+    if options.out:
+        options.out.write_text(f"{HEAD}\n{table(measured)}\n")
+        print(f"written to {options.out}")
+    elif options.json:
+        for row in measured:
+            print(json.dumps(asdict(row) | {"launches": row.launches, "exceeded": row.exceeded}))
+    elif options.suggest:
+        print(suggestion(measured))
+    elif not options.check:
+        print(table(measured))
+    bad = [row for row in measured if row.exceeded]
+    for row in bad:
+        print(f"{row.loss}, {row.masks}, {row.dtype}, B {row.B}, L {row.L}: {'; '.join(row.exceeded)}", file=sys.stderr)
+    print(f"{len(measured)} steps, {len(bad)} exceed a limit", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

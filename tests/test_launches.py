@@ -1,0 +1,73 @@
+"""What a step launches, compiles, moves and allocates stays within its limits; and the table says where it does not."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
+
+from benchmarks import launches
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The command, once, in a process that has not interpreted a kernel."""
+    command = [sys.executable, "-m", "benchmarks", "launches", "--json"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+    assert run.stdout, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_step_is_counted(rows):
+    steps = {(row["loss"], row["masks"], row["dtype"], row["B"], row["L"]) for row in rows}
+    assert len(steps) == len(rows)
+    for loss, choices in launches.MASKS.items():
+        for masks in choices:
+            for dtype in launches.DTYPES:
+                assert {(loss, masks, dtype, B, launches.L) for B in (64, 128, 37, 1)} <= steps
+    assert {row["L"] for row in rows if row["masks"] == launches.TEXT} == {77, 64, 50, 33, 16, 12}
+    assert all(row["triton"] >= 3 and row["launches"] == row["triton"] + row["torch"] for row in rows)
+    assert all(row["kernels"] >= 3 for row in rows if row["first"])
+
+
+def test_no_figure_exceeds_its_limit(run, rows):
+    exceeded = {f"{row['loss']}, {row['masks']}, {row['dtype']}, B {row['B']}, L {row['L']}": row["exceeded"]
+                for row in rows if row["exceeded"]}  # fmt: skip
+    assert exceeded == {}
+    assert run.returncode == 0
+
+
+def test_a_figure_over_its_limit_is_named_and_bold():
+    limit = launches.LIMITS["efa", launches.TEXT, "bf16"]
+    fits = launches.Row(
+        "efa", launches.TEXT, "bf16", 64, 77, first=True, triton=10, torch=limit.launches - 10, kernels=limit.kernels,
+        moved=limit.moved, buffers=limit.buffers, allocated=limit.allocated, peak=limit.peak, waits=0,
+    )  # fmt: skip
+    assert fits.exceeded == []
+    assert "**" not in launches.table([fits])
+    assert replace(fits, first=False).exceeded == [f"kernels {limit.kernels} > 0"]
+    for change in ({"torch": limit.launches}, {"moved": 1e6}, {"buffers": 10**4}, {"allocated": 1e6}, {"peak": 1e6}):
+        row = replace(fits, **change)
+        assert len(row.exceeded) == 1
+        assert launches.table([row]).count("**") == 2
+    assert replace(fits, waits=1).exceeded == ["waits 1 > 0"]
+
+
+def test_limits_that_the_losses_promise():
+    """120 launches a step of EFA, 150 with a text mask, 6 of A-SDM."""
+    most = {}
+    for (loss, masks, _), limit in launches.LIMITS.items():
+        most[loss, masks] = max(limit.launches, most.get((loss, masks), 0))
+    assert most["asdm", launches.NO_MASK] <= 6
+    assert most["efa", launches.NO_MASK] <= 120
+    assert most["efa", launches.TEXT] <= 150

@@ -1,0 +1,98 @@
+"""Kernels prebuilt for a machine with a GPU are found there, whatever folder and checkout they came from."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
+import triton
+
+from benchmarks import ROOT, prebuild, stand_in
+
+
+def run(checkout, out):
+    command = [sys.executable, "-m", "benchmarks", "prebuild", "--out", str(out), "--only", "asdm 64 bf16"]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("prebuilt") / "out"
+    assert "3 kernels compiled, 0 found" in run(ROOT, out)
+    return out
+
+
+@pytest.fixture
+def without_variables(monkeypatch):
+    for name in prebuild.environment():
+        monkeypatch.delenv(name)
+
+
+def test_another_checkout_and_a_moved_folder_compile_nothing(folder, tmp_path):
+    for name in ("benchmarks", "fmfa_losses", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert "\n0 kernels compiled, 3 found" in run(tmp_path, moved)
+
+
+def test_installed_kernels_are_hits(folder, tmp_path, monkeypatch, without_variables):
+    moved = shutil.copytree(folder, tmp_path / "carried")
+    prebuild.install(moved, tmp_path / "cache")
+    shutil.rmtree(moved)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    hits = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **_: hits.append(cache_hit))
+    with stand_in.gpu(compile=True):
+        prebuild.asdm(torch.bfloat16, 64)
+    assert hits == [True] * 3
+
+
+def test_usable_says_why_not(folder, tmp_path, monkeypatch, without_variables):
+    assert prebuild.usable(folder) is None
+    about = json.loads((folder / prebuild.ABOUT).read_text())
+    assert about["kernels"] == 3
+    assert 10_000 < about["bytes"] < 2_000_000
+    assert "holds no prebuilt kernels" in prebuild.usable(tmp_path)
+    for what in ("triton", "triton_key", "ptxas", "sources"):
+        (tmp_path / prebuild.ABOUT).write_text(json.dumps(about | {what: "other"}))
+        assert prebuild.usable(tmp_path).startswith(f"prebuilt for another {what}: 'other'")
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+    assert prebuild.usable(folder).startswith("prebuilt for another environment")
+
+
+def test_key_of_a_wheel(tmp_path, monkeypatch):
+    """libtriton's hash is the wheel's; any other file must be the same."""
+    package = tmp_path / "triton"
+    (package / "_C").mkdir(parents=True)
+    (package / "__init__.py").write_text("one")
+    (package / "_C" / "libtriton.so").write_bytes(b"ours")
+    ours, theirs = (hashlib.sha256(data).hexdigest() for data in (b"ours", b"theirs"))
+    monkeypatch.setattr(triton, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(prebuild, "own_key", lambda: f"3.0-a-{ours}-b")
+
+    def wheel(source):
+        with zipfile.ZipFile(tmp_path / "triton.whl", "w") as archive:
+            archive.writestr("triton/__init__.py", source)
+            archive.writestr("triton/_C/libtriton.so", b"theirs")
+            archive.writestr("triton-3.0.dist-info/RECORD", "whatever")
+        return Path(tmp_path / "triton.whl")
+
+    assert prebuild.wheel_key(wheel("one")) == f"3.0-a-{theirs}-b"
+    with pytest.raises(ValueError, match=r"triton/__init__\.py differs"):
+        prebuild.wheel_key(wheel("two"))
+
+
+def test_the_prepared_run_is_covered():
+    names = [(case.name, case.kind) for case in prebuild.cases()]
+    assert len(names) == len(set(names))
+    for kind in prebuild.KINDS:
+        of_kind = {name for name, k in names if k == kind}
+        assert {"efa 64", "efa 128", "efa 64 masked", "efa 128 masked", "efa ViT-L/14"} <= of_kind
+        assert {"maxsim 32 1024 128", "maxsim 77 192 512", "asdm 64", "asdm 4096"} <= of_kind
