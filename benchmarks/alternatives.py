@@ -1,6 +1,6 @@
 """Entries of the block tables beside the candidate that lost without a GPU: stage c measures both.
 
-A row's first value is the table as it stands; `other` takes its place for as long as `swapped` lasts.
+A row's first value is the table as it stands; `other` replaces it while `swapped` lasts.
 """
 
 import importlib

@@ -1,3 +1,3 @@
-"""The device under measurement. A dry run (`stand_in_cuda.install`) puts the CPU in its place."""
+"""The device under measurement. A dry run (`stand_in_cuda.install`) makes it the CPU."""
 
 NAME = "cuda"

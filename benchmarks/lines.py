@@ -8,6 +8,8 @@ from .roofline import share_of_roof
 
 __all__ = ["least_ms", "record_line"]
 
+NOISE = 0.03  # two times that differ by less are not told apart
+
 
 def record_line(
     record: dict[str, Any],
@@ -65,6 +67,7 @@ def _span(bounds: Any) -> str:
 def _alternative(record: dict[str, Any], references: Any, ceilings: Any) -> str:
     ratio = record["other_ms"] / record["entry_ms"]
     better = "the entry is faster" if ratio > 1 else "THE OTHER IS FASTER"
+    better = "no difference" if abs(ratio - 1) < NOISE else better
     entry, other = (f"{record[name]} {record[f'{name}_ms']:.4g} ms" for name in ("entry", "other"))
     return f"entry {entry}, other {other}: {ratio:.2f}x its time (predicted {record['predicted']:.2f}x), {better}"
 

@@ -33,8 +33,8 @@ class Worker:
             start_new_session=True,
         )  # fmt: skip
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
+        self.listener = threading.Thread(target=self._read, daemon=True)
+        self.listener.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -65,7 +65,7 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.reader.join(timeout=5)
+        self.listener.join(timeout=5)
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # type: ignore[union-attr]
 

@@ -468,7 +468,7 @@ def fake_result():
 
 def test_gpu_report(tmp_path):
     result = fake_result()
-    # A job of the plan stands behind every target.
+    # Every target has its jobs in the plan.
     assert {entry["met"] for entry in result["targets"]} <= {True, False}
     results.write(tmp_path / "gpu_fake.json", result)
     out = tmp_path / "docs" / "benchmarks.md"

@@ -1,6 +1,7 @@
 """The supervisor of the GPU run, with workers that hang, die and lie. They are real processes that import nothing."""
 
 import json
+import subprocess
 import sys
 import textwrap
 import time
@@ -9,6 +10,7 @@ import psutil
 
 from benchmarks.book import Book, read_records
 from benchmarks.cases import Case
+from benchmarks.gpu import ROOT
 from benchmarks.plan import Job
 from benchmarks.supervisor import OUT_OF_TIME, Worker, run_jobs
 
@@ -183,3 +185,23 @@ def test_every_record_is_on_disk_when_the_next_comes(tmp_path, capsys, request):
     book.note({"stage": "c", "kind": "alternative", "status": "ok"})
     assert "a record that cannot be shown: KeyError" in capsys.readouterr().out
     assert len(read_records(tmp_path / "out" / "records.jsonl")) == 3
+
+
+def test_a_worker_in_the_middle_of_a_job_ends_with_its_supervisor(tmp_path):
+    """SIGKILL to the supervisor while the worker hangs: neither the worker nor what it started stays."""
+    worker = textwrap.dedent("""
+        import os, subprocess, threading, time
+        from benchmarks.gpu_worker import _end_with
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        print(os.getpid(), subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL).pid, flush=True)
+        time.sleep(600)
+    """)
+    supervisor = textwrap.dedent(f"""
+        import subprocess, sys, time
+        subprocess.Popen([sys.executable, "-c", {worker!r}], start_new_session=True)
+        time.sleep(600)
+    """)
+    with subprocess.Popen([sys.executable, "-c", supervisor], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        pids = process.stdout.readline().split()
+        process.kill()
+    assert [ended(int(pid)) for pid in pids] == [True, True]
