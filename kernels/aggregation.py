@@ -385,9 +385,9 @@ def _dtext_kernel(
     dtext = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
     for start in range(0, N, BLOCK_N):
         n, patches, exist = _patches(b, start, N, BLOCK_N)
-        keep = _kept(mask_ptr, patches, exist, HAS_MASK)
         s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        keep = _kept(mask_ptr, patches, exist, HAS_MASK)  # before the products it spills registers
         _a, ds = _weights_and_gradient(
             s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold
         )
