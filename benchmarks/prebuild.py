@@ -1,6 +1,6 @@
 """Compiles every kernel of the prepared run on a GPU here, without one, and keeps them for the machine that has it.
 
-    python -m benchmarks prebuild --out DIR [--wheel triton-3.6.0-cp312-...whl] [--only asdm] [--workers 2]
+    python -m benchmarks prebuild --out DIR [--wheel triton-3.6.0-cp312-...whl] [--only 'asdm, B 64'] [--workers 2]
 
 Compiles through the stand-in of `benchmarks/stand_in` and writes two files: `DIR/kernels.tar.xz`, folders of Triton's
 cache, and `DIR/prebuilt.json`, what they are for. The machine with the GPU asks `usable(DIR)`; `install(DIR, cache)`
@@ -15,7 +15,8 @@ Triton's key of a kernel holds, besides the kernel with its specialisation and o
     environment     TRITON_... and other variables that change the code; `usable` compares them
     source          text of the kernel and of what it calls, its first line's number and its module's name; no path
 
-The kernels are those of `CASES`: the same launchers, at sizes that specialise as the real ones do.
+The kernels are those of the jobs of `benchmarks/plan.py`, both entries of an alternative among them; not those of
+tests/gpu. Batches are smaller than the real ones: no kernel is specialised on one (docs/launches.md).
 """
 
 import argparse
@@ -29,74 +30,61 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 
-from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity
-
-from . import ROOT, stand_in
+from . import ROOT, exact, stand_in
+from .alternatives import ALTERNATIVES, swapped
+from .cases import Case, inputs, leaves
+from .measure import DTYPES
+from .plan import Job, gpu_jobs
+from .providers import TRITON, provider
 
 CHIP = "sm_90"
 ABOUT, KERNELS = "prebuilt.json", "kernels.tar.xz"
-KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
-class Case(NamedTuple):
-    """One operation of the prepared run, forward and backward."""
-
-    name: str
-    kind: str  # of KINDS
-    run: Callable[[torch.dtype], Any]
-
-
-def cases() -> Iterator[Case]:
-    """Everything that the prepared run launches. Batches are the real ones, or smaller ones that specialise alike."""
-    for kind in KINDS:
-        for B in (64, 128):
-            for masked in (False, True):
-                yield Case(f"efa {B}" + " masked" * masked, kind, lambda dtype, B=B, m=masked: efa(dtype, B, masked=m))
-        yield Case("efa ViT-L/14", kind, lambda dtype: efa(dtype, 16, N=432, D=768))
-        for P, Q, D in ((32, 1024, 128), (32, 192, 128), (77, 192, 512)):
-            yield Case(f"maxsim {P} {Q} {D}", kind, lambda dtype, sizes=(P, Q, D): maxsim(dtype, *sizes))
-        # Tiles, then blocks of rows: 4096 stands for 16384 and 65536.
-        for B in (64, 256, 1024, 2048, 4096):
-            yield Case(f"asdm {B}", kind, lambda dtype, B=B: asdm(dtype, B))
+def jobs(precision: str | None = None, only: str = "") -> list[Job]:
+    """Jobs of the prepared run (`benchmarks/plan.py`) that launch our kernels, equal ones once."""
+    found = {
+        (small(job.case), job.precision, job.kind == "exact", job.alternative): job
+        for job in gpu_jobs()
+        if job.case is not None and job.provider == TRITON and only in f"{job.case.name} {job.precision}"
+    }
+    return [job for job in found.values() if precision in (None, job.precision)]
 
 
-def selected(only: str) -> Iterator[Case]:
-    return (case for case in cases() if only in f"{case.name} {case.kind}")
+def small(case: Case) -> Case:
+    """The case at a batch that chooses the same blocks; kernels are not specialised on the batch."""
+    return replace(case, B=min(case.B, 4096 if case.op == "asdm" else 16))
 
 
-def efa(dtype: torch.dtype, B: int, N: int = 192, D: int = 512, masked: bool = False) -> None:
-    image, text = leaf(dtype, B, N, D), leaf(dtype, B, 77, D)
-    mask = torch.arange(77) < 25 + torch.arange(B)[:, None] % 52 if masked else None
-    torch.autograd.grad(efa_loss(image, text, text_mask=mask, backend="triton"), (image, text))
+def run(job: Job) -> None:
+    """Forward and backward as the job makes them; an alternative with both entries."""
+    case, dtype = small(job.case), DTYPES[job.precision]
+    if job.kind == "exact":
+        problem = exact.build(case, dtype, "cpu")
+        targets = [leaf.requires_grad_() for leaf in problem.leaves]
+        step = lambda: problem.ours(*targets)  # noqa: E731
+    else:
+        arguments = inputs(case, dtype=dtype)
+        targets = leaves(arguments)
+        step = lambda: provider(TRITON, case.op)(**arguments)  # noqa: E731
+    rows = [] if job.alternative is None else [ALTERNATIVES[job.alternative]]
+    for change in (nullcontext(), *(swapped(row, row.other) for row in rows)):
+        with change:
+            value = step()
+            torch.autograd.grad(value, targets, torch.ones_like(value))
 
 
-def maxsim(dtype: torch.dtype, P: int, Q: int, D: int, B: int = 64) -> None:
-    text, image = leaf(dtype, B, P, D), leaf(dtype, B, Q, D)
-    sim = hard_similarity(text, image, pool="sum", backend="triton")
-    torch.autograd.grad(sim, (text, image), torch.ones_like(sim))
-    with torch.no_grad():
-        hard_similarity(text, image, pool="sum", backend="triton")
-
-
-def asdm(dtype: torch.dtype, B: int, D: int = 512) -> None:
-    image, text = leaf(dtype, B, D), leaf(dtype, B, D)
-    torch.autograd.grad(asdm_loss(image, text, torch.arange(B) // 2, backend="triton"), (image, text))
-
-
-def leaf(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype).requires_grad_()
-
-
-def fill(kind: str, only: str, cache: Path, key: str) -> tuple[list[str], list[str]]:
-    """Compiles the kernels of one kind into a cache; the hashes of what was compiled, and of what was there.
+def fill(precision: str, only: str, cache: Path, key: str) -> tuple[list[str], list[str]]:
+    """Compiles the kernels of one precision into a cache; the hashes of what was compiled, and of what was there.
 
     Runs in a process of its own, whose environment it changes.
     """
@@ -113,12 +101,11 @@ def fill(kind: str, only: str, cache: Path, key: str) -> tuple[list[str], list[s
         os.environ.pop(name)
     os.environ |= {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     knobs.compilation.listener = note
     with mock.patch.object(triton.runtime.cache, "triton_key", lambda: key), stand_in.gpu(compile=True, chip=CHIP):
-        for case in selected(only):
-            if case.kind == kind:
-                case.run(KINDS[kind])
+        for job in jobs(precision, only):
+            run(job)
     return compiled, found
 
 
@@ -249,9 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks prebuild", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--wheel", type=Path, help="of the triton there, for another Python than this one")
-    parser.add_argument("--only", default="", metavar="WORDS", help="cases that hold them: 'asdm 64 bf16'")
+    parser.add_argument("--only", default="", metavar="WORDS", help="jobs whose case and precision hold them")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(argv)
+    if not jobs(only=options.only):
+        parser.error(f"no job holds {options.only!r}")
     start = time.perf_counter()
     key = wheel_key(options.wheel) if options.wheel else own_key()
     compiled: set[str] = set()
@@ -261,10 +250,10 @@ def main(argv: list[str] | None = None) -> int:
         if (options.out / KERNELS).exists():
             install(options.out, Path(cache))
         with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-            kinds = dict.fromkeys(case.kind for case in selected(options.only))
-            jobs = {kind: pool.submit(fill, kind, options.only, Path(cache), key) for kind in kinds}
-            for kind, job in jobs.items():
-                new, old = map(set, job.result())
+            kinds = dict.fromkeys(job.precision for job in jobs(only=options.only))
+            filled = {kind: pool.submit(fill, kind, options.only, Path(cache), key) for kind in kinds}
+            for kind, result in filled.items():
+                new, old = map(set, result.result())
                 print(f"{kind}: {len(new)} kernels compiled, {len(old - new)} found", flush=True)
                 compiled, found = compiled | new, found | old
         kernels = pack(Path(cache), None if options.only else compiled | found, options.out)

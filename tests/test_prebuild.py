@@ -9,16 +9,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
 import triton
 
 from benchmarks import ROOT, prebuild, stand_in
+from benchmarks.plan import gpu_jobs
+from benchmarks.providers import TRITON
 
 
 def run(checkout, out):
-    command = [sys.executable, "-m", "benchmarks", "prebuild", "--out", str(out), "--only", "asdm 64 bf16"]
+    command = [sys.executable, "-m", "benchmarks", "prebuild", "--out", str(out), "--only", "asdm, B 128 D 512 bf16"]
     return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
 
 
@@ -51,7 +52,7 @@ def test_installed_kernels_are_hits(folder, tmp_path, monkeypatch, without_varia
     hits = []
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **_: hits.append(cache_hit))
     with stand_in.gpu(compile=True):
-        prebuild.asdm(torch.bfloat16, 64)
+        prebuild.run(prebuild.jobs(only="asdm, B 128 D 512 bf16")[0])
     assert hits == [True] * 3
 
 
@@ -96,10 +97,15 @@ def test_key_of_a_wheel(tmp_path, monkeypatch):
         prebuild.wheel_key(wheel("two"))
 
 
-def test_the_prepared_run_is_covered():
-    names = [(case.name, case.kind) for case in prebuild.cases()]
-    assert len(names) == len(set(names))
-    for kind in prebuild.KINDS:
-        of_kind = {name for name, k in names if k == kind}
-        assert {"efa 64", "efa 128", "efa 64 masked", "efa 128 masked", "efa ViT-L/14"} <= of_kind
-        assert {"maxsim 32 1024 128", "maxsim 77 192 512", "asdm 64", "asdm 4096"} <= of_kind
+def test_every_job_of_the_prepared_run_is_built():
+    """All of our kernels' jobs, at batches that no machine minds, without compiling: each launches something."""
+    wanted = {(job.kind, job.precision, job.alternative) for job in gpu_jobs() if job.case and job.provider == TRITON}
+    jobs = prebuild.jobs()
+    kinds = {"figure", "kernels"}  # the same step
+    assert {(job.precision, job.alternative) for job in jobs} == {(p, a) for _, p, a in wanted}
+    assert {job.kind for job in jobs} >= {kind for kind, _, _ in wanted} - kinds
+    assert {job.case.op for job in jobs} == {"efa", "asdm", "maxsim", "hard_similarity", "sparse_aggregate"}
+    for job in jobs:
+        with stand_in.gpu() as device:
+            prebuild.run(job)
+        assert len(device.launches) >= 2, job
