@@ -41,7 +41,7 @@ LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -i
 # Blocks by memory of the chip and precision.
 # (BLOCK_M rows of x, BLOCK_N columns of e, BLOCK_D, num_warps, num_stages): 128 x 256 halves the reads of 128 x 128.
 MATCH = {
-    (LARGE, "half"): (128, 256, 64, 8, 3),
+    (LARGE, "half"): (128, 256, 64, 8, 4),
     (LARGE, "tf32"): (128, 256, 32, 8, 3),
     (LARGE, "ieee"): (64, 256, 16, 8, 2),
     (MEDIUM, "half"): (128, 256, 64, 8, 3),
@@ -58,7 +58,7 @@ MATCH = {
 MATCH_LISTED = MATCH | {(BLACKWELL, "half"): (64, 256, 64, 8, 3), (BLACKWELL, "tf32"): (64, 256, 32, 8, 3)}
 # (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages)
 DE = {
-    (LARGE, "half"): (128, 32, 256, 8, 3),
+    (LARGE, "half"): (128, 64, 256, 8, 3),
     (LARGE, "tf32"): (128, 32, 128, 8, 2),
     (LARGE, "ieee"): (64, 32, 128, 8, 2),
     (MEDIUM, "half"): (128, 32, 256, 8, 3),
@@ -71,7 +71,12 @@ DE = {
     (LDS, "tf32"): (64, 16, 128, 8, 2),
     (LDS, "ieee"): (64, 16, 64, 8, 1),
 }
-DX = (32, 128, 4, 1)  # gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages)
+# gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages). With all of D in one program, weights are made once.
+DX = {
+    (LARGE, "half"): (4, 512, 1, 1),
+    (LARGE, "tf32"): (2, 512, 1, 1),
+    (LARGE, "ieee"): (2, 512, 1, 1),
+}
 POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
 # Columns that a sample of e has in a tile that several share. Few classes of width, and no kernel is compiled for a Q.
 # Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
@@ -172,7 +177,7 @@ def _match_kernel(
                 cos = tl.dot(x, e, cos, input_precision=PRECISION)
 
             for g in tl.static_range(SAMPLES):
-                if first + g < last:
+                if (SAMPLES == 1) | (first + g < last):  # known where it can be: TMEM of Triton 3.6 needs it
                     j_g = first + g
                     count = Q
                     if LIST_E:
@@ -446,15 +451,17 @@ def backward(
     flags = {"LIST_X": rows is not None, "POOL": pool, "PRECISION": dot_precision(x.dtype)}
     saved = (sim, maxima, winners)
     with on_device(x):
+        dx_sum = 1 if gather else min(block_sum, 32)
         if gather:
-            dx_own, dx_out, dx_warps, dx_stages = DX
+            dx_own, dx_out, dx_warps, dx_stages = choose(DX, x)
+            dx_out = min(dx_out, triton.next_power_of_2(D))
         else:
             # Rows are spread over samples here: their addresses take the registers of half of the tile.
             dx_own, dx_out, dx_warps, dx_stages = own, out // 2, warps, min(stages, 2)
         launch(
             _dx_kernel, (triton.cdiv(Bx * P, dx_own), triton.cdiv(D, dx_out)),
             dsim if gather else in_range, *saved, e, rows, row_count, None if gather else unscale, dx, *sizes,
-            GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=1 if gather else block_sum, BLOCK_OUT=dx_out, **flags,
+            GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=dx_sum, BLOCK_OUT=dx_out, **flags,
             num_warps=dx_warps, num_stages=dx_stages,
         )  # fmt: skip
         if own > 64 and (Q <= SHORT or tokens is not None):
