@@ -61,15 +61,12 @@ EFA = Case("efa", 128)
 HALF = (HOPPER, "half")
 ALTERNATIVES = (
     Alternative(
-        "aggregation", "BLOCKS", HALF, (64, 64, 128, 4, 3), EFA, "bf16",
-        ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel"), 0.6,
+        "aggregation", "BACKWARD", HALF, (64, 128, 8, 2), EFA, "bf16",
+        ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel"), 1.6,
     ),
-    Alternative("hard_similarity", "DE", HALF, (128, 64, 256, 8, 3), EFA, "bf16", ("_de_kernel",), 0.7),
-    Alternative("hard_similarity", "DX", None, (4, 512, 1, 1), EFA, "bf16", ("_dx_kernel",), 0.55),
-    Alternative("hard_similarity", "MATCH", HALF, (128, 256, 64, 8, 4), EFA, "bf16", ("_match_kernel",), 0.95),
-    Alternative(
-        "distribution_blocks", "ROWS", None, (2, 1024), Case("asdm", 16384), "fp32",
-        ("_absorb_kernel",), 0.9,
-    ),
-    Alternative("similarity_distribution", "SMALL", None, 256, Case("asdm", 1024), "fp32", (), 0.6),
+    Alternative("hard_similarity", "DE", HALF, (128, 32, 256, 8, 3), EFA, "bf16", ("_de_kernel",), 1.4),
+    Alternative("hard_similarity", "DX", HALF, (32, 128, 4, 1), EFA, "bf16", ("_dx_kernel",), 1.8),
+    Alternative("hard_similarity", "MATCH", HALF, (128, 256, 64, 8, 3), EFA, "bf16", ("_match_kernel",), 1.05),
+    Alternative("distribution_blocks", "ROWS", "wide", (8, 256), Case("asdm", 16384), "fp32", ("_absorb_kernel",), 1.1),
+    Alternative("similarity_distribution", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
 )  # fmt: skip

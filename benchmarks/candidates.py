@@ -34,14 +34,14 @@ TABLES = (
         ((64, 128), (16, 32, 64), (128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
-        _entry("hard_similarity", "DX", None, ("_dx_kernel",)),
+        _entry("hard_similarity", "DX", HALF, ("_dx_kernel",)),
         ("BLOCK_OWN", "BLOCK_OUT", "num_warps", "num_stages"),
         ((1, 2, 4, 8, 16, 32), (128, 256, 512), (1, 2, 4), (1,)),
     ),
     Table(
-        _entry("aggregation", "BLOCKS", HALF, ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel")),
-        ("BLOCK_D", "BLOCK_OUT beside whole rows", "BLOCK_OUT", "num_warps", "num_stages"),
-        ((32, 64, 128), (64,), (64, 128, 256), (4, 8), (2, 3, 4)),
+        _entry("aggregation", "BACKWARD", HALF, ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel")),
+        ("BLOCK_D", "BLOCK_OUT", "num_warps", "num_stages"),
+        ((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
         _entry("hard_similarity", "MATCH", HALF, ("_match_kernel",)),

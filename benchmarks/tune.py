@@ -35,13 +35,13 @@ RESERVED = 1024  # bytes of shared memory that the driver takes for each program
 
 def compile_candidate(chip: str, table: str, candidate: tuple[int, ...]) -> dict[str, Any]:
     """What the compiler says of every launch that the candidate changes; `dropped` says why it is not worth a GPU."""
-    from .compile_check import compile_launch
+    from .compile_check import compile_kernel
 
     row = _table(table).entry
-    before = {_key(launch) for launch in _launches(chip, row.kernels)}
+    before = {_key(kernel) for _, kernel in _kernels(chip, row.kernels)}
     with swapped(row, candidate):
-        changed = [launch for launch in _launches(chip, row.kernels) if _key(launch) not in before]
-        reports = [compile_launch(chip, KIND, launch) for launch in changed]
+        changed = [(launch, kernel) for launch, kernel in _kernels(chip, row.kernels) if _key(kernel) not in before]
+        reports = [compile_kernel(chip, KIND, launch, kernel) for launch, kernel in changed]
     found = {"table": table, "candidate": list(candidate)}
     if not reports:
         return found | {"dropped": "the entry as it stands"}
@@ -49,20 +49,19 @@ def compile_candidate(chip: str, table: str, candidate: tuple[int, ...]) -> dict
     if failures:
         return found | {"dropped": "; ".join(failures)[:300]}
     worst = {name: max(getattr(report, name) for report in reports) for name in ("registers", "shared", "threads")}
-    return found | worst | {"programs": _programs(chip, **worst)}
+    instructions = max(report.instructions for report in reports)
+    return found | worst | {"programs": _programs(chip, **worst), "instructions": instructions}
 
 
-def _launches(chip: str, kernels: Sequence[str]) -> list[Any]:
-    from .compile_check import distinct, record
+def _kernels(chip: str, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    """The launches of these kernels whose code differs, and each kernel as that chip's JIT specialises it."""
+    from .compile_check import record, specialised
 
-    return [launch for launch in distinct(record(chip, KIND)) if launch.kernel.__name__ in kernels]
+    return specialised(chip, [launch for launch in record(chip, KIND) if launch.kernel.__name__ in names])
 
 
-def _key(launch: Any) -> tuple[Any, ...]:
-    from .compile_check import source
-
-    ast, options = source(launch)
-    return ast.hash(), tuple(sorted(options.items()))
+def _key(kernel: Any) -> str:
+    return str(kernel.source.hash() + kernel.options.hash())
 
 
 def _programs(chip: str, registers: int, shared: int, threads: int) -> int:
