@@ -76,10 +76,11 @@ def record(chip: str, kind: str) -> list[Any]:
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     try:
         with recording(chip) as launches:
-            # Tokens of the paper without and with masks, and samples of e too wide to share a tile.
+            # Tokens of the paper without and with masks, and samples of e of the wider classes.
             for P, Q, masked, gathers in (
                 (192, 77, False, (True, False)),
                 (77, 77, True, (True,)),
+                (77, 100, False, ()),
                 (77, 301, True, ()),
             ):
                 x, e = empty(128, P, 512), empty(128, Q, 512)
@@ -89,12 +90,13 @@ def record(chip: str, kind: str) -> list[Any]:
                     hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, "lse", 1.0, gather)
             # Whole rows of scores at the paper's size and at ViT-L/14's, and rows too long for one tile. float16 has no
             # code of its own there: it compiles to what bfloat16 compiles to.
-            for N, masked in () if kind == "float16" else ((192, True), (432, False), (1025, False)):
+            paper, long = ((192, True), (192, False)), ((432, False), (1025, False), (1025, True))
+            for N, masked in () if kind == "float16" else (*paper, *long):
                 image, text, djoint = empty(128, N, 512), empty(128, 77, 512), empty(128, 77, 512, dtype=torch.float32)
                 mask = empty(128, N, dtype=torch.bool) if masked else None
                 threshold, row = empty(128, dtype=torch.float32), empty(128, 77, dtype=torch.float32)
                 aggregation.forward(image, text, mask, threshold)
-                if masked:
+                if N == 192:
                     aggregation.backward(djoint, image, text, mask, threshold, row, row)
             # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One
             # pair of one number, on one chip: an argument of 1 is a constant to the compiler.
