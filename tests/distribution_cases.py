@@ -94,9 +94,9 @@ def assert_within_budget(
         assert error <= allowed, f"{name}: error {error:.2e}, budget {allowed:.2e}, size {size:.2e}"
 
 
-def assert_differentiable_once(loss: Callable[..., Tensor], backend: str) -> None:
+def assert_differentiable_once(loss: Callable[..., Tensor], backend: str, device: str = "cpu") -> None:
     """create_graph alone changes nothing; a gradient penalty raises, and is no number."""
-    inputs = features(6, 6, 5, images=False)
+    inputs = {name: tensor.to(device) for name, tensor in features(6, 6, 16, images=False).items()}
     leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")]
     value = loss(*leaves[:2], inputs["pids"], logit_scale=leaves[2], backend=backend)
     plain = torch.autograd.grad(value, leaves, retain_graph=True)

@@ -1,5 +1,6 @@
 """What the tests on a CUDA device share: the skip with its reason, token sets with clear winners, the error budget."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,23 @@ def _set_sync_debug_mode(mode: int | str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # setting it warns of a prototype, after the mode has changed
         torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def compiled() -> dict[str, int]:
+    """How often each kernel of the library was compiled in this process so far."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("fmfa_losses.kernels.")]
+    kernels = {id(k): k for module in modules for k in vars(module).values() if hasattr(k, "device_caches")}
+    return {k.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels.values()}
 
 
 def clear_tokens(B: int, T: int, D: int, *, directions: Tensor, seed: int) -> Tensor:

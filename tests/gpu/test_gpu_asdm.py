@@ -6,6 +6,8 @@ from compare import value_and_grads
 from device import (
     DTYPES,
     assert_within_budget,
+    compiled,
+    default_dtype,
     error,
     matmul_precision,
     needs_cuda,
@@ -13,10 +15,11 @@ from device import (
     needs_two,
     waiting_raises,
 )
+from distribution_cases import assert_differentiable_once
 from test_asdm import plain  # the equations written out
 
 from fmfa_losses import ASDMLoss
-from fmfa_losses.functional import asdm_loss
+from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
 
 pytestmark = needs_cuda
 
@@ -150,6 +153,84 @@ def test_more_pairs_than_32_bits_count():
     for a, b in zip(got, expected, strict=True):
         assert error(a, b) < 1e-4
     assert error(got[1][-100:], expected[1][-100:]) < 1e-3
+
+
+@pytest.mark.parametrize(("B", "dtype"), [(40, torch.float32), (1500, torch.float32), (1500, torch.bfloat16)])
+def test_ids_of_any_stride(B, dtype):
+    image, text, pids = draw(B, 64, dtype)
+    image_ids = torch.arange(B, device="cuda") // 2
+
+    def run(pids, image_ids):
+        loss = lambda v, t: asdm_loss(v, t, pids, image_ids=image_ids, backend="triton")  # noqa: E731
+        return value_and_grads(loss, [image, text])
+
+    column, every_second = torch.stack([pids, -pids], dim=1)[:, 0], image_ids.repeat_interleave(2)[::2]
+    same = pids[:1].expand(B)
+    for strided in ((column, every_second), (same, column)):
+        assert not any(ids.is_contiguous() for ids in strided)
+        expected = run(*(ids.contiguous() for ids in strided))
+        assert all(torch.equal(a, b) for a, b in zip(run(*strided), expected, strict=True))
+
+
+@pytest.mark.parametrize("B", [40, 1500])
+def test_default_dtype_changes_nothing(B):
+    image, text, pids = draw(B, 64)
+    scale = torch.tensor(30.0, device="cuda")
+
+    def run():
+        loss = lambda v, t, s: asdm_loss(v, t, pids, logit_scale=s, backend="triton")  # noqa: E731
+        return value_and_grads(loss, [image, text, scale])
+
+    expected = run()
+    with default_dtype(torch.bfloat16):
+        got = run()
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("loss", [asdm_loss, sdm_loss, itc_loss])
+def test_differentiable_once(loss, backend):
+    assert_differentiable_once(loss, backend, "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_scale_on_the_cpu_is_not_captured(backend):
+    image, text, pids = draw(40, 64)
+    loss = ASDMLoss(backend=backend)
+    expected = loss(image, text, pids, logit_scale=torch.tensor(50.0))
+    stream = torch.cuda.Stream()
+    with (
+        pytest.raises(RuntimeError, match="logit_scale must be on the device of the features"),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+    ):
+        loss(image, text, pids, logit_scale=torch.tensor(50.0))
+    assert torch.equal(loss(image, text, pids, logit_scale=torch.tensor(50.0)), expected)  # the device is as before
+
+
+@pytest.mark.parametrize(
+    ("precision", "first", "others"),
+    [
+        ("fp32", 64, (37, 17, 8, 2, 1, 63, 128, 256)),
+        ("fp32", 300, (1500, 257, 999, 2048)),
+        ("bf16", 64, (37, 17, 8, 2, 1, 63, 128, 256)),
+        ("bf16", 1500, (1025, 2047)),
+    ],
+)
+def test_a_ragged_batch_compiles_nothing(precision, first, others):
+    def step(B, start):
+        image, text, pids = draw(B + start, 64, DTYPES[precision])
+        value_and_grads(lambda v, t: asdm_loss(v, t, pids[start:], backend="triton"), [image[start:], text[start:]])
+
+    with matmul_precision(precision):
+        step(first, 0)
+        before = compiled()
+        assert sum(before.values()) >= 3
+        for B in others:
+            step(B, 1)  # ids that do not begin at a multiple of 16 bytes
+            assert compiled() == before, B
 
 
 @needs_two

@@ -7,6 +7,8 @@ from device import (
     DTYPES,
     assert_within_budget,
     clear_tokens,
+    compiled,
+    default_dtype,
     directions,
     error,
     matmul_precision,
@@ -216,6 +218,102 @@ def test_more_elements_than_32_bits_count():
     for got, exact in zip((dimage, dtext), dcorner, strict=True):
         assert error(got[-2:], exact) < 2**-5
         assert not got[:-2].any()
+
+
+def test_masks_of_any_stride():
+    """`mask[:, 1:]` drops [CLS]; a transposed mask comes from a sequence-first collate function."""
+    image, text = random_tokens(4, 65, 33, 64)
+    image_mask = (torch.rand(4, 66, device="cuda") < 0.7)[:, 1:]
+    text_mask = (torch.rand(33, 4, device="cuda") < 0.7).T
+    text_mask[:, 0] = True
+
+    def run(image_mask, text_mask):
+        return [
+            *value_and_grads(
+                lambda v, t: sparse_aggregate(v, t, image_mask=image_mask, backend="triton"), [image, text]
+            ),
+            *value_and_grads(
+                lambda x, e: hard_similarity(x, e, x_mask=image_mask, e_mask=text_mask, backend="triton"), [image, text]
+            ),
+            *value_and_grads(
+                lambda v, t: efa_loss(v, t, image_mask=image_mask, text_mask=text_mask, backend="triton"), [image, text]
+            ),
+        ]
+
+    assert not image_mask.is_contiguous()
+    assert not text_mask.is_contiguous()
+    expected = run(image_mask.contiguous(), text_mask.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(run(image_mask, text_mask), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about the machine it is on
+@pytest.mark.parametrize("operation", [efa_loss, hard_similarity, sparse_aggregate])
+def test_permuted_tokens_compile(operation):
+    """[T, B, D] seen as [B, T, D], as CLIP's transformers leave them."""
+    image, text = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in random_tokens(4, 65, 33, 64))
+    run = lambda v, t: operation(v, t, backend="triton")  # noqa: E731
+    eager = value_and_grads(run, [image, text])
+    got = value_and_grads(torch.compile(run, fullgraph=True), [image, text])
+    assert all(error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
+
+
+@pytest.mark.parametrize("operation", [efa_loss, hard_similarity, sparse_aggregate])
+def test_default_dtype_changes_nothing(operation):
+    image, text = random_tokens(4, 65, 33, 64)
+
+    def run():
+        return value_and_grads(lambda v, t: operation(v, t, backend="triton"), [image, text])
+
+    expected = run()
+    with default_dtype(torch.bfloat16):
+        got = run()
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("operation", [efa_loss, hard_similarity, sparse_aggregate])
+def test_differentiable_once(operation, backend):
+    leaves = [t.requires_grad_() for t in random_tokens(4, 65, 33, 64)]
+    value = operation(*leaves, backend=backend)
+    value = value if value.ndim == 0 else value.square().sum()
+    plain = torch.autograd.grad(value, leaves, retain_graph=True)
+    graph = torch.autograd.grad(value, leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, graph, strict=True))
+    with pytest.raises(RuntimeError, match=r"differentiable once|once_differentiable"):
+        (value + sum(gradient.square().sum() for gradient in graph)).backward()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_ragged_batch_compiles_nothing(masked):
+    def step(B, L):
+        image, text = random_tokens(B, 65, L, 64, torch.bfloat16)
+        mask = torch.arange(L, device="cuda") < torch.arange(B, device="cuda")[:, None] % L + 1 if masked else None
+        value_and_grads(lambda v, t: efa_loss(v, t, text_mask=mask, backend="triton"), [image, text])
+
+    step(64, 77)
+    before = compiled()
+    assert sum(before.values()) >= 3
+    for B in (37, 17, 8, 2, 1, 63):
+        step(B, 77)
+        assert compiled() == before, B
+    for L in (70, 66):
+        step(16, L)
+        assert compiled() == before, L
+
+
+def test_more_samples_than_an_axis_of_the_grid():
+    """Axes 1 and 2 of a grid end at 65535 programs. The last samples against the reference."""
+    needs_memory(4)
+    B, N, L, D = 66000, 16, 5, 16
+    image, text = random_tokens(B, N, L, D)
+    got = value_and_grads(lambda v, t: sparse_aggregate(v, t, sparsity=0.0, backend="triton")[-7:], [image, text])
+    expected = value_and_grads(lambda v, t: sparse_aggregate_reference(v, t, sparsity=0.0), [image[-7:], text[-7:]])
+    assert error(got[0], expected[0]) < 1e-5
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        assert error(a[-7:], b) < 1e-4
+        assert not a[:-7].any()
 
 
 @needs_two
