@@ -71,7 +71,7 @@ class Backward(NamedTuple):
 
 # By memory and precision.
 FORWARD = {
-    (LARGE, "half"): Forward(64, 64, 128, 8, 2),
+    (LARGE, "half"): Forward(64, 64, 128, 8, 3),
     (LARGE, "tf32"): Forward(32, 32, 128, 8, 3),
     (LARGE, "ieee"): Forward(16, 32, 128, 8, 2),
     (MEDIUM, "half"): Forward(64, 64, 128, 8, 2),
