@@ -66,7 +66,7 @@ def _absorb_kernel(
     eps,
     factor,
     cos_stride,
-    DOWN: tl.constexpr,  # payers are the columns: they have seen other blocks, or will
+    DOWN: tl.constexpr,  # side 1: whose rows are the columns of the block, and go on in the next
     HAS_IMAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
