@@ -24,10 +24,13 @@ def prepare(prebuilt: Path | None) -> tuple[Path | None, str]:
         return None, "no prebuilt Triton cache: kernels are compiled here"
     if importlib.util.find_spec("benchmarks.prebuild") is None:
         return None, f"{prebuilt} is not used: this checkout has no `benchmarks prebuild`; kernels are compiled here"
-    prebuild = importlib.import_module("benchmarks.prebuild")
-    reason = prebuild.usable(prebuilt)
-    if reason is not None:
-        return None, f"{prebuilt} is not used: {reason}; kernels are compiled here"
-    copy = Path(tempfile.mkdtemp(prefix="triton-cache-"))
-    prebuild.install(prebuilt, copy)  # not a plain copy: Triton's files name one another by absolute paths
-    return copy, f"prebuilt Triton cache: {prebuilt}, its key agrees"
+    try:
+        prebuild = importlib.import_module("benchmarks.prebuild")
+        reason = prebuild.usable(prebuilt)
+        if reason is None:
+            copy = Path(tempfile.mkdtemp(prefix="triton-cache-"))
+            prebuild.install(prebuilt, copy)  # not a plain copy: Triton's files name one another by absolute paths
+            return copy, f"prebuilt Triton cache: {prebuilt}, its key agrees"
+    except Exception as error:  # a run without the cache is slower, and still a run
+        reason = f"{type(error).__name__}: {error}"
+    return None, f"{prebuilt} is not used: {reason}; kernels are compiled here"

@@ -425,6 +425,9 @@ def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
                 assert (folder, reason in sentence, installed) == (None, True, [])
             else:
                 assert installed == [(tmp_path, folder)]
+        broken = SimpleNamespace(usable=lambda folder: 1 / 0)
+        patch.setattr(triton_cache.importlib, "import_module", lambda name: broken)
+        assert "is not used: ZeroDivisionError" in triton_cache.prepare(tmp_path)[1]
     assert len(triton_cache.triton_key_sha256()) == 64
 
 
