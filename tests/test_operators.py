@@ -1,5 +1,8 @@
 """The operators as torch.library sees them: opcheck, torch.compile, choice of backend."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from compare import value_and_grads
@@ -175,3 +178,15 @@ def test_a_missing_triton_is_a_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "not installed" in why_not_triton(torch.randn(2))
+
+
+def test_a_checkout_without_its_kernels_says_so(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    find_spec = importlib.util.find_spec
+    monkeypatch.delitem(sys.modules, "fmfa_losses.kernels", raising=False)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "fmfa_losses.kernels" else find_spec(name)
+    )
+    with pytest.raises(ModuleNotFoundError, match="this checkout is not installed; run pip install -e"):
+        select_backend("triton", torch.randn(2))
+    assert select_backend("auto", torch.randn(2)) == "torch"

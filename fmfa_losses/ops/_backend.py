@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ._checks import check_option
 __all__ = ["BACKENDS", "select_backend", "why_not_triton"]
 
 BACKENDS = ("auto", "triton", "torch")
+KERNELS = "fmfa_losses.kernels"  # the folder kernels/ at the top of the repository, put here by an installation
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -23,6 +25,7 @@ def select_backend(backend: str, *tensors: Tensor) -> str:
     Raises:
         ValueError: unknown name, in the argument or in FMFA_LOSSES_BACKEND.
         RuntimeError: "triton" was asked for and cannot run; the message says why.
+        ModuleNotFoundError: the kernels are wanted, from a checkout that is not installed.
     """
     check_option("backend", backend, BACKENDS)
     if backend == "auto":
@@ -34,9 +37,12 @@ def select_backend(backend: str, *tensors: Tensor) -> str:
     if backend == "triton":
         if reason is not None:
             raise RuntimeError(f'backend="triton" cannot run: {reason}; use backend="auto" or "torch"')
-        return "triton"
     # The interpreter is a debugging tool: "auto" leaves CPU tensors to the torch path.
-    return "triton" if reason is None and tensors[0].device.type == "cuda" else "torch"
+    elif reason is not None or tensors[0].device.type != "cuda":
+        return "torch"
+    if KERNELS not in sys.modules and importlib.util.find_spec(KERNELS) is None:
+        raise ModuleNotFoundError(f"{KERNELS} is not there: this checkout is not installed; run pip install -e .")
+    return "triton"
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:

@@ -28,16 +28,18 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return define
 
 
-def differentiable_once(backward: Any, name: str) -> None:
+def differentiable_once(backward: Any, name: str, losses: str) -> None:
     """The operator `backward` is the gradient of `name` and has none itself: a second derivative raises, and says so.
+
+    `losses` are those that are made of it.
 
     Without it PyTorch takes the gradient for a constant, and a gradient penalty would change nothing.
     """
 
     def refuse(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
-            f"{name} is differentiable once, got a second derivative of it; leave its gradient out of what you "
-            "differentiate again (create_graph alone is fine)"
+            f"{name} is differentiable once, got a second derivative of it ({losses}: gradient penalties through it are "
+            "not supported); leave its gradient out of what you differentiate again, create_graph alone is fine"
         )
 
     torch.library.register_autograd(backward, refuse, setup_context=lambda ctx, inputs, output: None)

@@ -173,7 +173,7 @@ def _backward(ctx, djoint, drow_min, drow_sum):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(sparse_aggregate_op, _backward, setup_context=_setup_context)
-differentiable_once(sparse_aggregate_backward_op, "sparse_aggregate")
+differentiable_once(sparse_aggregate_backward_op, "sparse_aggregate", "EFA")
 
 
 def _weights(

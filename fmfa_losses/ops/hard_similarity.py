@@ -231,7 +231,7 @@ def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(hard_similarity_op, _backward, setup_context=_setup_context)
-differentiable_once(hard_similarity_backward_op, "hard_similarity")
+differentiable_once(hard_similarity_backward_op, "hard_similarity", "EFA")
 
 
 def _winner_dtype(Q: int) -> torch.dtype:

@@ -272,7 +272,7 @@ def _refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
         raise RuntimeError(
             "logit_scale must be on the device of the features, or a number, while a CUDA graph is being captured, got "
             f"a tensor on the CPU and features on {queries.device}: every replay would use the value that it has now; "
-            f"call logit_scale.to({str(queries.device)!r})"
+            f"call logit_scale.to({str(queries.device)!r}) before capturing"
         )
 
 
@@ -329,4 +329,4 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(similarity_distribution_op, _backward, setup_context=_setup_context)
-differentiable_once(similarity_distribution_backward_op, "similarity_distribution_loss")
+differentiable_once(similarity_distribution_backward_op, "similarity_distribution_loss", "A-SDM, SDM and ITC")
