@@ -75,8 +75,8 @@ def _pointed_to(kernel: Any, number: int, arg: Any) -> Any:
     if isinstance(arg, Tensor) and not arg.is_contiguous():
         raise RuntimeError(
             f"{kernel.__name__} reads {kernel.arg_names[number]} as contiguous, got shape {list(arg.shape)} with "
-            f"strides {list(arg.stride())}; the launcher must make it contiguous, or pass Strided(...) and its strides: "
-            "a fault of fmfa-losses, please report it"
+            f"strides {list(arg.stride())}; the launcher must make it contiguous, or pass Strided(...) and its "
+            "strides: a fault of fmfa-losses, please report it"
         )
     return arg
 

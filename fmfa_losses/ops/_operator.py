@@ -38,8 +38,8 @@ def differentiable_once(backward: Any, name: str, losses: str) -> None:
 
     def refuse(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
-            f"{name} is differentiable once, got a second derivative of it ({losses}: gradient penalties through it are "
-            "not supported); leave its gradient out of what you differentiate again, create_graph alone is fine"
+            f"{name} is differentiable once, got a second derivative of it ({losses}: gradient penalties through it "
+            "are not supported); leave its gradient out of what you differentiate again, create_graph alone is fine"
         )
 
     torch.library.register_autograd(backward, refuse, setup_context=lambda ctx, inputs, output: None)
