@@ -77,17 +77,18 @@ def record(chip: str, kind: str) -> list[Any]:
     try:
         with recording(chip) as launches:
             # Tokens of the paper without and with masks, and samples of e of the wider classes.
-            for P, Q, masked, gathers in (
-                (192, 77, False, (True, False)),
-                (77, 77, True, (True,)),
-                (77, 100, False, ()),
-                (77, 301, True, ()),
+            for P, Q, masked, pool, gathers in (
+                (192, 77, False, "lse", (True, False)),
+                (77, 77, True, "lse", (True,)),
+                (77, 100, False, "lse", ()),
+                (77, 192, False, "sum", (True,)),
+                (77, 301, True, "lse", ()),
             ):
                 x, e = empty(128, P, 512), empty(128, Q, 512)
                 masks = (empty(128, P, dtype=torch.bool), empty(128, Q, dtype=torch.bool)) if masked else (None, None)
-                sim, maxima, winners = hard_similarity.forward(x, e, *masks, "lse", 1.0, True)
+                sim, maxima, winners = hard_similarity.forward(x, e, *masks, pool, 1.0, True)
                 for gather in gathers:
-                    hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, "lse", 1.0, gather)
+                    hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, pool, 1.0, gather)
             # Whole rows of scores at the paper's size and at ViT-L/14's, and rows too long for one tile. float16 has no
             # code of its own there: it compiles to what bfloat16 compiles to.
             paper, long = ((192, True), (192, False)), ((432, False), (1025, False), (1025, True))

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import token_lists
-from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, choose, dot_precision, launch, on_device
+from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, on_device
 from ._tile import BIG, load_columns, load_rows, max_or_nan, row_max
 from .token_lists import SHORT, TokenLists
 
@@ -262,9 +262,12 @@ def _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, s
     at = pair * P + l
     winner = tl.load(winners_ptr + at, mask=live, other=-1).to(tl.int32)
     w = tl.load(dsim_ptr + pair, mask=live, other=0.0)
+    sim = tl.load(sim_ptr + pair, mask=live, other=0.0)
     if POOL == "lse":
         best = tl.load(maxima_ptr + at, mask=live, other=0.0).to(tl.float32)
-        w *= tl.exp(scale * (best - tl.load(sim_ptr + pair, mask=live, other=0.0)))
+        w *= tl.exp(scale * (best - sim))
+    else:
+        w += sim - sim  # a similarity that is NaN shows in the gradient, too
     return tl.where(winner >= 0, w, 0.0), winner
 
 
@@ -408,7 +411,7 @@ def forward(
                 Bx, Be, P, Q, D, *tiles,
                 CLASS=number, LIST_X=rows is not None, LIST_E=counts is not None, SAVE=save, UNIT=unit,
                 PRECISION=dot_precision(x.dtype), BLOCK_M=M, BLOCK_N=columns, BLOCK_D=BLOCK_D, SUPER=SUPER,
-                num_warps=warps, num_stages=stages,
+                num_warps=warps, num_stages=stages, **all_registers(x.device),
             )  # fmt: skip
         J, L, warps = POOL
         launch(
@@ -464,6 +467,8 @@ def backward(
             GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=dx_sum, BLOCK_OUT=dx_out, **flags,
             num_warps=dx_warps, num_stages=dx_stages,
         )  # fmt: skip
+        if pool != "lse":
+            block_sum = min(block_sum, 32)  # where no maxima are read, Triton 3.9 spills 8 bytes of 64 rows
         if own > 64 and (Q <= SHORT or tokens is not None):
             own, warps = own // 2, warps // 2  # short samples leave whole blocks of tokens out
         launch(

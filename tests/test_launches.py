@@ -35,9 +35,10 @@ def test_every_step_is_counted(rows):
         for masks in choices:
             for dtype in launches.DTYPES:
                 assert {(loss, masks, dtype, B, launches.L) for B in (64, 128, 37, 1)} <= steps
-    assert {row["L"] for row in rows if row["masks"] == launches.TEXT} == {77, 64, 50, 33, 16, 12}
+    for masks in launches.MASKS["efa"]:
+        assert {row["L"] for row in rows if row["loss"] == "efa" and row["masks"] == masks} == {77, 64, 50, 33, 16, 12}
     assert all(row["triton"] >= 3 and row["launches"] == row["triton"] + row["torch"] for row in rows)
-    assert all(row["kernels"] >= 3 for row in rows if row["first"])
+    assert all(row["kernels"] >= 3 for row in rows if row["first"] and row["L"] == 77)
 
 
 def test_no_figure_exceeds_its_limit(run, rows):
@@ -56,6 +57,13 @@ def test_a_figure_over_its_limit_is_named_and_bold():
     assert fits.exceeded == []
     assert "**" not in launches.table([fits])
     assert replace(fits, first=False).exceeded == [f"kernels {limit.kernels} > 0"]
+    assert replace(fits, L=12).exceeded == [f"kernels {limit.kernels} > 0"]  # a text mask has compiled both classes
+    assert (
+        replace(
+            fits, masks=launches.NO_MASK, L=12, torch=0, moved=0, buffers=0, allocated=0, peak=0, kernels=2
+        ).exceeded
+        == []
+    )
     for change in ({"torch": limit.launches}, {"moved": 1e6}, {"buffers": 10**4}, {"allocated": 1e6}, {"peak": 1e6}):
         row = replace(fits, **change)
         assert len(row.exceeded) == 1
@@ -64,10 +72,13 @@ def test_a_figure_over_its_limit_is_named_and_bold():
 
 
 def test_limits_that_the_losses_promise():
-    """120 launches a step of EFA, 150 with a text mask, 6 of A-SDM."""
+    """120 launches a step of EFA, 150 with masks, 6 of A-SDM; a short batch compiles nothing under a text mask."""
     most = {}
     for (loss, masks, _), limit in launches.LIMITS.items():
         most[loss, masks] = max(limit.launches, most.get((loss, masks), 0))
     assert most["asdm", launches.NO_MASK] <= 6
     assert most["efa", launches.NO_MASK] <= 120
-    assert most["efa", launches.TEXT] <= 150
+    assert max(most["efa", masks] for masks in (launches.TEXT, launches.IMAGE, launches.BOTH)) <= 150
+    assert all(
+        limit.short == 0 for (_, masks, _), limit in launches.LIMITS.items() if masks in (launches.TEXT, launches.BOTH)
+    )

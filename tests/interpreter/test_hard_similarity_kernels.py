@@ -156,14 +156,15 @@ def test_a_row_with_a_nan_has_no_largest_number():
 
 
 @pytest.mark.parametrize("Q", [7, 40, 300])
-def test_one_nan_token_shows_wherever_it_stands(Q):
+@pytest.mark.parametrize("pool", ["lse", "sum", "mean"])
+def test_one_nan_token_shows_wherever_it_stands(Q, pool):
     for token in (0, Q // 2, Q - 1):
         x, e, _, _ = inputs(2, 4, 5, Q, 16, torch.float32)
         e[2, token, 3] = float("nan")
-        sim, maxima, winners = hard_similarity.forward(x, e, None, None, "lse", 2.0, True)
+        sim, maxima, winners = hard_similarity.forward(x, e, None, None, pool, 2.0, True)
         assert torch.equal(sim.isnan(), torch.tensor([[False, False, True, False]] * 2))
         assert ((winners >= 0) & (winners < Q)).all()
-        dx, de = hard_similarity.backward(torch.ones_like(sim), sim, maxima, winners, x, e, None, None, "lse", 2.0)
+        dx, de = hard_similarity.backward(torch.ones_like(sim), sim, maxima, winners, x, e, None, None, pool, 2.0)
         assert dx.isnan().any(-1).all()
         assert torch.equal(de.isnan().flatten(1).any(1), torch.tensor([False, False, True, False]))
 
