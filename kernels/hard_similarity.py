@@ -465,7 +465,7 @@ def backward(
             _dx_kernel, (triton.cdiv(Bx * P, dx_own), triton.cdiv(D, dx_out)),
             dsim if gather else in_range, *saved, e, rows, row_count, None if gather else unscale, dx, *sizes,
             GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=dx_sum, BLOCK_OUT=dx_out, **flags,
-            num_warps=dx_warps, num_stages=dx_stages,
+            num_warps=dx_warps, num_stages=dx_stages, **(all_registers(x.device) if x.dtype != torch.float32 else {}),
         )  # fmt: skip
         if pool != "lse":
             block_sum = min(block_sum, 32)  # where no maxima are read, Triton 3.9 spills 8 bytes of 64 rows
