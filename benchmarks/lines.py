@@ -22,9 +22,8 @@ def record_line(
     if record["kind"] == "figure":
         subject += f", {record['provider']}, {record['mode']}"
     if record["kind"] == "tests":
-        return (
-            f"{head}{record.get('test', 'tests')}: {record.get('outcome') or record.get('summary') or record['status']}"
-        )
+        said = record.get("outcome") or record.get("summary") if record["status"] == "ok" else record["status"]
+        return f"{head}{record.get('test', 'tests')}: {said}" + (f": {record['why']}" if "why" in record else "")
     if record["status"] != "ok":
         return f"{head}{subject or record['kind']}: {record['status']}"
     return f"{head}{subject or record['kind']}: " + _SAID[record["kind"]](record, references, ceilings)

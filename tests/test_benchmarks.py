@@ -11,7 +11,6 @@ from benchmarks import (
     alternatives,
     exact,
     gpu,
-    gpu_tests,
     gpu_worker,
     kernel_work,
     micro,
@@ -388,25 +387,6 @@ def test_poison_is_taken_away_again():
     assert torch.empty is empty
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (
-            "tests/gpu/test_a.py::test_b[x-1] PASSED                 [ 10%]",
-            ("tests/gpu/test_a.py::test_b[x-1]", "passed"),
-        ),
-        ("[gw3] [ 12%] FAILED tests/gpu/test_a.py::test_b[x y]", ("tests/gpu/test_a.py::test_b[x y]", "failed")),
-        ("tests/gpu/test_a.py::test_b SKIPPED (needs a CUDA device) [ 1%]", ("tests/gpu/test_a.py::test_b", "skipped")),
-        ("[gw0] [100%] ERROR tests/gpu/test_a.py::test_b", ("tests/gpu/test_a.py::test_b", "error")),
-        ("tests/gpu/test_a.py::test_b[x-1] ", None),
-        ("FAILED tests/gpu/test_a.py::test_b - assert 0", None),
-        ("scheduling tests via LoadScheduling", None),
-    ],
-)
-def test_outcomes_are_read(line, expected):
-    assert gpu_tests.outcome_of(line) == (expected and dict(zip(("test", "outcome"), expected, strict=True)))
-
-
 def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
     """A cache that does not fit is never used, and the reason is said."""
     assert triton_cache.prepare(None) == (None, "no prebuilt Triton cache: kernels are compiled here")
@@ -459,13 +439,13 @@ def fake_result():
         rows += [identity | found | spreads for identity in job.identities]
     rows[-1] = {key: value for key, value in rows[-1].items() if key not in spreads} | {"status": "not run: why"}
     ceilings = {"copy": 4e12, "fp32": 5e13, "tf32": 4e14, "bf16": 8e14, "fp16": 8e14}
-    test = {"test": "tests/gpu/test_gpu_efa.py::test_x", "outcome": "failed", "status": "ok"}
+    test = {"test": "tests/gpu/test_gpu_efa.py::test_x", "outcome": "failed", "why": "assert 1 == 2", "status": "ok"}
     end = {"summary": "1 failed, 1 passed", "status": "failed: exit code 1"}
     return {
         "kind": "gpu", "command": "python -m benchmarks gpu", "date": "2000-01-01", "machine": MACHINE,
         "versions": {"torch": "0"}, "ceilings": ceilings, "targets": gpu_targets(rows, ceilings),
         "measurements": rows, "exact": [], "kernels": [], "alternatives": [],
-        "tests": [test, test | {"outcome": "passed"}, end],
+        "tests": [test, {key: test[key] for key in ("test", "status")} | {"outcome": "passed"}, end],
     }  # fmt: skip
 
 
@@ -481,7 +461,7 @@ def test_gpu_report(tmp_path):
     assert "Not measured" not in text
     assert gpu_report(result) in text
     assert gpu_tables(result) in gpu_report(result)
-    assert "- tests/gpu/test_gpu_efa.py::test_x: failed" in text
+    assert "- tests/gpu/test_gpu_efa.py::test_x: failed: assert 1 == 2" in text
     assert "| 1 of 2 |" in text  # beside the kernels' figures of EFA, and of nothing else
     assert "not run: why" in text
     for name in ("time", "memory", "roof"):
