@@ -197,14 +197,8 @@ def _test_list(result: dict[str, Any]) -> str:
     tests = [row for row in result["tests"] if "test" in row]
     counts = {outcome: sum(row["outcome"] == outcome for row in tests) for outcome in {row["outcome"] for row in tests}}
     parts = [", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))] if tests else []
-    parts += [
-        f"- {row['test']}: {row['outcome']}: {row.get('why', '')}"
-        for row in tests
-        if row["outcome"] in ("failed", "error")
-    ]
-    parts += [
-        f"- {row['summary'] if row['status'] == 'ok' else row['status']}"
-        for row in result["tests"]
-        if "test" not in row
-    ]
+    wrong = [row for row in tests if row["outcome"] in ("failed", "error")]
+    parts += [f"- {row['test']}: {row['outcome']}: {row.get('why', '')}" for row in wrong]
+    ends = [row for row in result["tests"] if "test" not in row]
+    parts += [f"- {row['summary'] if row['status'] == 'ok' else row['status']}" for row in ends]
     return "\n".join(parts)

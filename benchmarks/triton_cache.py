@@ -6,7 +6,9 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-__all__ = ["prepare", "triton_key_sha256"]
+from . import ROOT
+
+__all__ = ["folder", "prepare", "triton_key_sha256"]
 
 
 def triton_key_sha256() -> str:
@@ -16,6 +18,12 @@ def triton_key_sha256() -> str:
     except ImportError:
         return "unknown: this Triton has no triton_key"
     return hashlib.sha256(triton_key().encode()).hexdigest()
+
+
+def folder(given: Path | None) -> Path | None:
+    """The one that is named, else prebuilt/ in the checkout where it exists."""
+    default = ROOT / "prebuilt"
+    return given or (default if default.is_dir() else None)
 
 
 def prepare(prebuilt: Path | None) -> tuple[Path | None, str]:
@@ -30,7 +38,7 @@ def prepare(prebuilt: Path | None) -> tuple[Path | None, str]:
         if reason is None:
             copy = Path(tempfile.mkdtemp(prefix="triton-cache-"))
             prebuild.install(prebuilt, copy)  # not a plain copy: Triton's files name one another by absolute paths
-            return copy, f"prebuilt Triton cache: {prebuilt}, its key agrees"
+            return copy, f"prebuilt Triton cache: {prebuilt}, its key agrees; {prebuild.contents(prebuilt)}"
     except Exception as error:  # a run without the cache is slower, and still a run
         reason = f"{type(error).__name__}: {error}"
     return None, f"{prebuilt} is not used: {reason}; kernels are compiled here"
