@@ -16,8 +16,9 @@ Triton's key of a kernel holds, besides the kernel with its specialisation and o
     environment     TRITON_... and other variables that change the code; `usable` compares them
     source          text of the kernel and of what it calls, its first line's number and its module's name; no path
 
-The kernels are those of the jobs of `benchmarks/plan.py`, both entries of an alternative among them; not those of
-tests/gpu. With --candidates the survivors of `benchmarks tune --compile` are there, too. Batches are smaller than the real ones: no kernel is specialised on one (docs/launches.md).
+The kernels are those of the jobs of `benchmarks/plan.py`, both entries of an alternative among them, and with
+--candidates the survivors of `benchmarks tune --compile`; not those of tests/gpu, nor the peers'. Batches are smaller
+than the real ones: no kernel is specialised on one (docs/launches.md).
 """
 
 import argparse
@@ -212,7 +213,9 @@ def usable(folder: Path, key: str | None = None) -> str | None:
 def contents(folder: Path) -> str:
     """`71 kernels`, and whether their source has changed since."""
     about = json.loads((Path(folder) / ABOUT).read_text())
-    changed = "" if about["sources"] == sources() else ", from before kernels/ was last edited: what changed is compiled"
+    changed = (
+        "" if about["sources"] == sources() else ", from before kernels/ was last edited: what changed is compiled"
+    )
     return f"{about['kernels']} kernels{changed}"
 
 
@@ -258,7 +261,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks prebuild", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--wheel", type=Path, help="of the triton there, for another Python than this one")
-    parser.add_argument("--candidates", type=Path, metavar="FILE", help="of `benchmarks tune --compile`: survivors, too")
+    parser.add_argument(
+        "--candidates", type=Path, metavar="FILE", help="of `benchmarks tune --compile`: survivors, too"
+    )
     parser.add_argument("--only", default="", metavar="WORDS", help="jobs whose case and precision hold them")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(argv)
@@ -274,7 +279,9 @@ def main(argv: list[str] | None = None) -> int:
             install(options.out, Path(cache))
         with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
             kinds = dict.fromkeys(job.precision for job in jobs(only=options.only))
-            filled = {kind: pool.submit(fill, kind, options.only, Path(cache), key, options.candidates) for kind in kinds}
+            filled = {
+                kind: pool.submit(fill, kind, options.only, Path(cache), key, options.candidates) for kind in kinds
+            }
             for kind, result in filled.items():
                 new, old = map(set, result.result())
                 print(f"{kind}: {len(new)} kernels compiled, {len(old - new)} found", flush=True)

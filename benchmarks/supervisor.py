@@ -160,7 +160,7 @@ class _Run:
 
 
 def stage_ends(letters: Sequence[str], now: float, deadline: float) -> dict[str, float]:
-    """When each of these stages must end, so that those after it have their seconds; all fewer where it is too short."""
+    """When each of these stages must end, so that those after it have their seconds, or as many times fewer."""
     given = {stage.letter: stage.seconds for stage in STAGES}
     scale = min(1.0, max(0.0, deadline - now) / max(1e-9, sum(given[letter] for letter in letters)))
     return {

@@ -1,8 +1,6 @@
 """A Triton cache that was filled elsewhere (`benchmarks prebuild`): used where Triton's own key agrees, else named."""
 
 import hashlib
-import importlib
-import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -30,10 +28,9 @@ def prepare(prebuilt: Path | None) -> tuple[Path | None, str]:
     """(a copy of the cache that may be written to, a sentence about it); None: there is none to use."""
     if prebuilt is None:
         return None, "no prebuilt Triton cache: kernels are compiled here"
-    if importlib.util.find_spec("benchmarks.prebuild") is None:
-        return None, f"{prebuilt} is not used: this checkout has no `benchmarks prebuild`; kernels are compiled here"
     try:
-        prebuild = importlib.import_module("benchmarks.prebuild")
+        from . import prebuild
+
         reason = prebuild.usable(prebuilt)
         if reason is None:
             copy = Path(tempfile.mkdtemp(prefix="triton-cache-"))

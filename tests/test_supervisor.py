@@ -164,8 +164,11 @@ class Clocked:
 def clocked(jobs, seconds, deadline, **options):
     """[(job's number, status, when)] in the order of the records."""
     clock, found = [0.0], []
-    run_jobs(jobs, lambda: Clocked(seconds, clock), lambda job, record: found.append(
-        (jobs.index(job), record["status"], clock[0])), deadline=deadline, clock=lambda: clock[0], **options)  # fmt: skip
+
+    def note(job, record):
+        found.append((jobs.index(job), record["status"], clock[0]))
+
+    run_jobs(jobs, lambda: Clocked(seconds, clock), note, deadline=deadline, clock=lambda: clock[0], **options)
     return found
 
 
