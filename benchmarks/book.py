@@ -95,7 +95,7 @@ class Book:
 
     def result(self) -> dict[str, Any]:
         lists = {name: [r for r in self.records if r["kind"] == kind] for kind, name in KINDS.items()}
-        targets = gpu_targets(lists["measurements"], self.ceilings)
+        targets = gpu_targets(lists["measurements"], self.ceilings) if lists["measurements"] else []
         return self.head | {"ceilings": self.ceilings, "targets": targets} | lists
 
     def write(self) -> None:

@@ -54,7 +54,7 @@ class Job:
 
     def seconds(self, prebuilt: bool) -> float:
         """That must be left for it to begin."""
-        return self.prebuilt if prebuilt and self.prebuilt is not None else self.guess
+        return self.prebuilt if self.prebuilt is not None and (prebuilt or not self.whole) else self.guess
 
     @property
     def identities(self) -> list[dict[str, Any]]:

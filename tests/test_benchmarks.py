@@ -19,7 +19,6 @@ from benchmarks import (
     machine,
     micro,
     plots,
-    prebuild,
     preflight,
     providers,
     report,
@@ -406,7 +405,7 @@ def test_poison_is_taken_away_again():
 def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
     """A cache that does not fit is never used, and the reason is said."""
     assert triton_cache.prepare(None) == (None, "no prebuilt Triton cache: kernels are compiled here")
-    installed = []
+    installed, prebuild = [], pytest.importorskip("benchmarks.prebuild")
     monkeypatch.setattr(prebuild, "install", lambda *folders: installed.append(folders))
     monkeypatch.setattr(prebuild, "contents", lambda folder: "3 kernels")
     monkeypatch.setattr(prebuild, "usable", lambda folder: "another triton")

@@ -15,6 +15,7 @@ from benchmarks.gpu import ROOT
 from benchmarks.plan import STAGES, Job
 from benchmarks.supervisor import OUT_OF_TIME, Worker, run_jobs, stage_ends
 
+MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "memory_gib": 8}
 IDENTITY = {"stage": "d", "kind": "figure", "case": "c", "provider": "p", "dtype": "bf16"}
 
 
@@ -208,6 +209,7 @@ def test_what_is_worth_having_in_part_is_stopped_at_the_end_of_its_stage():
     tests = staged("g", 2, 150, prebuilt=20, whole=False)
     found = clocked([tests, staged("h", 4, 75)], [1000, 70], 200, prebuilt=True)
     assert found == [(0, f"stopped after {200 - h:.0f} s, out of time: what came is kept", 200 - h), (1, "ok", 270 - h)]
+    assert clocked([tests], [10], 30) == [(0, "ok", 10)]  # whether kernels are prebuilt or not
     late = clocked([staged("f", 2, 50), staged("g", 4, 50), staged("h", 8, 75)], [90, 1, 1], 240)
     assert late[0] == (0, "ok", 90)
     assert clocked([staged("h", 2, 50)], [90], 80) == [(0, f"{OUT_OF_TIME}, stopped after 80 s", 80)]
@@ -215,7 +217,7 @@ def test_what_is_worth_having_in_part_is_stopped_at_the_end_of_its_stage():
 
 def test_every_record_is_on_disk_when_the_next_comes(tmp_path, capsys, request):
     """records.jsonl, gpu.json and gpu.md, after each record; what cannot be shown is kept all the same."""
-    head = {"kind": "gpu", "command": "c", "date": "d", "machine": {}, "versions": {}, "minutes": 1}
+    head = {"kind": "gpu", "command": "c", "date": "d", "machine": MACHINE, "versions": {}, "minutes": 1}
     book, seen = Book(tmp_path / "out", head), []
     request.addfinalizer(book.close)
 
