@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots, results
+from .about import gpu_page
 from .lines import record_line
 from .measure import AGREEMENT, PASSES, disagreement
 from .providers import REFERENCE, TORCH
@@ -56,6 +57,7 @@ class Book:
         self.out, self.head, self.clock, self.began = out, head, clock, clock()
         self.records: list[dict[str, Any]] = []
         self.references: dict[tuple[str, str], dict[str, Any]] = {}
+        self.compared: dict[tuple[str, str, str], dict[str, Any]] = {}  # the reference's figures, by mode, too
         self.ceilings: dict[str, float] | None = None
         self.drawn, self.undrawn = float("-inf"), False
         for stale in (*out.glob("gpu*"), out / "records.jsonl", out / ".partial"):
@@ -75,6 +77,8 @@ class Book:
     def note(self, record: dict[str, Any]) -> None:
         if record["kind"] == "figure":
             record = checked(record, self.references)
+            if record["provider"] == REFERENCE and record["status"] == "ok":
+                self.compared[record["case"], record["dtype"], record["mode"]] = record
         record = record | {"at_s": round(self.clock() - self.began, 1)}
         with (self.out / "records.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -84,20 +88,20 @@ class Book:
         try:
             # Of the tests the terminal sees those that failed: it may keep no more than its last lines.
             quiet = record.get("outcome") in ("passed", "skipped")
-            self.say(record_line(record, self.references, self.ceilings), aloud=not quiet)
+            self.say(record_line(record, self.compared, self.ceilings), aloud=not quiet)
             self.write()
         except Exception as error:  # the record is safe, and what is still to come is worth more than how it looks
             self.say(f"{UNSEEN} {type(error).__name__}: {error}, of {record}")
 
     def result(self) -> dict[str, Any]:
         lists = {name: [r for r in self.records if r["kind"] == kind] for kind, name in KINDS.items()}
-        targets = gpu_targets(lists["measurements"], self.ceilings)
+        targets = gpu_targets(lists["measurements"], self.ceilings) if lists["measurements"] else []
         return self.head | {"ceilings": self.ceilings, "targets": targets} | lists
 
     def write(self) -> None:
         result = self.result()
         results.write(self.out / "gpu.json", result)
-        results.replace(self.out / "gpu.md", gpu_report(result) + "\n")
+        results.replace(self.out / "gpu.md", gpu_page(result, gpu_report(result)))
 
     def draw(self, *, last: bool = False) -> None:
         """The plots, unless they have just been drawn or nothing is new."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .alternatives import EFA, HALF, Alternative
 
-__all__ = ["TABLES", "Table"]
+__all__ = ["TABLES", "Table", "tables"]
 
 
 class Table(NamedTuple):
@@ -24,6 +24,11 @@ class Table(NamedTuple):
 
 def _entry(module: str, table: str, key: tuple[str, str] | None, kernels: tuple[str, ...]) -> Alternative:
     return Alternative(module, table, key, None, EFA, "bf16", kernels, 1.0)
+
+
+def tables() -> dict[str, "Table"]:
+    """TABLES by name."""
+    return {table.name: table for table in TABLES}
 
 
 # Kernels without a matrix product have no pipeline, so their number of stages changes nothing and does not vary.

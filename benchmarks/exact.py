@@ -33,6 +33,7 @@ class Problem:
     """Leaves in order, what the kernels make of them, and what the reference makes of some samples of the output."""
 
     leaves: list[Tensor]
+    gradients: tuple[str, ...]  # their names
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]  # (slice of the output's first dimension, *leaves)
     outputs: int  # length of that dimension
@@ -71,7 +72,7 @@ def check(case: Case, precision: str, device: str) -> dict[str, Any]:
     exact = _in_chunks(problem, [leaf.detach().double() for leaf in problem.leaves], cotangent)
     with autocast(precision, device):
         plain = _in_chunks(problem, problem.leaves, cotangent)
-    names = ["value", *(f"gradient {number}" for number in range(len(problem.leaves)))]
+    names = ["value", *problem.gradients]
     errors, budgets, wrong = {}, {}, []
     for name, got, again, theirs, truth in zip(names, *ours, plain, exact, strict=True):
         plain_error = _error(theirs, truth)
@@ -132,6 +133,7 @@ def _asdm(case: Case, dtype: torch.dtype, device: str) -> Problem:
     leaves = [image.to(dtype), text.to(dtype)]
     return Problem(
         leaves,
+        ("dimage", "dtext"),
         lambda v, t: asdm_loss(v, t, pids, backend="triton")[None],
         lambda part, v, t: plain_asdm(v, t, pids)[None],
         outputs=1,
@@ -148,6 +150,7 @@ def _aggregate(case: Case, dtype: torch.dtype, device: str) -> Problem:
     mask = torch.rand(case.B, case.N, generator=generator, device=device) < 0.9
     return Problem(
         [image, text],
+        ("dimage", "dtext"),
         lambda v, t: sparse_aggregate(v, t, image_mask=mask, sparsity=0.0, backend="triton"),
         lambda part, v, t: sparse_aggregate_reference(v[part], t[part], image_mask=mask[part], sparsity=0.0),
         outputs=case.B,
@@ -177,6 +180,7 @@ def _similarity(case: Case, dtype: torch.dtype, device: str) -> Problem:
     pool = "sum" if maxsim else "lse"
     return Problem(
         [x, e],
+        ("dtext", "dimage") if maxsim else ("dx", "de"),
         lambda x, e: hard_similarity(x, e, x_mask=x_mask, e_mask=e_mask, pool=pool, backend="triton"),
         lambda part, x, e: hard_similarity_reference(
             x[part], e, x_mask=None if x_mask is None else x_mask[part], e_mask=e_mask, pool=pool

@@ -1,55 +1,58 @@
 """tests/gpu with one outcome a test, as each comes. They gate nothing: outcomes stand beside the figures."""
 
 import importlib.util
-import re
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILES", "outcome_of", "run_tests"]
+from . import ROOT
+from .outcomes import VARIABLE
 
-ROOT = Path(__file__).parents[1]
+__all__ = ["FILES", "run_tests"]
+
 # Which file of tests/gpu speaks for which operations.
 FILES = {
     "test_gpu_efa.py": ("efa", "hard_similarity", "maxsim", "sparse_aggregate"),
     "test_gpu_asdm.py": ("asdm",),
 }
-WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
-ID = r"(?P<test>tests/gpu/\S+\.py(?:::.+?)?)"
-# `tests/gpu/f.py::test PASSED [ 1%]`, and from xdist `[gw0] [ 1%] PASSED tests/gpu/f.py::test`.
-LINES = (re.compile(rf"^{ID} (?P<outcome>{WORDS})\b"), re.compile(rf"^\[gw\d+\].*? (?P<outcome>{WORDS}) {ID}\s*$"))
 
 
-def outcome_of(line: str) -> dict[str, str] | None:
-    """{"test": id, "outcome": passed | failed | ...} where a line of pytest says one."""
-    for pattern in LINES:
-        found = pattern.match(line)
-        if found:
-            return {"test": found["test"], "outcome": found["outcome"].lower()}
-    return None
+def run_tests(workers: int, folder: Path = ROOT / "tests" / "gpu") -> Iterator[dict[str, Any]]:
+    """An outcome for each test; then one record of how it ended. What pytest says goes to standard error.
 
-
-def run_tests(workers: int) -> Iterator[dict[str, Any]]:
-    """An outcome for each test; then one record of how it ended. What pytest says goes to standard error."""
+    A file that cannot be collected is one "error", and the others are run.
+    """
+    if importlib.util.find_spec("pytest") is None:
+        yield {"status": "not run: pytest is not installed"}
+        return
     parallel = ["-n", str(workers)] if workers and importlib.util.find_spec("xdist") else []
     # Since torch 2.9 reading the older TF32 switches warns, and warnings are errors in the tests.
     allowed = ["-W", "ignore:Please use the new API:UserWarning"]
-    command = [sys.executable, "-u", "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-u", "-m", "pytest", "-q", "-rfE", "--tb=short", "--continue-on-collection-errors"]
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.outcomes"]
+    reading, writing = os.pipe()
     with subprocess.Popen(
-        [*command, *parallel, *allowed, "tests/gpu"],
+        [*command, *plugins, *parallel, *allowed, str(folder)],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        env=os.environ | {VARIABLE: str(writing)},
+        pass_fds=(writing,),
+        stdout=2,
     ) as process:
-        assert process.stdout is not None
-        last = ""
-        for line in process.stdout:
-            print(line, end="", file=sys.stderr, flush=True)
-            outcome = outcome_of(line.rstrip())
-            if outcome is not None:
-                yield outcome | {"status": "ok"}
-            last = line.strip("= \n") or last
-    yield {"summary": last, "status": "ok" if process.returncode == 0 else f"failed: exit code {process.returncode}"}
+        os.close(writing)
+        found: list[dict[str, str]] = []
+        with os.fdopen(reading) as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record not in found:  # every process of pytest-xdist collects, and says what it could not
+                    found.append(record)
+                    yield record | {"status": "ok"}
+    outcomes = [record["outcome"] for record in found]
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
+    code = process.returncode
+    how = f"in {workers} processes" if parallel else "one after the other: pytest-xdist is not installed"
+    summary = f"{counts or 'no test ran'} ({how if workers else 'in one process'})"
+    yield {"summary": summary, "status": "ok" if code == 0 else f"failed: {summary}; exit code {code} of pytest"}

@@ -23,7 +23,7 @@ from .cases import inputs, leaves
 from .measure import AGREEMENT, DTYPES, cotangent, disagreement, fingerprint, matmul_precision
 from .plan import Job, gpu_jobs
 from .predictions import predicted
-from .providers import TORCH, TRITON, provider
+from .providers import PEERS, TORCH, TRITON, provider
 from .roofline import measure_ceilings
 
 __all__ = ["do", "main", "records"]
@@ -120,8 +120,16 @@ def _figure(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
     timing = {"seconds": 0.0, "least": 1} if dry else {}
     # A dry run has interpreted the kernels in stages a to c; here it would take minutes.
     name = TORCH if dry and job.provider == TRITON else job.provider
-    for mode, record in figures.figures(job.case, name, job.precision, job.modes, timing):
-        yield {"mode": mode} | record
+    ran = {} if name == job.provider else {"ran": name}
+    try:
+        for mode, record in figures.figures(job.case, name, job.precision, job.modes, timing):
+            yield {"mode": mode} | ran | record
+    except Exception as error:
+        if not dry or job.provider not in PEERS:
+            raise
+        why = (str(error).splitlines() or [""])[0]
+        for mode in job.modes:
+            yield {"mode": mode, "status": f"not run: needs CUDA ({type(error).__name__}: {why:.80})"}
 
 
 def _tests(job: Job, dry: bool) -> Iterator[dict[str, Any]]:

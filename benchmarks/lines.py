@@ -13,18 +13,18 @@ NOISE = 0.03  # two times that differ by less are not told apart
 
 def record_line(
     record: dict[str, Any],
-    references: dict[tuple[str, str], dict[str, Any]],
+    references: dict[tuple[str, str, str], dict[str, Any]],
     ceilings: dict[str, float] | None,
 ) -> str:
-    """`  12.3 s  d  efa, B 128 ...: what came out`."""
+    """`  12.3 s  d  efa, B 128 ...: what came out`; `references` by case, dtype and mode."""
     head = f"{record['at_s']:7.1f} s  {record['stage']}  "
     subject = ", ".join(str(record[key]) for key in ("case", "dtype", "table") if key in record)
     if record["kind"] == "figure":
-        subject += f", {record['provider']}, {record['mode']}"
+        ran = f", here {record['ran']}" if "ran" in record else ""
+        subject += f", {record['provider']}{ran}, {record['mode']}"
     if record["kind"] == "tests":
-        return (
-            f"{head}{record.get('test', 'tests')}: {record.get('outcome') or record.get('summary') or record['status']}"
-        )
+        said = record.get("outcome") or record.get("summary") if record["status"] == "ok" else record["status"]
+        return f"{head}{record.get('test', 'tests')}: {said}" + (f": {record['why']}" if "why" in record else "")
     if record["status"] != "ok":
         return f"{head}{subject or record['kind']}: {record['status']}"
     return f"{head}{subject or record['kind']}: " + _SAID[record["kind"]](record, references, ceilings)
@@ -53,15 +53,15 @@ def _kernels(record: dict[str, Any], references: Any, ceilings: dict[str, float]
     if least is not None:
         said += f", least {least:.2g} ms ({least / ms:.0%} of the roof)"
     if "predicted" in record:
-        said += f"; predicted {_span(record['predicted'])}"
+        said += f"; predicted {_span(record['after'] or record['predicted'])}"
         if record["after"]:
-            said += f", {_span(record['after'])} with {record['change']}"
+            said += f" (before the change {_span(record['predicted'])})"
     return said + f"  [{record['config']}]"
 
 
 def _span(bounds: Any) -> str:
     low, high = bounds
-    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+    return f"{low:.2f}" if low == high else f"{low:.2f}-{high:.2f}"
 
 
 def _alternative(record: dict[str, Any], references: Any, ceilings: Any) -> str:
@@ -73,13 +73,13 @@ def _alternative(record: dict[str, Any], references: Any, ceilings: Any) -> str:
 
 
 def _figure(
-    record: dict[str, Any], references: dict[tuple[str, str], dict[str, Any]], ceilings: dict[str, float] | None
+    record: dict[str, Any], references: dict[tuple[str, str, str], dict[str, Any]], ceilings: dict[str, float] | None
 ) -> str:
     parts = [f"{name} {record[name]['median']:.4g}" for name in ("forward", "backward", "both") if name in record]
     said = " ".join(parts) + " ms"
-    reference = references.get((record["case"], record["dtype"]))
+    reference = references.get((record["case"], record["dtype"], record["mode"]))
     if reference is not None and reference["provider"] != record["provider"]:
-        said += f", {reference['both']['median'] / record['both']['median']:.2f}x {reference['provider']} eager"
+        said += f", {reference['both']['median'] / record['both']['median']:.2f}x {reference['provider']}"
     share = share_of_roof(record, "both", ceilings) if ceilings and record["dtype"] in DTYPES else None
     if share is not None:
         said += f", {share:.0%} of the roof"

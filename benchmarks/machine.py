@@ -4,6 +4,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ["describe_machine", "describe_versions", "today"]
+from . import ROOT
+
+__all__ = ["commit", "describe_machine", "describe_versions", "now", "today"]
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "late-interaction-kernels", "flash-maxsim")
 
@@ -35,6 +39,9 @@ def describe_machine() -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda or torch.version.hip,
         }
+        driver = _nvidia_smi()
+        if driver:
+            machine["gpu_driver"] = driver
     return machine
 
 
@@ -46,6 +53,33 @@ def describe_versions() -> dict[str, str]:
         if importlib.util.find_spec(package.replace("-", "_")) is not None:
             versions[package] = importlib.metadata.version(package)
     return versions
+
+
+def commit() -> str:
+    """Of the checkout: what git says, else the file .commit, which whoever copies it without .git writes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    if (ROOT / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
+    file = ROOT / ".commit"
+    return file.read_text().strip() if file.exists() else "unknown"
+
+
+def _nvidia_smi() -> str | None:
+    """`name, driver, clock of the multiprocessors, clock of the memory`, as they are before the run; read only."""
+    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem"
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.splitlines() or [""])[0].strip() or None
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def today() -> str:

@@ -21,19 +21,19 @@ LARGE_TOY = 8  # pairs of a dry run that stand for more than 1024
 class Stage:
     letter: str
     name: str
-    seconds: float  # a guess; jobs of a stage that has taken twice as long are not begun
+    seconds: float  # of 8 minutes; what a stage leaves goes to those after it
     proves: str
 
 
 STAGES = (
     Stage("a", "exact", 40, "every kernel at the paper's size against float64, poisoned memory, equal bits twice"),
-    Stage("b", "alone", 25, "each kernel alone beside its prediction and its least time"),
-    Stage("c", "alternatives", 40, "entries of the block tables against the other candidate"),
-    Stage("d", "losses", 110, "EFA and A-SDM, eager and as CUDA graphs, against PyTorch and torch.compile"),
-    Stage("e", "peers", 120, "MaxSim against late-interaction-kernels and flash-maxsim"),
-    Stage("f", "wider", 90, "float32 and TF32, large batches, short captions, ViT-L/14"),
-    Stage("g", "tests", 120, "tests/gpu, one outcome a test"),
-    Stage("h", "max-autotune", 150, "torch.compile at its best"),
+    Stage("b", "alone", 20, "each kernel alone beside its prediction and its least time"),
+    Stage("c", "alternatives", 20, "entries of the block tables against the other candidate"),
+    Stage("d", "losses", 95, "EFA and A-SDM, eager and as CUDA graphs, against PyTorch and torch.compile"),
+    Stage("e", "peers", 95, "MaxSim against late-interaction-kernels and flash-maxsim"),
+    Stage("f", "wider", 40, "float32 and TF32, large batches, short captions, ViT-L/14"),
+    Stage("g", "tests", 60, "tests/gpu, one outcome a test"),
+    Stage("h", "max-autotune", 90, "torch.compile at its best"),
 )
 
 
@@ -47,8 +47,14 @@ class Job:
     provider: str = TRITON
     precision: str = "bf16"
     modes: tuple[str, ...] = ("eager",)
-    guess: float = 5.0  # seconds; a job is killed at twice its guess
+    guess: float = 5.0  # seconds, cautious: our kernels are compiled first; a job is killed at twice its guess
+    prebuilt: float | None = None  # seconds where our kernels are in a cache; None: as many as its guess
+    whole: bool = True  # else what it writes until its stage must end is worth having
     alternative: int | None = None  # row of ALTERNATIVES
+
+    def seconds(self, prebuilt: bool) -> float:
+        """That must be left for it to begin."""
+        return self.prebuilt if self.prebuilt is not None and (prebuilt or not self.whole) else self.guess
 
     @property
     def identities(self) -> list[dict[str, Any]]:
@@ -74,14 +80,14 @@ def gpu_jobs(letters: Iterable[str] | None = None, *, dry: bool = False) -> list
     jobs = [job for letter in chosen for job in stage_jobs(letter)]
     needs = next((number for number, job in enumerate(jobs) if job.kind in ("kernels", "figure")), None)
     if needs is not None:
-        jobs.insert(needs, Job(jobs[needs].stage, "ceilings", guess=10))
+        jobs.insert(needs, Job(jobs[needs].stage, "ceilings", guess=10, prebuilt=3))
     return list(dict.fromkeys(map(_dry, jobs))) if dry else jobs
 
 
 def _dry(job: Job) -> Job:
     """The same job for a dry run: Triton's interpreter knows no bfloat16, a CPU no TF32, and tests/gpu is skipped."""
     if job.case is None:
-        return replace(job, guess=30) if job.kind == "tests" else job
+        return replace(job, guess=30, prebuilt=30) if job.kind == "tests" else job
     precision = {"bf16": "fp16", "tf32": "fp32"}.get(job.precision, job.precision)
     return replace(job, case=toy(job.case), precision=precision)
 
@@ -106,18 +112,21 @@ def _figures(
     modes: tuple[str, ...] = ("eager",),
 ) -> list[Job]:
     return [
-        Job(stage, "figure", case, name, precision, modes, _guess(case, name))
+        Job(stage, "figure", case, name, precision, modes, *_guess(case, name))
         for precision in precisions
         for case in cases
         for name in names
     ]
 
 
-def _guess(case: Case, provider: str) -> float:
-    """Cautious: a job is killed at twice of it, and our kernels may have to be compiled first."""
-    guess = {AUTOTUNED: 75.0, COMPILED: 25.0, TRITON: 20.0}.get(provider, 90.0 if provider in PEERS else 5.0)
+def _guess(case: Case, provider: str) -> tuple[float, float]:
+    """A job's guess, and what it should take where our kernels are prebuilt."""
+    if provider in PEERS:  # autotuning, most of it the compiler's: 3 to 6 s at D 128 on two cores, 12 to 19 s at D 512
+        return (30.0, 15.0) if case.D == 128 else (45.0, 25.0)
+    if provider in (AUTOTUNED, COMPILED):
+        return (75.0, 75.0) if provider == AUTOTUNED else (25.0, 15.0)
     large = case.B >= (512 if case.op == "efa" else 65536)
-    return max(guess, 20.0) if large else guess
+    return (20.0, 10.0) if large else (20.0 if provider == TRITON else 5.0, 3.0)
 
 
 def _exact() -> list[Job]:
@@ -134,18 +143,20 @@ def _exact() -> list[Job]:
     some = [cases[0], patches, cases[5]]
     plan = [(case, precision) for precision in ("bf16", "fp32") for case in cases]
     plan += [(case, precision) for precision in ("tf32", "fp16") for case in some]
-    return [Job("a", "exact", case, TRITON, precision, guess=15) for case, precision in plan]
+    return [Job("a", "exact", case, TRITON, precision, guess=15, prebuilt=3) for case, precision in plan]
 
 
 def _alone() -> list[Job]:
     cases = [(_efa(128), "bf16"), (Case("asdm", 64), "fp32"), (Case("asdm", 1024), "fp32"), (_efa(128), "fp32")]
     cases += [(_efa(128, mean_length=25), "bf16"), (_efa(128), "tf32"), (Case("asdm", 16384), "fp32")]
-    return [Job("b", "kernels", case, TRITON, precision, guess=20) for case, precision in cases]
+    return [Job("b", "kernels", case, TRITON, precision, guess=20, prebuilt=3) for case, precision in cases]
 
 
 def _alternatives() -> list[Job]:
     rows = enumerate(ALTERNATIVES)
-    return [Job("c", "alternative", row.case, TRITON, row.precision, guess=20, alternative=n) for n, row in rows]
+    return [
+        Job("c", "alternative", row.case, TRITON, row.precision, guess=20, prebuilt=3, alternative=n) for n, row in rows
+    ]
 
 
 def _losses() -> list[Job]:
@@ -176,7 +187,7 @@ def _wider() -> list[Job]:
 
 
 def _tests() -> list[Job]:
-    return [Job("g", "tests", guess=120)]
+    return [Job("g", "tests", guess=150, prebuilt=20, whole=False)]
 
 
 def _autotuned() -> list[Job]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .cases import Case
 from .plan import toy
@@ -57,7 +58,7 @@ def _against_batch(rows: Sequence[dict[str, Any]], title: str, label: str, value
     shown = [precision for precision in PRECISIONS if any(row["dtype"] == precision for row in rows)]
     if not shown:
         return None
-    figure = Figure(figsize=(1 + 3.2 * len(shown), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 1 + 3.2 * len(shown)), 4.8), layout="constrained")
     figure.suptitle(title)
     for axes, precision in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
         for provider, style in STYLES.items():
@@ -75,6 +76,9 @@ def _against_batch(rows: Sequence[dict[str, Any]], title: str, label: str, value
 def _log_batch_axis(axes: Axes, batches: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    # Within one power of ten a log axis has no label of its own.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xticks(batches, [str(B) for B in batches])
     axes.minorticks_off()
     axes.set_xlabel("pairs in the batch")
@@ -86,7 +90,7 @@ def _legend(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def _roof(rows: Sequence[dict[str, Any]], device: str, ceilings: dict[str, float]) -> Figure | None:

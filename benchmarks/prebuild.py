@@ -1,6 +1,7 @@
 """Compiles every kernel of the prepared run on a GPU here, without one, and keeps them for the machine that has it.
 
-    python -m benchmarks prebuild --out DIR [--wheel triton-3.6.0-cp312-...whl] [--only 'asdm, B 64'] [--workers 2]
+    python -m benchmarks prebuild --out DIR [--wheel triton-3.6.0-cp312-...whl] [--candidates candidates.json]
+                                  [--only 'asdm, B 64'] [--workers 2]
 
 Compiles through the stand-in of `benchmarks/stand_in` and writes two files: `DIR/kernels.tar.xz`, folders of Triton's
 cache, and `DIR/prebuilt.json`, what they are for. The machine with the GPU asks `usable(DIR)`; `install(DIR, cache)`
@@ -15,8 +16,9 @@ Triton's key of a kernel holds, besides the kernel with its specialisation and o
     environment     TRITON_... and other variables that change the code; `usable` compares them
     source          text of the kernel and of what it calls, its first line's number and its module's name; no path
 
-The kernels are those of the jobs of `benchmarks/plan.py`, both entries of an alternative among them; not those of
-tests/gpu. Batches are smaller than the real ones: no kernel is specialised on one (docs/launches.md).
+The kernels are those of the jobs of `benchmarks/plan.py`, both entries of an alternative among them, and with
+--candidates the survivors of `benchmarks tune --compile`; not those of tests/gpu, nor the peers'. Batches are smaller
+than the real ones: no kernel is specialised on one (docs/launches.md).
 """
 
 import argparse
@@ -30,6 +32,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -39,8 +42,9 @@ from unittest import mock
 
 import torch
 
-from . import ROOT, exact, stand_in
-from .alternatives import ALTERNATIVES, swapped
+from . import ROOT, exact, results, stand_in
+from .alternatives import ALTERNATIVES, Alternative, swapped
+from .candidates import tables
 from .cases import Case, inputs, leaves
 from .measure import DTYPES
 from .plan import Job, gpu_jobs
@@ -65,8 +69,8 @@ def small(case: Case) -> Case:
     return replace(case, B=min(case.B, 4096 if case.op == "asdm" else 16))
 
 
-def run(job: Job) -> None:
-    """Forward and backward as the job makes them; an alternative with both entries."""
+def run(job: Job, others: Iterable[tuple[Alternative, Any]] = ()) -> None:
+    """Forward and backward as the job makes them; an alternative with both entries; `others`: more of them."""
     case, dtype = small(job.case), DTYPES[job.precision]
     if job.kind == "exact":
         problem = exact.build(case, dtype, "cpu")
@@ -76,14 +80,22 @@ def run(job: Job) -> None:
         arguments = inputs(case, dtype=dtype)
         targets = leaves(arguments)
         step = lambda: provider(TRITON, case.op)(**arguments)  # noqa: E731
-    rows = [] if job.alternative is None else [ALTERNATIVES[job.alternative]]
-    for change in (nullcontext(), *(swapped(row, row.other) for row in rows)):
+    rows = [] if job.alternative is None else [(ALTERNATIVES[job.alternative], ALTERNATIVES[job.alternative].other)]
+    for change in (nullcontext(), *(swapped(row, entry) for row, entry in (*rows, *others))):
         with change:
             value = step()
             torch.autograd.grad(value, targets, torch.ones_like(value))
 
 
-def fill(precision: str, only: str, cache: Path, key: str) -> tuple[list[str], list[str]]:
+def candidates(file: Path | None, precision: str) -> list[tuple[Alternative, Any]]:
+    """Entries of the block tables that `benchmarks tune --compile` found worth timing."""
+    if file is None:
+        return []
+    rows = [(tables()[row["table"]].entry, tuple(row["candidate"])) for row in results.read(file)["survivors"]]
+    return [(entry, candidate) for entry, candidate in rows if entry.precision == precision]
+
+
+def fill(precision: str, only: str, cache: Path, key: str, file: Path | None) -> tuple[list[str], list[str]]:
     """Compiles the kernels of one precision into a cache; the hashes of what was compiled, and of what was there.
 
     Runs in a process of its own, whose environment it changes.
@@ -106,6 +118,10 @@ def fill(precision: str, only: str, cache: Path, key: str) -> tuple[list[str], l
     with mock.patch.object(triton.runtime.cache, "triton_key", lambda: key), stand_in.gpu(compile=True, chip=CHIP):
         for job in jobs(precision, only):
             run(job)
+        others = candidates(file, precision)
+        if others:
+            entry = others[0][0]
+            run(Job("c", "kernels", entry.case, precision=precision), others)
     return compiled, found
 
 
@@ -175,10 +191,11 @@ def sources() -> str:
 # The folder
 
 
-def usable(folder: Path) -> str | None:
-    """Why the kernels prebuilt in a folder are of no use to this process, or None when they are."""
-    import triton
+def usable(folder: Path, key: str | None = None) -> str | None:
+    """Why no kernel prebuilt in a folder can be found by a process with this triton_key (its own), or None.
 
+    What else enters a kernel's key is Triton's to compare: a kernel that was edited since is compiled anew, alone.
+    """
     try:
         about = json.loads((Path(folder) / ABOUT).read_text())
         packed = digest((Path(folder) / KERNELS).open("rb"))
@@ -186,12 +203,20 @@ def usable(folder: Path) -> str | None:
         return f"{folder} holds no prebuilt kernels: {error}"
     if about.get("sha256") != packed:
         return f"{folder}/{KERNELS} is not the file that {ABOUT} was written for"
-    here = {"triton": triton.__version__, "triton_key": sha256(own_key()), "ptxas": ptxas(), "sources": sources(),
-            "environment": environment()}  # fmt: skip
+    here = {"triton_key": sha256(key or own_key()), "environment": environment()}
     for what, value in here.items():
         if about.get(what) != value:
             return f"prebuilt for another {what}: {about.get(what)!r}, here {value!r}"
     return None
+
+
+def contents(folder: Path) -> str:
+    """`71 kernels`, and whether their source has changed since."""
+    about = json.loads((Path(folder) / ABOUT).read_text())
+    changed = (
+        "" if about["sources"] == sources() else ", from before kernels/ was last edited: what changed is compiled"
+    )
+    return f"{about['kernels']} kernels{changed}"
 
 
 def install(folder: Path, cache: Path) -> None:
@@ -236,6 +261,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks prebuild", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--wheel", type=Path, help="of the triton there, for another Python than this one")
+    parser.add_argument(
+        "--candidates", type=Path, metavar="FILE", help="of `benchmarks tune --compile`: survivors, too"
+    )
     parser.add_argument("--only", default="", metavar="WORDS", help="jobs whose case and precision hold them")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(argv)
@@ -251,7 +279,9 @@ def main(argv: list[str] | None = None) -> int:
             install(options.out, Path(cache))
         with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
             kinds = dict.fromkeys(job.precision for job in jobs(only=options.only))
-            filled = {kind: pool.submit(fill, kind, options.only, Path(cache), key) for kind in kinds}
+            filled = {
+                kind: pool.submit(fill, kind, options.only, Path(cache), key, options.candidates) for kind in kinds
+            }
             for kind, result in filled.items():
                 new, old = map(set, result.result())
                 print(f"{kind}: {len(new)} kernels compiled, {len(old - new)} found", flush=True)
@@ -261,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
              "environment": {}, "chip": CHIP, "kernels": kernels, "bytes": (options.out / KERNELS).stat().st_size,
              "sha256": digest((options.out / KERNELS).open("rb"))}  # fmt: skip
     (options.out / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-    print(f"{len(compiled)} kernels compiled, {len(found - compiled)} found, in {time.perf_counter() - start:.0f} s")
+    took = time.perf_counter() - start
+    print(f"{len(compiled)} kernels compiled, {len(found - compiled)} found, in {took:.0f} s on {os.cpu_count()} cores")
     print(f"{options.out}: {kernels} kernels, {about['bytes'] / 1e6:.2f} MB, triton {triton.__version__}, "
           f"sha256 of triton_key {about['triton_key']}")  # fmt: skip
     return 0

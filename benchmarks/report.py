@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .about import LEGEND, described
 from .results import load_all
 from .tables import gpu_report, micro_table, target_table
 
@@ -29,13 +30,6 @@ Written by `python -m benchmarks report` from the files in `benchmarks/results/`
 CPU = """Every measurement has a process of its own. *process* is its whole peak of resident memory, Python and torch
 included; *above inputs* what came on top of inputs and libraries, gradients included."""
 
-GPU = """CUDA events, inputs rotated past L2; *graph*: forward and backward replayed as one CUDA graph. *above* is the
-peak of allocated memory above inputs and gradients. *roof* is the time in which the counted operations and bytes could
-pass at the measured ceilings, over the measured time of both passes. *first call* counts compilation and autotuning.
-*tests*: those of tests/gpu for the kernels of a figure that passed; they gate no figure, but one whose value or
-gradient norm disagrees with the reference is dropped. Plain PyTorch multiplies in the precision of its inputs
-(autocast), the blocked torch path in float32."""
-
 NOT_MEASURED = """## On a GPU
 
 Not measured: no result of `python -m benchmarks gpu` on a CUDA device is in `benchmarks/results/`. No claim is made
@@ -44,16 +38,7 @@ about the speed or memory of the kernels there."""
 
 def describe(name: str, result: dict[str, Any]) -> str:
     """Where the figures come from."""
-    machine, versions = result["machine"], result["versions"]
-    what = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB"
-    if machine.get("load", 0) >= 1:
-        what += f"; {machine['load']:.0f} other processes at work, so that times are noise"
-    if "gpu" in machine:
-        what = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {machine['cuda']}; {what}"
-    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
-    source = f"`benchmarks/results/{name}`, `{result['command']}`, {result['date']}"
-    note = [result["note"]] if "note" in result else []
-    return "\n".join([f"Source: {source}.", f"Machine: {what}.", f"Versions: {packages}.", *note])
+    return described(result, f"`benchmarks/results/{name}`, ")
 
 
 def cpu_section(name: str, result: dict[str, Any]) -> str:
@@ -66,7 +51,7 @@ def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
     images = plots.draw_gpu(result, folder, Path(name).stem)
     parts = [
         f"## On a GPU: {result['machine'].get('gpu', 'none')}",
-        GPU,
+        LEGEND,
         describe(name, result),
         *(f"![{image.stem}]({folder.name}/{image.name})" for image in images),
         gpu_report(result),

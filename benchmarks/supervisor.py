@@ -1,5 +1,7 @@
 """Keeps a worker on its jobs: a job that hangs is killed at twice its guess, one that dies costs itself, time is kept.
 
+Every stage leaves to those after it the seconds that they are given; what it does not take itself, they have besides.
+A job that does not fit before its stage must end waits until all stages are over, and is begun if it fits then.
 A worker is any program that speaks the protocol of benchmarks/gpu_worker.py.
 """
 
@@ -12,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from .plan import STAGES, Job
 
-__all__ = ["OUT_OF_TIME", "Worker", "run_jobs"]
+__all__ = ["OUT_OF_TIME", "Worker", "run_jobs", "stage_ends"]
 
 OUT_OF_TIME = "not run: out of time"
 START_SECONDS = 90.0  # for a worker to import torch and to reach the device
@@ -76,9 +78,10 @@ class _Run:
     note: Callable[[Job, dict[str, Any]], None]
     deadline: float
     clock: Callable[[], float]
+    prebuilt: bool
+    ends: dict[str, float]  # when a stage must leave the time to those after it
     worker: Worker | None = None
     not_started: int = 0
-    stage_began: dict[str, float] = field(default_factory=dict)
 
     def ready(self) -> str | None:
         """A worker that waits for jobs; or why there is none."""
@@ -101,34 +104,29 @@ class _Run:
         self.worker.kill()
         self.worker = None
 
-    def do(self, number: int, job: Job) -> None:
-        """Notes a record for every identity of the job, come what may."""
+    def fits(self, job: Job, end: float) -> bool:
+        return self.clock() + job.seconds(self.prebuilt) <= end
+
+    def do(self, number: int, job: Job, end: float) -> None:
+        """Notes a record for every identity of the job, come what may; it is stopped at `end`."""
         open_identities = job.identities
-        reason = self.refused(job)
+        reason = "not run: no worker starts" if self.not_started >= GIVE_UP else None
+        if reason is None and not self.fits(job, end):
+            reason = OUT_OF_TIME
         if reason is None:
             reason = self.ready()
         if reason is None:
-            reason = self.ask(number, job, open_identities)
+            reason = self.ask(number, job, open_identities, end)
         if reason is not None:
             for identity in open_identities or job.identities[-1:]:
                 self.note(job, identity | {"status": reason})
 
-    def refused(self, job: Job) -> str | None:
-        if self.not_started >= GIVE_UP:
-            return "not run: no worker starts"
-        now = self.clock()
-        if now + job.guess > self.deadline:
-            return OUT_OF_TIME
-        seconds = next(stage.seconds for stage in STAGES if stage.letter == job.stage)
-        if now - self.stage_began.setdefault(job.stage, now) > 2 * seconds:
-            return f"not run: stage {job.stage} has taken twice its {seconds:.0f} s"
-        return None
-
-    def ask(self, number: int, job: Job, open_identities: list[dict[str, Any]]) -> str | None:
+    def ask(self, number: int, job: Job, open_identities: list[dict[str, Any]], end: float) -> str | None:
         """Sends the job and notes its records; what is left to say, of the identities that got none or of the job."""
         assert self.worker is not None
         began = self.clock()
-        limit = min(began + 2 * job.guess, self.deadline)
+        # What is worth nothing in part may end late by its guess at most.
+        limit = min(began + 2 * job.guess, max(end, began + job.guess) if job.whole else end, self.deadline)
         self.worker.send(str(number))
         while True:
             try:
@@ -136,7 +134,10 @@ class _Run:
             except queue.Empty:
                 self.end_worker()
                 took = self.clock() - began
-                return OUT_OF_TIME if limit == self.deadline else f"failed: stopped after {took:.0f} s, twice its guess"
+                stopped = f"stopped after {took:.0f} s"
+                if limit < began + 2 * job.guess:
+                    return f"{OUT_OF_TIME}, {stopped}" if job.whole else f"{stopped}, out of time: what came is kept"
+                return f"failed: {stopped}, twice its guess"
             if line is None:
                 code, self.worker = self.worker.ended(), None
                 return f"failed: the process died with exit code {code}"
@@ -158,22 +159,40 @@ class _Run:
         self.note(job, record)
 
 
+def stage_ends(letters: Sequence[str], now: float, deadline: float) -> dict[str, float]:
+    """When each of these stages must end, so that those after it have their seconds, or as many times fewer."""
+    given = {stage.letter: stage.seconds for stage in STAGES}
+    scale = min(1.0, max(0.0, deadline - now) / max(1e-9, sum(given[letter] for letter in letters)))
+    return {
+        letter: deadline - scale * sum(given[later] for later in letters[number + 1 :])
+        for number, letter in enumerate(letters)
+    }
+
+
 def run_jobs(
     jobs: Sequence[Job],
     start: Callable[[], Worker],
     note: Callable[[Job, dict[str, Any]], None],
     *,
     deadline: float,
+    prebuilt: bool = False,
     clock: Callable[[], float] = time.monotonic,
     stage_done: Callable[[str], None] = lambda letter: None,
 ) -> None:
-    """`note(job, record)` once at least for every identity of every job, in order, as soon as it is there."""
-    run = _Run(start, note, deadline, clock)
+    """`note(job, record)` once at least for every identity of every job, as soon as it is there."""
+    ends = stage_ends(list(dict.fromkeys(job.stage for job in jobs)), clock(), deadline)
+    run = _Run(start, note, deadline, clock, prebuilt, ends)
+    waiting: list[tuple[int, Job]] = []
     try:
         for number, job in enumerate(jobs):
-            run.do(number, job)
+            if run.fits(job, ends[job.stage]):
+                run.do(number, job, ends[job.stage])
+            else:
+                waiting.append((number, job))
             if number + 1 == len(jobs) or jobs[number + 1].stage != job.stage:
                 stage_done(job.stage)
+        for number, job in waiting:
+            run.do(number, job, deadline)
     finally:
         if run.worker is not None:
             run.end_worker()

@@ -63,7 +63,10 @@ def micro_table(measurements: Sequence[dict[str, Any]]) -> str:
 def target_table(targets: Sequence[dict[str, Any]]) -> str:
     verdict = {True: "met", False: "missed", None: "not measured"}
     rows = [(entry["goal"], verdict[entry["met"]], entry["measured"]) for entry in targets]
-    return markdown(("target", "verdict", "measured"), rows)
+    if not any("predicted" in entry for entry in targets):
+        return markdown(("target", "verdict", "measured"), rows)
+    rows = [(*row, entry.get("predicted", "-")) for row, entry in zip(rows, targets, strict=True)]
+    return markdown(("target: a goal", "verdict", "measured", "predicted"), rows)
 
 
 def gpu_report(result: dict[str, Any]) -> str:
@@ -85,7 +88,10 @@ def gpu_tables(result: dict[str, Any]) -> str:
     """Ceilings, one table of what was measured, and a list of what was not."""
     parts, ceilings = [], result["ceilings"]
     if result.get("dry_run"):
-        parts.append("**A dry run at toy sizes on the CPU: no time here means anything.**")
+        parts.append(
+            "**A dry run at toy sizes on the CPU: no time here means anything. Figures of the kernels, fmfa-losses "
+            "(triton), are those of the torch path, which takes their place.**"
+        )
     if ceilings:
         rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in ceilings.items() if name != "copy")
         parts.append(f"Ceilings: copy {ceilings['copy'] / 1e12:.2f} TB/s; large product in TFLOP/s: {rates}.")
@@ -144,8 +150,8 @@ def _kernel_table(result: dict[str, Any]) -> str:
         "dtype",
         "launches",
         "ms",
-        "predicted",
-        "after",
+        "predicted ms",
+        "before the change",
         "GFLOP",
         "MB",
         "least ms",
@@ -158,9 +164,10 @@ def _kernel_table(result: dict[str, Any]) -> str:
             rows.append((row["case"], row.get("kernel", "all"), row["dtype"], "-", row["status"], *["-"] * 7))
             continue
         least = least_ms(row, result["ceilings"])
+        changed = row.get("after")
         spans = [
-            "-" if not row.get(name) else "-".join(f"{ms:g}" for ms in dict.fromkeys(row[name]))
-            for name in ("predicted", "after")
+            "-" if not bounds else "-".join(f"{ms:.2f}" for ms in dict.fromkeys(bounds))
+            for bounds in (changed or row.get("predicted"), changed and row["predicted"])
         ]
         rows.append(
             (row["case"], row["kernel"].strip("_"), row["dtype"], str(row["launches"]), milliseconds(row, "ms"), *spans,
@@ -188,15 +195,17 @@ def _alternative_table(result: dict[str, Any]) -> str:
 def _exact_table(result: dict[str, Any]) -> str:
     rows = []
     for row in result["exact"]:
-        errors = [f"{error:.1e} of {row['budgets'][name]:.1e}" for name, error in row.get("errors", {}).items()]
+        errors = [f"{name} {error:.1e} of {row['budgets'][name]:.1e}" for name, error in row.get("errors", {}).items()]
         rows.append((row["case"], row["status"], row["dtype"], "; ".join(errors) or "-"))
-    return markdown(("case", "outcome", "dtype", "error of its budget: value; gradients"), rows) if rows else ""
+    return markdown(("case", "outcome", "dtype", "error of its budget"), rows) if rows else ""
 
 
 def _test_list(result: dict[str, Any]) -> str:
     tests = [row for row in result["tests"] if "test" in row]
+    ends = [row for row in result["tests"] if "test" not in row]
     counts = {outcome: sum(row["outcome"] == outcome for row in tests) for outcome in {row["outcome"] for row in tests}}
     parts = [", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))] if tests else []
-    parts += [f"- {row['test']}: {row['outcome']}" for row in tests if row["outcome"] in ("failed", "error")]
-    parts += [f"- {row.get('summary') or row['status']}" for row in result["tests"] if "test" not in row]
+    parts += [f"- {row['summary'] if row['status'] == 'ok' else row['status']}" for row in ends]
+    wrong = [row for row in tests if row["outcome"] in ("failed", "error")]
+    parts += [f"- {row['test']}: {row['outcome']}: {row.get('why', '')}" for row in wrong]
     return "\n".join(parts)

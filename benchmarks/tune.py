@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from . import alone, results, stand_in_cuda
+from . import alone, results, stand_in_cuda, triton_cache
 from .alternatives import swapped, value
-from .candidates import TABLES, Table
+from .candidates import TABLES, Table, tables
 from .gpu_worker import LOST, step_of
 from .machine import describe_machine, describe_versions, today
 from .measure import AGREEMENT, disagreement, fingerprint, matmul_precision
@@ -72,7 +72,7 @@ def _programs(chip: str, registers: int, shared: int, threads: int) -> int:
 
 
 def _table(name: str) -> Table:
-    return next(table for table in TABLES if table.name == name)
+    return tables()[name]
 
 
 def in_order(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,6 +90,7 @@ def compile_all(options: argparse.Namespace) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
     plan = [(name, candidate) for name in options.table for candidate in _table(name).candidates()[: options.limit]]
     head = {"kind": "candidates", "chip": options.chip, "date": today(), "versions": describe_versions()}
+    began = time.monotonic()
     print(f"{len(plan)} candidates for {options.chip}", flush=True)
     found: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.workers) as pool:
@@ -103,7 +104,11 @@ def compile_all(options: argparse.Namespace) -> int:
             print(f"{row['table']:8} {tuple(row['candidate'])!s:28} {said}", flush=True)
             survivors, dropped = in_order(found), [row for row in found if "dropped" in row]
             results.write(options.out, head | {"survivors": survivors, "dropped": dropped})
-    print(f"{len(survivors)} survive, {len(dropped)} dropped; written to {options.out}")
+    took = time.monotonic() - began
+    print(
+        f"{len(survivors)} survive, {len(dropped)} dropped, in {took:.0f} s: {took / len(plan):.1f} s each in "
+        f"{options.workers} processes; written to {options.out}"
+    )
     return 0
 
 
@@ -128,7 +133,11 @@ def _time(table: Table, candidate: tuple[int, ...] | None, entry: dict[str, Any]
     case = toy(row.case) if dry else row.case
     precision = "fp16" if dry else row.precision
     standing = value(row)
-    found = {"table": table.name, "candidate": list(standing if candidate is None else candidate)}
+    found: dict[str, Any] = {"table": table.name, "candidate": list(standing if candidate is None else candidate)}
+    if candidate is None:
+        found["entry"] = True
+    if entry is not None and entry["status"] != "ok":
+        entry = None  # nothing to compare with
     try:
         matmul_precision(precision)
         step = step_of(Job("c", "kernels", case, precision=precision))
@@ -146,16 +155,22 @@ def _time(table: Table, candidate: tuple[int, ...] | None, entry: dict[str, Any]
             "status": f"failed: {type(error).__name__}: {message:.150}",
             "lost": any(word in str(error) for word in LOST),
         }
-    return found | {"status": "ok", "ms": float(f"{ms:.4g}")} | ({"entry": True} if candidate is None else {})
+    return found | {"status": "ok", "ms": float(f"{ms:.4g}")}
 
 
 def time_all(options: argparse.Namespace) -> int:
     if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         stand_in_cuda.install()
     if not torch.cuda.is_available():
         print("needs a CUDA device; nothing was timed")
         return 2
     began = time.monotonic()
+    if not options.dry_run:
+        cache, sentence = triton_cache.prepare(triton_cache.folder(options.prebuilt))
+        if cache is not None:
+            os.environ["TRITON_CACHE_DIR"] = str(cache)
+        print(f"sha256 of triton_key: {triton_cache.triton_key_sha256()}\n{sentence}", flush=True)
     left = lambda: 60 * options.minutes - (time.monotonic() - began)  # noqa: E731
     rows = [row for row in results.read(options.time)["survivors"] if row["table"] in options.table][: options.limit]
     head = {"kind": "tuned", "date": today(), "machine": describe_machine(), "versions": describe_versions()}
@@ -196,7 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chip", default="sm_90", help="of --compile (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="of --compile")
     parser.add_argument("--minutes", type=float, default=5.0, help="of --time (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="of --time: toy sizes on the CPU, TRITON_INTERPRET=1")
+    parser.add_argument("--prebuilt", type=Path, metavar="DIR", help="of --time: a Triton cache (default: prebuilt/)")
+    parser.add_argument("--dry-run", action="store_true", help="of --time: toy sizes on the CPU, interpreted")
     options = parser.parse_args(argv)
     options.out = options.out or Path("candidates.json" if options.compile else "tuned.json")
     return compile_all(options) if options.compile else time_all(options)

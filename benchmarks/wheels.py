@@ -5,7 +5,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-__all__ = ["on_path", "unpack"]
+from . import ROOT
+
+__all__ = ["folder", "on_path", "unpack"]
+
+
+def folder(given: Path | None) -> Path | None:
+    """The one that is named, else wheels/ or .whl/ in the checkout, whichever exists."""
+    return given or next((ROOT / name for name in ("wheels", ".whl") if (ROOT / name).is_dir()), None)
 
 
 def unpack(folder: Path) -> tuple[Path | None, str]:

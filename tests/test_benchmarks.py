@@ -1,6 +1,9 @@
 """The benchmark's own logic: counted work, the plan and its time, tables, plots, report. No speed is judged."""
 
 import json
+import re
+import zipfile
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +14,12 @@ from benchmarks import (
     alternatives,
     exact,
     gpu,
-    gpu_tests,
     gpu_worker,
     kernel_work,
+    machine,
     micro,
     plots,
+    preflight,
     providers,
     report,
     results,
@@ -23,9 +27,10 @@ from benchmarks import (
     triton_cache,
     wheels,
 )
-from benchmarks.book import checked
+from benchmarks.book import Book, checked
 from benchmarks.cases import SIZES, Case, inputs, leaves, lengths, work
 from benchmarks.cuda_clock import CaptureError, measure_cuda
+from benchmarks.lines import record_line
 from benchmarks.measure import disagreement, measure_cpu, spread
 from benchmarks.plan import STAGES, Job, gpu_jobs, stage_jobs
 from benchmarks.predictions import PREDICTIONS, predicted
@@ -156,7 +161,7 @@ def test_plan_is_ordered_and_complete():
         "sparse_aggregate", "hard_similarity", "maxsim", "asdm"
     }  # fmt: skip
     both = ("eager", "graph")
-    assert figures()[0] == Job("d", "figure", Case("efa", 128), REFERENCE, "bf16", both, 5)
+    assert figures()[0] == Job("d", "figure", Case("efa", 128), REFERENCE, "bf16", both, 5, 3)
     wanted = {(64, "efa", "bf16"), (128, "efa", "bf16")}
     wanted |= {(B, "asdm", "fp32") for B in (64, 256, 1024, 16384, 65536)}
     for provider in (TORCH, TRITON):
@@ -168,8 +173,17 @@ def test_plan_is_ordered_and_complete():
     assert {(128, 1024), (128, 192), (512, 192)} == {(job.case.D, job.case.N) for job in stage_jobs("e")}
     assert {job.case.B for job in figures() if job.case.op == "efa"} == {64, 128, 256, 512, 1024}
     assert {job.precision for job in figures() if job.case.op == "efa"} == {"fp32", "tf32", "bf16", "fp16"}
-    assert all(job.guess == 90 for job in figures() if job.provider in providers.PEERS)
-    assert stage_jobs("h")[0] == Job("h", "figure", Case("efa", 128), AUTOTUNED, "bf16", guess=75)
+    assert stage_jobs("h")[0] == Job("h", "figure", Case("efa", 128), AUTOTUNED, "bf16", guess=75, prebuilt=75)
+
+
+def test_eight_minutes_have_room_for_every_stage():
+    """With prebuilt kernels the first jobs of each fit into what it is given, and so do the two peers at two shapes."""
+    begins = 15  # seconds until the worker is there
+    assert begins + sum(stage.seconds for stage in STAGES) + gpu.REPORT_SECONDS <= 8 * 60
+    first = {"a": 13, "b": 5, "c": 6, "d": 12, "e": 8, "f": 6, "g": 1, "h": 1}
+    for stage in STAGES:
+        seconds = [job.seconds(prebuilt=True) for job in stage_jobs(stage.letter)]
+        assert sum(seconds[: first[stage.letter]]) <= stage.seconds, stage
 
 
 @pytest.mark.parametrize("stage", [stage.letter for stage in STAGES])
@@ -388,46 +402,24 @@ def test_poison_is_taken_away_again():
     assert torch.empty is empty
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (
-            "tests/gpu/test_a.py::test_b[x-1] PASSED                 [ 10%]",
-            ("tests/gpu/test_a.py::test_b[x-1]", "passed"),
-        ),
-        ("[gw3] [ 12%] FAILED tests/gpu/test_a.py::test_b[x y]", ("tests/gpu/test_a.py::test_b[x y]", "failed")),
-        ("tests/gpu/test_a.py::test_b SKIPPED (needs a CUDA device) [ 1%]", ("tests/gpu/test_a.py::test_b", "skipped")),
-        ("[gw0] [100%] ERROR tests/gpu/test_a.py::test_b", ("tests/gpu/test_a.py::test_b", "error")),
-        ("tests/gpu/test_a.py::test_b[x-1] ", None),
-        ("FAILED tests/gpu/test_a.py::test_b - assert 0", None),
-        ("scheduling tests via LoadScheduling", None),
-    ],
-)
-def test_outcomes_are_read(line, expected):
-    assert gpu_tests.outcome_of(line) == (expected and dict(zip(("test", "outcome"), expected, strict=True)))
-
-
 def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
     """A cache that does not fit is never used, and the reason is said."""
     assert triton_cache.prepare(None) == (None, "no prebuilt Triton cache: kernels are compiled here")
-    installed = []
-    with monkeypatch.context() as patch:
-        patch.setattr(triton_cache.importlib.util, "find_spec", lambda name: None)
-        assert "has no `benchmarks prebuild`" in triton_cache.prepare(tmp_path)[1]
-        patch.setattr(triton_cache.importlib.util, "find_spec", lambda name: True)
-        for reason in ("another triton", None):
-            module = SimpleNamespace(
-                usable=lambda folder, reason=reason: reason, install=lambda *folders: installed.append(folders)
-            )
-            patch.setattr(triton_cache.importlib, "import_module", lambda name, module=module: module)
-            folder, sentence = triton_cache.prepare(tmp_path)
-            if reason:
-                assert (folder, reason in sentence, installed) == (None, True, [])
-            else:
-                assert installed == [(tmp_path, folder)]
-        broken = SimpleNamespace(usable=lambda folder: 1 / 0)
-        patch.setattr(triton_cache.importlib, "import_module", lambda name: broken)
-        assert "is not used: ZeroDivisionError" in triton_cache.prepare(tmp_path)[1]
+    installed, prebuild = [], pytest.importorskip("benchmarks.prebuild")
+    monkeypatch.setattr(prebuild, "install", lambda *folders: installed.append(folders))
+    monkeypatch.setattr(prebuild, "contents", lambda folder: "3 kernels")
+    monkeypatch.setattr(prebuild, "usable", lambda folder: "another triton")
+    assert triton_cache.prepare(tmp_path) == (
+        None,
+        f"{tmp_path} is not used: another triton; kernels are compiled here",
+    )
+    assert installed == []
+    monkeypatch.setattr(prebuild, "usable", lambda folder: None)
+    folder, sentence = triton_cache.prepare(tmp_path)
+    assert installed == [(tmp_path, folder)]
+    assert sentence.endswith("its key agrees; 3 kernels")
+    monkeypatch.setattr(prebuild, "usable", lambda folder: 1 / 0)
+    assert "is not used: ZeroDivisionError" in triton_cache.prepare(tmp_path)[1]
     assert len(triton_cache.triton_key_sha256()) == 64
 
 
@@ -459,13 +451,13 @@ def fake_result():
         rows += [identity | found | spreads for identity in job.identities]
     rows[-1] = {key: value for key, value in rows[-1].items() if key not in spreads} | {"status": "not run: why"}
     ceilings = {"copy": 4e12, "fp32": 5e13, "tf32": 4e14, "bf16": 8e14, "fp16": 8e14}
-    test = {"test": "tests/gpu/test_gpu_efa.py::test_x", "outcome": "failed", "status": "ok"}
+    test = {"test": "tests/gpu/test_gpu_efa.py::test_x", "outcome": "failed", "why": "assert 1 == 2", "status": "ok"}
     end = {"summary": "1 failed, 1 passed", "status": "failed: exit code 1"}
     return {
         "kind": "gpu", "command": "python -m benchmarks gpu", "date": "2000-01-01", "machine": MACHINE,
         "versions": {"torch": "0"}, "ceilings": ceilings, "targets": gpu_targets(rows, ceilings),
         "measurements": rows, "exact": [], "kernels": [], "alternatives": [],
-        "tests": [test, test | {"outcome": "passed"}, end],
+        "tests": [test, {key: test[key] for key in ("test", "status")} | {"outcome": "passed"}, end],
     }  # fmt: skip
 
 
@@ -481,7 +473,7 @@ def test_gpu_report(tmp_path):
     assert "Not measured" not in text
     assert gpu_report(result) in text
     assert gpu_tables(result) in gpu_report(result)
-    assert "- tests/gpu/test_gpu_efa.py::test_x: failed" in text
+    assert "- tests/gpu/test_gpu_efa.py::test_x: failed: assert 1 == 2" in text
     assert "| 1 of 2 |" in text  # beside the kernels' figures of EFA, and of nothing else
     assert "not run: why" in text
     for name in ("time", "memory", "roof"):
@@ -510,3 +502,112 @@ def test_commands(capsys):
             __main__.main([command, "--help"])
         assert exit.value.code == 0
     assert "usage: python -m benchmarks report" in capsys.readouterr().out
+
+
+def test_a_line_compares_within_a_mode(tmp_path):
+    """A replayed graph with the reference's graph; with nothing where there is none."""
+    head = {"kind": "gpu", "command": "c", "date": "d", "machine": MACHINE, "versions": {}}
+    said = []
+    with closing(Book(tmp_path, head)) as book:
+        book.say = lambda text, aloud=True: said.append(text)
+        for provider, mode, ms in ((REFERENCE, "eager", 8.0), (TRITON, "eager", 4.0), (TRITON, "graph", 1.0),
+                                   (REFERENCE, "graph", 3.0), (TORCH, "graph", 1.0)):  # fmt: skip
+            job = Job("d", "figure", Case("asdm", 8), provider, "fp32", (mode,))
+            spread = {"median": ms, "p20": ms, "p80": ms}
+            book.note(job.identities[0] | {"status": "ok", "value": 1.0, "gradient_norm": 1.0, "both": spread,
+                                           "first_call_s": 0.0, "compiled": 0})  # fmt: skip
+    ratios = [re.findall(r"[0-9.]+x reference", line) for line in said]
+    assert ratios == [[], ["2.00x reference"], [], [], ["3.00x reference"]]
+
+
+def test_predictions_name_the_code_that_is_measured():
+    kernel = {"stage": "b", "kind": "kernels", "status": "ok", "at_s": 0.0, "kernel": "_k", "launches": 1, "flops": 0.0,
+              "bytes": 0, "ms": {"median": 1.0, "p20": 1.0, "p80": 1.0}, "config": "w4", "case": "c", "dtype": "bf16",
+              "predicted": [0.75, 0.95], "after": [0.65, 0.8], "change": "four stages"}  # fmt: skip
+    assert "predicted 0.65-0.80 (before the change 0.75-0.95)" in record_line(kernel, {}, None)
+    assert "predicted 0.75-0.95  [" in record_line(kernel | {"after": None}, {}, None)
+    table = gpu_report({"kernels": [kernel], "ceilings": None, "targets": [], "measurements": [], "alternatives": [],
+                        "exact": [], "tests": []})  # fmt: skip
+    assert re.search(r"\| +0.65-0.80 \| +0.75-0.95 \|", table)
+
+
+def test_a_peer_in_a_dry_run_needs_cuda(fake_device, monkeypatch):
+    def peer():
+        raise AssertionError("libcuda.so cannot found!\nand more")
+
+    monkeypatch.setitem(providers.PEERS, "flash-maxsim", peer)
+    monkeypatch.setattr(providers, "why_not", lambda name: None)
+    job, written = Job("e", "figure", Case("maxsim", 4, L=3, N=4, D=8), "flash-maxsim", "fp32"), []
+    for dry in (True, False):
+        assert gpu_worker.do(job, written.append, dry=dry)
+    assert [record["status"] for record in written] == [
+        "not run: needs CUDA (AssertionError: libcuda.so cannot found!)",
+        "failed: AssertionError: libcuda.so cannot found!",
+    ]
+
+
+def test_commit_of_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == "unknown"
+    (tmp_path / ".commit").write_text("v1-3-gabc\n")
+    assert machine.commit() == "v1-3-gabc"
+
+
+def test_the_driver_is_asked_once_and_may_be_missing(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine._nvidia_smi() is None
+    tool.write_text('#!/bin/sh\necho "A GPU, 580.1, 1980 MHz, 2619 MHz"\n')
+    tool.chmod(0o755)
+    assert machine._nvidia_smi() == "A GPU, 580.1, 1980 MHz, 2619 MHz"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert machine._nvidia_smi() is None
+
+
+def test_preflight_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "late_interaction_kernels-9.9-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("late_interaction_kernels/__init__.py", "")
+    command = ["--preflight", "--wheels", str(tmp_path / "wheels"), "--prebuilt", str(tmp_path)]
+    assert gpu.main(command) == 1
+    lines = capsys.readouterr().out.splitlines()
+    good, bad = ([line for line in lines if line.startswith(word)] for word in ("ok", "NO"))
+    assert len(good) + len(bad) == len(lines)
+    assert any("tests/gpu are collected: " in line for line in good)
+    assert any("imports of the run" in line for line in good)
+    assert len(bad) == 2
+    assert "No module named 'flash_maxsim'" in bad[0]
+    assert "holds no prebuilt kernels" in bad[1]
+    monkeypatch.setitem(preflight.PACKAGES, "no_such_package", "everything")
+    monkeypatch.setitem(preflight.PACKAGES, "no_such_luxury", "(luxury) comfort")
+    monkeypatch.setattr(preflight, "tried", lambda *arguments, **options: (True, "tried"))
+    gpu.main(command)
+    out = capsys.readouterr().out
+    assert "NO  no_such_package is not installed: everything" in out
+    assert "ok  no_such_luxury is not installed" in out
+
+
+def test_targets_are_goals_with_predictions():
+    targets = gpu_targets([], None)
+    assert {entry["predicted"] for entry in targets} == {"met", "missed", "-"}
+    assert next(entry for entry in targets if "12x" in entry["goal"])["predicted"] == "missed"
+    assert next(entry for entry in targets if "MaxSim" in entry["goal"])["predicted"] == "met"
+
+
+@pytest.mark.parametrize("precisions", [("fp32",), ("bf16", "fp32")])
+def test_plots_have_labels_and_a_whole_legend(precisions):
+    """Values within one power of ten: the axis has labels all the same, and the legend is inside the picture."""
+    result = fake_result()
+    for row in result["measurements"]:
+        if "both" in row:
+            row["both"] = dict.fromkeys(("median", "p20", "p80"), 2.1 + row["B"] / 1000)
+    result["measurements"] = [row for row in result["measurements"] if row["dtype"] in precisions]
+    figure = plots.gpu_figures(result)["time"]
+    figure.canvas.draw()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    low, high = figure.axes[0].get_ylim()
+    shown = [label for label, y in zip(labels, figure.axes[0].get_yticks(), strict=True) if label and low <= y <= high]
+    assert len(shown) >= 2
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert box.x0 >= page.x0
+    assert box.x1 <= page.x1

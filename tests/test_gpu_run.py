@@ -13,10 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.about import LEGEND
 from benchmarks.book import UNSEEN, missing, read_records
 from benchmarks.gpu import ROOT
 from benchmarks.kernel_work import FLOPS
 from benchmarks.plan import STAGES, gpu_jobs
+from benchmarks.providers import TORCH, TRITON
 from benchmarks.supervisor import OUT_OF_TIME
 
 # The peers' functions in PyTorch, under the names and with the arguments of their packages.
@@ -89,7 +91,14 @@ def test_dry_run_writes_every_file(dry_run):
     assert "sha256 of triton_key: " in printed
     assert "flash_maxsim-9.9, late_interaction_kernels-9.9" in printed
     assert result["versions"]["flash-maxsim"] == "9.9"
-    assert "A dry run at toy sizes" in (out / "gpu.md").read_text()
+    page = (out / "gpu.md").read_text()
+    assert "A dry run at toy sizes" in page
+    assert LEGEND in page
+    for word in (result["commit"], result["date"], result["machine"]["gpu"], f"torch {result['versions']['torch']}"):
+        assert word in page
+        assert word in printed
+    assert "torch path takes their place" in printed
+    assert result["exact"][0]["errors"].keys() == {"value", "dimage", "dtext"}
 
 
 def test_dry_run_measures_what_it_says(dry_run):
@@ -99,6 +108,7 @@ def test_dry_run_measures_what_it_says(dry_run):
         assert record["both"]["median"] > 0
         assert {"value", "gradient_norm", "compiled", "compile_s", "first_call_s", "checked"} <= record.keys()
         assert ("above_mib" in record) == ("forward" in record) == (record["mode"] == "eager")
+    assert {record.get("ran", TRITON) for record in figures if record["provider"] == TRITON} == {TORCH}
     assert {"late-interaction-kernels", "flash-maxsim"} <= {record["provider"] for record in figures}
     # Kernels are interpreted: their errors are those of float32 and float16, and their work is counted.
     for record in records:

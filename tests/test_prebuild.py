@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
 import triton
 
-from benchmarks import ROOT, prebuild, stand_in
-from benchmarks.plan import gpu_jobs
+from benchmarks import ROOT, prebuild, results, stand_in
+from benchmarks.candidates import tables
+from benchmarks.plan import Job, gpu_jobs
 from benchmarks.providers import TRITON
 
 
@@ -64,15 +65,53 @@ def test_usable_says_why_not(folder, tmp_path, monkeypatch, without_variables):
     assert 10_000 < about["bytes"] < 200_000
     assert "holds no prebuilt kernels" in prebuild.usable(tmp_path)
     shutil.copy(folder / prebuild.KERNELS, tmp_path)
-    for what in ("triton", "triton_key", "ptxas", "sources"):
-        (tmp_path / prebuild.ABOUT).write_text(json.dumps(about | {what: "other"}))
-        assert prebuild.usable(tmp_path).startswith(f"prebuilt for another {what}: 'other'")
+    (tmp_path / prebuild.ABOUT).write_text(json.dumps(about | {"triton_key": "other"}))
+    assert prebuild.usable(tmp_path).startswith("prebuilt for another triton_key: 'other'")
+    assert prebuild.usable(folder, "another key").startswith("prebuilt for another triton_key")
     (tmp_path / prebuild.ABOUT).write_text(json.dumps(about))
     assert prebuild.usable(tmp_path) is None
     (tmp_path / prebuild.KERNELS).write_bytes(b"cut off")
     assert "is not the file" in prebuild.usable(tmp_path)
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     assert prebuild.usable(folder).startswith("prebuilt for another environment")
+
+
+def edited(checkout, file, change):
+    path = checkout / "kernels" / file
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+
+
+def test_an_edited_table_leaves_the_cache_usable(folder, tmp_path):
+    """What is edited is compiled anew, and nothing else."""
+    checkout, prebuilt = tmp_path / "checkout", shutil.copytree(folder, tmp_path / "prebuilt")
+    for name in ("benchmarks", "fmfa_losses", "kernels"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    edited(checkout, "hard_similarity.py", lambda text: text.replace("(128, 64, 256, 8, 3)", "(128, 32, 256, 8, 3)"))
+    script = f"""
+import benchmarks
+from benchmarks import prebuild, triton_cache
+print(prebuild.usable({str(prebuilt)!r}))
+print(triton_cache.prepare(__import__('pathlib').Path({str(prebuilt)!r}))[1])
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert done[0] == "None"
+    assert done[1].endswith("its key agrees; 3 kernels, from before kernels/ was last edited: what changed is compiled")
+    assert "\n0 kernels compiled, 3 found" in run(checkout, prebuilt)
+
+
+def test_candidates_are_prebuilt_too(tmp_path):
+    entry = tables()["DX"].entry
+    rows = [{"table": "DX", "candidate": [8, 128, 2, 1]}, {"table": "DX", "candidate": [2, 256, 1, 1]}]
+    results.write(tmp_path / "candidates.json", {"survivors": rows, "dropped": []})
+    others = prebuild.candidates(tmp_path / "candidates.json", entry.precision)
+    assert others == [(entry, (8, 128, 2, 1)), (entry, (2, 256, 1, 1))]
+    assert prebuild.candidates(tmp_path / "candidates.json", "fp32") == prebuild.candidates(None, "bf16") == []
+    with stand_in.gpu() as device:
+        prebuild.run(Job("c", "kernels", entry.case, precision="bf16"), others)
+    assert len([kernel for kernel in device.compiled if kernel.name == "_dx_kernel"]) == 3
 
 
 def test_key_of_a_wheel(tmp_path, monkeypatch):

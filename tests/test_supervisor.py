@@ -1,6 +1,7 @@
 """The supervisor of the GPU run, with workers that hang, die and lie. They are real processes that import nothing."""
 
 import json
+import queue
 import subprocess
 import sys
 import textwrap
@@ -11,9 +12,10 @@ import psutil
 from benchmarks.book import Book, read_records
 from benchmarks.cases import Case
 from benchmarks.gpu import ROOT
-from benchmarks.plan import Job
-from benchmarks.supervisor import OUT_OF_TIME, Worker, run_jobs
+from benchmarks.plan import STAGES, Job
+from benchmarks.supervisor import OUT_OF_TIME, Worker, run_jobs, stage_ends
 
+MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "memory_gib": 8}
 IDENTITY = {"stage": "d", "kind": "figure", "case": "c", "provider": "p", "dtype": "bf16"}
 
 
@@ -122,7 +124,7 @@ def test_the_deadline_is_kept(tmp_path):
     began = time.monotonic()
     body = "time.sleep(600 if n == 3 else 0); record()"
     statuses, _ = run(tmp_path, jobs, body, seconds=3.0)
-    assert statuses == {0: ["ok"], 1: [OUT_OF_TIME], 2: ["ok"], 3: [OUT_OF_TIME]}
+    assert statuses == {0: ["ok"], 1: [OUT_OF_TIME], 2: ["ok"], 3: [f"{OUT_OF_TIME}, stopped after 3 s"]}
     assert time.monotonic() - began < 30
 
 
@@ -139,37 +141,83 @@ def test_no_worker_starts(tmp_path):
     assert statuses == ["failed: the worker did not start"] * 3 + ["not run: no worker starts"] * 2
 
 
-def test_a_stage_ends_at_twice_its_seconds():
-    """A clock of its own: every look at it costs ten minutes."""
-    now = iter(range(0, 10**9, 600))
-    statuses = []
+class Clocked:
+    """A worker whose job number `n` takes `seconds[n]` of a clock that nothing else moves."""
 
-    class Quick:
-        process = None
+    def __init__(self, seconds, clock):
+        self.seconds, self.clock, self.lines, self.due = seconds, clock, [{"ready": True}], 0.0
 
-        def __init__(self):
-            self.lines = iter(
-                [{"ready": True}, {"record": IDENTITY | {"mode": "eager", "status": "ok"}}, {"done": True}]
-            )
+    def send(self, line):
+        self.due = self.clock[0] + self.seconds[int(line)]
+        self.lines = [{"record": {"kind": "figure", "mode": "eager", "status": "ok"}}, {"done": True}]
 
-        def send(self, line):
-            pass
+    def next(self, seconds):
+        if self.due > self.clock[0] + seconds:
+            self.clock[0] += seconds
+            raise queue.Empty
+        self.clock[0] = max(self.clock[0], self.due)
+        return self.lines.pop(0)
 
-        def next(self, seconds):
-            return next(self.lines)
+    def kill(self):
+        self.due = 0.0
 
-        def kill(self):
-            pass
 
-    run_jobs([job(1), job(2)], Quick, lambda done, record: statuses.append(record["status"]),
-             deadline=10**9, clock=lambda: next(now))  # fmt: skip
-    assert statuses[0] == "ok"
-    assert statuses[1].startswith("not run: stage d has taken twice its")
+def clocked(jobs, seconds, deadline, **options):
+    """[(job's number, status, when)] in the order of the records."""
+    clock, found = [0.0], []
+
+    def note(job, record):
+        found.append((jobs.index(job), record["status"], clock[0]))
+
+    run_jobs(jobs, lambda: Clocked(seconds, clock), note, deadline=deadline, clock=lambda: clock[0], **options)
+    return found
+
+
+def staged(letter, n, guess, **options):
+    return Job(letter, "figure", Case("asdm", n), "reference", "bf16", ("eager",), guess, **options)
+
+
+def test_a_stage_leaves_the_later_ones_their_seconds():
+    given = {stage.letter: stage.seconds for stage in STAGES}
+    ends = stage_ends(["d", "f", "h"], 0.0, 1000.0)
+    assert ends == {"d": 1000 - given["f"] - given["h"], "f": 1000 - given["h"], "h": 1000}
+    ends = stage_ends(["d", "f", "h"], 0.0, (given["d"] + given["f"] + given["h"]) / 2)
+    assert ends["d"] == given["d"] / 2  # all fewer, where it is too short
+    # d: 1 s too late for its second job, which is begun when all stages are over and there is room.
+    end = 500 - given["h"]
+    jobs = [staged("d", 2, 300), staged("d", 4, 30), staged("h", 8, 75)]
+    assert clocked(jobs, [end - 29, 10, 20], 500) == [(0, "ok", end - 29), (2, "ok", end - 9), (1, "ok", end + 1)]
+    # And what a stage leaves goes on to the next.
+    assert clocked(jobs, [1, 1, 20], 500) == [(0, "ok", 1), (1, "ok", 2), (2, "ok", 22)]
+    # Without room at the end it is said once.
+    late = clocked(jobs, [end - 29, 10, 95], 500)
+    assert late == [(0, "ok", end - 29), (2, "ok", end + 66), (1, OUT_OF_TIME, end + 66)]
+
+
+def test_prebuilt_kernels_fit_into_less():
+    jobs = [staged("d", 2, 30, prebuilt=3.0)]
+    assert clocked(jobs, [2], 20)[0][1] == OUT_OF_TIME
+    assert clocked(jobs, [2], 20, prebuilt=True)[0][1] == "ok"
+    # They are killed where the others are.
+    assert clocked(jobs, [59], 100, prebuilt=True)[0][1] == "ok"
+    assert clocked(jobs, [61], 100, prebuilt=True)[0][1] == "failed: stopped after 60 s, twice its guess"
+
+
+def test_what_is_worth_having_in_part_is_stopped_at_the_end_of_its_stage():
+    """The tests leave torch.compile its seconds; a job that is worth nothing in part may end late by its guess."""
+    h = next(stage.seconds for stage in STAGES if stage.letter == "h")
+    tests = staged("g", 2, 150, prebuilt=20, whole=False)
+    found = clocked([tests, staged("h", 4, 75)], [1000, 70], 200, prebuilt=True)
+    assert found == [(0, f"stopped after {200 - h:.0f} s, out of time: what came is kept", 200 - h), (1, "ok", 270 - h)]
+    assert clocked([tests], [10], 30) == [(0, "ok", 10)]  # whether kernels are prebuilt or not
+    late = clocked([staged("f", 2, 50), staged("g", 4, 50), staged("h", 8, 75)], [90, 1, 1], 240)
+    assert late[0] == (0, "ok", 90)
+    assert clocked([staged("h", 2, 50)], [90], 80) == [(0, f"{OUT_OF_TIME}, stopped after 80 s", 80)]
 
 
 def test_every_record_is_on_disk_when_the_next_comes(tmp_path, capsys, request):
     """records.jsonl, gpu.json and gpu.md, after each record; what cannot be shown is kept all the same."""
-    head = {"kind": "gpu", "command": "c", "date": "d", "machine": {}, "versions": {}, "minutes": 1}
+    head = {"kind": "gpu", "command": "c", "date": "d", "machine": MACHINE, "versions": {}, "minutes": 1}
     book, seen = Book(tmp_path / "out", head), []
     request.addfinalizer(book.close)
 

@@ -63,7 +63,7 @@ def test_survivors_are_timed_as_they_come(tmp_path):
     results.write(tmp_path / "candidates.json", {"kind": "candidates", "survivors": survivors})
     out = tmp_path / "tuned.json"
     command = [sys.executable, "-m", "benchmarks", "tune", "--time", str(tmp_path / "candidates.json"), "--dry-run"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     outcomes = json.loads(out.read_text())["outcomes"]
     assert [outcome["status"].partition(":")[0] for outcome in outcomes] == ["ok", "failed", "ok", "ok"]
@@ -86,3 +86,13 @@ def test_time_is_kept(monkeypatch):
     rows = [{"table": "DX", "candidate": [n, 128, 4, 1]} for n in (1, 2, 4)]
     assert len(list(tune.timed(rows, lambda: next(clock), dry=True))) == 3
     assert made == [None, (1, 128, 4, 1), (2, 128, 4, 1)]
+
+
+def test_an_entry_that_fails_is_an_outcome(monkeypatch, capsys, tmp_path):
+    """It is no survivor, and nothing is compared with it."""
+    monkeypatch.setattr(tune, "step_of", lambda job: 1 / 0)
+    row = {"table": "DX", "candidate": [1, 128, 4, 1]}
+    entry, candidate = tune.timed([row], lambda: 1.0, dry=True)
+    assert entry["entry"]
+    assert entry["status"] == candidate["status"] == "failed: ZeroDivisionError: division by zero"
+    assert "entry" not in candidate

@@ -16,7 +16,7 @@ from device import (
     waiting_raises,
 )
 from distribution_cases import assert_differentiable_once
-from test_asdm import plain  # the equations written out
+from plain_asdm import plain
 
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
