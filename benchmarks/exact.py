@@ -75,12 +75,12 @@ def check(case: Case, precision: str, device: str) -> dict[str, Any]:
     names = ["value", *problem.gradients]
     errors, budgets, wrong = {}, {}, []
     for name, got, again, theirs, truth in zip(names, *ours, plain, exact, strict=True):
-        plain_error = _error(theirs, truth)
+        plain_error = _error(theirs, truth) if bool(torch.isfinite(theirs).all()) else 0.0  # where it overflows
         budget = 1.25 * plain_error + 2 * ROUNDING[precision] + problem.amplification * ROUNDING["fp32"]
         errors[name], budgets[name] = float(f"{_error(got, truth):.3g}"), float(f"{budget:.3g}")
         if not bool(torch.isfinite(got).all()):
             wrong.append(f"{name} is not finite")
-        elif errors[name] > budgets[name]:
+        elif not errors[name] <= budgets[name]:
             wrong.append(f"{name} errs by {errors[name]:.2e}, budget {budgets[name]:.2e}")
         if not torch.equal(got, again):
             wrong.append(f"{name} differs between two runs")

@@ -28,15 +28,6 @@ from .roofline import measure_ceilings
 
 __all__ = ["do", "main", "records"]
 
-# Words of errors after which this process is of no more use: its device context is lost, or it still captures.
-LOST = (
-    "captur",
-    "illegal memory access",
-    "launch failure",
-    "misaligned address",
-    "device-side assert",
-    "illegal instruction",
-)
 TEST_WORKERS = 8
 
 
@@ -144,6 +135,7 @@ _KINDS: dict[str, Callable[[Job, bool], Iterator[dict[str, Any]]]] = {
 
 def do(job: Job, write: Callable[[dict[str, Any]], None], *, dry: bool) -> bool:
     """Writes the records of a job, a failure among them; whether the device can be used afterwards."""
+    failed = ""
     try:
         for record in records(job, dry=dry):
             write(record)
@@ -152,11 +144,8 @@ def do(job: Job, write: Callable[[dict[str, Any]], None], *, dry: bool) -> bool:
     except Exception as error:
         message = (str(error).splitlines() or [""])[0]
         write({"status": f"failed: {type(error).__name__}: {message:.200}"})
-        return not any(word in str(error) for word in LOST)
-    finally:
-        gc.collect()
-    torch.cuda.empty_cache()
-    return True
+        failed = str(error)
+    return device.usable_after(failed)
 
 
 def _end_with(parent: int) -> None:

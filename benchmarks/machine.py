@@ -51,7 +51,10 @@ def describe_versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "fmfa-losses": fmfa_losses.__version__}
     for package in PACKAGES:
         if importlib.util.find_spec(package.replace("-", "_")) is not None:
-            versions[package] = importlib.metadata.version(package)
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:  # put on the path by hand
+                versions[package] = "unknown"
     return versions
 
 

@@ -66,7 +66,8 @@ class Worker:
         """With everything that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a process that the driver holds goes when it lets go
+            self.process.wait(timeout=5)
         self.listener.join(timeout=5)
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # type: ignore[union-attr]

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from . import alone, results, stand_in_cuda, triton_cache
+from . import alone, device, results, stand_in_cuda, triton_cache
 from .alternatives import swapped, value
 from .candidates import TABLES, Table, tables
-from .gpu_worker import LOST, step_of
+from .gpu_worker import step_of
 from .machine import describe_machine, describe_versions, today
 from .measure import AGREEMENT, disagreement, fingerprint, matmul_precision
 from .plan import Job, toy
@@ -153,7 +153,7 @@ def _time(table: Table, candidate: tuple[int, ...] | None, entry: dict[str, Any]
         message = (str(error).splitlines() or [""])[0]
         return found | {
             "status": f"failed: {type(error).__name__}: {message:.150}",
-            "lost": any(word in str(error) for word in LOST),
+            "lost": not device.usable_after(str(error)),
         }
     return found | {"status": "ok", "ms": float(f"{ms:.4g}")}
 

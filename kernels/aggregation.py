@@ -94,7 +94,7 @@ BACKWARD = {
     (SMALL, "half"): Backward(32, 128, 8, 2),
     (SMALL, "tf32"): Backward(16, 64, 8, 2),
     (SMALL, "ieee"): Backward(16, 64, 8, 2),
-    (LDS, "half"): Backward(32, 64, 8, 1),
+    (LDS, "half"): Backward(32, 32, 8, 1),
     (LDS, "tf32"): Backward(16, 64, 8, 1),
     (LDS, "ieee"): Backward(16, 64, 8, 1),
 }
