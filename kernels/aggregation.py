@@ -95,7 +95,7 @@ BACKWARD = {
     (SMALL, "tf32"): Backward(16, 64, 8, 2),
     (SMALL, "ieee"): Backward(16, 64, 8, 2),
     (LDS, "half"): Backward(32, 32, 8, 1),
-    (LDS, "tf32"): Backward(16, 64, 8, 1),
+    (LDS, "tf32"): Backward(16, 32, 8, 1),
     (LDS, "ieee"): Backward(16, 64, 8, 1),
 }
 
