@@ -44,10 +44,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every kernel, compiled for every architecture of the block table, without a GPU; CHIPS="sm_90" for some.
+# Every kernel, compiled for every architecture of the block table, without a GPU; CHIPS="sm_90" KINDS="tf32" for some.
 CHIPS ?=
+KINDS ?=
 compile-check: .venv/installed
-	$(RUN) -m benchmarks compile-check $(if $(CHIPS),--chip $(CHIPS))
+	$(RUN) -m benchmarks compile-check $(if $(CHIPS),--chip $(CHIPS)) $(if $(KINDS),--kind $(KINDS))
 
 # What a step launches, compiles, moves and allocates on a GPU; fails when a figure exceeds its limit.
 launches: .venv/installed
