@@ -36,10 +36,12 @@ MASKS = {"asdm": (NO_MASK,), "efa": (NO_MASK, TEXT, IMAGE, BOTH)}
 class Limit(NamedTuple):
     """The most that a step may need, at any batch and length above."""
 
-    launches: int  # on the device: Triton's, and torch's
+    launches: int  # on the device: Triton's, and torch's, whatever the batch
     kernels: int  # compiled by the first step of a data type and choice of masks; other steps compile none, but:
     short: int  # by the first one of at most SHORT tokens, a class of its own; a text mask has compiled it before
-    moved: float  # MB that torch reads and writes
+    moved: (
+        float  # MB that torch reads and writes at the largest batch; a smaller one may need its share, here and below
+    )
     buffers: int
     allocated: float  # MB, all buffers
     peak: float  # MB alive at once, above inputs and gradients
@@ -86,15 +88,16 @@ class Row:
     @property
     def exceeded(self) -> list[str]:
         """What exceeds its limit."""
-        limit = LIMITS[self.loss, self.masks, self.dtype]
-        limits = limit._asdict() | {"kernels": self.most_kernels, "waits": 0}
-        del limits["short"]
-        return [f"{what} {getattr(self, what)} > {most}" for what, most in limits.items() if getattr(self, what) > most]
+        return [f"{what} {getattr(self, what)} > {m}" for what, m in self.limits.items() if getattr(self, what) > m]
 
     @property
-    def most_kernels(self) -> int:
+    def limits(self) -> dict[str, float]:
+        """The most that this step may need."""
         limit = LIMITS[self.loss, self.masks, self.dtype]
-        return 0 if not self.first else limit.short if self.L <= SHORT else limit.kernels
+        share = self.B / max(BATCHES)
+        megabytes = {what: round(share * getattr(limit, what), 2) for what in ("moved", "allocated", "peak")}
+        kernels = 0 if not self.first else limit.short if self.L <= SHORT else limit.kernels
+        return {"launches": limit.launches, "kernels": kernels, "buffers": limit.buffers, "waits": 0} | megabytes
 
 
 def steps(loss: str, masks: str, dtype: str) -> Iterator[Row]:
@@ -172,16 +175,16 @@ def table(measured: list[Row]) -> str:
     """Markdown, figures beside their limits; what exceeds its limit is bold."""
     lines = [COLUMNS, ["---"] * 5 + ["---:"] * (len(COLUMNS) - 5)]
     for row in measured:
-        limit = LIMITS[row.loss, row.masks, row.dtype]
 
-        def beside(figure: float, most: float) -> str:
+        def beside(what: str, row: Row = row) -> str:
+            figure, most = getattr(row, what), row.limits[what]
             return f"**{figure:g}** / {most:g}" if figure > most else f"{figure:g} / {most:g}"
 
         lines.append((
             row.loss.replace("asdm", "A-SDM").replace("efa", "EFA"), row.masks, row.dtype, str(row.B),
-            "-" if row.loss == "asdm" else str(row.L), beside(row.launches, limit.launches), str(row.triton),
-            str(row.torch), beside(row.kernels, row.most_kernels), beside(row.moved, limit.moved),
-            beside(row.buffers, limit.buffers), beside(row.allocated, limit.allocated), beside(row.peak, limit.peak),
+            "-" if row.loss == "asdm" else str(row.L), beside("launches"), str(row.triton),
+            str(row.torch), beside("kernels"), beside("moved"),
+            beside("buffers"), beside("allocated"), beside("peak"),
         ))  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -23,6 +23,7 @@ from benchmarks import (
     providers,
     report,
     results,
+    stand_in,
     stand_in_cuda,
     triton_cache,
     wheels,
@@ -31,7 +32,7 @@ from benchmarks.book import Book, checked
 from benchmarks.cases import SIZES, Case, inputs, leaves, lengths, work
 from benchmarks.cuda_clock import CaptureError, measure_cuda
 from benchmarks.lines import record_line
-from benchmarks.measure import disagreement, measure_cpu, spread
+from benchmarks.measure import DTYPES, disagreement, measure_cpu, spread
 from benchmarks.plan import STAGES, Job, gpu_jobs, stage_jobs
 from benchmarks.predictions import PREDICTIONS, predicted
 from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON
@@ -222,6 +223,13 @@ def test_alternatives_change_an_entry(row):
 def test_predictions_are_of_kernels_that_are_timed():
     timed = {(job.case.op, job.case.B, job.precision) for job in stage_jobs("b")}
     assert {row[:3] for row in PREDICTIONS} <= timed
+    for op, B, precision in {row[:3] for row in PREDICTIONS}:
+        sizes = {"D": 32} if op == "asdm" else {"L": 77, "N": 192, "D": 32}
+        arguments = inputs(Case(op, B if op == "asdm" else 4, **sizes), dtype=DTYPES[precision])
+        with stand_in.gpu() as device:
+            torch.autograd.grad(providers.provider(TRITON, op)(**arguments), leaves(arguments))
+        launched = {launch.kernel for launch in device.launches}
+        assert {row.kernel for row in PREDICTIONS if row[:3] == (op, B, precision)} <= launched
     assert predicted("efa", 128, "bf16", "_de_kernel").before == (1.2, 1.6)
     assert predicted("efa", 64, "bf16", "_de_kernel") is None
 

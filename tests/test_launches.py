@@ -51,7 +51,7 @@ def test_no_figure_exceeds_its_limit(run, rows):
 def test_a_figure_over_its_limit_is_named_and_bold():
     limit = launches.LIMITS["efa", launches.TEXT, "bf16"]
     fits = launches.Row(
-        "efa", launches.TEXT, "bf16", 64, 77, first=True, triton=10, torch=limit.launches - 10, kernels=limit.kernels,
+        "efa", launches.TEXT, "bf16", 128, 77, first=True, triton=10, torch=limit.launches - 10, kernels=limit.kernels,
         moved=limit.moved, buffers=limit.buffers, allocated=limit.allocated, peak=limit.peak, waits=0,
     )  # fmt: skip
     assert fits.exceeded == []
@@ -68,6 +68,8 @@ def test_a_figure_over_its_limit_is_named_and_bold():
         row = replace(fits, **change)
         assert len(row.exceeded) == 1
         assert launches.table([row]).count("**") == 2
+    half = replace(fits, B=64)  # half of the batch has half of the bytes
+    assert [why.split()[0] for why in half.exceeded] == ["moved", "allocated", "peak"]
     assert replace(fits, waits=1).exceeded == ["waits 1 > 0"]
 
 
@@ -82,3 +84,10 @@ def test_limits_that_the_losses_promise():
     assert all(
         limit.short == 0 for (_, masks, _), limit in launches.LIMITS.items() if masks in (launches.TEXT, launches.BOTH)
     )
+
+
+def test_the_page_is_what_the_command_writes(tmp_path):
+    page = tmp_path / "launches.md"
+    command = [sys.executable, "-m", "benchmarks", "launches", "--out", str(page)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert page.read_text() == (ROOT / "docs" / "launches.md").read_text()
