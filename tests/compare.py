@@ -1,6 +1,7 @@
-"""How far two results may lie apart: relative to the largest entry, or by an error budget."""
+"""How far two results may lie apart: relative to the largest entry, or by an error budget; another default dtype."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -51,3 +52,14 @@ def assert_within_budget(
 def assert_finite(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         assert torch.isfinite(tensor).all()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What torch makes without being told a dtype, inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

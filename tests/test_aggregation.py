@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import assert_close, assert_finite, assert_within_budget, value_and_grads
+from compare import assert_close, assert_finite, assert_within_budget, default_dtype, value_and_grads
 from golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,11 +129,8 @@ def test_the_default_dtype_changes_nothing(fn, default):
     inputs[0][2, :3], inputs[1][2] = torch.tensor([0.0, 0.3336, 1.0])[:, None], 1  # in bfloat16 1/3 is 0.334
     call = lambda: value_and_grads(lambda i, t: fn(i, t, image_mask=mask), inputs)  # noqa: E731
     expected = call()
-    try:
-        torch.set_default_dtype(default)
+    with default_dtype(default):
         got = call()
-    finally:
-        torch.set_default_dtype(torch.float32)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype == torch.float32
         assert torch.equal(a, b)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import value_and_grads
+from compare import default_dtype, value_and_grads
 from distribution_cases import (
     GOLDEN,
     assert_differentiable_once,
@@ -180,12 +180,8 @@ def test_default_dtype_changes_nothing(loss: str, default: torch.dtype) -> None:
         return value_and_grads(lambda i, t, s: LOSSES[loss](i, t, inputs["pids"], logit_scale=s), leaves)
 
     want = run()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
+    with default_dtype(default):
         got = run()
-    finally:
-        torch.set_default_dtype(before)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)

@@ -52,16 +52,6 @@ def _set_sync_debug_mode(mode: int | str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def compiled() -> dict[str, int]:
     """How often each kernel of the library was compiled in this process so far."""
     modules = [module for name, module in sys.modules.items() if name.startswith("fmfa_losses.kernels.")]

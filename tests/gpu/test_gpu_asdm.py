@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from compare import value_and_grads
+from compare import default_dtype, value_and_grads
 from device import (
     DTYPES,
     assert_within_budget,
     compiled,
-    default_dtype,
     error,
     matmul_precision,
     needs_cuda,

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from compare import value_and_grads
+from compare import default_dtype, value_and_grads
 from device import (
     DTYPES,
     assert_within_budget,
     clear_tokens,
     compiled,
-    default_dtype,
     directions,
     error,
     matmul_precision,

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from compare import default_dtype
 from fmfa_losses.kernels import aggregation
 from reference import aggregate_reference, within_budget
 
@@ -216,11 +217,8 @@ def test_the_default_dtype_changes_nothing(default):
         return joint.detach(), *torch.autograd.grad(joint, leaves, djoint)
 
     expected = public(0.3), public(None)
-    try:
-        torch.set_default_dtype(default)
+    with default_dtype(default):
         got = public(0.3), public(None)
-    finally:
-        torch.set_default_dtype(torch.float32)
     for a, b in zip(sum(got, ()), sum(expected, ()), strict=True):
         assert a.dtype == b.dtype == torch.float32
         assert torch.equal(a, b)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from compare import assert_close, value_and_grads
+from compare import assert_close, default_dtype, value_and_grads
 from fmfa_losses.kernels import hard_similarity
 from fmfa_losses.kernels._launch import recording
 from fmfa_losses.kernels._tile import max_or_nan, row_max
@@ -289,13 +289,9 @@ def test_the_default_dtype_does_not_show(monkeypatch, dtype, default):
             ),
         )
 
-    before = torch.get_default_dtype()
     expected = run()
-    try:
-        torch.set_default_dtype(default)
+    with default_dtype(default):
         got = run()
-    finally:
-        torch.set_default_dtype(before)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)

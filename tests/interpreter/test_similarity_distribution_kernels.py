@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_close, value_and_grads
+from compare import assert_close, default_dtype, value_and_grads
 from distribution_cases import (
     GOLDEN,
     assert_differentiable_once,
@@ -183,12 +183,8 @@ def test_default_dtype_changes_nothing(loss: str, default: torch.dtype) -> None:
         )
 
     want = run()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
+    with default_dtype(default):
         got = run()
-    finally:
-        torch.set_default_dtype(before)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
