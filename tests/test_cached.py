@@ -151,6 +151,80 @@ def test_outputs_that_are_no_tensors_or_differ():
         cached_backward(lambda x: (x,) * len(x), [torch.ones(2), torch.ones(3)], lambda *x: x[0].sum())
 
 
+def test_a_second_pass_with_other_random_numbers_raises():
+    """Numbers from a generator of the model's own are not replayed; those of the default one are."""
+    own, tower, x = torch.Generator().manual_seed(0), nn.Linear(4, 4), torch.randn(8, 4)
+    for generator in (None, own):
+
+        def model(x, generator=generator):
+            drawn = torch.randn(x.shape, generator=generator)
+            return x * drawn, tower(x) * (drawn > 0)
+
+        def step(model=model):
+            return cached_backward(model, x.split(4), lambda a, b: (a + b).square().sum())
+
+        if generator is None:
+            step()
+        else:
+            with pytest.raises(RuntimeError, match="chunk 0 other values of output 0"):
+                step()
+    lengths = iter([3, 3, 3, 2])
+    with pytest.raises(RuntimeError, match=r"chunk 1 \{0: \[4, 3\]\}, then \{0: \[4, 2\]\}"):
+        cached_backward(lambda x: tower(x)[:, : next(lengths)], x.split(4), torch.sum)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_numbers_that_overflow_in_both_passes_alike_are_no_difference(value):
+    tower, x = nn.Linear(4, 4), torch.randn(8, 4)
+    x[1, 2] = value
+    cached_backward(lambda x: (tower(x), x), x.split(4), lambda y, x: y[x.isfinite().all(dim=1)].sum())
+    assert not tower.weight.grad.isfinite().all() or value == 1e30
+
+
+def test_an_output_without_samples():
+    """A scale: the loss sees it once, and its gradient is that of the whole batch."""
+    tower, x = nn.Linear(4, 4).double(), torch.randn(7, 4, dtype=torch.float64)
+
+    def model(x):
+        return tower(x), tower.weight.mean().exp()
+
+    def loss_fn(features, scale):
+        return (scale * features).square().mean()
+
+    loss_fn(*model(x)).backward()
+    expected = grads(tower)
+    tower.zero_grad()
+    cached_backward(model, x.split(3), loss_fn)
+    assert_equal(grads(tower), expected)
+    with pytest.raises(ValueError, match=r"output 1 without samples, shape \[\], must be the same for every chunk"):
+        cached_backward(lambda x: (x, x.mean()), x.split(3), lambda x, mean: mean)
+
+
+def test_chunks_padded_to_lengths_of_their_own():
+    """Tokens and mask of the longest chunk; what is appended is masked and has no gradient."""
+    model, (image, text) = Model(), inputs()
+    lengths = [4, 2, 3]
+    chunks = [
+        {"image": i, "text": t[:, :length]} for i, t, length in zip(image.split(3), text.split(3), lengths, strict=True)
+    ]
+    mask = torch.cat(
+        [(torch.arange(L) < length).expand(len(c["text"]), L) for c, length in zip(chunks, lengths, strict=True)]
+    )
+
+    def whole(text_mask, text_features, **outputs):
+        return total(text_features=outputs["text_tokens"].sum(1), text_mask=text_mask, **outputs)
+
+    outputs = model(image, text)
+    kept = outputs["text_mask"] & mask
+    tokens = outputs["text_tokens"] * mask[..., None]
+    expected = whole(**outputs | {"text_mask": kept, "text_tokens": tokens})
+    expected.backward()
+    expected_grads = grads(model)
+    model.zero_grad()
+    loss = cached_backward(model, chunks, whole)
+    assert_equal([loss, *grads(model)], [expected.detach(), *expected_grads])
+
+
 def cached_under_ddp() -> tuple[float, int]:
     """Error of the gradients against one process, and the number of times that they travelled."""
     model, (image, text) = Model(), inputs()
