@@ -10,8 +10,6 @@ import argparse
 import json
 import os
 import platform
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,8 @@ import torch.multiprocessing
 from fmfa_losses.asdm import ASDMLoss
 from fmfa_losses.distributed import GATHER
 from fmfa_losses.efa import EFALoss
+
+from .measure import peak_process_bytes
 
 BATCH, N, L, D = 16, 192, 77, 512
 WORLDS, REPEATS = (1, 2, 3, 4), 3
@@ -106,9 +106,9 @@ def measure(rank: int, world: int, folder: str, term: str, gather: bool | str) -
             value.backward()
             return middle - start, time.perf_counter() - middle, forward, count["bytes"] - forward
 
-    before = peak_mib()
+    before = peak_process_bytes()
     _, *steps = [step() for _ in range(REPEATS + 1)]  # the first one exchanges the layout
-    after = peak_mib()
+    after = peak_process_bytes()
     if rank == 0:
         expected = received(term, gather, world, b=BATCH, L=L, D=D, size=4) if gather else (0, 0)
         result = {
@@ -119,14 +119,10 @@ def measure(rank: int, world: int, folder: str, term: str, gather: bool | str) -
             "backward_seconds": [round(s[1], 4) for s in steps],
             "received_bytes": steps[0][2:],
             "received_bytes_on_paper": expected,
-            "peak_growth_mib": after - before,
+            "peak_growth_mib": (after - before) // 2**20,
         }
         Path(folder, "result.json").write_text(json.dumps(result))
     dist.destroy_process_group()
-
-
-def peak_mib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmfa_losses.retrieval import retrieval_metrics
+
+from .measure import peak_process_bytes
 
 IDENTITIES, WIDTH, NOISE = 946, 512, 4.0
 # (evaluator, texts = images); 19848 is ICFG-PEDES, where the argsort evaluator needs about 13 GB.
@@ -66,15 +67,11 @@ def inputs(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return texts, images, pids, pids
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def run(evaluator: str, size: int, repeats: int) -> dict[str, object]:
     arguments = inputs(size)
     evaluate = {"ours": our_metrics, "argsort": argsort_metrics}[evaluator]
     evaluate(*inputs(200))  # threads and libraries are up
-    before, seconds, cpu_seconds = peak_bytes(), [], []
+    before, seconds, cpu_seconds = peak_process_bytes(), [], []
     for _ in range(repeats):
         start, cpu_start = time.perf_counter(), time.process_time()
         metrics = evaluate(*arguments)
@@ -89,7 +86,7 @@ def run(evaluator: str, size: int, repeats: int) -> dict[str, object]:
         "dtype": "float32",
         "seconds": [round(s, 3) for s in seconds],
         "cpu_seconds": [round(s, 3) for s in cpu_seconds],
-        "peak_process_mib": round(peak_bytes() / 2**20),
+        "peak_process_mib": round(peak_process_bytes() / 2**20),
         "process_before_mib": round(before / 2**20),
         "metrics": metrics,
     }

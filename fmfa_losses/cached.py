@@ -146,7 +146,12 @@ class _Whole:
         if not shape:
             return grad if index == len(self.shapes) - 1 else None  # once
         start = sum(size[0] for size in self.shapes[:index])
-        return grad[(slice(start, start + shape[0]), *(slice(size) for size in shape[1:]))]
+        return grad[start : start + shape[0]][_corner(shape)]
+
+
+def _corner(shape: torch.Size) -> tuple[slice, ...]:
+    """What a tensor of this shape has of one that is larger along its dimensions after the first."""
+    return (slice(None), *(slice(size) for size in shape[1:]))
 
 
 def _padded(x: Tensor, sizes: list[int]) -> Tensor:
@@ -154,7 +159,7 @@ def _padded(x: Tensor, sizes: list[int]) -> Tensor:
     if list(x.shape[1:]) == sizes:
         return x
     padded = x.new_zeros(len(x), *sizes)
-    padded[(slice(None), *(slice(size) for size in x.shape[1:]))] = x
+    padded[_corner(x.shape)] = x
     return padded
 
 

@@ -47,6 +47,7 @@ Scores: TypeAlias = Callable[[slice, slice], Tensor]
 SCORES_PER_BLOCK = 2**24  # 64 MiB in float32
 SCORES_IN_CACHE = 2**19  # 2 MiB in float32, near what a CPU core has as L2
 COMPARED_MATCHES = 64  # up to here m comparisons of each score are faster than a binary search of m
+MATCH_IN_SCORES = 32  # what is kept of one match, alive at once, in float32 numbers: ranks, indices, counts
 GALLERY_IN_ONE_BLOCK = 2**16  # rows, 128 MiB at D 512
 
 
@@ -160,7 +161,8 @@ def ranking_metrics(
     Scores are float32 products (float64 when a side is float64), in the precision that
     torch.set_float32_matmul_precision allows, whatever the features' dtype; a zero feature scores 0.
 
-    Memory: a block of 2^24 scores (64 MiB) beside the features. A gallery of more than 65536 rows is read by
+    Memory: a block of 2^24 numbers (64 MiB) beside the features, scores and ranks of matches; twice that where the
+    allocator has not given the last one back. A gallery of more than 65536 rows is read by
     blocks, twice for every `block_size` queries: memory-mapped it may be larger than memory, and a larger
     `block_size` reads it less often.
 
@@ -381,7 +383,6 @@ def _metrics(
     ranks = _check_ranks(ranks)
     query_ids = _ids("query_pids", query_pids, sizes[0], device)
     gallery_ids = _ids("gallery_pids", gallery_pids, sizes[1], device)
-    query_block, gallery_block = _block_sizes(*sizes, block_size)
 
     # Gallery indices grouped by person, ascending in a group: a query's matches are one run of `by_person`.
     sorted_ids, by_person = gallery_ids.sort(stable=True)
@@ -393,6 +394,7 @@ def _metrics(
             "at least one query must share its pid with the gallery, got none; number the persons of both sides alike"
         )
 
+    query_block, gallery_block = _block_sizes(*sizes, block_size, most_matches=int(count.max()))
     best_rank, precision, penalty = torch.zeros(3, sizes[0], dtype=torch.float64, device=device)
     for rows in _slices(sizes[0], query_block):
         matches = count[rows, None]  # [q, 1]
@@ -475,23 +477,31 @@ def _count_by_comparing(scores: Tensor, thresholds: Tensor) -> tuple[Tensor, Ten
 
 def _count_by_bins(scores: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """O(c log m): a histogram of the scores between the sorted thresholds, summed from the top."""
-    infinity = thresholds.new_tensor(math.inf)
-    just_below = torch.nextafter(thresholds, -infinity)  # s >= t is s > just_below(t)
-    edges, order = torch.cat([thresholds, just_below], 1).sort(1)  # [q, 2m]
+    scores, thresholds = _ordered_integers(scores), _ordered_integers(thresholds)
+    edges, order = torch.cat([thresholds, thresholds - 1], 1).sort(1)  # [q, 2m]: s >= t is s > t - 1
     bins = torch.searchsorted(edges, scores)  # [q, c]: edges strictly below each score
     histogram = bins.new_zeros(len(edges), edges.shape[1] + 1)
     histogram.scatter_add_(1, bins, bins.new_ones(1).expand_as(bins))
     above_edge = histogram.flip(1).cumsum(1).flip(1)[:, 1:]
     greater, at_least = torch.empty_like(order).scatter_(1, order, above_edge).chunk(2, dim=1)
-    return greater, at_least.masked_fill(thresholds == -infinity, scores.shape[1])  # nothing lies below -inf
+    return greater, at_least
+
+
+def _ordered_integers(x: Tensor) -> Tensor:
+    """Integers in the order of x, which has no NaN: whether denormals count as zero or not, the next one is x + 1."""
+    signed = torch.int32 if x.dtype == torch.float32 else torch.int64
+    bits = (x + 0.0).view(signed)  # -0 becomes 0
+    return torch.where(bits < 0, bits ^ torch.iinfo(signed).max, bits)
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The min(k, c) highest of scores [q, c]; equal ones by ascending index, which topk does not promise."""
     k = min(k, scores.shape[1])
     values, indices = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    # Where the k-th and the next score are equal, topk chose freely among the tied: those rows are sorted.
-    rows = (values[:, k - 1] == values[:, k]).nonzero()[:, 0] if values.shape[1] > k else ()
+    last, following = values[:, k - 1], values[:, -1]
+    # Where the k-th and the next score are equal, or both NaN, topk chose freely among the tied: those rows are sorted.
+    tied = (last == following) | (last.isnan() & following.isnan())
+    rows = tied.nonzero()[:, 0] if values.shape[1] > k else ()
     indices = indices[:, :k].sort(1).values
     values, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)
     indices = indices.gather(1, order)
@@ -560,10 +570,11 @@ def _slices(size: int, block: int) -> Iterator[slice]:
         yield slice(start, min(start + block, size))
 
 
-def _block_sizes(queries: int, gallery: int, block_size: int | None) -> tuple[int, int]:
-    """Queries and gallery rows in a block."""
+def _block_sizes(queries: int, gallery: int, block_size: int | None, most_matches: int = 0) -> tuple[int, int]:
+    """Queries and gallery rows in a block of about SCORES_PER_BLOCK numbers, what is kept of the matches included."""
     if block_size is None:
-        block_size = max(256, SCORES_PER_BLOCK // gallery) if gallery <= GALLERY_IN_ONE_BLOCK else 1024
+        row = gallery if gallery <= GALLERY_IN_ONE_BLOCK else SCORES_PER_BLOCK // 1024
+        block_size = max(1, SCORES_PER_BLOCK // (row + MATCH_IN_SCORES * most_matches))
     elif isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be an integer of at least 1, or None, got {block_size!r}")
     block_size = min(block_size, queries)

@@ -67,7 +67,7 @@ def small_blocks(monkeypatch):
     """Galleries of 40 come in several blocks, and several tiles a block."""
     monkeypatch.setattr(retrieval, "GALLERY_IN_ONE_BLOCK", 8)
     monkeypatch.setattr(retrieval, "SCORES_IN_CACHE", 64)
-    monkeypatch.setattr(retrieval, "_block_sizes", lambda q, g, b: (b or 10, 13))
+    monkeypatch.setattr(retrieval, "_block_sizes", lambda q, g, b, most_matches=0: (b or 10, 13))
 
 
 # --- the numbers
@@ -308,21 +308,64 @@ def test_a_large_gallery_is_read_in_blocks():
     assert covered.count(0) == covered.count(size) == 2
 
 
-def test_memory_stays_below_the_similarity_matrix():
-    """6000 x 6000 scores are 137 MiB in float32, and an argsort of them takes 275 MiB more."""
-    code = """
-import resource, torch
+@pytest.mark.parametrize(("size", "persons"), [(6000, 300), (4000, 2)])
+def test_memory_is_two_blocks(size, persons):
+    """6000 x 6000 scores are 137 MiB in float32, and an argsort of them takes 275 MiB more. With 2 persons every query
+    has 2000 matches, of which the ranks and counts of all queries would be 600 MiB."""
+    code = f"""
+import torch
+from benchmarks.measure import peak_process_bytes
 from fmfa_losses.retrieval import retrieval_metrics
 def metrics(n):
-    pids = torch.arange(n) % 300
+    pids = torch.arange(n) % {persons}
     return retrieval_metrics(torch.randn(n, 8), torch.randn(n, 8), pids, pids)
 metrics(300)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-metrics(6000)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+before = peak_process_bytes()
+metrics({size})
+print((peak_process_bytes() - before) / 2**20)
 """
     grown = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-    assert grown < 130  # MiB
+    assert grown < 2 * retrieval.SCORES_PER_BLOCK * 4 / 2**20 + 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_matches_with_denormals_flushed(dtype):
+    """65 matches at every other index of equal scores have the ranks 1, 3, ..., 129, denormals flushed or not."""
+    scores = torch.zeros(1, 130, dtype=dtype)
+    scores[0, 1::2] = -0.0  # equal to 0
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)  # has no effect on some processors
+        try:
+            metrics = similarity_metrics(scores, torch.zeros(1).long(), torch.arange(130) % 2)
+        finally:
+            torch.set_flush_denormal(False)
+        assert metrics.mAP == pytest.approx(100 * sum((i + 1) / (2 * i + 1) for i in range(65)) / 65)
+        assert metrics.mINP == pytest.approx(100 * 65 / 129)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_matches_among_the_smallest_and_largest_numbers(dtype):
+    """Neighbours of 0, of infinity and of 1: counted in bins as by comparing."""
+    tiny, one, inf = torch.tensor(0.0, dtype=dtype), torch.tensor(1.0, dtype=dtype), torch.tensor(math.inf, dtype=dtype)
+    numbers = [tiny, one, inf, -inf, -one]
+    numbers += [torch.nextafter(a, b) for a in (tiny, one) for b in (inf, -inf)]
+    numbers += [torch.nextafter(inf, tiny), torch.nextafter(-inf, tiny)]
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.stack(numbers)[torch.randint(len(numbers), (5, 300), generator=generator)]
+    thresholds = scores[:, :200]
+    binned, compared = (
+        count(scores, thresholds) for count in (retrieval._count_by_bins, retrieval._count_by_comparing)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(binned, compared, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_search_among_many_nan_gives_the_lowest_indices(k, small_blocks):
+    query, gallery = torch.randn(3, 4), torch.randn(40, 4)
+    gallery[5:30:2] = math.nan
+    values, indices = search(query, gallery, k)
+    assert values.isnan().all()
+    assert indices.tolist() == [list(range(5, 30, 2))[:k]] * 3
 
 
 # --- the documentation's code runs

@@ -351,18 +351,18 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
 
 
 MEMORY = """
-import resource, torch
+import torch
+from benchmarks.measure import peak_process_bytes
 from fmfa_losses.functional import asdm_loss
-from fmfa_losses.ops import similarity_distribution
-similarity_distribution.BLOCK_ELEMENTS = 2**18
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from fmfa_losses.ops._row_blocks import torch_reader
+torch_reader.block_elements = 2**18
 def step(B):
     image, text = (torch.randn(B, 8).requires_grad_() for _ in "it")
     asdm_loss(image, text, torch.arange(B), backend="torch").backward()
 step(64)
-before = peak()
+before = peak_process_bytes()
 step(4096)
-print(peak() - before)
+print((peak_process_bytes() - before) / 2**20)
 """
 
 
