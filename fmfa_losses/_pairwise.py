@@ -7,7 +7,7 @@ Transposed scores have images as rows. Every loss here is a few [B, B] matrices 
 import torch
 from torch import Tensor
 
-from .ops._checks import check_float, check_ids, check_option, check_positive, check_same, describe
+from .ops._checks import AS_TENSOR, check_float, check_ids, check_option, check_positive, check_same, describe, on_host
 from .ops._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = [
@@ -56,7 +56,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
 
 def same_identity(pids: Tensor, scores: Tensor) -> Tensor:
     """[pid_i == pid_j], [B, B] bool; true on the diagonal."""
-    check_ids("pids", pids, len(scores), scores.device)
+    pids = check_ids("pids", pids, scores.shape[0], scores.device)
     return pids[:, None] == pids
 
 
@@ -64,7 +64,7 @@ def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, target: 
     """Labels [same pid], or factor [same pid] + (1 - factor) [same image], normalised: [B, B] in `like`'s dtype."""
     y = same.to(like.dtype)
     if image_ids is not None:
-        check_ids("image_ids", image_ids, len(like), like.device)
+        image_ids = check_ids("image_ids", image_ids, like.shape[0], like.device)
         y = factor * y + (1 - factor) * (image_ids[:, None] == image_ids).to(like.dtype)
     row_sum = y.sum(dim=1)  # at least the sample itself
     return y / (row_sum[:, None] if target == "row" else row_sum)
@@ -116,9 +116,7 @@ def reduce(per_sample: Tensor, reduction: str, sample_weight: Tensor | None) -> 
     if sample_weight is None:
         return per_sample if reduction == "none" else getattr(per_sample, reduction)()
     if not isinstance(sample_weight, Tensor) or sample_weight.is_complex():
-        raise TypeError(
-            f"sample_weight must be a tensor [{len(per_sample)}], got {describe(sample_weight)}; use torch.as_tensor"
-        )
+        raise TypeError(f"sample_weight must be a real tensor [B], got {describe(sample_weight)}; {AS_TENSOR}")
     if sample_weight.shape != per_sample.shape:
         raise ValueError(
             f"sample_weight must have shape {list(per_sample.shape)} (one weight a pair), got "
@@ -126,6 +124,11 @@ def reduce(per_sample: Tensor, reduction: str, sample_weight: Tensor | None) -> 
         )
     check_same("sample_weight and the features", sample_weight, per_sample)
     weight = sample_weight.to(per_sample.dtype)
+    if on_host(weight) and (weight < 0).any():
+        raise ValueError(
+            f"sample_weight must not be negative, got {weight.min().item():g} among {describe(sample_weight)}; "
+            "weight 0 leaves a pair out"
+        )
     weighted = weight * per_sample
     if reduction == "none":
         return weighted

@@ -75,7 +75,7 @@ def cached_backward(
 
     whole = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
     leaves = {name: x.requires_grad_() for name, x in whole.items() if x.is_floating_point()}
-    sizes = [{name: len(x) for name, x in output.items()} for output in outputs]
+    sizes = [{name: x.shape[0] for name, x in output.items()} for output in outputs]
     del outputs
     with torch.enable_grad():
         loss = _call(loss_fn, whole if isinstance(next(iter(whole)), str) else tuple(whole.values()))

@@ -83,7 +83,7 @@ def efa_loss(
         per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers)
     else:
         everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
-        own = everyone[peers.offset : peers.offset + len(text_sim)]
+        own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
         excluded = own[:, None] == everyone
         if pids is not None and negatives == "different_identity":
             excluded = pids[:, None] == peers.gather(pids)
@@ -305,6 +305,6 @@ def _check_inputs(
     check_mask("image_mask", image_mask, image_tokens)
     check_mask("text_mask", text_mask, text_tokens)
     if pids is not None:
-        check_ids("pids", pids, len(image_tokens), image_tokens.device)
+        check_ids("pids", pids, image_tokens.shape[0], image_tokens.device)
     elif negatives == "different_identity":
         raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')

@@ -47,7 +47,7 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     check_float("image_logits", image_logits, "B identities")
     check_float("text_logits", text_logits, "B identities")
     check_same("image_logits and text_logits", image_logits, text_logits, dims=[("B", 0), ("identities", 1)])
-    check_ids("pids", pids, len(image_logits), image_logits.device)
+    check_ids("pids", pids, image_logits.shape[0], image_logits.device)
     image, text = (F.cross_entropy(_at_least_float32(x), pids.long()) for x in (image_logits, text_logits))
     return (image + text) / 2
 
@@ -126,7 +126,7 @@ class IDHead(nn.Module):
                 )
             check_same(f"{name} and the classifier", features, weight)
         check_same("image_features and text_features", image_features, text_features, dims=[("B", 0)])
-        check_ids("pids", pids, len(image_features), image_features.device)
+        check_ids("pids", pids, image_features.shape[0], image_features.device)
         if self.check_labels or pids.device.type == "cpu":
             low, high = int(pids.min()), int(pids.max())
             if low < 0 or high >= self.classifier.out_features:

@@ -219,7 +219,7 @@ class IRRHead(nn.Module):
 
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and number of right predictions over states [M, D]."""
-        if len(states) <= CHUNK_ROWS:
+        if states.shape[0] <= CHUNK_ROWS:
             return self._score_chunk(states, targets)
         scores = [
             checkpoint(self._score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -291,7 +291,7 @@ class IRRHead(nn.Module):
         if self.check_labels or labels.device.type == "cpu":
             ids = labels.long()
             wrong = ids[(ids != self.ignore_index) & ((ids < 0) | (ids >= self.vocab_size))]
-            if len(wrong):
+            if wrong.numel():
                 raise ValueError(
                     f"labels must be ignore_index = {self.ignore_index} or lie in [0, vocab_size = {self.vocab_size}), "
                     f"got {int(wrong[0])}; pass the ignore_index and vocab_size of the tokenizer"

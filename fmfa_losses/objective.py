@@ -173,7 +173,7 @@ class FMFALoss(nn.Module):
 
     def _shares(self, features: Tensor, labels: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """By what the means of this rank are multiplied: [2], of its pairs and of its masked words."""
-        pairs = torch.full((), len(features), device=features.device)
+        pairs = torch.full((), features.shape[0], device=features.device)
         words = torch.zeros_like(pairs) if labels is None else self.irr._count_masked(labels, text_mask, pairs.device)
         return shares(torch.stack([pairs, words]), self.gather, self.process_group)
 

@@ -51,4 +51,4 @@ def released_alignment(tokens: Tensor, joint: Tensor, margin: float, pool_temper
     """Both directions of the released ranking between one modality's tokens and the joint embeddings, a scalar."""
     # The factor 1/lambda that the code leaves out cancels where the rows of S are normalised.
     sim = hard_similarity(tokens, joint, pool_scale=1 / pool_temperature)
-    return _released_ranking(sim, margin, 1.0, Peers(sizes=(len(sim),))).mean()
+    return _released_ranking(sim, margin, 1.0, Peers(sizes=(sim.shape[0],))).mean()

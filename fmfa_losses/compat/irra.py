@@ -164,6 +164,6 @@ def rank(
     )
     step = max(1, SORT_ELEMENTS // similarity.shape[1])
     columns = similarity.shape[1] if get_mAP else shown
-    blocks = (similarity[i : i + step] for i in range(0, len(similarity), step))
+    blocks = (similarity[i : i + step] for i in range(0, similarity.shape[0], step))
     indices = torch.cat([block.argsort(dim=1, descending=True, stable=True)[:, :columns] for block in blocks])
     return (cmc, mean_ap, mean_inp, indices) if get_mAP else (cmc, indices)

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AS_TENSOR = "torch.as_tensor makes one of an array or a list of numbers"
 LARGEST = torch.finfo(torch.float64).max
 
 
@@ -66,14 +67,15 @@ def warn_once(message: str) -> None:
 def check_float(name: str, tensor: object, pattern: str) -> None:
     """A floating-point tensor with as many dimensions as `pattern` ("B L D") has letters, none of them empty."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; wrap it in torch.as_tensor")
+        raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; {AS_TENSOR}")
     if hasattr(tensor, "device_mesh"):
         raise TypeError(
             f"{name} must be a plain tensor with this process's samples, got a DTensor; pass {name}.to_local() where "
             f"it is sharded over the batch, {name}.full_tensor() where this process should hold all of it"
         )
     if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}; call {name}.float()")
+        part = ".real" if tensor.is_complex() else ".float()"
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}; pass {name}{part}")
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {describe(tensor)}; call {name}.bfloat16() and "
@@ -103,20 +105,20 @@ def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, in
 
 def check_ids(name: str, ids: object, length: int, device: torch.device) -> Tensor:
     """Integer ids [length] on `device`, to be compared with each other: see `integer_ids`."""
-    ids = integer_ids(name, ids, f"[{length}]")
+    ids = integer_ids(name, ids, "B")
     check_shape(name, ids, (length,), "one id a sample")
     if ids.device != device:
         raise ValueError(f"{name} must be on {device}, got {describe(ids)}; call {name}.to({str(device)!r})")
     return ids
 
 
-def integer_ids(name: str, ids: object, shape: str = "") -> Tensor:
+def integer_ids(name: str, ids: object, pattern: str) -> Tensor:
     """The ids in int32 or int64, whatever integer dtype they came in.
 
     Ids of different values stay different: those of uint64 from 2^63 on become negative.
     """
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be an integer tensor {shape}, got {describe(ids)}; use torch.as_tensor")
+        raise TypeError(f"{name} must be an integer tensor [{pattern}], got {describe(ids)}; {AS_TENSOR}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}.long()")
     if ids.dtype == torch.uint64:
