@@ -165,7 +165,10 @@ class FMFALoss(nn.Module):
                 for values in (terms, metrics)
             )
         if self.weights["efa"]:
-            terms["efa"] = self.efa(image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, pids=pids)
+            efa_pids = pids if self.efa.negatives == "different_identity" else None
+            terms["efa"] = self.efa(
+                image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, pids=efa_pids
+            )
         if self.weights["asdm"]:
             terms["asdm"] = self.asdm(image_features, text_features, pids, image_ids=image_ids, logit_scale=logit_scale)
         loss = sum((self.weights[name] * term for name, term in terms.items()), image_features.new_zeros(()))
