@@ -110,7 +110,7 @@ def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:
 def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:
     """Weights [B] in the dtype of the losses that they multiply; none is negative, where the host can look."""
     if not isinstance(weight, Tensor) or weight.is_complex():
-        raise TypeError(f"{name} must be a real tensor [B], got {describe(weight)}; {AS_TENSOR}")
+        raise TypeError(f"{name} must be a tensor [B] of real numbers, got {describe(weight)}; {AS_TENSOR}")
     if weight.shape != per_sample.shape:
         raise ValueError(
             f"{name} must have shape {list(per_sample.shape)} (one weight a pair), got {describe(weight)}; reshape it"

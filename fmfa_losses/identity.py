@@ -33,7 +33,7 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     Args:
         image_logits: [B, identities], any float dtype.
         text_logits: [B, identities].
-        pids: [B], integers in [0, identities). Values are not looked at: see `IDHead(check_labels=...)`.
+        pids: [B], integers in [0, identities). Looked at on the CPU alone.
     Returns:
         Scalar, float32 or better.
     Raises:
@@ -48,6 +48,8 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     check_float("text_logits", text_logits, "B identities")
     check_same("image_logits and text_logits", image_logits, text_logits, dims=[("B", 0), ("identities", 1)])
     pids = check_ids("pids", pids, image_logits.shape[0], image_logits.device)
+    if on_host(pids):
+        _check_range(pids, "identities", image_logits.shape[1], "build the classifier with more identities")
     image, text = (F.cross_entropy(_at_least_float32(x), pids.long()) for x in (image_logits, text_logits))
     return (image + text) / 2
 
@@ -127,13 +129,17 @@ class IDHead(nn.Module):
         check_same("image_features and text_features", image_features, text_features, dims=[("B", 0)])
         pids = check_ids("pids", pids, image_features.shape[0], image_features.device)
         if self.check_labels or on_host(pids):
-            low, high = int(pids.min()), int(pids.max())
-            if low < 0 or high >= self.classifier.out_features:
-                raise ValueError(
-                    f"pids must lie in [0, num_identities = {self.classifier.out_features}), got {low} to "
-                    f"{high}; number the training identities from 0 without gaps, or raise num_identities"
-                )
+            _check_range(pids, "num_identities", self.classifier.out_features, "raise num_identities")
         return pids
+
+
+def _check_range(pids: Tensor, name: str, classes: int, advice: str) -> None:
+    low, high = int(pids.min()), int(pids.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"pids must lie in [0, {name} = {classes}), got {low} to {high}; number the training identities from 0 "
+            f"without gaps, or {advice}"
+        )
 
 
 def _accuracy(logits: Tensor, pids: Tensor) -> Tensor:

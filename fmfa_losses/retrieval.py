@@ -266,9 +266,7 @@ def search(
         ("query_features", query_features), ("gallery_features", gallery_features), normalize, device
     )
     sizes = len(query_features), len(gallery_features)
-    k = check_integer("k", k, 1)
-    if k > sizes[1]:
-        raise ValueError(f"k must be an integer from 1 to the gallery's {sizes[1]} rows, got {k!r}")
+    k = check_integer("k", k, 1, high=sizes[1])  # no more than the gallery has
     query_block, gallery_block = _block_sizes(*sizes, block_size)
     found = []
     for rows in _slices(sizes[0], query_block):

@@ -61,7 +61,7 @@ def warn_once(message: str) -> None:
     """A UserWarning for the first time that a process says so; compiled code says nothing."""
     if not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=2)
 
 
 def check_float(name: str, tensor: object, pattern: str) -> None:
@@ -120,7 +120,8 @@ def integer_ids(name: str, ids: object, pattern: str) -> Tensor:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be an integer tensor [{pattern}], got {describe(ids)}; {AS_TENSOR}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}.long()")
+        part = ".real" if ids.is_complex() else ""
+        raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}{part}.long()")
     if ids.dtype == torch.uint64:
         return ids.view(torch.int64)
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
@@ -167,7 +168,9 @@ def check_fraction(name: str, value: object) -> float:
 
 def check_integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """An integer, from `low` to `high` where they are given."""
-    wanted = "an integer" if low is None else f"an integer >= {low}" if high is None else f"an integer {low} to {high}"
+    wanted = "an integer"
+    if low is not None:
+        wanted += f" >= {low}" if high is None else f" from {low} to {high}"
     number = value if isinstance(value, torch.SymInt) else _number(name, value, wanted)
     whole = isinstance(number, (numbers.Integral, torch.SymInt))
     if not whole or (low is not None and number < low) or (high is not None and number > high):
@@ -185,7 +188,9 @@ def check_flag(name: str, value: object) -> bool:
 
 def _number(name: str, value: Any, wanted: str) -> Any:
     """`value`, if it is a number of Python or NumPy (an array of 0 dimensions too); True is none, nor is a tensor."""
-    if not isinstance(value, (numbers.Real, Tensor)) and getattr(value, "ndim", None) == 0:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be {wanted}, got {describe(value)}; pass {name}.item(), which has no gradient")
