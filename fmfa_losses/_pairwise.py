@@ -7,7 +7,7 @@ Transposed scores have images as rows. Every loss here is a few [B, B] matrices 
 import torch
 from torch import Tensor
 
-from .ops._checks import check_float, check_ids, check_option, check_positive, check_same, describe
+from .ops._checks import AS_TENSOR, check_float, check_ids, check_option, check_positive, check_same, describe, on_host
 from .ops._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "TARGETS",
     "check_features",
     "check_scores",
+    "check_weight",
     "cosine_scores",
     "divergence",
     "masked_logsumexp",
@@ -29,10 +30,10 @@ REDUCTIONS = ("mean", "sum", "none")
 TARGETS = ("row", "column")
 
 
-def check_features(image_features: Tensor, text_features: Tensor) -> None:
-    check_float("image_features", image_features, "B D")
-    check_float("text_features", text_features, "B D")
-    check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
+def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image_features", "text_features")) -> None:
+    check_float(names[0], image, "B D")
+    check_float(names[1], text, "B D")
+    check_same(" and ".join(names), image, text, dims=[("B", 0), ("D", 1)])
 
 
 def cosine_scores(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
 
 def same_identity(pids: Tensor, scores: Tensor) -> Tensor:
     """[pid_i == pid_j], [B, B] bool; true on the diagonal."""
-    check_ids("pids", pids, len(scores), scores.device)
+    pids = check_ids("pids", pids, scores.shape[0], scores.device)
     return pids[:, None] == pids
 
 
@@ -64,7 +65,7 @@ def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, target: 
     """Labels [same pid], or factor [same pid] + (1 - factor) [same image], normalised: [B, B] in `like`'s dtype."""
     y = same.to(like.dtype)
     if image_ids is not None:
-        check_ids("image_ids", image_ids, len(like), like.device)
+        image_ids = check_ids("image_ids", image_ids, like.shape[0], like.device)
         y = factor * y + (1 - factor) * (image_ids[:, None] == image_ids).to(like.dtype)
     row_sum = y.sum(dim=1)  # at least the sample itself
     return y / (row_sum[:, None] if target == "row" else row_sum)
@@ -86,12 +87,11 @@ def masked_logsumexp(logits: Tensor, keep: Tensor) -> Tensor:
 
 def resolve_scale(logit_scale: float | Tensor | None, temperature: float, like: Tensor) -> float | Tensor:
     """1 / temperature, or the given scale as a number or a 0-dim tensor in `like`'s dtype that may multiply `like`."""
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     if logit_scale is None:
         return 1 / temperature
     if not isinstance(logit_scale, Tensor):
-        check_positive("logit_scale", logit_scale)
-        return logit_scale
+        return check_positive("logit_scale", logit_scale)
     return scalar_like("logit_scale", logit_scale, like)
 
 
@@ -107,6 +107,24 @@ def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:
     return scalar.reshape(()).to(device=device, dtype=like.dtype)
 
 
+def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:
+    """Weights [B] in the dtype of the losses that they multiply; none is negative, where the host can look."""
+    if not isinstance(weight, Tensor) or weight.is_complex():
+        raise TypeError(f"{name} must be a tensor [B] of real numbers, got {describe(weight)}; {AS_TENSOR}")
+    if weight.shape != per_sample.shape:
+        raise ValueError(
+            f"{name} must have shape {list(per_sample.shape)} (one weight a pair), got {describe(weight)}; reshape it"
+        )
+    check_same(f"{name} and the features", weight, per_sample)
+    given, weight = weight, weight.to(per_sample.dtype)
+    if on_host(weight) and (weight < 0).any():
+        lowest = weight[weight < 0].min().item()
+        raise ValueError(
+            f"{name} must not be negative, got {lowest:g} in {describe(given)}; a weight of 0 leaves a pair out"
+        )
+    return weight
+
+
 def reduce(per_sample: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
     """[B] to a scalar, or [B] with "none".
 
@@ -115,17 +133,7 @@ def reduce(per_sample: Tensor, reduction: str, sample_weight: Tensor | None) -> 
     check_option("reduction", reduction, REDUCTIONS)
     if sample_weight is None:
         return per_sample if reduction == "none" else getattr(per_sample, reduction)()
-    if not isinstance(sample_weight, Tensor) or sample_weight.is_complex():
-        raise TypeError(
-            f"sample_weight must be a tensor [{len(per_sample)}], got {describe(sample_weight)}; use torch.as_tensor"
-        )
-    if sample_weight.shape != per_sample.shape:
-        raise ValueError(
-            f"sample_weight must have shape {list(per_sample.shape)} (one weight a pair), got "
-            f"{describe(sample_weight)}; reshape it"
-        )
-    check_same("sample_weight and the features", sample_weight, per_sample)
-    weight = sample_weight.to(per_sample.dtype)
+    weight = check_weight("sample_weight", sample_weight, per_sample)
     weighted = weight * per_sample
     if reduction == "none":
         return weighted

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ._asdm_ring import asdm_rows_round_the_ring
 from .distributed import GATHER, meet
 from .ops._backend import BACKENDS
-from .ops._checks import check_float, check_ids, check_option, check_positive, check_same
+from .ops._checks import check_flag, check_float, check_ids, check_option, check_positive, check_same
 from .ops.similarity_distribution import REDUCTIONS, RowLoss, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
@@ -53,8 +53,8 @@ def asdm_loss(
         >>> asdm_loss(features, features, torch.arange(4)) < 1e-6
         tensor(True)
     """
-    check_positive("temperature", temperature)
-    _check_inputs(image_features, text_features, pids, image_ids)
+    temperature = check_positive("temperature", temperature)
+    pids, image_ids = _check_inputs(image_features, text_features, pids, image_ids)
     exchanged = {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids}
     peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
     logit_scale = 1 / temperature if logit_scale is None else logit_scale
@@ -178,22 +178,24 @@ class ASDMLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
         check_option("backend", backend, BACKENDS)
         check_option("gather", gather, GATHER)
-        RowLoss(
+        spec = RowLoss(
             alpha=alpha,
             gap=gap,
             positive=positive,
+            detach_weight=detach_weight,
             eps=eps,
             image_id_factor=image_id_factor,
             target=target,
             reduction=reduction,
         ).checked()
-        self.temperature, self.alpha, self.gap, self.positive = temperature, alpha, gap, positive
-        self.detach_weight, self.eps, self.reduction = detach_weight, eps, reduction
-        self.image_id_factor, self.target, self.backend = image_id_factor, target, backend
-        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
+        self.temperature, self.alpha, self.gap, self.positive = temperature, spec.alpha, gap, positive
+        self.detach_weight, self.eps, self.reduction = spec.detach_weight, spec.eps, reduction
+        self.image_id_factor, self.target, self.backend = spec.image_id_factor, target, backend
+        self.gather, self.process_group = gather, process_group
+        self.equal_batches = check_flag("equal_batches", equal_batches)
 
     def forward(
         self,
@@ -232,10 +234,13 @@ class ASDMLoss(nn.Module):
         )
 
 
-def _check_inputs(image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None) -> None:
+def _check_inputs(
+    image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     check_float("image_features", image_features, "B D")
     check_float("text_features", text_features, "B D")
     check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
-    check_ids("pids", pids, len(image_features), image_features.device)
+    pids = check_ids("pids", pids, image_features.shape[0], image_features.device)
     if image_ids is not None:
-        check_ids("image_ids", image_ids, len(image_features), image_features.device)
+        image_ids = check_ids("image_ids", image_ids, image_features.shape[0], image_features.device)
+    return pids, image_ids

@@ -66,7 +66,7 @@ def cmpm_loss_from_scores(
         tensor(True)
     """
     check_option("normalize", normalize, NORMALIZE)
-    check_positive("eps", eps)
+    eps = check_positive("eps", eps)
     t2i, i2t = check_scores(t2i_scores, "t2i_scores"), check_scores(i2t_scores, "i2t_scores")
     check_same("t2i_scores and i2t_scores", t2i, i2t, dims=[("B", 0)])
     y = same_identity(pids, t2i).to(t2i.dtype)
@@ -108,9 +108,8 @@ class CMPMLoss(nn.Module):
     def __init__(self, *, normalize: str = "sum", eps: float = 1e-8, reduction: str = "mean") -> None:
         super().__init__()
         check_option("normalize", normalize, NORMALIZE)
-        check_positive("eps", eps)
         check_option("reduction", reduction, REDUCTIONS)
-        self.normalize, self.eps, self.reduction = normalize, eps, reduction
+        self.normalize, self.eps, self.reduction = normalize, check_positive("eps", eps), reduction
 
     def forward(
         self,

@@ -20,8 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distributed import GATHER, Peers, meet
-from .ops._backend import select_backend
-from .ops._checks import check_float, check_ids, check_mask, check_option, check_positive, check_same
+from .ops._backend import BACKENDS, select_backend
+from .ops._checks import (
+    check_finite,
+    check_flag,
+    check_float,
+    check_fraction,
+    check_ids,
+    check_mask,
+    check_option,
+    check_positive,
+    check_same,
+    warn_once,
+)
 from .ops._padding import longest
 from .ops._precision import accumulation_dtype, unit_rows
 from .ops.aggregation import sparse_aggregate
@@ -61,8 +72,11 @@ def efa_loss(
         >>> efa_loss(tokens, tokens)                     # 4 (log 3 + 0 - 1 + 0.1)
         tensor(0.7944)
     """
-    _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
-    _check_inputs(image_tokens, text_tokens, image_mask, text_mask, pids, negatives)
+    _check_options(ranking, negatives, reduction)
+    margin_text, margin_image, temperature, pool_scale, sparsity = _check_numbers(
+        margin_text, margin_image, temperature, pool_scale, sparsity
+    )
+    pids = _check_inputs(image_tokens, text_tokens, image_mask, text_mask, pids, negatives)
     exchanged = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids}
     peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
     if text_mask is not None:
@@ -83,9 +97,9 @@ def efa_loss(
         per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers)
     else:
         everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
-        own = everyone[peers.offset : peers.offset + len(text_sim)]
+        own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
         excluded = own[:, None] == everyone
-        if pids is not None and negatives == "different_identity":
+        if pids is not None:
             excluded = pids[:, None] == peers.gather(pids)
         # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
         # of the margins in each.
@@ -189,7 +203,7 @@ class EFALoss(nn.Module):
         image_tokens: [B, N, D] patches without [CLS], any float dtype; need not be normalised.
         text_tokens: [B, L, D].
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
-        pids: [B] integer identities, for negatives="different_identity".
+        pids: [B] integer identities, for negatives="different_identity"; "all" does not use them and warns once.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
@@ -227,12 +241,15 @@ class EFALoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
-        self.margin_text, self.margin_image = margin_text, margin_image
-        self.temperature, self.pool_scale, self.sparsity = temperature, pool_scale, sparsity
+        _check_options(ranking, negatives, reduction)
+        self.margin_text, self.margin_image, self.temperature, self.pool_scale, self.sparsity = _check_numbers(
+            margin_text, margin_image, temperature, pool_scale, sparsity
+        )
         check_option("gather", gather, GATHER)
+        check_option("backend", backend, BACKENDS)
         self.ranking, self.negatives, self.reduction, self.backend = ranking, negatives, reduction, backend
-        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
+        self.gather, self.process_group = gather, process_group
+        self.equal_batches = check_flag("equal_batches", equal_batches)
 
     def forward(
         self,
@@ -270,20 +287,19 @@ class EFALoss(nn.Module):
         )
 
 
-def _check_hyperparameters(
-    margin_text: float,
-    margin_image: float,
-    temperature: float,
-    pool_scale: float,
-    ranking: str,
-    negatives: str,
-    reduction: str,
-) -> None:
-    for name, margin in (("margin_text", margin_text), ("margin_image", margin_image)):
-        if not -float("inf") < margin < float("inf"):
-            raise ValueError(f"{name} must be a finite number, got {margin!r}")
-    check_positive("temperature", temperature)
-    check_positive("pool_scale", pool_scale)
+def _check_numbers(
+    margin_text: float, margin_image: float, temperature: float, pool_scale: float, sparsity: float | None
+) -> tuple[float, float, float, float, float | None]:
+    return (
+        check_finite("margin_text", margin_text),
+        check_finite("margin_image", margin_image),
+        check_positive("temperature", temperature),
+        check_positive("pool_scale", pool_scale),
+        None if sparsity is None else check_fraction("sparsity", sparsity),
+    )
+
+
+def _check_options(ranking: str, negatives: str, reduction: str) -> None:
     check_option("ranking", ranking, RANKINGS)
     check_option("negatives", negatives, NEGATIVES)
     check_option("reduction", reduction, REDUCTIONS)
@@ -298,13 +314,22 @@ def _check_inputs(
     text_mask: Tensor | None,
     pids: Tensor | None,
     negatives: str,
-) -> None:
+) -> Tensor | None:
+    """The pids to go on with; None where nothing asks for them."""
     check_float("image_tokens", image_tokens, "B N D")
     check_float("text_tokens", text_tokens, "B L D")
     check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
     check_mask("image_mask", image_mask, image_tokens)
     check_mask("text_mask", text_mask, text_tokens)
-    if pids is not None:
-        check_ids("pids", pids, len(image_tokens), image_tokens.device)
-    elif negatives == "different_identity":
-        raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
+    if pids is None:
+        if negatives == "different_identity":
+            raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
+        return None
+    pids = check_ids("pids", pids, image_tokens.shape[0], image_tokens.device)
+    if negatives == "different_identity":
+        return pids
+    warn_once(
+        'EFA got pids, which negatives="all" does not use: other images of the same person are pushed away; pass '
+        'negatives="different_identity" to spare them, or leave pids out'
+    )
+    return None

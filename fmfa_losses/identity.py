@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checkpoint import LoadReport, checkpoint_entries, load_entries
-from .ops._checks import check_float, check_ids, check_same, describe
+from .ops._checks import check_flag, check_float, check_ids, check_integer, check_same, describe, on_host
 
 __all__ = ["IDHead", "IDOutput", "id_loss"]
 
@@ -33,7 +33,7 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     Args:
         image_logits: [B, identities], any float dtype.
         text_logits: [B, identities].
-        pids: [B], integers in [0, identities). Values are not looked at: see `IDHead(check_labels=...)`.
+        pids: [B], integers in [0, identities). Looked at on the CPU alone.
     Returns:
         Scalar, float32 or better.
     Raises:
@@ -47,7 +47,9 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     check_float("image_logits", image_logits, "B identities")
     check_float("text_logits", text_logits, "B identities")
     check_same("image_logits and text_logits", image_logits, text_logits, dims=[("B", 0), ("identities", 1)])
-    check_ids("pids", pids, len(image_logits), image_logits.device)
+    pids = check_ids("pids", pids, image_logits.shape[0], image_logits.device)
+    if on_host(pids):
+        _check_range(pids, "identities", image_logits.shape[1], "build the classifier with more identities")
     image, text = (F.cross_entropy(_at_least_float32(x), pids.long()) for x in (image_logits, text_logits))
     return (image + text) / 2
 
@@ -85,16 +87,15 @@ class IDHead(nn.Module):
 
     def __init__(self, embed_dim: int, num_identities: int, *, check_labels: bool = False) -> None:
         super().__init__()
-        for name, value in (("embed_dim", embed_dim), ("num_identities", num_identities)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        self.check_labels = check_labels
+        embed_dim = check_integer("embed_dim", embed_dim, 1)
+        num_identities = check_integer("num_identities", num_identities, 1)
+        self.check_labels = check_flag("check_labels", check_labels)
         self.classifier = nn.Linear(embed_dim, num_identities)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, image_features: Tensor, text_features: Tensor, pids: Tensor) -> IDOutput:
-        self._check(image_features, text_features, pids)
+        pids = self._check(image_features, text_features, pids)
         image_logits, text_logits = self._classify(image_features), self._classify(text_features)
         return IDOutput(
             loss=id_loss(image_logits, text_logits, pids),
@@ -115,7 +116,7 @@ class IDHead(nn.Module):
         dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
         return F.linear(features.to(dtype), weight.to(dtype), bias.to(dtype))
 
-    def _check(self, image_features: Tensor, text_features: Tensor, pids: Tensor) -> None:
+    def _check(self, image_features: Tensor, text_features: Tensor, pids: Tensor) -> Tensor:
         weight = self.classifier.weight
         for name, features in (("image_features", image_features), ("text_features", text_features)):
             check_float(name, features, "B D")
@@ -126,14 +127,19 @@ class IDHead(nn.Module):
                 )
             check_same(f"{name} and the classifier", features, weight)
         check_same("image_features and text_features", image_features, text_features, dims=[("B", 0)])
-        check_ids("pids", pids, len(image_features), image_features.device)
-        if self.check_labels or pids.device.type == "cpu":
-            low, high = int(pids.min()), int(pids.max())
-            if low < 0 or high >= self.classifier.out_features:
-                raise ValueError(
-                    f"pids must lie in [0, num_identities = {self.classifier.out_features}), got {low} to "
-                    f"{high}; number the training identities from 0 without gaps, or raise num_identities"
-                )
+        pids = check_ids("pids", pids, image_features.shape[0], image_features.device)
+        if self.check_labels or on_host(pids):
+            _check_range(pids, "num_identities", self.classifier.out_features, "raise num_identities")
+        return pids
+
+
+def _check_range(pids: Tensor, name: str, classes: int, advice: str) -> None:
+    low, high = int(pids.min()), int(pids.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"pids must lie in [0, {name} = {classes}), got {low} to {high}; number the training identities from 0 "
+            f"without gaps, or {advice}"
+        )
 
 
 def _accuracy(logits: Tensor, pids: Tensor) -> Tensor:

@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._checkpoint import LoadReport, checkpoint_entries, load_entries
-from .ops._checks import check_float, check_mask, check_same, check_shape, describe
+from .ops._checks import (
+    check_flag,
+    check_float,
+    check_integer,
+    check_mask,
+    check_same,
+    check_shape,
+    describe,
+    integer_ids,
+    on_host,
+)
 from .ops._padding import longest
 
 __all__ = ["IRRHead", "IRROutput"]
@@ -101,12 +111,10 @@ class IRRHead(nn.Module):
         check_labels: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"embed_dim": embed_dim, "vocab_size": vocab_size, "depth": depth}
-        optional = {"num_heads": num_heads, "max_masked": max_masked}
-        sizes |= {name: value for name, value in optional.items() if value is not None}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        embed_dim, vocab_size = check_integer("embed_dim", embed_dim, 1), check_integer("vocab_size", vocab_size, 1)
+        depth, ignore_index = check_integer("depth", depth, 1), check_integer("ignore_index", ignore_index)
+        num_heads = None if num_heads is None else check_integer("num_heads", num_heads, 1)
+        max_masked = None if max_masked is None else check_integer("max_masked", max_masked, 1)
         if num_heads is None:
             if embed_dim % 64:
                 raise ValueError(
@@ -116,7 +124,8 @@ class IRRHead(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}, got {num_heads}; pass another num_heads")
         self.embed_dim, self.vocab_size, self.depth, self.num_heads = embed_dim, vocab_size, depth, num_heads
-        self.ignore_index, self.max_masked, self.check_labels = ignore_index, max_masked, check_labels
+        self.ignore_index, self.max_masked = ignore_index, max_masked
+        self.check_labels = check_flag("check_labels", check_labels)
 
         self.cross_attn = Attention(embed_dim, num_heads)
         self.cross_modal_transformer = Transformer(embed_dim, num_heads, depth)
@@ -159,8 +168,8 @@ class IRRHead(nn.Module):
         *,
         text_mask: Tensor | None = None,
     ) -> IRROutput:
-        self._check(image_tokens, masked_text_tokens, labels, text_mask)
-        static = labels.device.type != "cpu"
+        labels = self._check(image_tokens, masked_text_tokens, labels, text_mask)
+        static = not on_host(labels)
         return self._forward(image_tokens, masked_text_tokens, labels, text_mask, static)
 
     def _forward(
@@ -200,7 +209,7 @@ class IRRHead(nn.Module):
 
     def _count_masked(self, labels: Tensor, text_mask: Tensor | None, device: torch.device) -> Tensor:
         """Number of the labels that the loss is a mean over, a scalar on the device; the host does not wait."""
-        masked = labels.to(device, non_blocking=True) != self.ignore_index
+        masked = integer_ids("labels", labels, "B, L").to(device, non_blocking=True) != self.ignore_index
         return (masked if text_mask is None else masked & text_mask).sum()
 
     def _encode(self, image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None, rows: Tensor) -> Tensor:
@@ -219,7 +228,7 @@ class IRRHead(nn.Module):
 
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and number of right predictions over states [M, D]."""
-        if len(states) <= CHUNK_ROWS:
+        if states.shape[0] <= CHUNK_ROWS:
             return self._score_chunk(states, targets)
         scores = [
             checkpoint(self._score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -267,7 +276,7 @@ class IRRHead(nn.Module):
         names = ("num_heads", "ignore_index", "max_masked", "check_labels")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def _check(self, image_tokens: Tensor, text_tokens: Tensor, labels: Tensor, text_mask: Tensor | None) -> None:
+    def _check(self, image_tokens: Tensor, text_tokens: Tensor, labels: Tensor, text_mask: Tensor | None) -> Tensor:
         tokens = (("image_tokens", image_tokens, "B N D"), ("masked_text_tokens", text_tokens, "B L D"))
         for name, tensor, pattern in tokens:
             check_float(name, tensor, pattern)
@@ -279,23 +288,20 @@ class IRRHead(nn.Module):
             check_same(f"{name} and the head", tensor, self.ln_post.weight)
         check_same("image_tokens and masked_text_tokens", image_tokens, text_tokens, dims=[("B", 0)])
         check_mask("text_mask", text_mask, text_tokens)
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels must be an integer tensor [B, L], got {describe(labels)}; use torch.as_tensor")
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be an integer tensor, got {describe(labels)}; call labels.long()")
+        labels = integer_ids("labels", labels, "B, L")
         check_shape("labels", labels, tuple(text_tokens.shape[:2]), "one label a text token")
         if labels.device.type != "cpu" and labels.device != text_tokens.device:
             raise ValueError(
                 f"labels must be on the CPU or on {text_tokens.device}, got {describe(labels)}; leave them on the CPU"
             )
-        if self.check_labels or labels.device.type == "cpu":
-            ids = labels.long()
-            wrong = ids[(ids != self.ignore_index) & ((ids < 0) | (ids >= self.vocab_size))]
-            if len(wrong):
+        if self.check_labels or on_host(labels):
+            wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.vocab_size))]
+            if wrong.numel():
                 raise ValueError(
                     f"labels must be ignore_index = {self.ignore_index} or lie in [0, vocab_size = {self.vocab_size}), "
                     f"got {int(wrong[0])}; pass the ignore_index and vocab_size of the tokenizer"
                 )
+        return labels
 
 
 class LayerNorm(nn.LayerNorm):

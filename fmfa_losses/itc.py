@@ -19,13 +19,13 @@ from ._pairwise import (
     same_identity,
     soft_targets,
 )
-from .ops._checks import check_option, check_positive
+from .ops._backend import BACKENDS
+from .ops._checks import check_ids, check_option, check_positive, warn_once
 from .ops.similarity_distribution import similarity_distribution_loss
 
 __all__ = ["ITCLoss", "itc_loss", "itc_loss_from_scores"]
 
 TARGETS = ("paired", "identity")
-NEEDS_PIDS = 'targets="identity" needs the identities: pass pids [B]'
 
 
 def itc_loss(
@@ -48,12 +48,12 @@ def itc_loss(
         tensor(True)
     """
     check_option("targets", targets, TARGETS)
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     check_features(image_features, text_features)
+    _check_pids(pids, targets, text_features)
     if targets == "paired":  # InfoNCE is the cross-entropy of identities that are all different
-        pids = torch.arange(len(text_features), device=text_features.device)
-    elif pids is None:
-        raise ValueError(NEEDS_PIDS)
+        pids = torch.arange(text_features.shape[0], device=text_features.device)
+    assert pids is not None
     per_sample = similarity_distribution_loss(
         text_features,
         image_features,
@@ -84,15 +84,28 @@ def itc_loss_from_scores(
     """
     check_option("targets", targets, TARGETS)
     scores = check_scores(scores)
+    _check_pids(pids, targets, scores)
     logits = resolve_scale(logit_scale, temperature, scores) * scores
     t2i, i2t = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
     if targets == "paired":
         log_p = t2i.diagonal() + i2t.diagonal()
-    elif pids is None:
-        raise ValueError(NEEDS_PIDS)
     else:
+        assert pids is not None
         log_p = (soft_targets(same_identity(pids, scores), None, 1.0, "row", scores) * (t2i + i2t)).sum(dim=1)
     return reduce(-log_p / 2, reduction, sample_weight)
+
+
+def _check_pids(pids: Tensor | None, targets: str, like: Tensor) -> None:
+    if pids is None:
+        if targets == "identity":
+            raise ValueError('targets="identity" needs the identities: pass pids [B]')
+        return
+    check_ids("pids", pids, like.shape[0], like.device)
+    if targets == "paired":
+        warn_once(
+            'ITC got pids, which targets="paired" does not use: other images of the same person are pushed away; pass '
+            'targets="identity" to pull them too, or leave pids out'
+        )
 
 
 class ITCLoss(nn.Module):
@@ -108,7 +121,7 @@ class ITCLoss(nn.Module):
 
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
-        pids: [B] integer identities, for targets="identity".
+        pids: [B] integer identities, for targets="identity"; "paired" does not use them and warns once.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device, which
             receives its gradient.
         sample_weight: [B] weights of the pairs; "mean" divides by their sum.
@@ -137,7 +150,8 @@ class ITCLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
+        check_option("backend", backend, BACKENDS)
         check_option("targets", targets, TARGETS)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.targets = temperature, targets

@@ -165,7 +165,10 @@ class FMFALoss(nn.Module):
                 for values in (terms, metrics)
             )
         if self.weights["efa"]:
-            terms["efa"] = self.efa(image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, pids=pids)
+            efa_pids = pids if self.efa.negatives == "different_identity" else None
+            terms["efa"] = self.efa(
+                image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, pids=efa_pids
+            )
         if self.weights["asdm"]:
             terms["asdm"] = self.asdm(image_features, text_features, pids, image_ids=image_ids, logit_scale=logit_scale)
         loss = sum((self.weights[name] * term for name, term in terms.items()), image_features.new_zeros(()))
@@ -173,7 +176,7 @@ class FMFALoss(nn.Module):
 
     def _shares(self, features: Tensor, labels: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """By what the means of this rank are multiplied: [2], of its pairs and of its masked words."""
-        pairs = torch.full((), len(features), device=features.device)
+        pairs = torch.full((), features.shape[0], device=features.device)
         words = torch.zeros_like(pairs) if labels is None else self.irr._count_masked(labels, text_mask, pairs.device)
         return shares(torch.stack([pairs, words]), self.gather, self.process_group)
 

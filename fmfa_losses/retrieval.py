@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops._checks import check_float, describe
+from .ops._checks import check_float, check_integer, describe, integer_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -268,8 +268,7 @@ def search(
         ("query_features", query_features), ("gallery_features", gallery_features), normalize, device
     )
     sizes = len(query_features), len(gallery_features)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= sizes[1]:
-        raise ValueError(f"k must be an integer from 1 to the gallery's {sizes[1]} rows, got {k!r}")
+    k = check_integer("k", k, 1, high=sizes[1])  # no more than the gallery has
     query_block, gallery_block = _block_sizes(*sizes, block_size)
     found = []
     for rows in _slices(sizes[0], query_block):
@@ -575,19 +574,17 @@ def _block_sizes(queries: int, gallery: int, block_size: int | None, most_matche
     if block_size is None:
         row = gallery if gallery <= GALLERY_IN_ONE_BLOCK else SCORES_PER_BLOCK // 1024
         block_size = max(1, SCORES_PER_BLOCK // (row + MATCH_IN_SCORES * most_matches))
-    elif isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size must be an integer of at least 1, or None, got {block_size!r}")
-    block_size = min(block_size, queries)
+    block_size = min(check_integer("block_size", block_size, 1), queries)
     if gallery <= GALLERY_IN_ONE_BLOCK:
         return block_size, gallery
     return block_size, min(GALLERY_IN_ONE_BLOCK, max(1024, SCORES_PER_BLOCK // block_size))
 
 
 def _check_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    ranks = tuple(ranks)
-    if not ranks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ranks):
-        raise ValueError(f"ranks must be integers of at least 1, such as (1, 5, 10), got {ranks!r}")
-    return ranks
+    checked = tuple(check_integer("ranks", k, 1) for k in ranks)
+    if not checked:
+        raise ValueError("ranks must hold at least one k, such as (1, 5, 10), got none")
+    return checked
 
 
 def _is_numpy(array: object) -> TypeGuard["np.ndarray[Any, Any]"]:
@@ -617,10 +614,7 @@ def _check_array(name: str, array: Array, pattern: str) -> None:
 def _ids(name: str, ids: Array, length: int, device: torch.device) -> Tensor:
     if _is_numpy(ids):
         ids = torch.from_numpy(ids.copy())
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be an integer tensor [{length}], got {describe(ids)}; use torch.as_tensor")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}.long()")
+    ids = integer_ids(name, ids, str(length))
     if tuple(ids.shape) != (length,):
         raise ValueError(f"{name} must have shape [{length}] (one id a row of the features), got {describe(ids)}")
     return ids.to(device, torch.int64)

@@ -21,7 +21,8 @@ from ._pairwise import (
     soft_targets,
 )
 from .asdm import asdm_loss
-from .ops._checks import check_option, check_positive
+from .ops._backend import BACKENDS
+from .ops._checks import check_fraction, check_option, check_positive
 
 __all__ = ["SDMLoss", "sdm_loss", "sdm_loss_from_scores"]
 
@@ -87,7 +88,7 @@ def sdm_loss_from_scores(
         >>> sdm_loss_from_scores(torch.eye(4), torch.arange(4)) < 1e-6
         tensor(True)
     """
-    _check_hyperparameters(eps, image_id_factor, target)
+    eps, image_id_factor = _check_hyperparameters(eps, image_id_factor, target)
     scores = check_scores(scores)
     logits = resolve_scale(logit_scale, temperature, scores) * scores
     targets = soft_targets(same_identity(pids, scores), image_ids, image_id_factor, target, scores)
@@ -142,11 +143,11 @@ class SDMLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
         check_option("reduction", reduction, REDUCTIONS)
-        _check_hyperparameters(eps, image_id_factor, target)
-        self.temperature, self.eps, self.reduction = temperature, eps, reduction
-        self.image_id_factor, self.target, self.backend = image_id_factor, target, backend
+        check_option("backend", backend, BACKENDS)
+        self.eps, self.image_id_factor = _check_hyperparameters(eps, image_id_factor, target)
+        self.temperature, self.reduction = check_positive("temperature", temperature), reduction
+        self.target, self.backend = target, backend
 
     def forward(
         self,
@@ -177,8 +178,6 @@ class SDMLoss(nn.Module):
         return f"temperature={self.temperature}, target={self.target!r}, reduction={self.reduction!r}"
 
 
-def _check_hyperparameters(eps: float, image_id_factor: float, target: str) -> None:
-    check_positive("eps", eps)
+def _check_hyperparameters(eps: float, image_id_factor: float, target: str) -> tuple[float, float]:
     check_option("target", target, TARGETS)
-    if not 0 <= image_id_factor <= 1:
-        raise ValueError(f"image_id_factor must lie in [0, 1], got {image_id_factor!r}")
+    return check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)

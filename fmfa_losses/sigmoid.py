@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._pairwise import REDUCTIONS, check_scores, cosine_scores, reduce, resolve_scale, same_identity, scalar_like
-from .ops._checks import check_option, check_positive
+from .ops._checks import check_finite, check_option, check_positive
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]
 
@@ -72,7 +72,7 @@ def sigmoid_loss_from_scores(
     check_option("positives", positives, POSITIVES)
     scores = check_scores(scores)
     if positives == "paired":
-        positive = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        positive = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     elif pids is None:
         raise ValueError('positives="identity" needs the identities: pass pids [B], or positives="paired"')
     else:
@@ -127,8 +127,7 @@ class SigmoidLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
-        _check_bias("bias", bias)
+        temperature, bias = check_positive("temperature", temperature), check_finite("bias", bias)
         check_option("positives", positives, POSITIVES)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.bias, self.positives, self.reduction = temperature, bias, positives, reduction
@@ -166,10 +165,4 @@ class SigmoidLoss(nn.Module):
 def _resolve_bias(logit_bias: float | Tensor | None, bias: float, like: Tensor) -> float | Tensor:
     if isinstance(logit_bias, Tensor):
         return scalar_like("logit_bias", logit_bias, like)
-    return _check_bias("logit_bias", bias if logit_bias is None else logit_bias)
-
-
-def _check_bias(name: str, bias: object) -> float:
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -float("inf") < bias < float("inf"):
-        raise ValueError(f"{name} must be a finite number, got {bias!r}")
-    return float(bias)
+    return check_finite("bias", bias) if logit_bias is None else check_finite("logit_bias", logit_bias)

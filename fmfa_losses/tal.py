@@ -11,13 +11,11 @@ float32 once S > 88 tau (0.88 at tau 0.01), and sends NaN gradients where all sa
 positives as negatives of similarity 0 in TRL, so that the hardest negative is never below 0: `negatives="released"`.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ._pairwise import REDUCTIONS, check_scores, cosine_scores, masked_logsumexp, reduce, same_identity
-from .ops._checks import check_option, check_positive
+from .ops._checks import check_nonnegative, check_option, check_positive
 
 __all__ = ["TALLoss", "TRLLoss", "tal_loss", "tal_loss_from_scores", "trl_loss", "trl_loss_from_scores"]
 
@@ -66,7 +64,7 @@ def tal_loss_from_scores(
         >>> tal_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.1 - 0 + 0)
         tensor(0.2000)
     """
-    _check_hyperparameters(temperature, margin)
+    temperature, margin = _check_hyperparameters(temperature, margin)
     scores = check_scores(scores)
     same = same_identity(pids, scores)
 
@@ -122,7 +120,7 @@ def trl_loss_from_scores(
         >>> trl_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.2 - 0 + 0)
         tensor(0.4000)
     """
-    _check_hyperparameters(temperature, margin)
+    temperature, margin = _check_hyperparameters(temperature, margin)
     check_option("negatives", negatives, NEGATIVES)
     scores = check_scores(scores)
     same = same_identity(pids, scores)
@@ -172,7 +170,7 @@ class TALLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.02, margin: float = 0.1, *, reduction: str = "mean") -> None:
         super().__init__()
-        _check_hyperparameters(temperature, margin)
+        temperature, margin = _check_hyperparameters(temperature, margin)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.margin, self.reduction = temperature, margin, reduction
 
@@ -239,7 +237,7 @@ class TRLLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_hyperparameters(temperature, margin)
+        temperature, margin = _check_hyperparameters(temperature, margin)
         check_option("negatives", negatives, NEGATIVES)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.margin, self.negatives, self.reduction = temperature, margin, negatives, reduction
@@ -270,7 +268,5 @@ class TRLLoss(nn.Module):
         )
 
 
-def _check_hyperparameters(temperature: float, margin: float) -> None:
-    check_positive("temperature", temperature)
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin must be a finite number >= 0, got {margin!r}")
+def _check_hyperparameters(temperature: float, margin: float) -> tuple[float, float]:
+    return check_positive("temperature", temperature), check_nonnegative("margin", margin)

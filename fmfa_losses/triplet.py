@@ -6,13 +6,11 @@ VSE++ takes all other pairs as negatives; in a person-retrieval batch other imag
 `negatives="different_identity"` is the default and "all" is VSE++.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ._pairwise import REDUCTIONS, check_scores, cosine_scores, reduce, same_identity
-from .ops._checks import check_option
+from .ops._checks import check_nonnegative, check_option
 
 __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
 
@@ -61,10 +59,10 @@ def triplet_loss_from_scores(
         >>> triplet_loss_from_scores(torch.zeros(2, 2), torch.arange(2))
         tensor(0.4000)
     """
-    _check_hyperparameters(margin, negatives)
+    margin = _check_hyperparameters(margin, negatives)
     scores = check_scores(scores)
     if negatives == "all":
-        excluded = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        excluded = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     elif pids is None:
         raise ValueError('negatives="different_identity" needs the identities: pass pids [B], or negatives="all"')
     else:
@@ -109,7 +107,7 @@ class TripletLoss(nn.Module):
 
     def __init__(self, margin: float = 0.2, *, negatives: str = "different_identity", reduction: str = "mean") -> None:
         super().__init__()
-        _check_hyperparameters(margin, negatives)
+        margin = _check_hyperparameters(margin, negatives)
         check_option("reduction", reduction, REDUCTIONS)
         self.margin, self.negatives, self.reduction = margin, negatives, reduction
 
@@ -135,7 +133,6 @@ class TripletLoss(nn.Module):
         return f"margin={self.margin}, negatives={self.negatives!r}, reduction={self.reduction!r}"
 
 
-def _check_hyperparameters(margin: float, negatives: str) -> None:
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin must be a finite number >= 0, got {margin!r}")
+def _check_hyperparameters(margin: float, negatives: str) -> float:
     check_option("negatives", negatives, NEGATIVES)
+    return check_nonnegative("margin", margin)

@@ -411,7 +411,7 @@ def takes(queries: Tensor, keys: Tensor) -> bool:
     """
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     kind = precision(dtype)
-    return kind == "half" or max(len(queries), len(keys)) <= SMALL[kind]
+    return kind == "half" or max(queries.shape[0], keys.shape[0]) <= SMALL[kind]
 
 
 def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale, scale: float, spec):  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ Source: yinhao1102/FMFA, arXiv 2509.13754v2.
 import torch
 from torch import Tensor
 
+from ..ops._checks import check_float, check_same
 from ..ops._precision import accumulation_dtype
 from ..ops.aggregation import sparse_aggregate
 from ._released import released_alignment, released_asdm
@@ -75,6 +76,9 @@ def compute_agg_v(text_feats: Tensor, patch_feats: Tensor) -> Tensor:
         >>> compute_agg_v(torch.tensor([[[1.0, 0.0]]]), patches)
         tensor([[[3.3333, 0.3333]]])
     """
+    check_float("text_feats", text_feats, "B L D")
+    check_float("patch_feats", patch_feats, "B N D")
+    check_same("text_feats and patch_feats", text_feats, patch_feats, dims=[("B", 0), ("D", 2)])
     N, eps = patch_feats.shape[1], torch.finfo(accumulation_dtype(text_feats, patch_feats)).eps
     # n > 1/N is n >= the next number after 1/N.
     return sparse_aggregate(patch_feats, text_feats, sparsity=min(1.0, (1 + eps) / N))
@@ -97,4 +101,5 @@ def compute_minmax_info_loss(A: Tensor, B: Tensor, C: Tensor, margin: float = 0.
         >>> compute_minmax_info_loss(text, patches, compute_agg_v(text, patches)).shape
         torch.Size([])
     """
-    return released_alignment(A, C, 0.1, 1.0) + released_alignment(B, C, 0.9, 1.0)
+    text_loss = released_alignment(A, C, 0.1, 1.0, ("A", "C", "margin"))
+    return text_loss + released_alignment(B, C, 0.9, 1.0, ("B", "C", "margin"))

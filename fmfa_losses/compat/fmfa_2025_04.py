@@ -80,5 +80,9 @@ def compute_efa(
         >>> compute_efa(text, patches, compute_agg_v(text, patches), 0.1, 0.1).shape
         torch.Size([])
     """
-    text_loss = released_alignment(text_feat, multimodal_feat, margin_t2e, 0.1)
-    return text_loss + released_alignment(image_feat, multimodal_feat, margin_i2e, 0.1)
+    text_loss = released_alignment(
+        text_feat, multimodal_feat, margin_t2e, 0.1, ("text_feat", "multimodal_feat", "margin_t2e")
+    )
+    return text_loss + released_alignment(
+        image_feat, multimodal_feat, margin_i2e, 0.1, ("image_feat", "multimodal_feat", "margin_i2e")
+    )

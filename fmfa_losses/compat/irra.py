@@ -4,13 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._pairwise import check_features
 from ..cmpm import cmpm_loss
 from ..identity import id_loss
 from ..itc import itc_loss
-from ..ops._checks import check_float
+from ..ops._checks import check_float, check_fraction, check_ids, check_integer, check_positive
 from ..ops._precision import accumulation_dtype
 from ..retrieval import similarity_metrics
 from ..sdm import sdm_loss
+from ._released import flat_ids
 
 __all__ = ["compute_cmpm", "compute_id", "compute_itc", "compute_mlm", "compute_sdm", "rank"]
 
@@ -44,14 +46,15 @@ def compute_sdm(
         >>> compute_sdm(features, features, torch.arange(4), torch.tensor(50.0)) < 1e-6
         tensor(True)
     """
+    check_features(image_fetures, text_fetures, ("image_fetures", "text_fetures"))
     return sdm_loss(
         image_fetures,
         text_fetures,
-        pid.reshape(-1),
+        flat_ids("pid", pid, image_fetures),
         logit_scale=logit_scale,
-        image_ids=None if image_id is None else image_id.reshape(-1),
-        image_id_factor=factor,
-        eps=epsilon,
+        image_ids=None if image_id is None else flat_ids("image_id", image_id, image_fetures),
+        image_id_factor=check_fraction("factor", factor),
+        eps=check_positive("epsilon", epsilon),
         target="column",
     )
 
@@ -71,6 +74,8 @@ def compute_mlm(scores: Tensor, labels: Tensor) -> Tensor:
         >>> compute_mlm(torch.zeros(3, 5), torch.tensor([0, 2, 0]))        # log 5
         tensor(1.6094)
     """
+    check_float("scores", scores, "BL V")
+    labels = check_ids("labels", labels, scores.shape[0], scores.device)
     return F.cross_entropy(scores.to(accumulation_dtype(scores)), labels.long(), ignore_index=0)
 
 
@@ -103,6 +108,8 @@ def compute_id(image_logits: Tensor, text_logits: Tensor, labels: Tensor) -> Ten
         >>> compute_id(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 3, 1]))
         tensor(1.3863)
     """
+    check_float("image_logits", image_logits, "B identities")
+    labels = check_ids("labels", labels, image_logits.shape[0], image_logits.device)
     return id_loss(image_logits, text_logits, labels)
 
 
@@ -122,7 +129,9 @@ def compute_cmpm(image_embeddings: Tensor, text_embeddings: Tensor, labels: Tens
         >>> compute_cmpm(features, features, torch.arange(4)) < 1e-6
         tensor(True)
     """
-    return cmpm_loss(image_embeddings, text_embeddings, labels.reshape(-1), normalize="released", eps=epsilon)
+    check_features(image_embeddings, text_embeddings, ("image_embeddings", "text_embeddings"))
+    labels, epsilon = flat_ids("labels", labels, image_embeddings), check_positive("epsilon", epsilon)
+    return cmpm_loss(image_embeddings, text_embeddings, labels, normalize="released", eps=epsilon)
 
 
 @torch.no_grad()
@@ -156,7 +165,7 @@ def rank(
         (tensor([  0., 100.]), tensor([[0, 2, 1, 3]]))
     """
     check_float("similarity", similarity, "Q G")
-    shown = min(max_rank, similarity.shape[1])
+    shown = min(check_integer("max_rank", max_rank, 1), similarity.shape[1])
     metrics = similarity_metrics(similarity, q_pids.reshape(-1), g_pids.reshape(-1), ranks=range(1, shown + 1))
     cmc, mean_ap, mean_inp = (
         torch.tensor(value, dtype=torch.float32, device=similarity.device)
@@ -164,6 +173,6 @@ def rank(
     )
     step = max(1, SORT_ELEMENTS // similarity.shape[1])
     columns = similarity.shape[1] if get_mAP else shown
-    blocks = (similarity[i : i + step] for i in range(0, len(similarity), step))
+    blocks = (similarity[i : i + step] for i in range(0, similarity.shape[0], step))
     indices = torch.cat([block.argsort(dim=1, descending=True, stable=True)[:, :columns] for block in blocks])
     return (cmc, mean_ap, mean_inp, indices) if get_mAP else (cmc, indices)

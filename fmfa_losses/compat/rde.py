@@ -7,11 +7,12 @@ depends on it.
 import torch
 from torch import Tensor
 
-from .._pairwise import cosine_scores
+from .._pairwise import check_scores, check_weight, cosine_scores
 from ..itc import itc_loss_from_scores
-from ..ops._checks import check_option
+from ..ops._checks import check_option, check_positive
 from ..sdm import sdm_loss_from_scores
 from ..tal import tal_loss_from_scores, trl_loss_from_scores
+from ._released import flat_ids
 
 __all__ = [
     "compute_InfoNCE_per",
@@ -38,7 +39,8 @@ def compute_sdm_per(scores: Tensor, pid: Tensor, logit_scale: float | Tensor, ep
         >>> compute_sdm_per(torch.eye(3), torch.arange(3), 50.0) < 1e-6
         tensor([True, True, True])
     """
-    return sdm_loss_from_scores(scores, pid.reshape(-1), logit_scale=logit_scale, eps=epsilon, reduction="none")
+    pid, epsilon = flat_ids("pid", pid, check_scores(scores)), check_positive("epsilon", epsilon)
+    return sdm_loss_from_scores(scores, pid, logit_scale=logit_scale, eps=epsilon, reduction="none")
 
 
 def compute_TRL_per(  # noqa: N802
@@ -58,9 +60,8 @@ def compute_TRL_per(  # noqa: N802
         >>> compute_TRL_per(torch.zeros(2, 2), torch.arange(2))
         tensor([0.4000, 0.4000])
     """
-    return trl_loss_from_scores(
-        scores, pid.reshape(-1), margin=margin, temperature=tau, negatives="released", reduction="none"
-    )
+    pid, tau = flat_ids("pid", pid, check_scores(scores)), check_positive("tau", tau)
+    return trl_loss_from_scores(scores, pid, margin=margin, temperature=tau, negatives="released", reduction="none")
 
 
 def compute_InfoNCE_per(scores: Tensor, logit_scale: float | Tensor) -> Tensor:  # noqa: N802
@@ -95,7 +96,8 @@ def compute_TAL_per(scores: Tensor, pid: Tensor, tau: float, margin: float) -> T
         >>> compute_TAL_per(torch.zeros(2, 2), torch.arange(2), 0.02, 0.1)
         tensor([0.2000, 0.2000])
     """
-    return tal_loss_from_scores(scores, pid.reshape(-1), temperature=tau, margin=margin, reduction="none")
+    pid, tau = flat_ids("pid", pid, check_scores(scores)), check_positive("tau", tau)
+    return tal_loss_from_scores(scores, pid, temperature=tau, margin=margin, reduction="none")
 
 
 def compute_per_loss(
@@ -168,7 +170,7 @@ def compute_rbs(
 
     def weighted(image: Tensor, text: Tensor) -> Tensor:
         per_loss, _ = compute_per_loss(image, text, pid, tau, margin, loss_type, logit_scale)
-        weight = torch.ones_like(per_loss) if label_hat is None else label_hat
+        weight = torch.ones_like(per_loss) if label_hat is None else check_weight("label_hat", label_hat, per_loss)
         total = (weight * per_loss).sum()
         return total if loss_type in ("TAL", "TRL") else total / weight.sum()
 

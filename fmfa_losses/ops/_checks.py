@@ -1,23 +1,40 @@
-"""Checks of shape, dtype and device that raise; each message states the invariant, what came, and the mend.
+"""Checks of shape, dtype, device and number that raise; each message states the invariant, what came, and what to do.
 
-Only what the host knows without waiting for an accelerator is checked: shapes, dtypes, devices, Python numbers.
+Only what the host knows without waiting for an accelerator is checked: shapes, dtypes, devices, numbers, and the values
+of a tensor that `on_host`. Checks of numbers and ids return what to go on with: a Python number, ids that can be
+compared.
 """
 
+import numbers
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "check_finite",
+    "check_flag",
     "check_float",
+    "check_fraction",
     "check_ids",
+    "check_integer",
     "check_mask",
+    "check_nonnegative",
     "check_option",
     "check_positive",
     "check_same",
     "check_shape",
     "describe",
+    "integer_ids",
+    "on_host",
+    "warn_once",
 ]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AS_TENSOR = "torch.as_tensor makes one of an array or a list of numbers"
+LARGEST = torch.finfo(torch.float64).max
 
 
 def describe(tensor: object) -> str:
@@ -27,17 +44,43 @@ def describe(tensor: object) -> str:
     return f"{type(tensor).__name__} {tensor!r:.60}"
 
 
+def on_host(tensor: Tensor) -> bool:
+    """The host can look at the values: a CPU tensor that is neither compiled, exported, nor batched by functorch."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)  # no fake tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """A UserWarning for the first time that a process says so; compiled code says nothing."""
+    if not torch.compiler.is_compiling() and message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
 def check_float(name: str, tensor: object, pattern: str) -> None:
     """A floating-point tensor with as many dimensions as `pattern` ("B L D") has letters, none of them empty."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; wrap it in torch.as_tensor")
+        raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; {AS_TENSOR}")
     if hasattr(tensor, "device_mesh"):
         raise TypeError(
             f"{name} must be a plain tensor with this process's samples, got a DTensor; pass {name}.to_local() where "
             f"it is sharded over the batch, {name}.full_tensor() where this process should hold all of it"
         )
     if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}; call {name}.float()")
+        part = ".real" if tensor.is_complex() else ".float()"
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}; pass {name}{part}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {describe(tensor)}; call {name}.bfloat16() and "
+            "multiply by the scale that it was stored with"
+        )
     if tensor.ndim != len(pattern.split()):
         raise ValueError(f"{name} must have shape [{pattern}], got {describe(tensor)}; reshape it")
     if 0 in tensor.shape:
@@ -60,15 +103,28 @@ def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, in
             raise ValueError(f"{names} must agree in {letter} (dimension {dim}), got {describe(a)} and {describe(b)}")
 
 
-def check_ids(name: str, ids: object, length: int, device: torch.device) -> None:
-    """Integer ids [length] on `device`."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be an integer tensor [{length}], got {describe(ids)}; use torch.as_tensor")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}.long()")
+def check_ids(name: str, ids: object, length: int, device: torch.device) -> Tensor:
+    """Integer ids [length] on `device`, to be compared with each other: see `integer_ids`."""
+    ids = integer_ids(name, ids, "B")
     check_shape(name, ids, (length,), "one id a sample")
     if ids.device != device:
         raise ValueError(f"{name} must be on {device}, got {describe(ids)}; call {name}.to({str(device)!r})")
+    return ids
+
+
+def integer_ids(name: str, ids: object, pattern: str) -> Tensor:
+    """The ids in int32 or int64, whatever integer dtype they came in.
+
+    Ids of different values stay different: those of uint64 from 2^63 on become negative.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be an integer tensor [{pattern}], got {describe(ids)}; {AS_TENSOR}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        part = ".real" if ids.is_complex() else ""
+        raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}{part}.long()")
+    if ids.dtype == torch.uint64:
+        return ids.view(torch.int64)
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
 
 
 def check_mask(name: str, mask: object, like: Tensor) -> None:
@@ -82,9 +138,65 @@ def check_mask(name: str, mask: object, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {describe(mask)}; call {name}.to(...)")
 
 
-def check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+def check_positive(name: str, value: object) -> float:
+    number = _number(name, value, "a finite number > 0")
+    if not 0 < number <= LARGEST:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    return float(number)
+
+
+def check_nonnegative(name: str, value: object) -> float:
+    number = _number(name, value, "a finite number >= 0")
+    if not 0 <= number <= LARGEST:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(number)
+
+
+def check_finite(name: str, value: object) -> float:
+    number = _number(name, value, "a finite number")
+    if not -LARGEST <= number <= LARGEST:
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(number)
+
+
+def check_fraction(name: str, value: object) -> float:
+    number = _number(name, value, "a number in [0, 1]")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    return float(number)
+
+
+def check_integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """An integer, from `low` to `high` where they are given."""
+    wanted = "an integer"
+    if low is not None:
+        wanted += f" >= {low}" if high is None else f" from {low} to {high}"
+    number = value if isinstance(value, torch.SymInt) else _number(name, value, wanted)
+    whole = isinstance(number, (numbers.Integral, torch.SymInt))
+    if not whole or (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return number if isinstance(number, torch.SymInt) else int(number)  # type: ignore[return-value]
+
+
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool) and getattr(getattr(value, "dtype", None), "kind", "") == "b":
+        value = value.item()  # type: ignore[attr-defined]
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
+def _number(name: str, value: Any, wanted: str) -> Any:
+    """`value`, if it is a number of Python or NumPy (an array of 0 dimensions too); True is none, nor is a tensor."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}; pass {name}.item(), which has no gradient")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}; pass a Python or NumPy number")
+    return value
 
 
 def check_option(name: str, value: object, options: Iterable[object]) -> None:

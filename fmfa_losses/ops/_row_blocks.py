@@ -150,10 +150,10 @@ def _blocks(R: int, C: int, reader: Reader) -> list[slice]:
 
 def _cosines(q: Tensor, k: Tensor, reader: Reader) -> Tensor:
     """A block [m, C] whose rows are consecutive numbers."""
-    columns = -(-len(k) // reader.row_multiple) * reader.row_multiple
-    if columns == len(k):
+    columns = -(-k.shape[0] // reader.row_multiple) * reader.row_multiple
+    if columns == k.shape[0]:
         return q @ k.T
-    return torch.mm(q, k.T, out=q.new_empty(len(q), columns)[:, : len(k)])
+    return torch.mm(q, k.T, out=q.new_empty(q.shape[0], columns)[:, : k.shape[0]])
 
 
 def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: "RowLoss", dtype: torch.dtype) -> Tensor:
@@ -185,7 +185,7 @@ class _TorchReader:
         labels = _Labels.of(rows, batch)
         for side in range(spec.sides):
             payers = slice(None) if side else rows
-            running = out.running if side else _start(len(z), z)
+            running = out.running if side else _start(z.shape[0], z)
             places = out.places[side, :, payers] if spec.weighted else out.places
             _walk(z, labels, labels.totals[side], running, places, 1 - side, rows.start, spec)
             _conclude(running, out.loss[side, payers], out.statistics[side, :, payers], batch)
@@ -260,9 +260,9 @@ def _walk(
     if spec.weighted:
         places[0] = torch.where(new_top > top, _lowest_zero(below, dim) + first, places[0])
         if spec.positive == "paired":
-            pairs = slice(start, start + len(z)) if dim == 0 else slice(None)
+            pairs = slice(start, start + z.shape[0]) if dim == 0 else slice(None)
             positive[pairs] = z.diagonal(start + spec.offset)
-            places[1, pairs] = torch.arange(start, start + len(z), dtype=torch.int32, device=z.device) + spec.offset
+            places[1, pairs] = torch.arange(start, start + z.shape[0], dtype=torch.int32, device=z.device) + spec.offset
         else:
             among = z.masked_fill(~labels.same, LOWEST)
             if spec.positive == "any":

@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ._backend import select_backend
-from ._checks import check_float, check_mask, check_same
+from ._checks import check_float, check_fraction, check_mask, check_same
 from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision
 
@@ -90,8 +90,7 @@ def sparse_aggregate(
     check_float("text_tokens", text_tokens, "B L D")
     check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
     check_mask("image_mask", image_mask, image_tokens)
-    if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must lie in [0, 1] (None: 1/N), got {sparsity!r}")
+    sparsity = None if sparsity is None else check_fraction("sparsity", sparsity)
     chosen = select_backend(backend, image_tokens, text_tokens)
     acc = accumulation_dtype(image_tokens, text_tokens)
     if image_mask is not None:

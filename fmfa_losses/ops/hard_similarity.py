@@ -101,7 +101,7 @@ def hard_similarity(
     check_mask("x_mask", x_mask, x)
     check_mask("e_mask", e_mask, e)
     check_option("pool", pool, POOLS)
-    check_positive("pool_scale", pool_scale)
+    pool_scale = check_positive("pool_scale", pool_scale)
     chosen = select_backend(backend, x, e)
     dtype, product = accumulation_dtype(x, e), product_dtype(x, e, chosen)
     x_units, e_units = (

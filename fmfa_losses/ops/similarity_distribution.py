@@ -16,7 +16,17 @@ from torch import Tensor
 
 from . import _row_blocks
 from ._backend import select_backend
-from ._checks import check_float, check_ids, check_option, check_positive, check_same
+from ._checks import (
+    check_flag,
+    check_float,
+    check_fraction,
+    check_ids,
+    check_integer,
+    check_nonnegative,
+    check_option,
+    check_positive,
+    check_same,
+)
 from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
@@ -50,12 +60,14 @@ class RowLoss(NamedTuple):
         check_option("positive", self.positive, POSITIVES)
         check_option("target", self.target, TARGETS)
         check_option("reduction", self.reduction, REDUCTIONS)
-        check_positive("eps", self.eps)
-        if not 0 <= self.alpha < float("inf"):
-            raise ValueError(f"alpha must be a finite number >= 0 (0 is SDM), got {self.alpha!r}")
-        if not 0 <= self.image_id_factor <= 1:
-            raise ValueError(f"image_id_factor must lie in [0, 1], got {self.image_id_factor!r}")
-        return self
+        return self._replace(
+            alpha=check_nonnegative("alpha", self.alpha),
+            detach_weight=check_flag("detach_weight", self.detach_weight),
+            eps=check_positive("eps", self.eps),
+            image_id_factor=check_fraction("image_id_factor", self.image_id_factor),
+            offset=check_integer("offset", self.offset),
+            both=check_flag("both", self.both),
+        )
 
     @property
     def weighted(self) -> bool:
@@ -79,7 +91,7 @@ def similarity_distribution_loss_reference(
     spec = RowLoss(**row_loss)  # type: ignore[arg-type]
     dtype = accumulation_dtype(queries, keys)
     cos = unit_rows(queries, dtype=dtype) @ unit_rows(keys, dtype=dtype).T
-    rows = torch.arange(len(queries), device=pids.device) + spec.offset
+    rows = torch.arange(queries.shape[0], device=pids.device) + spec.offset
 
     same = pids[rows, None] == pids
     y = same.to(dtype)
@@ -174,9 +186,9 @@ def similarity_distribution_loss(
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM, ITC).
     """
     spec = RowLoss(
-        objective, float(alpha), gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
+        objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
     ).checked()
-    _check_inputs(queries, keys, pids, image_ids, spec)
+    pids, image_ids = _check_inputs(queries, keys, pids, image_ids, spec)
     scale = _checked_scale(logit_scale)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     chosen = select_backend(backend, queries, keys)
@@ -184,14 +196,16 @@ def similarity_distribution_loss(
     return loss
 
 
-def _check_inputs(queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor | None, spec: RowLoss) -> None:
+def _check_inputs(
+    queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor | None, spec: RowLoss
+) -> tuple[Tensor, Tensor | None]:
     check_float("queries", queries, "R D")
     check_float("keys", keys, "C D")
     check_same("queries and keys", queries, keys, dims=[("D", 1)])
     R, C = queries.shape[0], keys.shape[0]
-    check_ids("pids", pids, C, keys.device)
+    pids = check_ids("pids", pids, C, keys.device)
     if image_ids is not None:
-        check_ids("image_ids", image_ids, C, keys.device)
+        image_ids = check_ids("image_ids", image_ids, C, keys.device)
     if spec.both and (spec.offset != 0 or R != C):
         raise ValueError(
             f"both=True needs as many queries as keys and offset 0, got {R} queries, {C} keys, offset {spec.offset}; "
@@ -201,12 +215,12 @@ def _check_inputs(queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor
         raise ValueError(
             f"queries must be paired with keys offset ... offset + R - 1 < C, got offset {spec.offset}, R {R}, C {C}"
         )
+    return pids, image_ids
 
 
 def _checked_scale(logit_scale: float | Tensor) -> float | Tensor:
     if not isinstance(logit_scale, Tensor):
-        check_positive("logit_scale", logit_scale)
-        return float(logit_scale)
+        return check_positive("logit_scale", logit_scale)
     if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
         raise ValueError(
             f"logit_scale must be a number or a floating-point tensor with one element, got shape "
