@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from ._check_batch import BatchReport, check_batch
 from .compat.scan import Finding, Unreadable, scan
 from .ops._backend import select_backend, why_not_triton
 from .ops.aggregation import sparse_aggregate, sparse_aggregate_reference
 from .ops.hard_similarity import hard_similarity, hard_similarity_reference
 from .sdm import sdm_loss, sdm_loss_from_scores
 
-__all__ = ["Finding", "Unreadable", "diagnose", "scan", "self_test"]
+__all__ = ["BatchReport", "Finding", "Unreadable", "check_batch", "diagnose", "scan", "self_test"]
 
 
 def diagnose(path: Path | None = None) -> int:

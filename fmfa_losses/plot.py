@@ -511,7 +511,8 @@ def _outline(inside: Tensor, dy: float, dx: float) -> list[list[tuple[float, flo
 
 def _check(name: str, value: Any, kind: type, low: float, high: float) -> None:
     """A number of this kind in [low, high], finite."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == math.inf:
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not (fits and low <= value <= high and value < math.inf):
         what = "an integer" if kind is Integral else "a finite number"
         limits = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
         raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
