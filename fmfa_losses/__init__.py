@@ -1,6 +1,6 @@
 """The training objectives of FMFA for text-to-image person retrieval: exact, small in memory, deterministic."""
 
-from . import functional
+from . import _search_path, functional  # noqa: F401, in this order: the first decides where torch comes from
 from .asdm import ASDMLoss
 from .cmpm import CMPMLoss
 from .efa import EFALoss

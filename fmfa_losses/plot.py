@@ -6,7 +6,8 @@ Colours are those of Okabe and Ito; where a colour means something, a mark or a 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,8 @@ def similarity_maps(
         sparsity: the threshold; default 1/N.
         tokens_per_row: tokens side by side.
     Raises:
-        ValueError: shapes that do not fit, or an image outside [0, 1].
+        TypeError, ValueError: shapes or options that do not fit, a similarity that is not finite, an image outside
+            [0, 1].
         ImportError: matplotlib is missing.
     Example:
         >>> image, similarity = torch.rand(3, 48, 16), torch.randn(2, 12)
@@ -62,6 +64,7 @@ def similarity_maps(
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-8 and Figure 5.
     """
     Figure = _figure_class()
+    _check("tokens_per_row", tokens_per_row, Integral, 1, math.inf)
     picture = _image("image", image)
     before, after = _sparse_weights(similarity, tokens, grid, sparsity)
     relative = after * after.shape[1]
@@ -139,7 +142,8 @@ def aggregated_patches(
         share: of the weight, in (0, 1].
         tokens_per_row: tokens side by side.
     Raises:
-        ValueError: shapes that do not fit, or an image outside [0, 1].
+        TypeError, ValueError: shapes or options that do not fit, a similarity that is not finite, an image outside
+            [0, 1].
         ImportError: matplotlib is missing.
     Example:
         >>> figure = aggregated_patches(torch.rand(3, 48, 16), torch.eye(12)[:1], tokens=["red"], grid=(6, 2))
@@ -151,8 +155,8 @@ def aggregated_patches(
     Figure = _figure_class()
     from matplotlib.collections import LineCollection
 
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share!r}")
+    _check("share", share, Real, math.ulp(0), 1)
+    _check("tokens_per_row", tokens_per_row, Integral, 1, math.inf)
     picture = _image("image", image)
     _, weights = _sparse_weights(similarity, tokens, grid, sparsity)
     height = PANEL * picture.shape[0] / picture.shape[1]
@@ -212,7 +216,7 @@ def asdm_weights(
         alpha: of ASDMLoss.
         named: how many of the heaviest pairs are named by their index.
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError, ValueError: shapes or options that do not fit, or features that are not finite.
         ImportError: matplotlib is missing.
     Example:
         >>> figure = asdm_weights(torch.eye(4), torch.eye(4).roll(1, 0))
@@ -227,6 +231,10 @@ def asdm_weights(
     check_float("text_features", text_features, "B D")
     check_same("image_features and text_features", image_features, text_features, dims=(("B", 0), ("D", 1)))
     check_positive("temperature", temperature)
+    _check("alpha", alpha, Real, 0, math.inf)
+    _check("named", named, Integral, 0, math.inf)
+    _check_finite("image_features", image_features)
+    _check_finite("text_features", text_features)
     image, text = (F.normalize(x.detach().double().cpu(), dim=1) for x in (image_features, text_features))
     logits = text @ image.T / temperature
     figure = Figure(figsize=(9.6, 3.5), layout="constrained")
@@ -283,7 +291,7 @@ def retrieval_strips(
         scores: [Q, k], as `fmfa_losses.retrieval.search` returns them.
         correct: [Q, k], whether the image shows the person.
     Raises:
-        ValueError: shapes that do not fit, or an image outside [0, 1].
+        TypeError, ValueError: shapes that do not fit, or an image outside [0, 1].
         ImportError: matplotlib is missing.
     Example:
         >>> images = torch.rand(1, 2, 3, 48, 16)
@@ -296,7 +304,8 @@ def retrieval_strips(
     Figure = _figure_class()
     from matplotlib.patches import Rectangle
 
-    scores, correct = torch.as_tensor(scores), torch.as_tensor(correct)
+    _check_texts("queries", queries)
+    scores, correct = _matrix("scores", scores), _matrix("correct", correct)
     expected = [len(queries), len(images[0]) if len(images) else 0]
     for name, shape in (
         ("images", [len(images), *sorted({len(row) for row in images})]),
@@ -379,7 +388,7 @@ def loss_curves(
         history: term -> values, one a step; or one mapping a step, as `FMFALoss` returns `terms`.
         smoothing: weight of the past in the mean, in [0, 1); 0 draws the raw values alone.
     Raises:
-        ValueError: no step, or terms of different length.
+        TypeError, ValueError: no step, terms of different length, or values that are no numbers.
         ImportError: matplotlib is missing.
     Example:
         >>> figure = loss_curves({"efa": [3.0, 2.0, 1.5], "asdm": [9.0, 5.0, 4.0]})
@@ -387,8 +396,7 @@ def loss_curves(
         ['efa', 'asdm']
     """
     Figure = _figure_class()
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be in [0, 1), got {smoothing!r}")
+    _check("smoothing", smoothing, Real, 0, math.nextafter(1, 0))
     terms = _by_term(history)
     columns = min(len(terms), 2 if len(terms) in (2, 4) else 3)
     rows = math.ceil(len(terms) / columns)
@@ -425,6 +433,12 @@ def _sparse_weights(
 ) -> tuple[Tensor, Tensor]:
     """Normalised similarity n and EFA's aggregation weights a, both [K, N]; a constant row is uniform."""
     check_float("similarity", similarity, "K N")
+    _check_finite("similarity", similarity)
+    _check_texts("tokens", tokens)
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise ValueError(f"grid must be (rows, columns), got {grid!r}")
+    for name, size in zip(("rows of grid", "columns of grid"), grid, strict=True):
+        _check(name, size, Integral, 1, math.inf)
     if similarity.shape[0] != len(tokens):
         raise ValueError(
             f"similarity [K, N] must have one row a token, got {describe(similarity)} and "
@@ -447,11 +461,19 @@ def _image(name: str, image: Any) -> Any:
     """float64 [H, W, 3] in [0, 1]."""
     import numpy as np
 
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        array = (image.double() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
+    else:
+        array = np.asarray(image)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be a picture as numbers, got {describe(image)}; open a file with PIL.Image.open")
     if array.ndim == 3 and array.shape[0] == 3 and (array.shape[2] != 3 or isinstance(image, Tensor)):
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"{name} must be [3, H, W] or [H, W, 3], got {list(array.shape)}; drop the batch dimension")
+    if array.size == 0:
+        raise ValueError(f"{name} must not be empty, got {list(array.shape)}")
     array = array / 255 if array.dtype == np.uint8 else array.astype("float64")
     low, high = array.min(), array.max()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
@@ -487,19 +509,64 @@ def _outline(inside: Tensor, dy: float, dx: float) -> list[list[tuple[float, flo
     return segments
 
 
+def _check(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    """A number of this kind in [low, high], finite."""
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not (fits and low <= value <= high and value < math.inf):
+        what = "an integer" if kind is Integral else "a finite number"
+        limits = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
+        raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
+
+
+def _check_texts(name: str, texts: object) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a sequence of texts, got {describe(texts)}; wrap a single one in a list")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """A NaN has no colour and no height: what it would be drawn as is another value's."""
+    lost = tensor.numel() - int(tensor.detach().double().isfinite().sum())
+    if lost:
+        raise ValueError(
+            f"{name} must be finite, got {lost} of {tensor.numel()} values that are NaN or infinite; find where they "
+            "come from, or leave their rows out"
+        )
+
+
+def _matrix(name: str, rows: object) -> Tensor:
+    try:
+        return torch.as_tensor(rows).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must have shape [Q, k], one row a caption, got rows that are no matrix") from error
+
+
 def _by_term(
     history: Mapping[str, Sequence[float]] | Sequence[Mapping[str, float]],
 ) -> dict[str, list[float]]:
     if not isinstance(history, Mapping):
-        names = list(history[0]) if len(history) else []
-        if any(set(step) != set(names) for step in history):
+        steps = list(history) if isinstance(history, Iterable) else []
+        if not all(isinstance(step, Mapping) for step in steps):
+            wrong = next(step for step in steps if not isinstance(step, Mapping))
+            raise TypeError(f"history must hold one mapping a step, got {describe(wrong)}; pass the terms of FMFALoss")
+        if any(set(step) != set(steps[0]) for step in steps):
             raise ValueError("every step of history must hold the same terms; fill a missing one with float('nan')")
-        history = {name: [step[name] for step in history] for name in names}
-    terms = {name: [float(value) for value in values] for name, values in history.items()}
+        history = {name: [step[name] for step in steps] for name in (steps[0] if steps else ())}
+    terms = {str(name): _numbers(str(name), values) for name, values in history.items()}
     lengths = {name: len(values) for name, values in terms.items()}
     if not terms or 0 in lengths.values() or len(set(lengths.values())) > 1:
         raise ValueError(f"history must hold at least one step, as many for every term, got lengths {lengths}")
     return terms
+
+
+def _numbers(name: str, values: object) -> list[float]:
+    try:
+        numbers = values.detach().tolist() if isinstance(values, Tensor) else values
+        return [float(v.detach() if isinstance(v, Tensor) else v) for v in numbers]  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"history must hold one number a step for {name!r}, got {describe(values)}; pass a list of numbers a term, "
+            "or a list with one mapping a step"
+        ) from error
 
 
 def _smooth(values: Sequence[float], smoothing: float) -> list[float]:

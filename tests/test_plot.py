@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from fmfa_losses import plot
+from fmfa_losses import FMFALoss, plot
 
 GRID = (6, 2)
 LONG_TOKEN = "incomprehensibilities</w>"
@@ -248,6 +248,17 @@ def test_curves_take_one_mapping_a_step_and_tensors():
     assert [axes.lines[0].get_ydata().tolist() for axes in figure.axes] == [[2.0, 1.0], [1.0, 3.0]]
 
 
+def test_curves_take_the_terms_of_fmfa_loss():
+    objective = FMFALoss(64, 4, vocab_size=10, irr={"depth": 1})
+    image, text = torch.randn(4, 12, 64, requires_grad=True), torch.randn(4, 7, 64)
+    terms = objective(image.mean(1), text.mean(1), image, text, torch.arange(4)).terms
+    assert all(term.requires_grad for term in terms.values())
+    for history in ([terms, terms], {name: [term, term] for name, term in terms.items()}):
+        figure = plot.loss_curves(history)  # a warning would be an error here
+        assert [axes.get_title() for axes in figure.axes] == list(terms)
+    plot.loss_curves({"efa": torch.ones(3, requires_grad=True), 1: np.ones(3)})
+
+
 def test_curves_do_not_hide_a_nan():
     figure = plot.loss_curves({"efa": [1.0, float("nan"), 3.0, float("inf")]}, smoothing=0.5)
     (axes,) = figure.axes
@@ -260,7 +271,7 @@ def test_curves_do_not_hide_a_nan():
 # --- images, errors, imports
 
 
-@pytest.mark.parametrize("form", ["uint8 tensor", "array", "pil", "float16"])
+@pytest.mark.parametrize("form", ["uint8 tensor", "array", "pil", "float16", "bfloat16", "float64 with gradient"])
 def test_images_in_every_form(form):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 16, 3), dtype=np.uint8)
     if form == "uint8 tensor":
@@ -270,9 +281,15 @@ def test_images_in_every_form(form):
     elif form == "pil":
         picture = pytest.importorskip("PIL.Image", reason="pillow is not installed").fromarray(pixels)
     else:
-        picture = (torch.from_numpy(pixels).permute(2, 0, 1) / 255).half()
-    figure = plot.similarity_maps(picture, torch.randn(1, 12), tokens=["red"], grid=GRID)
-    np.testing.assert_allclose(panels(figure, "image")[0].images[0].get_array(), pixels / 255, atol=1e-3)
+        picture = (torch.from_numpy(pixels).permute(2, 0, 1) / 255).to(getattr(torch, form.split()[0]))
+        picture.requires_grad_("gradient" in form)
+    atol = 2**-9 if form == "bfloat16" else 1e-3
+    for figure in (
+        plot.similarity_maps(picture, torch.randn(1, 12), tokens=["red"], grid=GRID),
+        plot.retrieval_strips(["red"], [[picture]], torch.tensor([[0.5]]), [[True]]),
+    ):
+        np.testing.assert_allclose(figure.axes[0].images[0].get_array(), pixels / 255, atol=atol)
+    plot.aggregated_patches(picture, torch.randn(1, 12), tokens=["red"], grid=GRID)
 
 
 @pytest.mark.parametrize(
@@ -305,11 +322,51 @@ def test_images_in_every_form(form):
         (lambda i, s: plot.loss_curves([]), "at least one step"),
         (lambda i, s: plot.loss_curves([{"a": 1.0}, {"b": 1.0}]), "same terms"),
         (lambda i, s: plot.loss_curves({"a": [1.0]}, smoothing=1), "smoothing must be"),
+        (lambda i, s: plot.loss_curves({"a": [1.0]}, smoothing="a"), "smoothing must be"),
+        (lambda i, s: plot.loss_curves({"a": ["x"]}), "one number a step for 'a'"),
+        (lambda i, s: plot.loss_curves({"a": [torch.ones(2)]}), "one number a step for 'a'"),
+        (lambda i, s: plot.loss_curves({"a": torch.ones(2, 2)}), "one number a step for 'a'"),
+        (lambda i, s: plot.loss_curves({"a": torch.tensor(1.0)}), "one number a step for 'a'"),
+        (lambda i, s: plot.loss_curves([1.0]), "one mapping a step, got float 1.0"),
+        (lambda i, s: plot.similarity_maps(i, s, tokens=["a"] * 3, grid=GRID, tokens_per_row=0), "tokens_per_row must"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=GRID, tokens_per_row=-1), "tokens_per_row"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=GRID, tokens_per_row="2"), "tokens_per_row"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=(-6, -2)), "rows of grid must"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=(6.0, 2)), "rows of grid must"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=12), "grid must be"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=GRID, share="a"), "share must be"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens="abc", grid=GRID), "tokens must be a sequence of texts"),
+        (lambda i, s: plot.aggregated_patches(i, s, tokens=[1, 2, 3], grid=GRID), "tokens must be a sequence of texts"),
+        (lambda i, s: plot.similarity_maps("a.png", s, tokens=["a"] * 3, grid=GRID), "PIL.Image.open"),
+        (lambda i, s: plot.similarity_maps(None, s, tokens=["a"] * 3, grid=GRID), "picture as numbers"),
+        (lambda i, s: plot.similarity_maps(i + 0j, s, tokens=["a"] * 3, grid=GRID), "picture as numbers"),
+        (lambda i, s: plot.similarity_maps(i[:, :0], s, tokens=["a"] * 3, grid=GRID), "must not be empty"),
+        (lambda i, s: plot.asdm_weights(s, s, alpha=float("nan")), "alpha must be"),
+        (lambda i, s: plot.asdm_weights(s, s, alpha="10"), "alpha must be"),
+        (lambda i, s: plot.asdm_weights(s, s, named=-1), "named must be"),
+        (lambda i, s: plot.retrieval_strips("a", [[i]], [[0.1]], [[True]]), "queries must be"),
+        (lambda i, s: plot.retrieval_strips(["a", "b"], [[i], [i]], [[0.1], []], [[True]] * 2), "scores must have"),
     ],
 )
 def test_bad_input_says_what_to_mend(image, similarity, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(image, similarity)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(0, 0), (slice(None), slice(None))])
+def test_what_is_not_finite_is_not_drawn_as_something_else(image, similarity, value, where):
+    similarity[where] = value
+    count = int((~similarity.isfinite()).sum())
+    options = {"tokens": ["a"] * 3, "grid": GRID}
+    for call in (
+        lambda: plot.similarity_maps(image, similarity, **options),
+        lambda: plot.aggregated_patches(image, similarity, **options),
+        lambda: plot.asdm_weights(similarity, torch.ones_like(similarity)),
+        lambda: plot.asdm_weights(torch.ones_like(similarity), similarity),
+    ):
+        with pytest.raises(ValueError, match=f"must be finite, got {count} of 36 values"):
+            call()
 
 
 def test_matplotlib_is_imported_by_the_functions_alone():
