@@ -190,7 +190,7 @@ def _row_extremes(
 @triton.jit
 def _is_constant(low, high):
     """The range is rounding noise, or there is no patch at all (low > high)."""
-    return high - low <= NOISE * tl.maximum(tl.abs(low), tl.abs(high))
+    return high - low <= tl.maximum(tl.abs(low), tl.abs(high)) * NOISE
 
 
 @triton.jit

@@ -177,7 +177,7 @@ def _match_kernel(
                 cos = tl.dot(x, e, cos, input_precision=PRECISION)
 
             for g in tl.static_range(SAMPLES):
-                if (SAMPLES == 1) | (first + g < last):  # known where it can be: TMEM of Triton 3.6 needs it
+                if first + g < last or SAMPLES == 1:  # known where it can be: TMEM of Triton 3.6 needs it
                     j_g = first + g
                     count = Q
                     if LIST_E:
