@@ -142,8 +142,8 @@ def _unit(x: Tensor, norms: Tensor) -> Tensor:
     """Unit rows [n, D] in the norms' dtype; norms [2, n]."""
     norm, factor = norms.unsqueeze(-1)
     if value_at_hand(factor) and bool((factor == 1).all()):
-        return x / norm
-    return (x * factor).div_(norm)
+        return torch.div(x, norm)
+    return torch.mul(x, factor).div_(norm)
 
 
 def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
