@@ -25,10 +25,10 @@ def asdm_rows_round_the_ring(
     ids = peers.blocks(every_id, 1)
     sums = peers.blocks(label_sums(every_id, spec.image_id_factor, acc))
     image, text = unit_rows(image_features, dtype=acc), unit_rows(text_features, dtype=acc)
-    scale = resolve_scale(logit_scale, 1.0, image)
+    scale = torch.as_tensor(resolve_scale(logit_scale, 1.0, image), dtype=acc)
 
-    def with_block(q: int, text: Tensor, image: Tensor, block: Tensor) -> Tensor:
-        """[2, 4, b]: own texts against rank q's images and own images against its texts, block [b_q, 2, D]."""
+    def with_block(q: int, text: Tensor, image: Tensor, scale: Tensor, block: Tensor) -> Tensor:
+        """[2, 4 or 6, b]: own texts against rank q's images and own images against its texts, block [b_q, 2, D]."""
         every_image, every_text = unit_rows(block, dtype=acc).unbind(dim=1)
         divisor = sums[peers.rank][:, None] if spec.target == "row" else sums[q]
 
@@ -39,7 +39,9 @@ def asdm_rows_round_the_ring(
                 ids[peers.rank],
                 ids[q],
                 divisor,
+                scale=scale,
                 factor=spec.image_id_factor,
+                gap=spec.gap,
                 positive=spec.positive,
                 paired=q == peers.rank,
                 eps=spec.eps,
@@ -48,11 +50,10 @@ def asdm_rows_round_the_ring(
         return torch.stack([say(text, every_image), say(image, every_text)])
 
     raw = torch.stack([image_features, text_features], dim=1)
-    statistics = torch.stack(peers.around(with_block, (text * scale, image * scale), raw))
+    statistics = torch.stack(peers.around(with_block, (text, image, scale), raw))
     t2i, i2t = (
         merge_blocks(
             side,
-            scale=scale,
             alpha=spec.alpha,
             gap=spec.gap,
             positive=spec.positive,

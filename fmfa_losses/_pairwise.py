@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .ops._checks import AS_TENSOR, check_float, check_ids, check_option, check_positive, check_same, describe, on_host
 from .ops._precision import accumulation_dtype, full_precision, unit_rows
+from .ops.similarity_distribution import checked_scale
 
 __all__ = [
     "REDUCTIONS",
@@ -90,9 +91,8 @@ def resolve_scale(logit_scale: float | Tensor | None, temperature: float, like: 
     temperature = check_positive("temperature", temperature)
     if logit_scale is None:
         return 1 / temperature
-    if not isinstance(logit_scale, Tensor):
-        return check_positive("logit_scale", logit_scale)
-    return scalar_like("logit_scale", logit_scale, like)
+    scale = checked_scale(logit_scale)
+    return scalar_like("logit_scale", scale, like) if isinstance(scale, Tensor) else scale
 
 
 def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:

@@ -47,36 +47,55 @@ def absorb_tile(
     paid,  # sum e (z - top - log(t + eps)), or for the cross-entropy sum t (z - top)
     mass,  # sum t
     top_place,
-    positive,  # z there
+    positive,  # z there; with the cosine gap, which wants any real scale, the cosine there
     positive_place,
+    best,  # with the cosine gap the largest cosine
     z,  # [BLOCK_M, BLOCK_N], -inf outside
+    cos,  # likewise; with the cosine gap alone
     columns,  # their places, [BLOCK_N]
     inside,  # [1, BLOCK_N]
     same,  # [BLOCK_M, BLOCK_N]; nothing is the same outside
     same_image,
     total,  # what y is divided by, [BLOCK_M, 1] or [1, BLOCK_N]
+    scale,
     factor,
     eps,
     HAS_IMAGES: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    COSINE_GAP: tl.constexpr,
     POSITIVE: tl.constexpr,
 ):
     """The running numbers after one more tile. Ties go to the lowest column."""
     if WEIGHTED:
-        tile_top, tile_place = tl.max(z, 1, return_indices=True)
         first_column = tl.min(columns, 0)
-        top_place = tl.where(tile_top > top, first_column + tile_place, top_place)
+        score = z
+        if COSINE_GAP:
+            score = cos
+        tile_best, tile_place = tl.max(score, 1, return_indices=True)
+        if COSINE_GAP:
+            top_place = tl.where(tile_best > best, first_column + tile_place, top_place)
+            best = tl.maximum(best, tile_best)
+            tile_top = tl.max(z, 1)
+        else:
+            top_place = tl.where(tile_best > top, first_column + tile_place, top_place)
+            tile_top = tile_best
         if POSITIVE == "any":
             tile_positive, tile_place = tl.max(tl.where(same, z, -float("inf")), 1, return_indices=True)
-            positive_place = tl.where(tile_positive > positive, first_column + tile_place, positive_place)
-            positive = tl.maximum(positive, tile_positive)
+            if COSINE_GAP:
+                better = tile_positive > tl.where(positive == LOWEST, LOWEST, scale * positive)
+                found = columns[None, :] == (first_column + tile_place)[:, None]
+                tile_positive = tl.max(tl.where(found, cos, LOWEST), 1)
+            else:
+                better = tile_positive > positive
+            positive_place = tl.where(better, first_column + tile_place, positive_place)
+            positive = tl.where(better, tile_positive, positive)
         else:
             if POSITIVE == "first":
                 first = tl.min(tl.where(same, columns[None, :], BIG), 1)
                 positive_place = tl.where(positive == LOWEST, first, positive_place)
             found = (columns[None, :] == positive_place[:, None]) & inside
-            tile_positive = tl.max(tl.where(found, z, LOWEST), 1)
+            tile_positive = tl.max(tl.where(found, score, LOWEST), 1)
             positive = tl.where(positive == LOWEST, tile_positive, positive)
     else:
         tile_top = tl.max(z, 1)
@@ -93,7 +112,7 @@ def absorb_tile(
         excess = below - log_target(same, same_image, total, factor, eps, HAS_IMAGES)
         paid = shrink * (paid + (top - new_top) * sum_e) + tl.sum(e * excess, 1)
     sum_e = shrink * sum_e + tl.sum(e, 1)
-    return new_top, sum_e, paid, mass, top_place, positive, positive_place
+    return new_top, sum_e, paid, mass, top_place, positive, positive_place, best
 
 
 @triton.jit
@@ -111,7 +130,7 @@ def conclude(
     top_place,
     positive,
     positive_place,
-    scale,
+    best,
     alpha,
     loss_weight,
     CROSS_ENTROPY: tl.constexpr,
@@ -131,10 +150,10 @@ def conclude(
         tl.store(statistics_ptr + 2 * R + at, divergence, mask=live)
         loss = divergence
         if WEIGHTED:
-            positive = tl.where(live, positive, top)  # a row beyond the end has none
             if COSINE_GAP:
-                gap = (top - positive) / scale
+                gap = tl.where(live, best - positive, 0.0)  # a row beyond the end has no positive
             else:
+                positive = tl.where(live, positive, top)
                 gap = 1 / sum_e - tl.exp(positive - top - log_sum)
             loss = (1 + alpha * gap) * divergence
             tl.store(statistics_ptr + 3 * R + at, gap, mask=live)
@@ -171,7 +190,7 @@ def load_paid(
 @triton.jit
 def add_dlogits(
     dz,  # [BLOCK_M, BLOCK_N] so far
-    dgap,  # [BLOCK_M, BLOCK_N] so far, of the cosine gap, which does not see the scale
+    dgap,  # [BLOCK_M, BLOCK_N] so far, in the cosines, of the cosine gap
     z,  # [BLOCK_M, BLOCK_N]
     same,
     same_image,
@@ -184,7 +203,6 @@ def add_dlogits(
     gap,
     top_place,
     positive_place,
-    scale,
     alpha,
     push_alpha,  # alpha, or 0 where the weight is detached
     eps,
@@ -197,7 +215,7 @@ def add_dlogits(
     """Adds the gradient in the logits of what the tile's rows pay, or, with everything transposed, its columns.
 
     g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
-    g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
+    g p w (log p - log(t + eps) - KL), and in the cosines g alpha KL ([top] - [positive])     with the cosine gap
     g (mass p - t)                                                                  cross-entropy
     """
     log_p = z - top - log_sum
@@ -211,7 +229,7 @@ def add_dlogits(
             push = push_alpha * third
             ends = (columns == top_place).to(tl.float32) - (columns == positive_place).to(tl.float32)
             if COSINE_GAP:
-                dgap += g * push / scale * ends
+                dgap += g * push * ends
             else:
                 excess += push * (ends - gap)
         dz += g * p * excess

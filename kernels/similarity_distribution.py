@@ -2,7 +2,8 @@
 
 The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in registers; memory is O(R + C).
 
-    prepare      norms of both inputs, and sum_k y_ik of every sample: D and the ids are read once
+    prepare      norms of both inputs, and sum_k y_ik of every sample: D and the ids are read once. A row whose
+                 squares leave float32's range gets a factor, a power of two; where there is one, products are redone
     row loss     one program a block of rows, walking over all columns with running sums relative to the running maximum
 
                      y_0   y_1   y_2 ...
@@ -26,7 +27,8 @@ from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load
 from ._launch import LDS, Strided, chip_class, dot_precision, launch, on_device, precision
 from ._tile import dot_wide
 
-ZERO_NORM = tl.constexpr(1e-12)  # rows whose norm does not exceed this count as zero vectors
+# Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
+LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
 
 
 # Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
@@ -69,23 +71,32 @@ def _by_side(side, first, second):
 
 
 @triton.jit
-def _inverse_norm(norm):
-    return tl.where(norm <= ZERO_NORM, 1.0, 1.0 / norm)
+def _any_factor(factors_ptr, n):
+    """Whether one of n rows has a factor."""
+    found = tl.zeros((1024,), tl.int32)
+    for start in range(0, n, 1024):
+        at = start + tl.arange(0, 1024)
+        found |= (tl.load(factors_ptr + at, mask=at < n, other=1.0) != 1.0).to(tl.int32)
+    return tl.max(found, 0) > 0
 
 
 @triton.jit
 def _cosines(
     x_ptr,  # [X, D]
     y_ptr,  # [Y, D]
+    factors_ptr,  # [R + C]
     rows,  # [BLOCK_M]
     cols,  # [BLOCK_N]
     x_inverse,  # [BLOCK_M]
     y_inverse,  # [BLOCK_N]
+    x_norm,  # place of x_0 among the factors
+    y_norm,
     X,
     Y,
     D,
     x_stride,
     y_stride,
+    far,  # whether any row has a factor
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -100,6 +111,16 @@ def _cosines(
         x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0)
         y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
         dots = tl.dot(x, y, dots, input_precision=PRECISION)
+    if x_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled; products of float16 are in range
+        if far:
+            x_factor = tl.load(factors_ptr + x_norm + rows, mask=rows < X, other=1.0)[:, None]
+            y_factor = tl.load(factors_ptr + y_norm + cols, mask=cols < Y, other=1.0)[None, :]
+            dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0)
+                y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
+                dots = tl.dot((x * x_factor).to(x.dtype), (y * y_factor).to(y.dtype), dots, input_precision=PRECISION)
     # One product of the inverses: both sides, rows and columns exchanged, get the same number to the last bit.
     return dots * (x_inverse[:, None] * y_inverse[None, :])
 
@@ -115,7 +136,7 @@ def _prepare_kernel(
     k_ptr,  # [C, D]
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
-    norms_ptr,  # [R + C]
+    norms_ptr,  # [2, R + C]: |f x| and f
     label_sum_ptr,  # [R] by rows, [C] by columns
     R,
     C,
@@ -126,11 +147,12 @@ def _prepare_kernel(
     k_stride,
     HAS_IMAGES: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (row blocks, 2): |q_i| and |k_j|; one of the two sides also counts labels."""
+    """Grid (row blocks, 2): |q_i| and |k_j|; with COUNT, one of the two sides also counts labels."""
     side = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     X, _ = _by_side(side, R, C)
@@ -145,9 +167,22 @@ def _prepare_kernel(
         d = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         squares += x * x
-    tl.store(norms_ptr + x_norm + rows, tl.sqrt(tl.sum(squares, 1)), mask=rows < X)
+    norm, power = tl.sqrt(tl.sum(squares, 1)), tl.full((BLOCK_M,), 1.0, tl.float32)
+    if x_ptr.dtype.element_ty != tl.float16:
+        power = tl.where(norm > LIMIT, 1 / POWER, tl.where(norm < 1 / LIMIT, POWER, 1.0))
+        power = tl.where(rows < X, power, 1.0)
+        if tl.max((power != 1.0).to(tl.int32), 0) > 0:
+            squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+                squares += (x * power[:, None]) * (x * power[:, None])
+            norm = tl.sqrt(tl.sum(squares, 1))
+    zero = norm == 0  # a zero vector: its unit vector is zero, its 1 / |x| counts as 1
+    tl.store(norms_ptr + x_norm + rows, tl.where(zero, 1.0, norm), mask=rows < X)
+    tl.store(norms_ptr + R + C + x_norm + rows, tl.where(zero, 1.0, power), mask=rows < X)
 
-    if side == (1 if BY_COLUMN else 0):
+    if COUNT and side == (1 if BY_COLUMN else 0):
         samples = rows if BY_COLUMN else rows + offset
         own_pid = tl.load(pids_ptr + samples, mask=rows < X, other=0)
         same = tl.zeros((BLOCK_M,), tl.int32)
@@ -174,7 +209,7 @@ def _row_loss_kernel(
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
     scale_ptr,  # [], or anything
-    norms_ptr,  # [R + C]
+    norms_ptr,  # [2, R + C]: |f x| and f
     label_sum_ptr,  # [X] by rows, [Y] by columns
     loss_ptr,  # [S, X]
     statistics_ptr,  # [S, STATISTICS, X]
@@ -214,7 +249,8 @@ def _row_loss_kernel(
 
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < X
-    x_inverse = _inverse_norm(tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0))
+    x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0)
+    far = _any_factor(norms_ptr + X + Y, X + Y)
     own_pid = tl.load(pids_ptr + offset + rows, mask=live, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
@@ -223,17 +259,19 @@ def _row_loss_kernel(
         total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
 
     top, positive = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
+    best = tl.full((BLOCK_M,), LOWEST, tl.float32)
     sum_e, paid, mass = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     top_place, positive_place = tl.zeros((BLOCK_M,), tl.int32), offset + rows
     for start in range(0, Y, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         inside = (cols < Y)[None, :]
-        y_inverse = _inverse_norm(tl.load(norms_ptr + y_norm + cols, mask=cols < Y, other=1.0))
-        z = scale * _cosines(
-            x_ptr, y_ptr, rows, cols, x_inverse, y_inverse, X, Y, D, x_stride, y_stride,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=cols < Y, other=1.0)
+        cos = _cosines(
+            x_ptr, y_ptr, norms_ptr + X + Y, rows, cols, x_inverse, y_inverse, x_norm, y_norm, X, Y, D,
+            x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-        z = tl.where(inside, z, -float("inf"))
+        z = tl.where(inside, scale * cos, -float("inf"))
+        cos = tl.where(inside, cos, -float("inf"))
         same = (own_pid == tl.load(pids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
         same_image = same
         if HAS_IMAGES:
@@ -241,16 +279,16 @@ def _row_loss_kernel(
         if BY_COLUMN:
             total = tl.load(label_sum_ptr + cols, mask=cols < Y, other=1.0)[None, :]
 
-        top, sum_e, paid, mass, top_place, positive, positive_place = absorb_tile(
-            top, sum_e, paid, mass, top_place, positive, positive_place, z, cols, inside, same, same_image, total,
-            factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, POSITIVE,
+        top, sum_e, paid, mass, top_place, positive, positive_place, best = absorb_tile(
+            top, sum_e, paid, mass, top_place, positive, positive_place, best, z, cos, cols, inside, same, same_image,
+            total, scale, factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP, POSITIVE,
         )  # fmt: skip
 
     conclude(
         loss_ptr + side.to(tl.int64) * X, statistics_ptr + side.to(tl.int64) * STATISTICS * X,
         places_ptr + side.to(tl.int64) * 2 * X, rows, live, X,
-        top, sum_e, paid, mass, top_place, positive, positive_place,
-        scale, alpha, loss_weight, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+        top, sum_e, paid, mass, top_place, positive, positive_place, best,
+        alpha, loss_weight, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
     )  # fmt: skip
 
 
@@ -261,7 +299,7 @@ def _gradient_kernel(
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
     scale_ptr,  # [], or anything
-    norms_ptr,  # [R + C]
+    norms_ptr,  # [2, R + C]: |f x| and f
     label_sum_ptr,  # [R] by rows, [C] by columns
     statistics_ptr,  # [S, STATISTICS, R]
     places_ptr,  # [S, 2, R], or anything
@@ -317,8 +355,8 @@ def _gradient_kernel(
 
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < X
-    x_norms = tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0)
-    x_inverse = _inverse_norm(x_norms)
+    x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0)
+    far = _any_factor(norms_ptr + X + Y, X + Y)
     own_pid = tl.load(pids_ptr + x_sample + rows, mask=live, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
@@ -333,18 +371,19 @@ def _gradient_kernel(
 
     d_out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dx = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
-    # Along x_i its gradient is sum_j z_ij dz_ij: normalising takes it out, and the scale receives it.
+    # Along x_i its gradient is sum_j cos_ij dcos_ij, which normalising takes out; the scale receives sum cos_ij dz_ij.
     along = tl.zeros((BLOCK_M,), tl.float32)
     along_gap = tl.zeros((BLOCK_M,), tl.float32)
 
     for start in range(0, Y, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         here = cols < Y
-        y_inverse = _inverse_norm(tl.load(norms_ptr + y_norm + cols, mask=here, other=1.0))
-        z = scale * _cosines(
-            x_ptr, y_ptr, rows, cols, x_inverse, y_inverse, X, Y, D, x_stride, y_stride,
-            BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=here, other=1.0)
+        cos = _cosines(
+            x_ptr, y_ptr, norms_ptr + X + Y, rows, cols, x_inverse, y_inverse, x_norm, y_norm, X, Y, D,
+            x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
+        z = scale * cos
         same = own_pid == tl.load(pids_ptr + y_sample + cols, mask=here, other=0)[None, :]
         same_image = same
         if HAS_IMAGES:
@@ -360,7 +399,7 @@ def _gradient_kernel(
                 dz, dgap, z, same, same_image, cols[None, :], other_total if BY_COLUMN else own_total, row_g[:, None],
                 row_max[:, None], row_log_sum[:, None], row_third[:, None], row_gap[:, None],
                 row_top[:, None], row_positive[:, None],
-                scale, alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
             )  # fmt: skip
         if AS_COLUMNS:
             col_g, col_max, col_log_sum, col_third, col_gap, col_top, col_positive = load_paid(
@@ -371,32 +410,39 @@ def _gradient_kernel(
                 dz, dgap, z, same, same_image, rows[:, None], own_total if BY_COLUMN else other_total, col_g[None, :],
                 col_max[None, :], col_log_sum[None, :], col_third[None, :], col_gap[None, :],
                 col_top[None, :], col_positive[None, :],
-                scale, alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
             )  # fmt: skip
         dz = tl.where(here[None, :], dz, 0.0)
-        along += tl.sum(dz * z, 1)
+        along += tl.sum(dz * cos, 1)
         if COSINE_GAP:
             dgap = tl.where(here[None, :], dgap, 0.0)
-            along_gap += tl.sum(dgap * z, 1)
-            dz += dgap
+            along_gap += tl.sum(dgap * cos, 1)
+            dz = scale * dz + dgap  # from here on in the cosines
 
         y = tl.load(
             y_ptr + cols.to(tl.int64)[:, None] * y_stride + d_out[None, :],
             mask=here[:, None] & (d_out < D)[None, :],
             other=0.0,
         )
+        if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
+            if far:
+                y_factor = tl.load(norms_ptr + X + Y + y_norm + cols, mask=here, other=1.0)
+                y = (y * y_factor[:, None]).to(y.dtype)
         # A gradient may be as small as 1 / B^2, out of float16's range.
         dx = dot_wide(dz * y_inverse[None, :], y, dx, PRECISION)
 
     edge = live[:, None] & (d_out < D)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d_out[None, :], mask=edge, other=0.0).to(tl.float32)
-    taken_out = tl.where(x_norms <= ZERO_NORM, 0.0, along + along_gap)
-    dx = (scale * dx - (taken_out * x_inverse)[:, None] * x) * x_inverse[:, None]
+    x_factor = tl.load(norms_ptr + X + Y + x_norm + rows, mask=live, other=1.0)[:, None]
+    if not COSINE_GAP:
+        dx = scale * dx
+    dx -= ((scale * along + along_gap) * x_inverse)[:, None] * (x * x_factor)
+    dx = dx * x_inverse[:, None] * x_factor
     out = out_ptr + rows.to(tl.int64)[:, None] * D + d_out[None, :]
     tl.store(out, dx.to(out_ptr.dtype.element_ty), mask=edge)
     if SCALE_GRADIENT:  # noqa: SIM102, settled when compiled
         if (side == 0) & (tl.program_id(2) == 0):  # every logit belongs to one row of side 0
-            tl.store(dscale_ptr + rows, along / scale, mask=live)
+            tl.store(dscale_ptr + rows, along, mask=live)
 
 
 # Launchers. `spec` is what a row pays: objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target,
@@ -416,24 +462,16 @@ def takes(queries: Tensor, keys: Tensor) -> bool:
 
 def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale, scale: float, spec):  # type: ignore[no-untyped-def]
     """Loss, statistics, places, norms and label sums, as the operator declares them."""
-    queries, keys = _alike(queries, keys)
+    queries, keys = alike(queries, keys)
     (R, D), C, S = queries.shape, keys.shape[0], spec.sides
     numbers = {"dtype": torch.float32, "device": keys.device}
     statistics = torch.empty(S, 4 if spec.weighted else 3, R, **numbers)
     places = torch.empty((S, 2, R) if spec.weighted else (0,), dtype=torch.int32, device=keys.device)
-    norms = torch.empty(R + C, **numbers)
-    label_sum = torch.empty(R if spec.target == "row" else C, **numbers)
+    norms, label_sum = prepare(queries, keys, pids, image_ids, spec)
     loss = torch.empty(S, R, **numbers)
     scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
     ids = contiguous_ids(pids, image_ids)
     with on_device(keys):
-        launch(
-            _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
-            Strided(queries), Strided(keys), *ids, norms, label_sum, R, C, D, spec.offset, spec.image_id_factor,
-            queries.stride(0), keys.stride(0),
-            HAS_IMAGES=image_ids is not None, BY_COLUMN=spec.target == "column",
-            BLOCK_M=16, BLOCK_N=128, BLOCK_D=128, **launch_options(keys, 4, 2),
-        )  # fmt: skip
         block = blocks("row_loss", max(R, C), keys)
         launch(
             _row_loss_kernel, (triton.cdiv(R, block["BLOCK_M"]), S),
@@ -444,6 +482,26 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
             POSITIVE=spec.positive, **flags(image_ids, scale_ptr, spec), PRECISION=dot_precision(keys.dtype), **block,
         )  # fmt: skip
     return loss.sum(0) if spec.reduction == "none" else loss.sum(), statistics, places, norms, label_sum
+
+
+def prepare(queries: Tensor, keys: Tensor, pids, image_ids, spec) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """Norms [2, R + C] and label sums, or norms alone without ids; queries and keys are alike."""
+    (R, D), C, count = queries.shape, keys.shape[0], pids is not None
+    norms = torch.empty(2, R + C, dtype=torch.float32, device=keys.device)
+    label_sum, ids, by_column, offset, factor = norms, (norms, norms), False, 0, 0.0
+    if count:
+        by_column, offset, factor = spec.target == "column", spec.offset, spec.image_id_factor
+        label_sum = torch.empty(C if by_column else R, dtype=torch.float32, device=keys.device)
+        ids = contiguous_ids(pids, image_ids)
+    with on_device(keys):
+        launch(
+            _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
+            Strided(queries), Strided(keys), *ids, norms, label_sum, R, C, D, offset, factor,
+            queries.stride(0), keys.stride(0),
+            HAS_IMAGES=image_ids is not None, BY_COLUMN=by_column, COUNT=count,
+            BLOCK_M=16, BLOCK_N=128, BLOCK_D=128, **launch_options(keys, 4, 2),
+        )  # fmt: skip
+    return norms, label_sum
 
 
 def backward(  # type: ignore[no-untyped-def]
@@ -464,7 +522,7 @@ def backward(  # type: ignore[no-untyped-def]
     """Gradients of queries, keys and scale."""
     dqueries = torch.empty_like(queries, memory_format=torch.contiguous_format)
     dkeys = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    queries, keys = _alike(queries, keys)
+    queries, keys = alike(queries, keys)
     (R, D), C = queries.shape, keys.shape[0]
     dscale = torch.empty(R if scale_gradient else 0, dtype=torch.float32, device=keys.device)
     scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
@@ -497,7 +555,7 @@ def backward(  # type: ignore[no-untyped-def]
     return dqueries, dkeys, dscale.sum() if scale_gradient else dscale
 
 
-def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype, with rows of consecutive numbers."""
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     queries, keys = queries.to(dtype), keys.to(dtype)

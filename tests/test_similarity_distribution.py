@@ -11,6 +11,8 @@ from distribution_cases import (
     GOLDEN,
     assert_differentiable_once,
     assert_within_budget,
+    back,
+    far,
     features,
     ties,
     value_and_gradients,
@@ -20,7 +22,10 @@ from torch import Tensor
 
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
+from fmfa_losses.ops import similarity_distribution
+from fmfa_losses.ops._precision import unit_rows
 from fmfa_losses.ops._row_blocks import torch_reader
+from fmfa_losses.ops.block_distribution import block_statistics, label_sums, merge_blocks
 from fmfa_losses.ops.similarity_distribution import (
     GAPS,
     OBJECTIVES,
@@ -313,6 +318,142 @@ def test_nan_comes_out() -> None:
     got = value_and_gradients(similarity_distribution_loss, inputs, both=False, reduction="none", alpha=10.0)
     assert got["value"].isnan().tolist() == [i == 4 for i in range(9)]
     assert got["dkeys"].isnan().all()
+
+
+@pytest.fixture
+def any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where nobody looks at the scale."""
+    monkeypatch.setattr(similarity_distribution, "on_host", lambda tensor: False)
+
+
+SCALES = [0.0, -3.0, -60.0]
+
+
+@pytest.mark.usefixtures("small_blocks", "any_scale")
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("positive", POSITIVES)
+@pytest.mark.parametrize("detach_weight", [False, True])
+def test_any_scale(scale: float, gap: str, positive: str, detach_weight: bool) -> None:
+    options = {"alpha": 3.0, "gap": gap, "positive": positive, "detach_weight": detach_weight}
+    number = {"logit_scale": torch.tensor(scale, dtype=torch.float64)}
+    same(features(23, 23, 5, dtype=torch.float64, images=False) | number, reduction="none", **options)
+    same(features(9, 23, 5, offset=11, dtype=torch.float64) | number, both=False, offset=11, **options)
+
+
+@pytest.mark.usefixtures("small_blocks", "any_scale")
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("options", [{}, {"objective": "cross_entropy"}])
+def test_any_scale_without_weights(scale: float, options: dict[str, object]) -> None:
+    same(
+        features(23, 23, 5, dtype=torch.float64) | {"logit_scale": torch.tensor(scale, dtype=torch.float64)}, **options
+    )
+
+
+@pytest.mark.usefixtures("any_scale")
+def test_the_cosine_gap_of_a_scale_of_zero_is_not_negative() -> None:
+    inputs = features(9, 9, 6, dtype=torch.float64, images=False)
+    options = {"gap": "cosine", "alpha": 1.0, "reduction": "none", "both": False}
+    for scale in SCALES:
+        inputs["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
+        weighted = similarity_distribution_loss(**inputs, **options)
+        assert (weighted >= similarity_distribution_loss(**inputs, **options | {"alpha": 0.0})).all()
+
+
+@pytest.mark.parametrize("scale", [7.0, *SCALES])
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("positive", POSITIVES)
+def test_blocks_of_columns(scale: float, gap: str, positive: str) -> None:
+    """What a ring does: columns come in blocks, and four or six numbers a row are what they leave."""
+    inputs = features(13, 13, 6, dtype=torch.float64) | {"logit_scale": torch.tensor(scale, dtype=torch.float64)}
+    options = {"gap": gap, "positive": positive}
+
+    def in_blocks(
+        queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor, logit_scale: Tensor, *, offset: int
+    ) -> Tensor:
+        ids = torch.stack([pids, image_ids])
+        sums, rows, k = label_sums(ids, 0.3, torch.float64), slice(offset, offset + len(queries)), unit_rows(keys)
+        blocks = [
+            block_statistics(
+                unit_rows(queries),
+                k[columns],
+                ids[:, rows],
+                ids[:, columns],
+                sums[rows, None],
+                scale=logit_scale,
+                factor=0.3,
+                paired=columns == rows,
+                eps=1e-8,
+                **options,
+            )
+            for columns in (slice(0, 3), slice(3, 8), slice(8, 13))
+        ]
+        return merge_blocks(torch.stack(blocks), alpha=3.0, detach_weight=False, **options)
+
+    inputs["queries"] = inputs["queries"][3:8]
+    got = value_and_gradients(in_blocks, inputs, offset=3)
+    want = value_and_gradients(
+        similarity_distribution_loss_reference,
+        inputs,
+        alpha=3.0,
+        both=False,
+        reduction="none",
+        offset=3,
+        **options,
+    )
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0])
+@pytest.mark.parametrize("gap", GAPS)
+def test_compiled_any_scale(scale: float, gap: str) -> None:
+    inputs = features(6, 6, 4, dtype=torch.float64, images=False)
+    inputs["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(queries: Tensor, keys: Tensor, pids: Tensor, logit_scale: Tensor) -> Tensor:
+        return asdm_loss(keys, queries, pids, logit_scale=logit_scale, alpha=2.0, gap=gap)
+
+    got = value_and_gradients(loss, inputs)
+    want = value_and_gradients(similarity_distribution_loss_reference, inputs, alpha=2.0, gap=gap)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("options", [{"alpha": 10.0}, {"alpha": 1.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+def test_rows_of_any_length(options: dict[str, object]) -> None:
+    """Squares of float32 and bfloat16 overflow from 1e19 on and vanish below 1e-23; float64 holds them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = features(23, 23, 16, dtype=dtype)
+        doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        exact = value_and_gradients(similarity_distribution_loss_reference, doubles, **options)
+        plain = value_and_gradients(similarity_distribution_loss_reference, inputs, **options)
+        got = value_and_gradients(similarity_distribution_loss, far(inputs), backend="torch", **options)
+        assert_within_budget(back(got), plain, exact, inputs, slack=1e-6)
+        reference = value_and_gradients(similarity_distribution_loss_reference, far(inputs), **options)
+        assert_within_budget(back(reference), plain, exact, inputs, slack=1e-6)
+
+
+def test_float64_rows_of_any_length() -> None:
+    inputs = features(9, 9, 16, dtype=torch.float64)
+    want = value_and_gradients(similarity_distribution_loss, inputs, alpha=2.0)
+    for power in (2.0**660, 2.0**-660, 2.0**1019):
+        got = value_and_gradients(
+            similarity_distribution_loss,
+            inputs | {name: power * inputs[name] for name in ("queries", "keys")},
+            alpha=2.0,
+        )
+        torch.testing.assert_close(got["value"], want["value"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(got["dqueries"] * power, want["dqueries"], rtol=1e-9, atol=1e-9)
+
+
+def test_infinity_is_not_a_number() -> None:
+    inputs = features(9, 9, 6)
+    inputs["queries"][4, 2] = torch.inf
+    got = value_and_gradients(similarity_distribution_loss, inputs, both=False, reduction="none", alpha=10.0)
+    assert got["value"].isnan().tolist() == [i == 4 for i in range(9)]
 
 
 def arguments(objective: str, reduction: str) -> tuple[object, ...]:

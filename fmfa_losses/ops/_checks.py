@@ -45,12 +45,14 @@ def describe(tensor: object) -> str:
 
 
 def on_host(tensor: Tensor) -> bool:
-    """The host can look at the values: a CPU tensor that is neither compiled, exported, nor batched by functorch."""
+    """Whether the host may look at the tensor's values: it need not wait, and nothing records what it then does."""
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)  # no fake tensor
+        and not torch._C._is_tracing()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-__all__ = ["ZERO_NORM", "accumulation_dtype", "full_precision", "unit_rows"]
+from ._checks import on_host
 
-# A vector no longer than this counts as zero.
-ZERO_NORM = 1e-12
+__all__ = ["accumulation_dtype", "full_precision", "row_norms", "unit_rows"]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -17,6 +16,23 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def full_precision(tensor: Tensor) -> torch.autocast:
     """Context in which matrix products on the tensor's device keep their inputs' dtype, autocast or not."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def row_norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """|f x| along the last dimension and f, [..., 1] each: f x / |f x| is the unit vector, and f / |f x| is 1 / |x|.
+
+    f is a power of two, so that no square overflows or vanishes; None where it is 1 for every row. Both are the same
+    number for a zero vector: its unit vector is zero, and its 1 / |x| counts as 1.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    if x.dtype == torch.float16 or (dtype == torch.float64 and x.dtype != dtype):  # squares are far from the limits
+        return norm.masked_fill_(norm == 0, 1), None
+    limit, power = (2.0**300, 2.0**700) if dtype == torch.float64 else (2.0**40, 2.0**88)
+    if on_host(norm) and bool(((norm >= 1 / limit) & (norm <= limit)).all()):
+        return norm, None
+    factor = torch.where(norm > limit, 1 / power, torch.where(norm < 1 / limit, power, torch.ones_like(norm)))
+    norm = torch.linalg.vector_norm(x * factor, dim=-1, keepdim=True)
+    return torch.where(norm == 0, factor, norm), factor
 
 
 def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,37 +48,38 @@ def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | Non
 
 
 class _UnitRows(torch.autograd.Function):
-    """u and |x|, which are all that its gradient needs: dx = (du - u (u . du)) / |x| + u d|x|.
+    """u, |f x| and f (`row_norms`), which are all that its gradient needs: dx = (du - u (u . du)) / |x| + f u d|f x|.
 
-    Both are outputs, so that a second derivative finds its way through them to x; plain operations make it.
+    All are outputs, so that a second derivative finds its way through them to x; plain operations make it.
     """
 
     @staticmethod
     def forward(x, mask, dtype):  # type: ignore[no-untyped-def]
-        x = x.to(dtype)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        norm.masked_fill_(norm <= 1e-12, 1)  # ZERO_NORM; torch.compile cannot lift a global float out of here
-        return x / norm, norm
+        norm, factor = row_norms(x, dtype)
+        return (x / norm, norm) if factor is None else ((x * factor).div_(norm), norm, factor)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         x, mask, _ = inputs
         ctx.dtype = x.dtype
-        ctx.save_for_backward(*output, mask)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(mask, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dunit, dnorm):  # type: ignore[no-untyped-def]
-        unit, norm, mask = ctx.saved_tensors
+    def backward(ctx, dunit, dnorm, *_):  # type: ignore[no-untyped-def]
+        mask, unit, norm, *factor = ctx.saved_tensors
         dx = None
         if dunit is not None:
             with full_precision(unit):
                 radial = torch.linalg.vecdot(unit, dunit).unsqueeze(-1)
-            dx = torch.addcmul(dunit, unit, radial, value=-1).div_(norm)
+            dx = torch.addcmul(dunit, unit, radial, value=-1)
+            dx = dx.mul_(factor[0] / norm) if factor else dx.div_(norm)
         if dnorm is not None:  # of a second derivative alone
-            dx = unit * dnorm if dx is None else dx + unit * dnorm
+            along = unit * (dnorm * factor[0] if factor else dnorm)
+            dx = along if dx is None else dx + along
         if dx is None:
             return None, None, None
         if mask is not None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._precision import ZERO_NORM, accumulation_dtype
+from ._checks import on_host
+from ._precision import accumulation_dtype, row_norms
 
 if TYPE_CHECKING:
     from .similarity_distribution import RowLoss
@@ -42,7 +43,9 @@ class Statistics(NamedTuple):
     loss: Tensor  # [S, R]
     statistics: Tensor  # [S, 3 or 4, R]
     places: Tensor  # [S, 2, R], or [0]
-    running: Tensor  # [5, C] of side 1: top, sum e, paid, mass, positive; e = exp(z - top). [5, 0] for one side
+    # [6, C] of side 1: top, sum e, paid, mass, positive, best; e = exp(z - top). [6, 0] for one side.
+    # The last two are logits, or with the cosine gap cosines, whose best is the top's only where the scale is above 0.
+    running: Tensor
 
     @classmethod
     def empty(cls, R: int, like: Tensor, spec: "RowLoss") -> "Statistics":
@@ -57,11 +60,20 @@ class Reader(Protocol):
     block_elements: int  # numbers in a block
     row_multiple: int  # what the stride of its rows is a multiple of
 
+    def norms(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """|f x| and f of the queries, then of the keys, [2, R + C], as `row_norms` has them."""
+
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
         """Writes what the rows pay and their statistics; those of the columns as far as the blocks have come."""
 
-    def dlogits(self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics) -> Tensor:
-        """Gradient in the logits [m, C] of sum_i g_i (what row i pays), both sides together; g [R]."""
+    def dlogits(
+        self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics, dscale: Tensor | None
+    ) -> Tensor:
+        """Gradient in the logits [m, C] of sum_i g_i (what row i pays), both sides together; g [R].
+
+        With the cosine gap, which is no function of the logits, the gradient in the cosines; their sum with the
+        gradient in the logits is then added to `dscale`, where there is one.
+        """
 
 
 def forward(
@@ -75,12 +87,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, places, norms and label sums, as the operator declares them."""
     R, C, dtype = queries.shape[0], keys.shape[0], accumulation_dtype(queries, keys)
-    norms = torch.cat([torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in (queries, keys)])
+    norms = reader.norms(queries, keys, dtype)
     pids, image_ids = _contiguous(pids, image_ids)
     batch = Batch(pids, image_ids, _label_sum(pids, image_ids, R, spec, dtype), scale, spec)
     out = Statistics.empty(R, norms, spec)
-    divisors = _divisors(norms)
-    q, k = queries / divisors[:R], keys / divisors[R:]
+    q, k = _unit(queries, norms[:, :R]), _unit(keys, norms[:, R:])
     for rows in _blocks(R, C, reader):
         reader.absorb(_cosines(q[rows], k, reader), rows, batch, out)
     per_sample = out.loss.sum(dim=0)
@@ -108,27 +119,32 @@ def backward(
     R, C = queries.shape[0], keys.shape[0]
     batch = Batch(*_contiguous(pids, image_ids), label_sum, scale, spec)
     known = Statistics(norms[:0], statistics, places, norms[:0])
-    divisors, has_direction = _divisors(norms), (norms > ZERO_NORM).unsqueeze(1)
-    q, k = queries / divisors[:R], keys / divisors[R:]
+    q, k = _unit(queries, norms[:, :R]), _unit(keys, norms[:, R:])
     g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
+    dscale = norms.new_zeros(()) if scale_gradient else None
     for rows in _blocks(R, C, reader):
-        dz = reader.dlogits(_cosines(q[rows], k, reader), rows, g, batch, known)
+        dz = reader.dlogits(_cosines(q[rows], k, reader), rows, g, batch, known, dscale)
         torch.mm(dz, k, out=dq[rows])
         dk.addmm_(dz.T, q[rows])
-    dq, dk = dq.mul_(scale), dk.mul_(scale)
 
-    # Along a unit vector its gradient is sum_j z_ij dz_ij: what normalising takes out is what the scale receives.
+    # Along a unit vector its gradient is sum_j cos_ij dz_ij: normalising takes it out, and the scale receives it.
     dq_along, dk_along = (q * dq).sum(dim=1, keepdim=True), (k * dk).sum(dim=1, keepdim=True)
-    dscale = norms.new_empty(0)
-    if scale_gradient:
+    if scale_gradient and not spec.cosine_gap:
         dscale = dq_along.sum()
-        if spec.weighted and spec.gap == "cosine" and not spec.detach_weight:  # a cosine gap does not see the scale
-            dscale -= spec.alpha * (g * statistics[:, 2] * statistics[:, 3]).sum()
-        dscale /= scale
+    times = 1.0 if spec.cosine_gap else scale
     for unit, along, dx, samples in ((q, dq_along, dq, slice(R)), (k, dk_along, dk, slice(R, None))):
-        dx.sub_(unit.mul_(along).mul_(has_direction[samples])).div_(divisors[samples])
-    return dq.to(queries.dtype), dk.to(keys.dtype), dscale
+        norm, factor = norms[:, samples].unsqueeze(-1)
+        dx.sub_(unit.mul_(along)).mul_(times * (factor / norm))
+    return dq.to(queries.dtype), dk.to(keys.dtype), norms.new_empty(0) if dscale is None else dscale
+
+
+def _unit(x: Tensor, norms: Tensor) -> Tensor:
+    """Unit rows [n, D] in the norms' dtype; norms [2, n]."""
+    norm, factor = norms.unsqueeze(-1)
+    if on_host(factor) and bool((factor == 1).all()):
+        return torch.div(x, norm)
+    return torch.mul(x, factor).div_(norm)
 
 
 def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -137,9 +153,9 @@ def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def _start(n: int, like: Tensor) -> Tensor:
-    """Running numbers [5, n] of payers that have seen nothing."""
-    running = like.new_zeros(5, n)
-    running[0], running[4] = LOWEST, LOWEST
+    """Running numbers [6, n] of payers that have seen nothing."""
+    running = like.new_zeros(6, n)
+    running[0], running[4:] = LOWEST, LOWEST
     return running
 
 
@@ -170,40 +186,56 @@ def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: "RowLoss", 
     return spec.image_id_factor * count(pids) + (1 - spec.image_id_factor) * count(image_ids)
 
 
-def _divisors(norms: Tensor) -> Tensor:
-    return norms.masked_fill(norms <= ZERO_NORM, 1).unsqueeze(1)
-
-
 class _TorchReader:
     """Eq. 1-4 on a block in plain PyTorch. One side reads along dim 1, the other along dim 0."""
 
     block_elements = 2**22  # about six temporaries of this size are alive at once
     row_multiple = 1
 
+    def norms(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        found = [row_norms(x, dtype) for x in (queries, keys)]
+        factors = [torch.ones_like(norm) if factor is None else factor for norm, factor in found]
+        return torch.stack([torch.cat([norm for norm, _ in found]), torch.cat(factors)]).squeeze(-1)
+
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
-        spec, z = batch.spec, cos.mul_(batch.scale)
+        spec, z = batch.spec, _logits(cos, batch)
         labels = _Labels.of(rows, batch)
         for side in range(spec.sides):
             payers = slice(None) if side else rows
             running = out.running if side else _start(z.shape[0], z)
             places = out.places[side, :, payers] if spec.weighted else out.places
-            _walk(z, labels, labels.totals[side], running, places, 1 - side, rows.start, spec)
+            _walk(z, cos, labels, labels.totals[side], running, places, 1 - side, rows.start, batch)
             _conclude(running, out.loss[side, payers], out.statistics[side, :, payers], batch)
 
-    def dlogits(self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics) -> Tensor:
-        z, labels, spec = cos.mul_(batch.scale), _Labels.of(rows, batch), batch.spec
-        sides = []
+    def dlogits(
+        self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics, dscale: Tensor | None
+    ) -> Tensor:
+        z, labels, spec = _logits(cos, batch), _Labels.of(rows, batch), batch.spec
+        gradients, ends = [], []
         for side in range(spec.sides):
             payers, dim = (slice(None), 0) if side else (rows, 1)
             statistics = out.statistics[side, :, payers].unsqueeze(1 + dim)
             places = out.places[side, :, payers].unsqueeze(1 + dim) if spec.weighted else out.places
             first = rows.start if side else 0  # the block's first place along dim
             side_g, total = g[payers].unsqueeze(dim), labels.totals[side]
-            sides.append(_dlogits(z, labels, total, statistics, places, side_g, batch, dim, first))
-        return sides[0].add_(sides[1]) if spec.both else sides[0]
+            gradients.append(_dlogits(z, labels, total, statistics, places, side_g, batch, dim, first))
+            ends.append((places, spec.alpha * side_g * statistics[2] * (not spec.detach_weight), dim, first))
+        dz = gradients[0].add_(gradients[1]) if spec.both else gradients[0]
+        if spec.cosine_gap:
+            if dscale is not None:
+                dscale.add_((cos * dz).sum())
+            dz.mul_(batch.scale)
+            for arguments in ends:
+                _add_ends(dz, *arguments)
+        return dz
 
 
 torch_reader = _TorchReader()
+
+
+def _logits(cos: Tensor, batch: Batch) -> Tensor:
+    """In place of the cosines, unless a cosine gap needs them."""
+    return cos * batch.scale if batch.spec.cosine_gap else cos.mul_(batch.scale)
 
 
 class _Labels(NamedTuple):
@@ -247,31 +279,45 @@ class _Labels(NamedTuple):
 
 
 def _walk(
-    z: Tensor, labels: _Labels, total: Tensor, running: Tensor, places: Tensor, dim: int, start: int, spec: "RowLoss"
+    z: Tensor,
+    cos: Tensor,
+    labels: _Labels,
+    total: Tensor,
+    running: Tensor,
+    places: Tensor,
+    dim: int,
+    start: int,
+    batch: Batch,
 ) -> None:
-    """Takes a block into the running numbers [5, n] of the payers, which stand along the other dimension than `dim`.
+    """Takes a block into the running numbers [6, n] of the payers, which stand along the other dimension than `dim`.
 
     paid is sum e (z - top - log(t + eps)), or for the cross-entropy sum t (z - top); mass is sum t.
     """
-    top, sum_e, paid, mass, positive = running.unbind()
+    spec, score = batch.spec, cos if batch.spec.cosine_gap else z
+    top, sum_e, paid, mass, positive, best = running.unbind()
     first = start if dim == 0 else 0  # a place is one in the whole [R, C]; only columns meet blocks that begin later
     new_top = torch.maximum(top, z.amax(dim))
     below = z - new_top.unsqueeze(dim)
     if spec.weighted:
-        places[0] = torch.where(new_top > top, _lowest_zero(below, dim) + first, places[0])
+        new_best = torch.maximum(best, score.amax(dim)) if spec.cosine_gap else new_top
+        below_best = score - new_best.unsqueeze(dim) if spec.cosine_gap else below
+        places[0] = torch.where(new_best > best, _lowest_zero(below_best, dim) + first, places[0])
+        best.copy_(new_best)
         if spec.positive == "paired":
             pairs = slice(start, start + z.shape[0]) if dim == 0 else slice(None)
-            positive[pairs] = z.diagonal(start + spec.offset)
+            positive[pairs] = score.diagonal(start + spec.offset)
             places[1, pairs] = torch.arange(start, start + z.shape[0], dtype=torch.int32, device=z.device) + spec.offset
         else:
-            among = z.masked_fill(~labels.same, LOWEST)
             if spec.positive == "any":
-                value = among.amax(dim)
-                place, better = _lowest_zero(among.sub_(value.unsqueeze(dim)), dim), value > positive
+                among = z.masked_fill(~labels.same, LOWEST)
+                highest = among.amax(dim)
+                place = _lowest_zero(among.sub_(highest.unsqueeze(dim)), dim)
+                known = torch.where(positive == LOWEST, LOWEST, positive * (batch.scale if spec.cosine_gap else 1))
+                better = highest > known
             else:
                 place = _lowest_zero(labels.same.to(z.dtype).sub_(1), dim)
-                value = among.gather(dim, place.long().clamp(max=z.shape[dim] - 1).unsqueeze(dim)).squeeze(dim)
-                better = positive == LOWEST
+                better = (positive == LOWEST) & (place < NOWHERE)
+            value = score.gather(dim, place.long().clamp(0, z.shape[dim] - 1).unsqueeze(dim)).squeeze(dim)
             places[1] = torch.where(better, place + first, places[1])
             positive.copy_(torch.where(better, value, positive))
     e = below.exp()
@@ -298,7 +344,7 @@ def _lowest_zero(x: Tensor, dim: int) -> Tensor:
 
 def _conclude(running: Tensor, loss: Tensor, statistics: Tensor, batch: Batch) -> None:
     """What the payers pay after the blocks so far, [n], and their statistics [3 or 4, n]."""
-    top, sum_e, paid, mass, positive = running.unbind()
+    top, sum_e, paid, mass, positive, best = running.unbind()
     spec = batch.spec
     # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
     log_sum = sum_e.log()
@@ -310,8 +356,7 @@ def _conclude(running: Tensor, loss: Tensor, statistics: Tensor, batch: Batch) -
     divergence = paid / sum_e - log_sum
     statistics[2] = divergence
     if spec.weighted:
-        behind = positive - top
-        gap = -behind / batch.scale if spec.gap == "cosine" else (-log_sum).exp() - (behind - log_sum).exp()
+        gap = best - positive if spec.cosine_gap else (-log_sum).exp() - (positive - top - log_sum).exp()
         statistics[3] = gap
         divergence = divergence * (1 + spec.alpha * gap)
     loss.copy_(divergence)
@@ -331,7 +376,7 @@ def _dlogits(
     """Gradient in a block of logits of what the payers pay; the others stand along `dim`, from place `first` on.
 
     g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
-    g (p w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive]) / s)       with the cosine gap
+    g p w (log p - log(t + eps) - KL)                                               with the cosine gap, see `_add_ends`
     g (mass p - t)                                                                  cross-entropy
     """
     spec = batch.spec
@@ -343,15 +388,16 @@ def _dlogits(
     excess.sub_(labels.log_target(total)).sub_(third)
     if not spec.weighted:
         return excess.mul_(p).mul_(g)
-    push = spec.alpha * g * third * (not spec.detach_weight)
     excess.mul_(g * (1 + spec.alpha * gap[0]))
-    if spec.gap == "cosine":
-        excess.mul_(p)
-        push = push / batch.scale
-    else:
-        excess.sub_(push * gap[0])
+    if not spec.cosine_gap:
+        of_gap = spec.alpha * g * third * (not spec.detach_weight)
+        _add_ends(excess.sub_(of_gap * gap[0]), places, of_gap, dim, first)
+    return excess.mul_(p)
+
+
+def _add_ends(x: Tensor, places: Tensor, value: Tensor, dim: int, first: int) -> None:
+    """Adds value ([top] - [positive]) to a block x, whose first place along `dim` is `first`."""
     for place, sign in zip(places.unbind(), (1, -1), strict=True):
         index = place.long() - first
-        here = (index >= 0) & (index < z.shape[dim])
-        excess.scatter_add_(dim, index.clamp(0, z.shape[dim] - 1), torch.where(here, sign * push, 0))
-    return excess if spec.gap == "cosine" else excess.mul_(p)
+        here = (index >= 0) & (index < x.shape[dim])
+        x.scatter_add_(dim, index.clamp(0, x.shape[dim] - 1), torch.where(here, sign * value, 0))

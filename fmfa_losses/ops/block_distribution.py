@@ -5,7 +5,8 @@ Let p^b be a row's distribution within block b, and w_b the block's share of the
     KL = sum_j p_j (log p_j - log(t_j + eps)) = sum_b w_b (KL_b + log w_b)
 
 with KL_b of p^b against the same target t; top and positive are a maximum and a pick over blocks. So a block leaves
-four numbers a row, whatever its width, and the result is exact although the blocks are never in one place.
+four numbers a row, whatever its width, and the result is exact although the blocks are never in one place. The cosine
+gap adds two: with a scale below 0 the largest cosine is not the top's.
 """
 
 import torch
@@ -23,7 +24,9 @@ def block_statistics(
     column_ids: Tensor,
     label_sum: Tensor,
     *,
+    scale: float | Tensor,
     factor: float,
+    gap: str,
     positive: str,
     paired: bool,
     eps: float,
@@ -31,53 +34,59 @@ def block_statistics(
     """What one block of columns says of every row.
 
     Args:
-        queries: [R, D] unit rows times the logit scale. keys: [C, D] unit rows.
+        queries, keys: [R, D] and [C, D] unit rows.
         row_ids, column_ids: [1, R] and [1, C] identities, or [2, R] and [2, C] identities and images.
         label_sum: [R, 1] or [C], what the labels y = factor [same pid] + (1 - factor) [same image] are divided by.
+        scale: of the logits, a number or a 0-dim tensor.
+        gap: "probability" or "cosine".
         positive: "paired", "any" or "first".
         paired: row i was sampled with column i of this block.
         eps: added to the target inside the logarithm.
 
     Returns:
-        [4, R]: top = max z, log sum e^(z - top), KL_b, and z at the positive (-inf where this block has none).
+        [4, R]: top = max z, log sum e^(z - top), KL_b, and z at the positive (-inf where this block has none);
+        with the cosine gap [6, R]: then the largest cosine, and the cosine at the positive.
     """
     same, *same_image = row_ids[:, :, None] == column_ids[:, None, :]
     y = same.to(queries.dtype)
     if same_image:
         y = factor * y + (1 - factor) * same_image[0].to(queries.dtype)
     with full_precision(queries):
-        z = queries @ keys.T
+        cos = queries @ keys.T
+    z = scale * cos
     top = z.max(dim=1).values
     log_p = z - top[:, None]
     log_sum = log_p.logsumexp(dim=1)
     log_p = log_p - log_sum[:, None]
     divergence = (log_p.exp() * (log_p - (y / label_sum + eps).log())).sum(dim=1)
     if positive == "paired":
-        chosen = z.diagonal() if paired else torch.full_like(top, -torch.inf)
-    elif positive == "first":
-        first = same.to(torch.uint8).argmax(dim=1, keepdim=True)
-        chosen = z.masked_fill(~same, -torch.inf).gather(1, first).squeeze(1)
+        chosen = torch.arange(len(z), device=z.device)
+        candidates = same if paired else torch.zeros_like(same)
     else:
-        chosen = z.masked_fill(~same, -torch.inf).max(dim=1).values
-    return torch.stack([top, log_sum, divergence, chosen])
+        chosen = (z.masked_fill(~same, -torch.inf) if positive == "any" else same.to(torch.uint8)).argmax(dim=1)
+        candidates = same
+
+    def at_positive(x: Tensor) -> Tensor:
+        return x.masked_fill(~candidates, -torch.inf).gather(1, chosen[:, None].clamp(max=x.shape[1] - 1)).squeeze(1)
+
+    of_cosines = [cos.max(dim=1).values, at_positive(cos)] if gap == "cosine" else []
+    return torch.stack([top, log_sum, divergence, at_positive(z), *of_cosines])
 
 
-def merge_blocks(
-    blocks: Tensor, *, scale: float | Tensor, alpha: float, gap: str, positive: str, detach_weight: bool
-) -> Tensor:
-    """w_i KL_i of every row, [R], from what all blocks in order say of it, [W, 4, R]."""
-    top, log_sum, divergence, chosen = blocks.unbind(dim=1)
+def merge_blocks(blocks: Tensor, *, alpha: float, gap: str, positive: str, detach_weight: bool) -> Tensor:
+    """w_i KL_i of every row, [R], from what all blocks in order say of it, [W, 4 or 6, R]."""
+    top, log_sum, divergence, chosen, *of_cosines = blocks.unbind(dim=1)
     highest = top.max(dim=0).values
     relative = top - highest + log_sum
     log_sum = relative.logsumexp(dim=0)
     log_share = relative - log_sum
     divergence = (log_share.exp() * (divergence + log_share)).sum(dim=0)
-    if positive == "first":
-        first = (chosen > -torch.inf).to(torch.uint8).argmax(dim=0, keepdim=True)
-        behind = chosen.gather(0, first).squeeze(0) - highest
+    block = ((chosen > -torch.inf).to(torch.uint8) if positive == "first" else chosen).argmax(dim=0, keepdim=True)
+    if gap == "cosine":
+        best, cos = of_cosines
+        distance = best.max(dim=0).values - cos.gather(0, block).squeeze(0)
     else:
-        behind = chosen.max(dim=0).values - highest
-    distance = -behind / scale if gap == "cosine" else (-log_sum).exp() - (behind - log_sum).exp()
+        distance = (-log_sum).exp() - (chosen.gather(0, block).squeeze(0) - highest - log_sum).exp()
     weight = 1 + alpha * distance
     return (weight.detach() if detach_weight else weight) * divergence
 

@@ -26,11 +26,12 @@ from ._checks import (
     check_option,
     check_positive,
     check_same,
+    on_host,
 )
 from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
-__all__ = ["RowLoss", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
+__all__ = ["RowLoss", "checked_scale", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
 
 OBJECTIVES = ("divergence", "cross_entropy")
 GAPS = ("probability", "cosine")
@@ -72,6 +73,10 @@ class RowLoss(NamedTuple):
     @property
     def weighted(self) -> bool:
         return self.objective == "divergence" and self.alpha > 0
+
+    @property
+    def cosine_gap(self) -> bool:
+        return self.weighted and self.gap == "cosine"
 
     @property
     def sides(self) -> int:
@@ -189,7 +194,7 @@ def similarity_distribution_loss(
         objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
     ).checked()
     pids, image_ids = _check_inputs(queries, keys, pids, image_ids, spec)
-    scale = _checked_scale(logit_scale)
+    scale = checked_scale(logit_scale)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     chosen = select_backend(backend, queries, keys)
     loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
@@ -218,13 +223,19 @@ def _check_inputs(
     return pids, image_ids
 
 
-def _checked_scale(logit_scale: float | Tensor) -> float | Tensor:
+def checked_scale(logit_scale: float | Tensor) -> float | Tensor:
+    """A number, or a 0-dim tensor. Where the host would wait for the tensor's value, any value gives its equation."""
     if not isinstance(logit_scale, Tensor):
         return check_positive("logit_scale", logit_scale)
     if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
         raise ValueError(
             f"logit_scale must be a number or a floating-point tensor with one element, got shape "
             f"{list(logit_scale.shape)} {logit_scale.dtype}; pass 1 / temperature"
+        )
+    if on_host(logit_scale) and logit_scale.item() <= 0:
+        raise ValueError(
+            f"logit_scale must be > 0, got a tensor with {logit_scale.item():.6g}; pass 1 / temperature, for a learned "
+            "one the exponential of its logarithm"
         )
     return logit_scale.reshape(())
 
@@ -234,7 +245,7 @@ def _checked_scale(logit_scale: float | Tensor) -> float | Tensor:
 #   statistics [S, 3 or 4, R]  top; log sum_j e^(z - top); the divergence, or the mass of a cross-entropy's target;
 #                              the gap, where it weighs
 #   places     [S, 2, R]       columns of the top and of the positive, where the gap weighs
-#   norms      [R + C]         of the queries, then of the keys
+#   norms      [2, R + C]      |f x| and f of the queries, then of the keys (`row_norms`)
 #   label_sum  [R] or [C]      sum_k y_ik of the queries, or of the keys with target="column"
 
 _ROW_LOSS = (
@@ -307,7 +318,7 @@ def _(queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss):  
         queries.new_empty((R,) if spec.reduction == "none" else (), dtype=dtype),
         queries.new_empty((spec.sides, 4 if spec.weighted else 3, R), dtype=dtype),
         queries.new_empty((spec.sides, 2, R) if spec.weighted else (0,), dtype=torch.int32),
-        queries.new_empty((R + C,), dtype=dtype),
+        queries.new_empty((2, R + C), dtype=dtype),
         queries.new_empty((R if spec.target == "row" else C,), dtype=dtype),
     )
 

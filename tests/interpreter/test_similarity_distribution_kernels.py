@@ -9,6 +9,8 @@ from distribution_cases import (
     GOLDEN,
     assert_differentiable_once,
     assert_within_budget,
+    back,
+    far,
     features,
     rounded_twice,
     ties,
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
+from fmfa_losses.ops import similarity_distribution
 from fmfa_losses.ops.similarity_distribution import (
     GAPS,
     OBJECTIVES,
@@ -256,6 +259,60 @@ def test_any_order_of_summation(seed: int, options: dict[str, object]) -> None:
     order = torch.randperm(32, generator=torch.Generator().manual_seed(seed))
     inputs |= {name: inputs[name][:, order].contiguous() for name in ("queries", "keys")}
     check(inputs | {"logit_scale": torch.tensor(100.0)}, any_order=True, **options)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("scale", [0.0, -3.0, -60.0])
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("positive", POSITIVES)
+def test_any_scale(scale: float, gap: str, positive: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where nobody looks at the scale."""
+    monkeypatch.setattr(similarity_distribution, "on_host", lambda tensor: False)
+    number = {"logit_scale": torch.tensor(scale)}
+    options = {"alpha": 3.0, "gap": gap, "positive": positive}
+    check(features(40, 40, 16, images=False) | number, reduction="none", any_order=True, **options)
+    check(features(17, 40, 16, offset=11) | number, both=False, offset=11, any_order=True, **options)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("scale", [0.0, -60.0])
+@pytest.mark.parametrize(
+    "options", [{}, {"objective": "cross_entropy"}, {"alpha": 1.0, "gap": "cosine", "detach_weight": True}]
+)
+def test_any_scale_without_weights(scale: float, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity_distribution, "on_host", lambda tensor: False)
+    check(features(40, 40, 16) | {"logit_scale": torch.tensor(scale)}, any_order=True, **options)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in reduce:RuntimeWarning")
+@pytest.mark.parametrize("way", ["small tiles", "tiles", "blocks"])
+@pytest.mark.parametrize("options", [{"alpha": 10.0}, {"alpha": 1.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+def test_rows_of_any_length(way: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares of float32 overflow from 1e19 on and vanish below 1e-23: the loss does not see it."""
+    if way != "small tiles":
+        monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
+    if way == "tiles":
+        monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
+    monkeypatch.setattr(distribution_blocks, "block_elements", 1100)
+    for inputs, more in (
+        (features(40, 40, 72), {}),
+        (features(17, 40, 16, offset=3), {"both": False, "offset": 3, "target": "column"}),
+    ):
+        doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        exact = value_and_gradients(similarity_distribution_loss_reference, doubles, **options, **more)
+        plain = value_and_gradients(similarity_distribution_loss_reference, inputs, **options, **more)
+        got = value_and_gradients(similarity_distribution_loss, far(inputs), backend="triton", **options, **more)
+        assert_within_budget(back(got), plain, exact, inputs, slack=1e-6)
+
+
+@pytest.mark.usefixtures("large")
+def test_infinity_is_not_a_number() -> None:
+    inputs = features(9, 9, 16, images=False)
+    inputs["queries"][4, 2] = torch.inf
+    got = value_and_gradients(
+        similarity_distribution_loss, inputs, both=False, reduction="none", alpha=10.0, backend="triton"
+    )
+    assert got["value"].isnan().tolist() == [i == 4 for i in range(9)]
 
 
 def test_nan_comes_out() -> None:
