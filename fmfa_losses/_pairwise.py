@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops._checks import check_float, check_ids, check_option, check_positive, check_same, describe
-from .ops._precision import accumulation_dtype, full_precision, unit_rows
+from .ops._precision import accumulation_dtype, product, unit_rows
 
 __all__ = [
     "REDUCTIONS",
@@ -39,8 +39,7 @@ def cosine_scores(image_features: Tensor, text_features: Tensor) -> Tensor:
     """cos(t_i, v_j), [B, B], float32 or better; a zero vector has cosine 0 with everything."""
     check_features(image_features, text_features)
     dtype = accumulation_dtype(image_features, text_features)
-    with full_precision(image_features):
-        return unit_rows(text_features, dtype=dtype) @ unit_rows(image_features, dtype=dtype).T
+    return product(unit_rows(text_features, dtype=dtype), unit_rows(image_features, dtype=dtype))
 
 
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:

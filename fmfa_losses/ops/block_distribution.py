@@ -11,7 +11,7 @@ four numbers a row, whatever its width, and the result is exact although the blo
 import torch
 from torch import Tensor
 
-from ._precision import full_precision
+from ._precision import product
 
 __all__ = ["block_statistics", "label_sums", "merge_blocks"]
 
@@ -45,8 +45,7 @@ def block_statistics(
     y = same.to(queries.dtype)
     if same_image:
         y = factor * y + (1 - factor) * same_image[0].to(queries.dtype)
-    with full_precision(queries):
-        z = queries @ keys.T
+    z = product(queries, keys)
     top = z.max(dim=1).values
     log_p = z - top[:, None]
     log_sum = log_p.logsumexp(dim=1)
