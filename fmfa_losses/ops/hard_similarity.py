@@ -157,8 +157,8 @@ def _(mask):  # type: ignore[no-untyped-def]
 
 
 # The operator: one schema, one fake kernel, one gradient formula for both backends.
-# maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`, which
-# becomes True where a gradient is wanted.
+# maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`,
+# which is True where the gradient is wanted.
 # The kernels make the lists of a mask that comes without them.
 
 
