@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops._checks import AS_TENSOR, check_float, check_ids, check_option, check_positive, check_same, describe, on_host
-from .ops._precision import accumulation_dtype, full_precision, unit_rows
+from .ops._precision import accumulation_dtype, product, unit_rows
 from .ops.similarity_distribution import checked_scale
 
 __all__ = [
@@ -41,8 +41,7 @@ def cosine_scores(image_features: Tensor, text_features: Tensor) -> Tensor:
     """cos(t_i, v_j), [B, B], float32 or better; a zero vector has cosine 0 with everything."""
     check_features(image_features, text_features)
     dtype = accumulation_dtype(image_features, text_features)
-    with full_precision(image_features):
-        return unit_rows(text_features, dtype=dtype) @ unit_rows(image_features, dtype=dtype).T
+    return product(unit_rows(text_features, dtype=dtype), unit_rows(image_features, dtype=dtype))
 
 
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._pairwise import REDUCTIONS, check_features, check_scores, divergence, reduce, same_identity
 from .ops._checks import check_option, check_positive, check_same
-from .ops._precision import accumulation_dtype, full_precision, unit_rows
+from .ops._precision import accumulation_dtype, product, unit_rows
 
 __all__ = ["CMPMLoss", "cmpm_loss", "cmpm_loss_from_scores"]
 
@@ -39,8 +39,7 @@ def cmpm_loss(
     check_features(image_features, text_features)
     dtype = accumulation_dtype(image_features, text_features)
     image, text = image_features.to(dtype), text_features.to(dtype)
-    with full_precision(image):
-        t2i, i2t = text @ unit_rows(image).T, image @ unit_rows(text).T
+    t2i, i2t = product(text, unit_rows(image)), product(image, unit_rows(text))
     return cmpm_loss_from_scores(
         t2i, i2t, pids, normalize=normalize, eps=eps, reduction=reduction, sample_weight=sample_weight
     )

@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .ops._checks import check_option
-from .ops._operator import operator
+from .ops._operator import operator, refusals, register_gradient
 from .ops._precision import accumulation_dtype
 
 __all__ = ["GATHER", "Peers", "meet", "shares"]
@@ -90,6 +89,11 @@ class Peers(NamedTuple):
         A rank holds one block and the one that arrives. The backward sends the blocks around again, each followed by
         its gradient, and calls f again: f must not be random. Differentiable once in rows and block.
         """
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                'gather="ring" cannot run inside of torch.func.grad, vjp, jvp or vmap; use backward() or '
+                "torch.autograd.grad, or gather=True"
+            )
         results: tuple[Tensor, ...] = _Around.apply(self, f, block, *rows)  # type: ignore[no-untyped-call]
         return results
 
@@ -127,7 +131,12 @@ class Peers(NamedTuple):
         return wait
 
 
+_refuse_second, _refuse_forward = refusals('gather="ring"', "A-SDM and EFA")
+
+
 class _Around(torch.autograd.Function):
+    jvp = staticmethod(_refuse_forward)
+
     @staticmethod
     def forward(ctx, peers, f, block, *rows):  # type: ignore[no-untyped-def]
         ctx.peers, ctx.f = peers, f
@@ -136,10 +145,19 @@ class _Around(torch.autograd.Function):
         return tuple(results[q] for q in range(len(peers.sizes)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *dresults):  # type: ignore[no-untyped-def]
-        block, *rows = ctx.saved_tensors
-        peers, acc, wanted = ctx.peers, accumulation_dtype(block), ctx.needs_input_grad[2:]
+        inputs = ctx.saved_tensors
+        arguments = (ctx.peers, ctx.f, ctx.needs_input_grad[2:], *inputs, *dresults)
+        return None, None, *_AroundGradient.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+class _AroundGradient(torch.autograd.Function):
+    jvp, backward = staticmethod(_refuse_forward), staticmethod(_refuse_second)
+
+    @staticmethod
+    def forward(ctx, peers, f, wanted, *tensors):  # type: ignore[no-untyped-def]
+        (block, *rows), dresults = tensors[: len(wanted)], tensors[len(wanted) :]
+        acc = accumulation_dtype(block)
         totals = [torch.zeros_like(x) if needed else None for x, needed in zip([block, *rows], wanted, strict=True)]
         totals[0] = block.new_zeros(block.shape, dtype=acc) if wanted[0] else None
         for owner, held in peers._rounds(block):
@@ -147,7 +165,7 @@ class _Around(torch.autograd.Function):
                 leaves = [
                     x.detach().requires_grad_(needed) for x, needed in zip([held.to(acc), *rows], wanted, strict=True)
                 ]
-                result = ctx.f(owner, *leaves[1:], leaves[0])
+                result = f(owner, *leaves[1:], leaves[0])
             inputs = [leaf for leaf in leaves if leaf.requires_grad]
             grads = iter(torch.autograd.grad(result, inputs, dresults[owner]))
             totals = [total if total is None else total + next(grads) for total in totals]
@@ -155,7 +173,7 @@ class _Around(torch.autograd.Function):
                 # The gradient follows its block to the next rank, and after the last round comes home.
                 totals[0] = peers._shift(totals[0], peers.sizes[owner - 1])()
         dblock, *drows = totals
-        return None, None, None if dblock is None else dblock.to(block.dtype), *drows
+        return None if dblock is None else dblock.to(block.dtype), *drows
 
 
 # The collectives are operators, opaque to torch.compile; sizes are the pairs of each rank, group is a name.
@@ -223,12 +241,22 @@ def _gather_backward(ctx, dgathered):  # type: ignore[no-untyped-def]
     return dx.to(ctx.dtype), None, None, None
 
 
+def _jvp(op: Any) -> Callable[..., Tensor]:
+    """A linear map is its own tangent."""
+    return lambda ctx, dx, *_: op(dx, *ctx.route)
+
+
+def _gather_again(ctx, dx):  # type: ignore[no-untyped-def]
+    return gather_op(dx, *ctx.route), None, None, None
+
+
 def _transpose_backward(ctx, dcolumns):  # type: ignore[no-untyped-def]
     return transpose_op(dcolumns, *ctx.route), None, None, None
 
 
-torch.library.register_autograd(gather_op, _gather_backward, setup_context=_setup_context)
-torch.library.register_autograd(transpose_op, _transpose_backward, setup_context=_setup_context)
+register_gradient(gather_op, _gather_backward, _setup_context, _jvp(gather_op))
+register_gradient(gather_backward_op, _gather_again, _setup_context, _jvp(gather_backward_op))
+register_gradient(transpose_op, _transpose_backward, _setup_context, _jvp(transpose_op))
 
 
 def _group(name: str) -> Any:

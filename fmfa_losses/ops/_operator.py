@@ -1,15 +1,20 @@
-"""Defines an operator of `torch.ops.fmfa_losses` with one implementation for every device.
+"""Defines an operator of `torch.ops.fmfa_losses` with one implementation for every device, and its gradient.
 
 Below autograd and opaque to torch.compile, like `torch.library.custom_op`, which at its first call would import torch's
 compiler: 150 MB and two seconds that an eager training run has no use for.
+
+`register_gradient` is `torch.library.register_autograd` with two differences: torch.func (grad, vjp, jacrev, vmap of
+them) passes through it, and forward-mode AD is right or an error. PyTorch's own takes no tangent, and says nothing.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["differentiable_once", "operator"]
+__all__ = ["differentiable_once", "operator", "refusals", "register_gradient"]
 
 _library = torch.library.Library("fmfa_losses", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -17,29 +22,132 @@ _library = torch.library.Library("fmfa_losses", "FRAGMENT")  # type: ignore[no-u
 def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: "name(Tensor x, ...) -> (...)" runs the function; its outputs must be fresh tensors.
 
-    Give the operator its fake kernel and gradient with torch.library.register_fake and register_autograd.
+    Give the operator its fake kernel with torch.library.register_fake, and its gradient with one of the two below. An
+    argument `bool save` becomes True when the gradient is wanted. torch.vmap takes one problem after the other.
     """
 
     def define(implementation: Callable[..., Any]) -> Any:
         name = _library.define(schema)  # type: ignore[no-untyped-call]
         _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        return getattr(torch.ops.fmfa_losses, name.partition("::")[2] or name).default
+        op = getattr(torch.ops.fmfa_losses, name.partition("::")[2] or name).default
+
+        def one_by_one(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+            batched = list(zip(inputs, in_dims, strict=True))
+            outputs = [
+                op(*(x if dim is None else x.select(dim, i) for x, dim in batched)) for i in range(info.batch_size)
+            ]
+            if isinstance(outputs[0], Tensor):
+                return torch.stack(outputs), 0
+            return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+        torch.library.register_vmap(op, one_by_one, lib=_library)
+        return op
 
     return define
 
 
-def differentiable_once(backward: Any, name: str, losses: str) -> None:
-    """The operator `backward` is the gradient of `name` and has none itself: a second derivative raises, and says so.
+def _has_tangent(x: Tensor) -> bool:
+    """Of the one level that PyTorch has; forward_ad.unpack_dual does not see the level of a compiled torch.func.jvp."""
+    return torch._VF._unpack_dual(x, level=0)[1] is not None
 
-    `losses` are those that are made of it.
 
-    Without it PyTorch takes the gradient for a constant, and a gradient penalty would change nothing.
+def register_gradient(
+    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None], jvp: Callable[..., Any]
+) -> None:
+    """Gives an operator its gradient, for autograd, torch.func and torch.compile.
+
+    Args:
+        op: what `operator` returned.
+        backward: (ctx, gradients of the outputs) -> gradients of the inputs, one for each input.
+        setup_context: (ctx, inputs, output), keeps what the other two need.
+        jvp: (ctx, tangents of the inputs) -> tangents of the outputs, or raises.
+    """
+    schema = op._schema.arguments
+
+    def below(keyset: Any, inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        *inputs, keyset = arguments
+        inputs = [True if argument.name == "save" else x for argument, x in zip(schema, inputs, strict=True)]
+        if torch._C._are_functorch_transforms_active():
+            # An autograd.Function turns both modes off, also for the levels of torch.func below its own.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below(keyset, inputs)
+        else:
+            output = below(keyset, inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(lambda ctx, *gradients: (*backward(ctx, *gradients), None)),
+        "jvp": staticmethod(lambda ctx, *tangents: jvp(ctx, *tangents[:-1])),
+    }
+    function: Any = type(f"{op._opname}_gradient", (torch.autograd.Function,), methods)
+    # Function.apply would refuse torch.func, whose levels the dispatcher has already taken apart here.
+    apply = super(torch.autograd.Function, function).apply
+
+    def differentiate(keyset: Any, *inputs: Any) -> Any:
+        inputs += tuple(argument.default_value for argument in schema[len(inputs) :])  # the dispatcher drops them
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        reverse, nested = torch.is_grad_enabled(), torch._C._are_functorch_transforms_active()
+        forward_mode = nested or forward_ad._current_level >= 0
+        if not (reverse and any(x.requires_grad for x in tensors)) and not (
+            forward_mode and any(_has_tangent(x) for x in tensors)
+        ):
+            return below(keyset, inputs)
+        if not nested:
+            return apply(*inputs, keyset)
+        allowed = torch._C._functorch.get_single_level_autograd_function_allowed()
+        torch._C._functorch.set_single_level_autograd_function_allowed(True)
+        try:
+            return apply(*inputs, keyset)
+        finally:
+            torch._C._functorch.set_single_level_autograd_function_allowed(allowed)
+
+    _library.impl(op, differentiate, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def differentiable_once(
+    op: Any,
+    backward_op: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    name: str,
+    losses: str,
+) -> None:
+    """`register_gradient` with a backward made of `backward_op`, which has no gradient itself.
+
+    A second derivative raises, and so does forward-mode AD. Without it PyTorch takes the gradient for a constant, and a
+    gradient penalty would change nothing.
+
+    Args:
+        op, backward, setup_context: as above.
+        backward_op: the operator that `backward` calls.
+        name: what the user calls.
+        losses: those that are made of it.
     """
 
-    def refuse(ctx: Any, *gradients: Any) -> Any:
+    refuse_second, refuse_forward = refusals(name, losses)
+    register_gradient(op, backward, setup_context, refuse_forward)
+    register_gradient(backward_op, refuse_second, lambda ctx, inputs, output: None, refuse_forward)
+
+
+def refusals(name: str, losses: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The backward of a gradient, and a jvp, that say why there is none; `name` and `losses` as above."""
+
+    def second(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
             f"{name} is differentiable once, got a second derivative of it ({losses}: gradient penalties through it "
             "are not supported); leave its gradient out of what you differentiate again, create_graph alone is fine"
         )
 
-    torch.library.register_autograd(backward, refuse, setup_context=lambda ctx, inputs, output: None)
+    def forward_mode(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            f"{name} is differentiable once and in reverse mode, got a tangent ({losses}: torch.func.jvp, jacfwd, "
+            "hessian and dual numbers are not supported); use backward(), torch.func.grad, vjp or jacrev"
+        )
+
+    return second, forward_mode

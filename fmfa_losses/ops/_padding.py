@@ -9,10 +9,11 @@ __all__ = ["longest"]
 def longest(mask: Tensor) -> int:
     """How many tokens it takes to hold the last kept one of every sample, at least 1; mask [B, L], True = keep.
 
-    A CPU can look; on an accelerator the host would have to wait, and torch.compile would break its graph: all L.
+    A CPU can look; on an accelerator the host would have to wait, torch.compile would break its graph, and torch.vmap
+    has a mask for each problem: all L.
     """
     L = mask.shape[1]
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return L
     used = mask.any(dim=0)
     return max(1, L - int(used.flip(0).to(torch.uint8).argmax())) if bool(used.any()) else 1

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ._checks import on_host
+from ._operator import operator, register_gradient
 
-__all__ = ["accumulation_dtype", "full_precision", "row_norms", "unit_rows"]
+__all__ = ["accumulation_dtype", "full_precision", "product", "row_norms", "unit_rows"]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -35,6 +36,49 @@ def row_norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return torch.where(norm == 0, factor, norm), factor
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T, [..., m, k] and [..., n, k] -> [..., m, n], in the inputs' dtype whatever autocast says.
+
+    `full_precision` alone would leave the backward to the autocast that it runs under: that of the caller of
+    backward(), and in a compiled loss that of the forward. Differentiable as often as one likes, in either mode.
+    """
+    scores: Tensor = product_op(a, b)
+    return scores
+
+
+@operator("product(Tensor a, Tensor b) -> Tensor")
+def product_op(a, b):  # type: ignore[no-untyped-def]
+    with full_precision(a):
+        return a @ b.mT
+
+
+@torch.library.register_fake(product_op)
+def _(a, b):  # type: ignore[no-untyped-def]
+    return a.new_empty(*a.shape[:-1], b.shape[-2])
+
+
+def _product_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _product_backward(ctx, dscores):  # type: ignore[no-untyped-def]
+    if dscores is None:
+        return None, None
+    a, b = ctx.saved_tensors
+    da = product(dscores, b.mT) if ctx.needs_input_grad[0] else None
+    return da, product(dscores.mT, a.mT) if ctx.needs_input_grad[1] else None
+
+
+def _product_jvp(ctx, da, db):  # type: ignore[no-untyped-def]
+    a, b = ctx.saved_tensors
+    return sum(product(x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None)
+
+
+register_gradient(product_op, _product_backward, _product_context, _product_jvp)
+
+
 def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """u = x / |x| along the last dimension, in float32 or better; a zero vector stays, its gradient passes as it is.
 
@@ -43,7 +87,9 @@ def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | Non
         mask: [...] bool; rows where it is False become zero vectors with zero gradient, whatever they held.
         dtype: of the result and its arithmetic; float32 or float64 by the input when None.
     """
-    unit: Tensor = _UnitRows.apply(x, mask, dtype or accumulation_dtype(x))[0]  # type: ignore[no-untyped-call]
+    # torch.compile does not take a Function that has a jvp, and differentiates what it sees of it without one.
+    function = _UnitRows if torch.compiler.is_compiling() else _UnitRowsInEitherMode
+    unit: Tensor = function.apply(x, mask, dtype or accumulation_dtype(x))[0]  # type: ignore[no-untyped-call]
     return unit
 
 
@@ -52,6 +98,8 @@ class _UnitRows(torch.autograd.Function):
 
     All are outputs, so that a second derivative finds its way through them to x; plain operations make it.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, mask, dtype):  # type: ignore[no-untyped-def]
@@ -66,6 +114,7 @@ class _UnitRows(torch.autograd.Function):
         ctx.dtype = x.dtype
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(mask, *output)
+        ctx.save_for_forward(mask, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -85,3 +134,17 @@ class _UnitRows(torch.autograd.Function):
         if mask is not None:
             dx.masked_fill_(~mask.unsqueeze(-1), 0)
         return dx.to(ctx.dtype), None, None
+
+
+class _UnitRowsInEitherMode(_UnitRows):
+    @staticmethod
+    def jvp(ctx, dx, *_):  # type: ignore[no-untyped-def]
+        mask, unit, norm, *factor = ctx.saved_tensors
+        dx = dx.to(unit.dtype)
+        if mask is not None:
+            dx = dx.masked_fill(~mask.unsqueeze(-1), 0)
+        if factor:
+            dx = dx * factor[0]
+        with full_precision(unit):
+            dnorm = torch.linalg.vecdot(unit, dx).unsqueeze(-1)
+        return (dx - unit * dnorm) / norm, dnorm, *[None] * len(factor)

@@ -171,8 +171,9 @@ def _backward(ctx, djoint, drow_min, drow_sum):  # type: ignore[no-untyped-def]
     return dimage, dtext, None, None, None
 
 
-torch.library.register_autograd(sparse_aggregate_op, _backward, setup_context=_setup_context)
-differentiable_once(sparse_aggregate_backward_op, "sparse_aggregate", "EFA")
+differentiable_once(
+    sparse_aggregate_op, sparse_aggregate_backward_op, _backward, _setup_context, "sparse_aggregate", "EFA"
+)
 
 
 def _weights(

@@ -12,7 +12,7 @@ gap adds two: with a scale below 0 the largest cosine is not the top's.
 import torch
 from torch import Tensor
 
-from ._precision import full_precision
+from ._precision import product
 
 __all__ = ["block_statistics", "label_sums", "merge_blocks"]
 
@@ -51,8 +51,7 @@ def block_statistics(
     y = same.to(queries.dtype)
     if same_image:
         y = factor * y + (1 - factor) * same_image[0].to(queries.dtype)
-    with full_precision(queries):
-        cos = queries @ keys.T
+    cos = product(queries, keys)
     z = scale * cos
     top = z.max(dim=1).values
     log_p = z - top[:, None]

@@ -128,9 +128,8 @@ def product_dtype(x: Tensor, e: Tensor, backend: str) -> torch.dtype:
 
 def unit_similarity(x: UnitTokens, e: UnitTokens, *, pool: str, pool_scale: float, backend: str) -> Tensor:
     """`hard_similarity` of tokens that are unit rows already; `backend` is "triton" or "torch"."""
-    save = torch.is_grad_enabled() and (x.rows.requires_grad or e.rows.requires_grad)
     sim: Tensor = hard_similarity_op(
-        x.rows, e.rows, x.mask, e.mask, pool, float(pool_scale), save, backend, x.lists, e.lists
+        x.rows, e.rows, x.mask, e.mask, pool, float(pool_scale), False, backend, x.lists, e.lists
     )[0]
     return sim
 
@@ -158,7 +157,8 @@ def _(mask):  # type: ignore[no-untyped-def]
 
 
 # The operator: one schema, one fake kernel, one gradient formula for both backends.
-# maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`.
+# maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`,
+# which is True where the gradient is wanted.
 # The kernels make the lists of a mask that comes without them.
 
 
@@ -230,8 +230,9 @@ def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
     return dx, de, *(None,) * 8
 
 
-torch.library.register_autograd(hard_similarity_op, _backward, setup_context=_setup_context)
-differentiable_once(hard_similarity_backward_op, "hard_similarity", "EFA")
+differentiable_once(
+    hard_similarity_op, hard_similarity_backward_op, _backward, _setup_context, "hard_similarity", "EFA"
+)
 
 
 def _winner_dtype(Q: int) -> torch.dtype:

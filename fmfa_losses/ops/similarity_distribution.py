@@ -353,5 +353,11 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     return dqueries, dkeys, None, None, dscale, *[None] * (2 + len(row_loss))
 
 
-torch.library.register_autograd(similarity_distribution_op, _backward, setup_context=_setup_context)
-differentiable_once(similarity_distribution_backward_op, "similarity_distribution_loss", "A-SDM, SDM and ITC")
+differentiable_once(
+    similarity_distribution_op,
+    similarity_distribution_backward_op,
+    _backward,
+    _setup_context,
+    "similarity_distribution_loss",
+    "A-SDM, SDM and ITC",
+)
