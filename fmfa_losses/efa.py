@@ -24,7 +24,7 @@ from .ops._backend import select_backend
 from .ops._checks import check_float, check_ids, check_mask, check_option, check_positive, check_same
 from .ops._padding import longest
 from .ops._precision import accumulation_dtype, unit_rows
-from .ops.aggregation import sparse_aggregate
+from .ops.aggregation import aggregate
 from .ops.hard_similarity import UnitTokens, product_dtype, token_lists, unit_similarity
 
 __all__ = ["EFALoss", "efa_loss"]
@@ -70,11 +70,7 @@ def efa_loss(
             L = longest(text_mask)
             text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
         text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
-    if ranking == "released" and sparsity is None and image_mask is None:
-        # n > 1/N is n >= the next number after 1/N.
-        N, acc = image_tokens.shape[1], accumulation_dtype(image_tokens, text_tokens)
-        sparsity = min(1.0, 1 / N + torch.finfo(acc).eps / N)
-    joint = sparse_aggregate(image_tokens, text_tokens, image_mask=image_mask, sparsity=sparsity, backend=backend)
+    joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend, strict=ranking == "released")
     text_sim, image_sim = _similarities(
         joint, image_tokens, text_tokens, image_mask, text_mask, peers, pool_scale=pool_scale, backend=backend
     )

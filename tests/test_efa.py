@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fmfa_losses import EFALoss
 from fmfa_losses.functional import efa_loss
-from fmfa_losses.ops.aggregation import sparse_aggregate_reference
+from fmfa_losses.ops.aggregation import aggregate, sparse_aggregate_reference
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 
 GOLDEN = {
@@ -103,20 +103,26 @@ def test_released_threshold_is_strict():
     released = torch.autograd.functional.jacobian(lambda i: efa_loss(i, text, ranking="released"), image)
     # Patch 1 sits at the threshold: the released aggregation ignores it.
     joint = sparse_aggregate_reference(image, text)
-    strict = sparse_aggregate_reference(image, text, sparsity=0.25 + 1e-6)
+    strict = sparse_aggregate_reference(image, text, strict=True)
+    torch.testing.assert_close(strict, sparse_aggregate_reference(image, text, sparsity=0.25 + 1e-6))
     assert not torch.allclose(joint, strict)
-    from fmfa_losses import efa as module
-
-    seen = {}
-    original = module.sparse_aggregate
-    try:
-        module.sparse_aggregate = lambda *a, **k: seen.setdefault("joint", original(*a, **k))
-        efa_loss(image, text, ranking="released")
-    finally:
-        module.sparse_aggregate = original
-    torch.testing.assert_close(seen["joint"], strict)
+    torch.testing.assert_close(aggregate(image, text, None, None, "torch", strict=True), strict)
     assert paper.isfinite().all()
     assert released.isfinite().all()
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.0, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("ranking", ["paper", "released"])
+def test_masks_that_keep_everything_change_nothing(ranking, sparsity):
+    image, text = (torch.randint(-3, 4, (4, tokens, 6)).float() for tokens in (8, 5))  # many at the threshold
+    masks = {name: torch.ones(t.shape[:2], dtype=torch.bool) for name, t in (("image", image), ("text", text))}
+    results = [
+        value_and_grads(lambda i, t, given=given: efa_loss(i, t, ranking=ranking, sparsity=sparsity, **given), inputs)
+        for inputs in [(image, text)]
+        for given in ({}, {"image_mask": masks["image"]}, {"text_mask": masks["text"]})
+    ]
+    for masked in results[1:]:
+        assert_close(masked, results[0], 1e-6)
 
 
 def test_reductions():

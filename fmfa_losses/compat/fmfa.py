@@ -3,11 +3,9 @@
 Source: yinhao1102/FMFA, arXiv 2509.13754v2.
 """
 
-import torch
 from torch import Tensor
 
-from ..ops._precision import accumulation_dtype
-from ..ops.aggregation import sparse_aggregate
+from ..ops.aggregation import aggregate
 from ._released import released_alignment, released_asdm
 from .irra import compute_cmpm, compute_id, compute_itc, compute_mlm, rank
 from .irra import compute_sdm as _compute_sdm
@@ -75,9 +73,7 @@ def compute_agg_v(text_feats: Tensor, patch_feats: Tensor) -> Tensor:
         >>> compute_agg_v(torch.tensor([[[1.0, 0.0]]]), patches)
         tensor([[[3.3333, 0.3333]]])
     """
-    N, eps = patch_feats.shape[1], torch.finfo(accumulation_dtype(text_feats, patch_feats)).eps
-    # n > 1/N is n >= the next number after 1/N.
-    return sparse_aggregate(patch_feats, text_feats, sparsity=min(1.0, (1 + eps) / N))
+    return aggregate(patch_feats, text_feats, None, None, "auto", strict=True)
 
 
 def compute_minmax_info_loss(A: Tensor, B: Tensor, C: Tensor, margin: float = 0.1) -> Tensor:
