@@ -27,12 +27,12 @@ def draw(B, N, L, D, dtype=torch.float64):
     return torch.randn(B, N, D, dtype=dtype), torch.randn(B, L, D, dtype=dtype)
 
 
-def plain(image, text, image_mask=None, text_mask=None, pids=None, margin=0.1):
+def plain(image, text, image_mask=None, text_mask=None, pids=None, margin=0.1, pool_scale=1.0):
     """Eq. 5-12 on the reference operators."""
     joint = sparse_aggregate_reference(image, text, image_mask=image_mask)
     B, total = len(image), 0
     for x, mask in ((text, text_mask), (image, image_mask)):
-        sim = hard_similarity_reference(x, joint, x_mask=mask, e_mask=text_mask)
+        sim = hard_similarity_reference(x, joint, x_mask=mask, e_mask=text_mask, pool_scale=pool_scale)
         for s in (sim, sim.T):
             for i in range(B):
                 rivals = [j for j in range(B) if j != i and (pids is None or pids[i] != pids[j])]
@@ -71,6 +71,26 @@ def test_matches_the_equations(shape, masked):
         value_and_grads(lambda i, t: plain(i, t, **masks), (image, text)),
         1e-9,
     )
+
+
+LENGTHS = {
+    "all": None,
+    "captions, some equally long": torch.tensor([3, 5, 3, 5, 4]),
+    "captions, one empty": torch.tensor([3, 5, 0, 5, 4]),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("pool_scale", [1e-6, 1e-3, 0.2, 1.0, 1e4, 1e6])
+def test_every_scale_of_the_pooling(pool_scale, lengths):
+    """In float32: log n / pool_scale, which differs between captions of unequal length, must not take the digits."""
+    image, text = (t.float().double() for t in draw(5, 12, 6, 16))
+    masks = {}
+    if LENGTHS[lengths] is not None:
+        masks = {"text_mask": torch.arange(6) < LENGTHS[lengths][:, None], "image_mask": torch.rand(5, 12) > 0.3}
+    exact = value_and_grads(lambda i, t: plain(i, t, **masks, pool_scale=pool_scale), (image, text))
+    got = value_and_grads(lambda i, t: efa_loss(i, t, **masks, pool_scale=pool_scale), (image.float(), text.float()))
+    assert_close(got, exact, 2e-6 if pool_scale <= 1 else 1e-4)
 
 
 def test_negatives_of_a_different_identity():
