@@ -77,18 +77,23 @@ def record(chip: str, kind: str) -> list[Any]:
     try:
         with recording(chip) as launches:
             # Tokens of the paper without and with masks, and samples of e of the wider classes.
-            for P, Q, masked, pool, gathers in (
-                (192, 77, False, "lse", (True, False)),
-                (77, 77, True, "lse", (True,)),
-                (77, 100, False, "lse", ()),
-                (77, 192, False, "sum", (True,)),
-                (77, 301, True, "lse", ()),
+            # Pools whose scale is small or large have kernels of their own; their dx and de are those of "lse".
+            for P, Q, masked, pool, scale, gathers in (
+                (192, 77, False, "lse", 1.0, (True, False)),
+                (77, 77, True, "lse", 1.0, (True,)),
+                (77, 100, False, "lse", 1.0, ()),
+                (77, 192, False, "sum", 1.0, (True,)),
+                (77, 301, True, "lse", 1.0, ()),
+                (77, 77, False, "log_mean", 0.1, (True,)),
+                (77, 77, True, "log_mean", 0.1, ()),
+                (77, 77, False, "lse", 100.0, (True,)),
+                (77, 77, True, "lse", 100.0, (True,)),
             ):
                 x, e = empty(128, P, 512), empty(128, Q, 512)
                 masks = (empty(128, P, dtype=torch.bool), empty(128, Q, dtype=torch.bool)) if masked else (None, None)
-                sim, maxima, winners = hard_similarity.forward(x, e, *masks, pool, 1.0, True)
+                sim, maxima, winners = hard_similarity.forward(x, e, *masks, pool, scale, True)
                 for gather in gathers:
-                    hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, pool, 1.0, gather)
+                    hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, pool, scale, gather)
             # Whole rows of scores at the paper's size and at ViT-L/14's, and rows too long for one tile. float16 has no
             # code of its own there: it compiles to what bfloat16 compiles to.
             paper, long = ((192, True), (192, False)), ((432, False), (1025, False), (1025, True))

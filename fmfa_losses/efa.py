@@ -35,8 +35,8 @@ from .ops._checks import (
 )
 from .ops._padding import longest
 from .ops._precision import accumulation_dtype, unit_rows
-from .ops.aggregation import sparse_aggregate
-from .ops.hard_similarity import UnitTokens, product_dtype, token_lists, unit_similarity
+from .ops.aggregation import aggregate
+from .ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, unit_similarity
 
 __all__ = ["EFALoss", "efa_loss"]
 
@@ -84,14 +84,12 @@ def efa_loss(
             L = longest(text_mask)
             text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
         text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
-    if ranking == "released" and sparsity is None and image_mask is None:
-        # n > 1/N is n >= the next number after 1/N.
-        N, acc = image_tokens.shape[1], accumulation_dtype(image_tokens, text_tokens)
-        sparsity = min(1.0, 1 / N + torch.finfo(acc).eps / N)
-    joint = sparse_aggregate(image_tokens, text_tokens, image_mask=image_mask, sparsity=sparsity, backend=backend)
+    joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend, strict=ranking == "released")
+    flat = ranking == "paper" and pool_scale < FLAT
     text_sim, image_sim = _similarities(
-        joint, image_tokens, text_tokens, image_mask, text_mask, peers, pool_scale=pool_scale, backend=backend
-    )
+        joint, image_tokens, text_tokens, image_mask, text_mask, peers,
+        pool="log_mean" if flat else "lse", pool_scale=pool_scale, backend=backend,
+    )  # fmt: skip
     if ranking == "released":
         of_text = _released_ranking(text_sim, margin_text, temperature, peers)
         per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers)
@@ -105,7 +103,12 @@ def efa_loss(
         # of the margins in each.
         sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
         margin = (margin_text + margin_image) / 2
-        per_sample = _ranking(sims, excluded, margin, temperature, peers.offset).sum(dim=0)
+        levels = None
+        if flat:
+            levels = (
+                _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype) / pool_scale
+            )
+        per_sample = _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
     if reduction == "mean":
         return peers.mean(per_sample)
     return per_sample.sum() if reduction == "sum" else per_sample
@@ -119,6 +122,7 @@ def _similarities(
     text_mask: Tensor | None,
     peers: Peers,
     *,
+    pool: str,
     pool_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -137,10 +141,10 @@ def _similarities(
         texts = UnitTokens(unit_rows(text, dtype=dtype).to(text_product), text_mask, text_lists)
         images = UnitTokens(unit_rows(image, image_mask, dtype=dtype).to(image_product), image_mask, image_lists)
         joints = UnitTokens(joint.to(text_product), joint_mask, joint_lists)
-        of_text = unit_similarity(texts, joints, pool="lse", pool_scale=pool_scale, backend=chosen)
+        of_text = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
         if image_product != text_product:
             joints = joints._replace(rows=joint.to(image_product))
-        return of_text, unit_similarity(images, joints, pool="lse", pool_scale=pool_scale, backend=chosen)
+        return of_text, unit_similarity(images, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
 
     if not peers.ring:
         joint_lists = text_lists if peers.group is None else token_lists(joint_mask, chosen)
@@ -155,15 +159,54 @@ def _similarities(
     return text_sim, image_sim
 
 
-def _ranking(sim: Tensor, excluded: Tensor, margin: float, temperature: float, offset: int) -> Tensor:
+def _level_differences(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    peers: Peers,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What a log mean leaves out of S, times lambda: log n of S_ij less that of S_ii, [4, b, B], in the order of sims.
+
+    S_ij = (1/lambda) log n_i + log mean where text j, and so e_j, has a token; 0 elsewhere. Of rows that are equally
+    long and not empty the differences are 0, exactly.
+    """
+    counts = torch.stack(
+        [
+            text_tokens.new_full((len(tokens),), tokens.shape[1], dtype=torch.int64)
+            if mask is None
+            else mask.sum(dim=1)
+            for tokens, mask in ((text_tokens, text_mask), (image_tokens, image_mask))
+        ],
+        dim=1,
+    )  # [b, 2]
+    everyone = peers.gather(counts)
+    own, level = (c.clamp(min=1).to(dtype).log().T for c in (counts, everyone))  # [2, b], [2, B]
+    own_any, any_ = ((c[:, 0] > 0).to(dtype) for c in (counts, everyone))
+    of_rows = own.unsqueeze(2) * (any_ - own_any.unsqueeze(1))
+    of_columns = own_any.unsqueeze(1) * (level.unsqueeze(1) - own.unsqueeze(2))
+    return torch.cat([of_rows, of_columns])
+
+
+def _ranking(
+    sim: Tensor, excluded: Tensor, margin: float, temperature: float, offset: int, levels: Tensor | None = None
+) -> Tensor:
     """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [..., b]; 0 for a row without negatives.
 
-    Row i of sim [..., b, B] belongs to column offset + i; excluded [b, B].
+    Row i of sim [..., b, B] belongs to column offset + i; excluded [b, B]. `levels` [..., b, B] are added to the
+    differences; the largest one of a row, which may leave the others no digits, after the sum.
     """
-    logits = (sim - sim.diagonal(offset, -2, -1).unsqueeze(-1) + margin) / temperature
+    logits = sim - sim.diagonal(offset, -2, -1).unsqueeze(-1) + margin
+    lowest, top = torch.finfo(sim.dtype).min, None
+    if levels is not None:
+        top = levels.masked_fill(excluded, lowest).amax(dim=-1, keepdim=True)
+        logits = logits + (levels - top)
     # Finite, so that a row without negatives has a finite gradient for its last fill to stop.
-    logits = logits.masked_fill(excluded, torch.finfo(sim.dtype).min)
-    return logits.logsumexp(dim=-1).masked_fill(excluded.all(dim=1), 0)
+    terms = (logits / temperature).masked_fill(excluded, lowest).logsumexp(dim=-1)
+    if top is not None:
+        terms = terms + top.squeeze(-1) / temperature
+    return terms.masked_fill(excluded.all(dim=1), 0)
 
 
 def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Peers) -> Tensor:

@@ -49,3 +49,20 @@ def row_max(x):
     else:
         best = tl.reduce(x, 1, max_or_nan)
     return best
+
+
+@triton.jit
+def expm1_over(x, scale):
+    """(exp(scale x) - 1) / scale for |scale x| <= 1/4, to the last digits and undivided; x where scale is 0."""
+    z = scale * x
+    series = 1 + z * (1 / 5) * (1 + z * (1 / 6) * (1 + z * (1 / 7)))
+    return x * (1 + z * (1 / 2) * (1 + z * (1 / 3) * (1 + z * (1 / 4) * series)))
+
+
+@triton.jit
+def log1p_over(x, scale):
+    """log(1 + scale x) / scale for |scale x| <= 0.3, likewise: log(1 + t) = 2 artanh(t / (2 + t))."""
+    t = scale * x
+    y = t / (2 + t)
+    y *= y
+    return 2 * x / (2 + t) * (1 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7))))

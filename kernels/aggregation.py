@@ -25,8 +25,8 @@
                  it may have 2^31 - 1 programs, axes 1 and 2 only 65535. Axis 1 counts chunks of D.
 
 Every number has one owner: no atomics, bitwise equal reruns. A row whose range is rounding noise is constant: uniform
-weights, no gradient through s; row_sum = 0 marks it. A NaN among its scores makes a row NaN and no other. Image tokens
-that the mask leaves out must be finite.
+weights, no gradient through s; row_sum = 0 marks it. A NaN or an infinity among its scores, and a range or a sum that
+overflows, makes a row NaN and no other. Image tokens that the mask leaves out must be finite.
 
 The launchers take tensors of any strides and make them contiguous; results are contiguous. Kernels read image_mask as
 int32: loads of 8 bits would also choose the layout of the products beside them, which then take twice the instructions.
@@ -44,8 +44,8 @@ from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_preci
 from ._tile import BIG, dot_wide, load_columns, load_rows
 
 NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the largest entry is noise
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32; one digit less makes it float64
-STATISTICS = 6  # per row: minimum, range, 1 / sum u, uniform weight, c, what the minimum pays
+LARGEST_SUM = tl.constexpr(2.0**126)  # the inverse of a larger one is no normal number
+STATISTICS = 6  # per row: minimum, cutoff, 1 / sum u, uniform weight, c, what the minimum pays
 # Patches whose scores fit into one tile; without tensor cores a product takes more registers.
 ONE_TILE = {"half": 512, "tf32": 512, "ieee": 256}
 
@@ -189,21 +189,36 @@ def _row_extremes(
 
 @triton.jit
 def _is_constant(low, high):
-    """The range is rounding noise, or there is no patch at all (low > high)."""
-    return high - low <= tl.maximum(tl.abs(low), tl.abs(high)) * NOISE
+    """The range is rounding noise, or there is no patch at all (low > high). One that overflows is not."""
+    span = high - low
+    return (span <= tl.maximum(tl.abs(low), tl.abs(high)) * NOISE) & (span < float("inf"))
 
 
 @triton.jit
-def _above(s, low):
-    """s - low. NaN where s is and nowhere else: a row with an infinite score is constant, and -inf - -inf is not."""
-    return s - tl.maximum(low, LOWEST)[:, None]
+def _cutoff(low, high, threshold):
+    """The smallest u whose u / span, rounded to nearest, is not below the threshold: one division a row, not a patch.
+
+    threshold * span lies within a few numbers of it.
+    """
+    span = high - low
+    near = threshold * span
+    cutoff = near
+    for step in tl.static_range(4):
+        u = (near.to(tl.int32, bitcast=True) + (1 - step)).to(tl.float32, bitcast=True)
+        cutoff = tl.where(tl.div_rn(u, span) >= threshold, u, cutoff)
+    return tl.where(span > 0, cutoff, 0.0)
 
 
 @triton.jit
-def _passed(u, span, keep, threshold):
-    """u / span >= threshold. "Not below" rather than "at or above": a NaN passes and shows."""
-    below = u < (threshold * span)[:, None]
+def _passed(u, cutoff, keep):
+    """ "Not below" rather than "at or above": a NaN passes and shows."""
+    below = u < cutoff[:, None]
     return keep[None, :] & (below == 0)
+
+
+@triton.jit
+def _finite_or_nan(total):
+    return tl.where(total <= LARGEST_SUM, total, float("nan"))
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -239,9 +254,9 @@ def _forward_kernel(
         s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         low, high, _first = _extremes(s, n, keep)
         count = tl.sum(keep.to(tl.int32), 0)
-        u = _above(s, low)
-        u = tl.where(_passed(u, high - low, keep, threshold), u, 0.0)
-        total = tl.sum(u, 1)
+        u = s - low[:, None]
+        u = tl.where(_passed(u, _cutoff(low, high, threshold), keep), u, 0.0)
+        total = _finite_or_nan(tl.sum(u, 1))
         constant = _is_constant(low, high) & (total == total)
         a = u / tl.where(constant, 1.0, total)[:, None]
         uniform = tl.where(keep, 1.0 / tl.maximum(count, 1), 0.0)
@@ -256,6 +271,7 @@ def _forward_kernel(
             text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
         )
         constant = _is_constant(low, high)
+        cutoff = _cutoff(low, high, threshold)
         d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         joint = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
         total = tl.zeros((BLOCK_L,), tl.float32)
@@ -263,11 +279,12 @@ def _forward_kernel(
             _n, patches, exist = _patches(b, start, N, BLOCK_N)
             s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
             keep = _kept(mask_ptr, patches, exist, HAS_MASK)  # before the products it spills a register
-            u = _above(s, low)
-            u = tl.where(_passed(u, high - low, keep, threshold), u, 0.0)
+            u = s - low[:, None]
+            u = tl.where(_passed(u, cutoff, keep), u, 0.0)
             total += tl.sum(u, 1)
             u = tl.where(constant[:, None], keep[None, :].to(tl.float32), u)
             joint = dot_wide(u, load_rows(image_ptr, patches, exist, d, D), joint, PRECISION)
+        total = _finite_or_nan(total)
         constant = constant & (total == total)
         joint /= tl.where(constant, tl.maximum(count, 1).to(tl.float32), total)[:, None]
         tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
@@ -310,6 +327,7 @@ def _statistics_kernel(
     low, high, first, count = _row_extremes(
         text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
     )
+    cutoff = _cutoff(low, high, threshold)
     c = tl.zeros((BLOCK_L,), tl.float32)
     kept_da = tl.zeros((BLOCK_L,), tl.float32)
     kept = tl.zeros((BLOCK_L,), tl.float32)
@@ -319,7 +337,7 @@ def _statistics_kernel(
         s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         u = s - low[:, None]
-        passed = _passed(u, high - low, keep, threshold) & (constant == 0)[:, None]
+        passed = _passed(u, cutoff, keep) & (constant == 0)[:, None]
         c += tl.sum(tl.where(passed, u * inverse[:, None] * da, 0.0), 1)
         kept_da += tl.sum(tl.where(passed, da, 0.0), 1)
         kept += tl.sum(passed.to(tl.float32), 1)
@@ -327,7 +345,7 @@ def _statistics_kernel(
     out = statistics_ptr + rows
     BL = BL.to(tl.int64)
     tl.store(out, tl.where(constant, 0.0, low), mask=live)
-    tl.store(out + BL, tl.where(constant, 1.0, high - low), mask=live)
+    tl.store(out + BL, cutoff, mask=live)
     tl.store(out + 2 * BL, inverse, mask=live)
     tl.store(out + 3 * BL, tl.where(constant, 1.0 / tl.maximum(count, 1), 0.0), mask=live)
     tl.store(out + 4 * BL, c, mask=live)
@@ -336,18 +354,18 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL, threshold):
+def _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL):
     """Tiles of a and ds from tiles of s and da and the statistics of their rows."""
     at = statistics_ptr + rows
     low = tl.load(at, mask=live, other=0.0)
-    span = tl.load(at + BL, mask=live, other=1.0)
+    cutoff = tl.load(at + BL, mask=live, other=0.0)
     inverse = tl.load(at + 2 * BL, mask=live, other=0.0)
     uniform = tl.load(at + 3 * BL, mask=live, other=0.0)
     c = tl.load(at + 4 * BL, mask=live, other=0.0)
     minimum_pays = tl.load(at + 5 * BL, mask=live, other=0.0)
     first = tl.load(first_ptr + rows, mask=live, other=-1)
     u = s - low[:, None]
-    passed = _passed(u, span, keep, threshold) & (inverse != 0)[:, None]
+    passed = _passed(u, cutoff, keep) & (inverse != 0)[:, None]
     a = tl.where(passed, u * inverse[:, None], tl.where(keep[None, :], uniform[:, None], 0.0))
     ds = tl.where(passed, (da - c[:, None]) * inverse[:, None], 0.0)
     ds -= tl.where(n[None, :] == first[:, None], minimum_pays[:, None], 0.0)
@@ -360,7 +378,6 @@ def _dtext_kernel(
     image_ptr,  # [B, N, D]
     text_ptr,  # [B, L, D]
     mask_ptr,  # [B, N] int32, or None
-    threshold_ptr,  # [B] float32
     statistics_ptr,  # [STATISTICS, B, L] float32
     first_ptr,  # [B, L] int32
     dtext_ptr,  # [B, L, D]
@@ -380,7 +397,6 @@ def _dtext_kernel(
     l = block * BLOCK_L + tl.arange(0, BLOCK_L)
     live = l < L
     rows = b.to(tl.int64) * L + l
-    threshold = tl.load(threshold_ptr + b)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dtext = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
     for start in range(0, N, BLOCK_N):
@@ -388,9 +404,7 @@ def _dtext_kernel(
         s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         keep = _kept(mask_ptr, patches, exist, HAS_MASK)  # before the products it spills registers
-        _a, ds = _weights_and_gradient(
-            s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold
-        )
+        _a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64))
         dtext = dot_wide(ds, load_rows(image_ptr, patches, exist, d, D), dtext, PRECISION)
     out = dtext_ptr + rows[:, None] * D + d[None, :]
     tl.store(out, dtext.to(dtext_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
@@ -402,7 +416,6 @@ def _dimage_kernel(
     image_ptr,  # [B, N, D]
     text_ptr,  # [B, L, D]
     mask_ptr,  # [B, N] int32, or None
-    threshold_ptr,  # [B] float32
     statistics_ptr,  # [STATISTICS, B, L] float32
     first_ptr,  # [B, L] int32
     dimage_ptr,  # [B, N, D]
@@ -419,7 +432,6 @@ def _dimage_kernel(
 ):
     """Grid (B x patch blocks, chunks of D): dimage_k = sum_l a_lk djoint_l + ds_lk t_l, tile of tokens after tile."""
     b, block = _sample_and_block(tl.cdiv(N, BLOCK_N))
-    threshold = tl.load(threshold_ptr + b)
     n, patches, exist = _patches(b, block * BLOCK_N, N, BLOCK_N)
     keep = _kept(mask_ptr, patches, exist, HAS_MASK)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -430,7 +442,7 @@ def _dimage_kernel(
         rows = b.to(tl.int64) * L + l
         s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64), threshold)
+        a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64))
         # djoint is float32 always: with half inputs TF32 is what its product with them has as well.
         djoint = load_rows(djoint_ptr, rows, live, d, D)
         text = load_rows(text_ptr, rows, live, d, D)
@@ -495,13 +507,10 @@ def backward(
     out, chunks = {"BLOCK_OUT": blocks.BLOCK_OUT}, triton.cdiv(D, blocks.BLOCK_OUT)
     sizes = (N, L, D, B * L)
     with on_device(image_tokens):
-        inputs = (
-            djoint.contiguous(), image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask),
-            threshold.contiguous(),
-        )  # fmt: skip
+        inputs = djoint.contiguous(), image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask)
         launch(
-            _statistics_kernel, (B * triton.cdiv(L, STATISTICS_L),), *inputs, row_sum.contiguous(), statistics, first,
-            *sizes, **flags | {"BLOCK_L": STATISTICS_L},
+            _statistics_kernel, (B * triton.cdiv(L, STATISTICS_L),), *inputs, threshold.contiguous(),
+            row_sum.contiguous(), statistics, first, *sizes, **flags | {"BLOCK_L": STATISTICS_L},
         )  # fmt: skip
         launch(_dtext_kernel, (tokens, chunks), *inputs, statistics, first, dtext, *sizes, **out, **flags)
         launch(_dimage_kernel, (patches, chunks), *inputs, statistics, first, dimage, *sizes, **out, **flags)

@@ -16,7 +16,9 @@
                             e_j        e_j+1      e_j+2
                  x_i,l   [ k k k k k | k k k k k | k k k k k | . ]  ->  maxima, winners [i, j..j+2, l]
 
-    pool     sim_ij over the maxima of l: 1/Q of the bytes a [Bx, Be, P, Q] would take, read once.
+    pool     sim_ij over the maxima of l: 1/Q of the bytes a [Bx, Be, P, Q] would take, read once. Pools are "sum" and
+             "mean"; "lse", (1 / scale) log sum_l exp(scale max_l); and for a small scale "log_mean", with the mean over
+             l in place of the sum: in the limit the mean of the maxima, where log P / scale leaves "lse" no digits.
     dx       a row gathers the e_jk* that it chose, sample after sample: Q times fewer operations than the match.
              gather=False multiplies with tiles of winners instead, as below.
     de       tiles of winners become tiles of weights in registers: de_j [Q, D] += W^T [Q, rows] x [rows, D].
@@ -33,10 +35,13 @@ from torch import Tensor
 
 from . import token_lists
 from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, on_device
-from ._tile import BIG, load_columns, load_rows, max_or_nan, row_max
+from ._tile import BIG, expm1_over, load_columns, load_rows, log1p_over, max_or_nan, row_max
 from .token_lists import SHORT, TokenLists
 
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
+EXPONENTIAL = ("lse", "log_mean")
+# Beyond this scale exp(scale (max_l - sim)) adds up to 1 over l no longer: sim has 24 bits.
+SHARP = 32
 
 # Blocks by memory of the chip and precision.
 # (BLOCK_M rows of x, BLOCK_N columns of e, BLOCK_D, num_warps, num_stages): 128 x 256 halves the reads of 128 x 128.
@@ -207,22 +212,23 @@ def _match_kernel(
                             tl.store(winners_ptr + at, place_g.to(winners_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["x_mask_ptr", "sim_ptr", "Be", "P"])
+@triton.jit(do_not_specialize=["x_mask_ptr", "sim_ptr", "out_ptr", "Be", "P"])
 def _pool_kernel(
     maxima_ptr,  # [Bx, Be, P]
     x_mask_ptr,  # [Bx, P] bool, or None
     counts_ptr,  # [Be] int32: tokens of e that are left; or None
-    sim_ptr,  # [Bx, Be] float32
+    sim_ptr,  # [Bx, Be] float32: what POOL "weights" reads, or None
+    out_ptr,  # [Bx, Be] float32
     Be,
     P,
     scale,
     HAS_X_MASK: tl.constexpr,
     HAS_E_MASK: tl.constexpr,
-    POOL: tl.constexpr,
+    POOL: tl.constexpr,  # or "weights", with sim in place of out: sum_l exp(scale (max_l - sim)), 1 but for rounding
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Grid (Bx, blocks of e): one pass over l, with sums relative to the running maximum."""
+    """Grid (Bx, blocks of e): one pass over l, for "lse" with sums relative to the running maximum."""
     i = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     matched = j < Be
@@ -241,18 +247,26 @@ def _pool_kernel(
         best = tl.load(maxima_ptr + base[:, None] + l[None, :], mask=kept, other=0.0).to(tl.float32)
         count += tl.sum(kept.to(tl.float32), 1)
         if POOL == "lse":
-            z = scale * best
-            new_top = tl.maximum(top, tl.max(tl.where(kept & (z == z), z, LOWEST), 1))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.where(kept, tl.exp(z - new_top[:, None]), 0.0), 1)
+            # The difference is exact, and so is its product with a large scale.
+            new_top = tl.maximum(top, tl.max(tl.where(kept & (best == best), best, LOWEST), 1))
+            terms = tl.where(kept, tl.exp(scale * (best - new_top[:, None])), 0.0)
+            total = total * tl.exp(scale * (top - new_top)) + tl.sum(terms, 1)
             top = new_top
+        elif POOL == "log_mean":
+            total += tl.sum(expm1_over(best, scale), 1)
+        elif POOL == "weights":
+            terms = tl.exp(scale * (best - tl.load(sim_ptr + i * Be + j, mask=matched, other=0.0)[:, None]))
+            total += tl.sum(tl.where(kept, terms, 0.0), 1)
         else:
             total += tl.sum(best, 1)
     sim = total
     if POOL == "lse":
-        sim = (top + tl.log(tl.where(count > 0, total, 1.0))) / scale
+        sim = top + tl.log(tl.where(count > 0, total, 1.0)) / scale
+    if POOL == "log_mean":
+        sim = log1p_over(total / tl.maximum(count, 1.0), scale)
     if POOL == "mean":
         sim = total / tl.maximum(count, 1.0)
-    tl.store(sim_ptr + i * Be + j, tl.where(count > 0, sim, 0.0), mask=j < Be)
+    tl.store(out_ptr + i * Be + j, tl.where(count > 0, sim, 0.0), mask=j < Be)
 
 
 @triton.jit
@@ -280,7 +294,7 @@ def _dx_kernel(
     e_ptr,  # [Be, Q, D]
     rows_ptr,  # [Bx P] int32, or None
     row_count_ptr,  # [1] int32, or None
-    unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
+    unscale_ptr,  # [Bx] float32: rows of dsim are multiplied by its inverse; or None
     dx_ptr,  # [Bx P, D]
     Bx,
     Be,
@@ -315,7 +329,7 @@ def _dx_kernel(
                 weights = tl.where(winner[:, None] == k[None, :], w[:, None], 0.0).to(e.dtype)
                 dx = tl.dot(weights, e, dx, input_precision=PRECISION)
     if unscale_ptr is not None:
-        dx *= tl.load(unscale_ptr)
+        dx *= tl.load(unscale_ptr + i, mask=live, other=0.0)[:, None]
     out = dx_ptr + row[:, None] * D + d[None, :]
     tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
@@ -331,7 +345,7 @@ def _de_kernel(
     row_count_ptr,  # [1] int32, or None
     tokens_ptr,  # [Be, Q] int32, or None
     counts_ptr,  # [Be] int32, or None
-    unscale_ptr,  # [] float32: dsim is multiplied by its inverse; or None
+    unscale_ptr,  # [Be] float32: columns of dsim are multiplied by its inverse; or None
     de_ptr,  # [Be, Q, D]
     Bx,
     Be,
@@ -369,7 +383,7 @@ def _de_kernel(
             weights = tl.where(winner[None, :] == k[:, None], w[None, :], 0.0).to(x.dtype)
             de = tl.dot(weights, x, de, input_precision=PRECISION)
         if unscale_ptr is not None:
-            de *= tl.load(unscale_ptr)
+            de *= tl.load(unscale_ptr + j)
         out = de_ptr + (j * Q + k)[:, None] * D + d[None, :]
         tl.store(out, de.to(de_ptr.dtype.element_ty), mask=(place < count)[:, None] & (d < D)[None, :])
 
@@ -385,7 +399,7 @@ def forward(
     x_lists: Tensor | None = None,
     e_lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sim, maxima (kept for "lse" and `save`), winners (kept for `save`)."""
+    """sim, maxima (kept for "lse", "log_mean" and `save`), winners (kept for `save`)."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
     x_mask = None if x_mask is None else x_mask.contiguous()
     *_, rows, row_count = _lists(x_mask, x_lists)
@@ -413,13 +427,24 @@ def forward(
                 PRECISION=dot_precision(x.dtype), BLOCK_M=M, BLOCK_N=columns, BLOCK_D=BLOCK_D, SUPER=SUPER,
                 num_warps=warps, num_stages=stages, **all_registers(x.device),
             )  # fmt: skip
-        J, L, warps = POOL
-        launch(
-            _pool_kernel, (Bx, triton.cdiv(Be, J)), maxima, x_mask, counts, sim, Be, P, float(pool_scale),
-            HAS_X_MASK=x_mask is not None, HAS_E_MASK=counts is not None, POOL=pool, BLOCK_J=J, BLOCK_P=L,
-            num_warps=warps,
-        )  # fmt: skip
-    return sim, maxima if save and pool == "lse" else maxima.new_empty(0), winners
+        _pool(maxima, x_mask, counts, None, sim, pool, pool_scale)
+    return sim, maxima if save and pool in EXPONENTIAL else maxima.new_empty(0), winners
+
+
+def _pool(
+    maxima: Tensor,
+    x_mask: Tensor | None,
+    counts: Tensor | None,
+    sim: Tensor | None,
+    out: Tensor,
+    pool: str,
+    pool_scale: float,
+) -> None:
+    (Bx, Be, P), (J, L, warps) = maxima.shape, POOL
+    launch(
+        _pool_kernel, (Bx, triton.cdiv(Be, J)), maxima, x_mask, counts, sim, out, Be, P, float(pool_scale),
+        HAS_X_MASK=x_mask is not None, HAS_E_MASK=counts is not None, POOL=pool, BLOCK_J=J, BLOCK_P=L, num_warps=warps,
+    )  # fmt: skip
 
 
 def backward(
@@ -444,17 +469,27 @@ def backward(
     dx = (torch.empty_like if rows is None else torch.zeros_like)(x, memory_format=torch.contiguous_format)
     de = (torch.empty_like if tokens is None else torch.zeros_like)(e, memory_format=torch.contiguous_format)
     dsim = dsim.to(torch.float32)
-    if pool == "mean":
+    if pool in ("mean", "log_mean"):
         dsim = dsim / (P if x_counts is None else x_counts.clamp(min=1).unsqueeze(-1))
+    if pool == "lse" and pool_scale > SHARP:
+        weights = torch.empty_like(sim)
+        with on_device(x):
+            _pool(maxima, None if x_mask is None else x_mask.contiguous(), counts, sim, weights, "weights", pool_scale)
+        dsim = torch.where(weights == 0, 0, dsim / weights)  # 0: a pair with nothing left
     dsim = dsim.contiguous()
-    in_range, unscale = _into_range(dsim, x.dtype)
 
     own, block_sum, out, warps, stages = choose(DE, x)
     sizes = (Bx, Be, P, Q, D, float(pool_scale))
-    flags = {"LIST_X": rows is not None, "POOL": pool, "PRECISION": dot_precision(x.dtype)}
+    # Of a log mean as of "lse": what is different has been divided by.
+    flags = {
+        "LIST_X": rows is not None,
+        "POOL": "lse" if pool in EXPONENTIAL else pool,
+        "PRECISION": dot_precision(x.dtype),
+    }
     saved = (sim, maxima, winners)
     with on_device(x):
         dx_sum = 1 if gather else min(block_sum, 32)
+        in_range, unscale = (dsim, None) if gather else _into_range(dsim, 1, e, counts)
         if gather:
             dx_own, dx_out, dx_warps, dx_stages = choose(DX, x)
             dx_out = min(dx_out, triton.next_power_of_2(D))
@@ -463,14 +498,15 @@ def backward(
             dx_own, dx_out, dx_warps, dx_stages = own, out // 2, warps, min(stages, 2)
         launch(
             _dx_kernel, (triton.cdiv(Bx * P, dx_own), triton.cdiv(D, dx_out)),
-            dsim if gather else in_range, *saved, e, rows, row_count, None if gather else unscale, dx, *sizes,
+            in_range, *saved, e, rows, row_count, unscale, dx, *sizes,
             GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=dx_sum, BLOCK_OUT=dx_out, **flags,
             num_warps=dx_warps, num_stages=dx_stages, **(all_registers(x.device) if x.dtype != torch.float32 else {}),
         )  # fmt: skip
-        if pool != "lse":
+        if pool not in EXPONENTIAL:
             block_sum = min(block_sum, 32)  # where no maxima are read, Triton 3.9 spills 8 bytes of 64 rows
         if own > 64 and (Q <= SHORT or tokens is not None):
             own, warps = own // 2, warps // 2  # short samples leave whole blocks of tokens out
+        in_range, unscale = _into_range(dsim, 0, x, x_counts)
         launch(
             _de_kernel, (Be, triton.cdiv(Q, own), triton.cdiv(D, out)),
             in_range, *saved, x, rows, row_count, tokens, counts, unscale, de, *sizes,
@@ -492,10 +528,19 @@ def _lists(mask: Tensor | None, buffer: Tensor | None) -> TokenLists | tuple[Non
     return token_lists.sections(token_lists.make(mask) if buffer is None else buffer, *mask.shape)
 
 
-def _into_range(dsim: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """dsim with its largest entry in [1/2, 1), and the factor that undoes it: gradients of 1 / B^2 leave float16."""
-    if dtype != torch.float16:
+def _into_range(dsim: Tensor, dim: int, tokens: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """dsim with the largest entry along `dim` in [1/2, 1), and the factors that undo it; float16 alone needs it.
+
+    A gradient is a sum of `tokens` [B, T, D] along `dim`, weighted by dsim in their dtype. Samples without a token left
+    or with zero vectors alone add nothing to it, and their dsim, which may be large without bound, counts as 0.
+    """
+    if tokens.dtype != torch.float16:
         return dsim, None
-    exponent = torch.frexp(dsim.abs().amax())[1].clamp(-120, 120)
-    one = torch.ones((), dtype=torch.float32, device=dsim.device)
+    nothing = torch.linalg.vector_norm(tokens, torch.inf, dim=(1, 2)) == 0
+    if counts is not None:
+        nothing |= counts == 0
+    dsim = dsim.masked_fill(nothing.unsqueeze(1 - dim) & dsim.isfinite(), 0)
+    largest = dsim.nan_to_num(0, 0, 0).abs().amax(dim, keepdim=True)
+    exponent = torch.frexp(largest)[1].clamp(-120, 120)
+    one = torch.ones_like(largest)
     return dsim * torch.ldexp(one, -exponent), torch.ldexp(one, exponent)

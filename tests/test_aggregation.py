@@ -112,6 +112,17 @@ def test_zero_tokens_and_huge_halves_are_finite():
     )
 
 
+@pytest.mark.parametrize("fn", [sparse_aggregate, sparse_aggregate_reference])
+@pytest.mark.parametrize("scores", [[1.0, -3.0, torch.inf], [1.0, -torch.inf], [torch.inf], [3e38, -3e38]])
+def test_what_overflows_shows(fn, scores):
+    image = torch.tensor(scores).view(1, -1, 1).expand(2, -1, 1)
+    joint, dimage, dtext = value_and_grads(fn, (image, torch.tensor([1.0, 0.5]).view(2, 1, 1)))
+    finite = torch.tensor(scores).isfinite().all()  # then a half of the scores is no overflow
+    assert torch.equal(joint.isnan().flatten(), torch.tensor([True, not finite]))
+    assert dimage[0].isnan().any()
+    assert dtext[0].isnan()
+
+
 def test_nan_shows():
     image, text = draw(2, 5, 3, 4)
     image[1, 2, 0] = torch.nan

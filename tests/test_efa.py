@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fmfa_losses import EFALoss
 from fmfa_losses.functional import efa_loss
-from fmfa_losses.ops.aggregation import sparse_aggregate_reference
+from fmfa_losses.ops.aggregation import aggregate, sparse_aggregate_reference
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 
 GOLDEN = {
@@ -27,12 +27,12 @@ def draw(B, N, L, D, dtype=torch.float64):
     return torch.randn(B, N, D, dtype=dtype), torch.randn(B, L, D, dtype=dtype)
 
 
-def plain(image, text, image_mask=None, text_mask=None, pids=None, margin=0.1):
+def plain(image, text, image_mask=None, text_mask=None, pids=None, margin=0.1, pool_scale=1.0):
     """Eq. 5-12 on the reference operators."""
     joint = sparse_aggregate_reference(image, text, image_mask=image_mask)
     B, total = len(image), 0
     for x, mask in ((text, text_mask), (image, image_mask)):
-        sim = hard_similarity_reference(x, joint, x_mask=mask, e_mask=text_mask)
+        sim = hard_similarity_reference(x, joint, x_mask=mask, e_mask=text_mask, pool_scale=pool_scale)
         for s in (sim, sim.T):
             for i in range(B):
                 rivals = [j for j in range(B) if j != i and (pids is None or pids[i] != pids[j])]
@@ -73,6 +73,26 @@ def test_matches_the_equations(shape, masked):
     )
 
 
+LENGTHS = {
+    "all": None,
+    "captions, some equally long": torch.tensor([3, 5, 3, 5, 4]),
+    "captions, one empty": torch.tensor([3, 5, 0, 5, 4]),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("pool_scale", [1e-6, 1e-3, 0.2, 1.0, 1e4, 1e6])
+def test_every_scale_of_the_pooling(pool_scale, lengths):
+    """In float32: log n / pool_scale, which differs between captions of unequal length, must not take the digits."""
+    image, text = (t.float().double() for t in draw(5, 12, 6, 16))
+    masks = {}
+    if LENGTHS[lengths] is not None:
+        masks = {"text_mask": torch.arange(6) < LENGTHS[lengths][:, None], "image_mask": torch.rand(5, 12) > 0.3}
+    exact = value_and_grads(lambda i, t: plain(i, t, **masks, pool_scale=pool_scale), (image, text))
+    got = value_and_grads(lambda i, t: efa_loss(i, t, **masks, pool_scale=pool_scale), (image.float(), text.float()))
+    assert_close(got, exact, 2e-6 if pool_scale <= 1 else 1e-4)
+
+
 def test_negatives_of_a_different_identity():
     image, text = draw(5, 6, 4, 8)
     pids = torch.tensor([1, 2, 1, 3, 1])
@@ -103,20 +123,26 @@ def test_released_threshold_is_strict():
     released = torch.autograd.functional.jacobian(lambda i: efa_loss(i, text, ranking="released"), image)
     # Patch 1 sits at the threshold: the released aggregation ignores it.
     joint = sparse_aggregate_reference(image, text)
-    strict = sparse_aggregate_reference(image, text, sparsity=0.25 + 1e-6)
+    strict = sparse_aggregate_reference(image, text, strict=True)
+    torch.testing.assert_close(strict, sparse_aggregate_reference(image, text, sparsity=0.25 + 1e-6))
     assert not torch.allclose(joint, strict)
-    from fmfa_losses import efa as module
-
-    seen = {}
-    original = module.sparse_aggregate
-    try:
-        module.sparse_aggregate = lambda *a, **k: seen.setdefault("joint", original(*a, **k))
-        efa_loss(image, text, ranking="released")
-    finally:
-        module.sparse_aggregate = original
-    torch.testing.assert_close(seen["joint"], strict)
+    torch.testing.assert_close(aggregate(image, text, None, None, "torch", strict=True), strict)
     assert paper.isfinite().all()
     assert released.isfinite().all()
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.0, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("ranking", ["paper", "released"])
+def test_masks_that_keep_everything_change_nothing(ranking, sparsity):
+    image, text = (torch.randint(-3, 4, (4, tokens, 6)).float() for tokens in (8, 5))  # many at the threshold
+    masks = {name: torch.ones(t.shape[:2], dtype=torch.bool) for name, t in (("image", image), ("text", text))}
+    results = [
+        value_and_grads(lambda i, t, given=given: efa_loss(i, t, ranking=ranking, sparsity=sparsity, **given), inputs)
+        for inputs in [(image, text)]
+        for given in ({}, {"image_mask": masks["image"]}, {"text_mask": masks["text"]})
+    ]
+    for masked in results[1:]:
+        assert_close(masked, results[0], 1e-6)
 
 
 def test_reductions():

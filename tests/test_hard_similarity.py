@@ -76,6 +76,44 @@ def test_gradcheck(pool):
     assert torch.autograd.gradcheck(lambda x, e: hard_similarity(x, e, pool=pool, pool_scale=2.0, **masks), (x, e))
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.24, 0.25, 4.0, 50.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_scale_of_the_pooling(dtype, scale):
+    """Value and gradients, also of tokens that are equally similar: each of them has half of the weight."""
+    x, e = draw(3, 4, 20, 9, 16)
+    x[:, 1] = x[:, 0]
+    x, e = x.float().double(), e.float().double()
+    kwargs = dict(zip(("x_mask", "e_mask"), some_masks(x, e), strict=True)) | {"pool_scale": scale}
+    exact = value_and_grads(lambda x, e: hard_similarity_reference(x, e, **kwargs), (x, e))
+    got = value_and_grads(lambda x, e: hard_similarity(x, e, **kwargs), (x.to(dtype), e.to(dtype)))
+    # float64: what the reference loses, log P / scale and scale cos. float32: cosines, times the scale in the weights.
+    tolerance = 1e-15 * max(1 / scale, scale, 100) if dtype == torch.float64 else 2e-6 + 3e-8 * min(scale, 200)
+    assert_close(got, exact, tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-12, 1e12, 1e30, 1e39])
+def test_scales_beyond_all_digits_are_the_limits(scale):
+    x, e = draw(2, 3, 5, 4, 6, torch.float32)
+    if scale > 1:
+        limit = module.unit_rows(x) @ module.unit_rows(e).flatten(0, 1).T  # [i, l, j k]
+        torch.testing.assert_close(hard_similarity(x, e, pool_scale=scale), limit.view(2, 5, 3, 4).amax((1, 3)))
+    else:
+        units = [module.UnitTokens(module.unit_rows(t), None, None) for t in (x, e)]
+        got = value_and_grads(
+            lambda x, e: module.unit_similarity(
+                units[0]._replace(rows=x), units[1]._replace(rows=e), pool="log_mean", pool_scale=scale, backend="torch"
+            ),
+            [t.rows for t in units],
+        )
+        means = value_and_grads(
+            lambda x, e: module.unit_similarity(
+                units[0]._replace(rows=x), units[1]._replace(rows=e), pool="mean", pool_scale=1.0, backend="torch"
+            ),
+            [t.rows for t in units],
+        )
+        assert_close(got, means, 1e-6)
+
+
 def test_ties_go_to_the_lowest_k():
     x = torch.tensor([[[1.0, 0.0]]])
     e = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [2.0, 0.0]]])

@@ -3,12 +3,10 @@
 Source: yinhao1102/FMFA, arXiv 2509.13754v2.
 """
 
-import torch
 from torch import Tensor
 
 from ..ops._checks import check_float, check_same
-from ..ops._precision import accumulation_dtype
-from ..ops.aggregation import sparse_aggregate
+from ..ops.aggregation import aggregate
 from ._released import released_alignment, released_asdm
 from .irra import compute_cmpm, compute_id, compute_itc, compute_mlm, rank
 from .irra import compute_sdm as _compute_sdm
@@ -79,9 +77,7 @@ def compute_agg_v(text_feats: Tensor, patch_feats: Tensor) -> Tensor:
     check_float("text_feats", text_feats, "B L D")
     check_float("patch_feats", patch_feats, "B N D")
     check_same("text_feats and patch_feats", text_feats, patch_feats, dims=[("B", 0), ("D", 2)])
-    N, eps = patch_feats.shape[1], torch.finfo(accumulation_dtype(text_feats, patch_feats)).eps
-    # n > 1/N is n >= the next number after 1/N.
-    return sparse_aggregate(patch_feats, text_feats, sparsity=min(1.0, (1 + eps) / N))
+    return aggregate(patch_feats, text_feats, None, None, "auto", strict=True)
 
 
 def compute_minmax_info_loss(A: Tensor, B: Tensor, C: Tensor, margin: float = 0.1) -> Tensor:

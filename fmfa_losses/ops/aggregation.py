@@ -4,6 +4,9 @@ With u_k = s_k - min s over the patches that pass the threshold, the weights are
 so the maximum decides who passes and otherwise carries no gradient. That leaves one short backward:
 
     da_k = de . v_k,   ds_k = (da_k - sum_j a_j da_j) / sum u   for patches that passed, minus their sum at the minimum
+
+Who passes is decided alike everywhere: n, rounded to the nearest number, is compared with the threshold, rounded to the
+nearest number. A patch whose n is 1/N exactly is then exactly at the threshold, in every precision.
 """
 
 import torch
@@ -15,7 +18,7 @@ from ._checks import check_float, check_fraction, check_mask, check_same
 from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision
 
-__all__ = ["sparse_aggregate", "sparse_aggregate_reference"]
+__all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference"]
 
 # A row whose range is within this many roundings of its largest entry is constant: its order is noise.
 CONSTANT_ROW_EPS = 8
@@ -27,21 +30,24 @@ def sparse_aggregate_reference(
     *,
     image_mask: Tensor | None = None,
     sparsity: float | None = None,
+    strict: bool = False,
 ) -> Tensor:
-    """The specification of `sparse_aggregate`: Eq. 5-8 one after the other."""
+    """The specification of `sparse_aggregate`: Eq. 5-8 one after the other; `strict` as in `aggregate`."""
     acc = accumulation_dtype(image_tokens, text_tokens)
     image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
     keep = image_tokens.new_ones(image_tokens.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
     image_tokens = image_tokens.masked_fill(~rearrange(keep, "b n -> b n 1"), 0)
     keep = rearrange(keep, "b n -> b 1 n")
     count = keep.sum(dim=-1, keepdim=True)
-    threshold = 1 / count.to(acc) if sparsity is None else sparsity
+    threshold = 1 / count.clamp(min=1).to(acc) if sparsity is None else torch.full_like(count, sparsity, dtype=acc)
+    if strict:  # the next number, or 1
+        threshold = torch.nextafter(threshold, torch.ones_like(threshold))
 
     s = einsum(text_tokens, image_tokens, "b l d, b n d -> b l n")
     low = s.masked_fill(~keep, torch.inf).min(dim=-1, keepdim=True).values
     high = s.masked_fill(~keep, -torch.inf).max(dim=-1, keepdim=True).values
     constant = high - low <= CONSTANT_ROW_EPS * torch.finfo(acc).eps * torch.maximum(high.abs(), low.abs())
-    constant = constant | (count == 0)
+    constant = (constant & (high - low < torch.inf)) | (count == 0)  # a range that overflows is not: it gives NaN
     # The inner fills keep what a constant row does not use, and its gradient, finite.
     n = (s - low.masked_fill(constant, 0)) / (high - low).masked_fill(constant, 1)
     m = torch.where(keep & ~(n < threshold), n, 0)
@@ -72,8 +78,8 @@ def sparse_aggregate(
 
     Returns:
         [B, L, D], float32 (float64 when an input is). A token that is equally similar to all patches (and N == 1)
-        gathers them uniformly and sends no gradient through s; a sample without patches gives zeros. Differentiable
-        once.
+        gathers them uniformly and sends no gradient through s; a sample without patches gives zeros; a token whose
+        similarities or their range overflow gives NaN. Differentiable once.
 
     Raises:
         TypeError, ValueError: rank, width, batch, dtype, device or mask do not fit; sparsity outside [0, 1].
@@ -86,6 +92,19 @@ def sparse_aggregate(
 
     Reference: SPARC, arXiv 2401.09865; Yin et al., arXiv 2509.13754v2, Eq. 5-8.
     """
+    return aggregate(image_tokens, text_tokens, image_mask, sparsity, backend)
+
+
+def aggregate(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    sparsity: float | None,
+    backend: str,
+    *,
+    strict: bool = False,
+) -> Tensor:
+    """`sparse_aggregate`; with `strict` a patch must lie above the threshold (one of 1: reach it), as released."""
     check_float("image_tokens", image_tokens, "B N D")
     check_float("text_tokens", text_tokens, "B L D")
     check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
@@ -102,6 +121,8 @@ def sparse_aggregate(
         threshold = 1 / image_mask.sum(dim=1).clamp(min=1).to(acc)
     else:
         threshold = image_tokens.new_full((B,), 1 / N if sparsity is None else sparsity, dtype=acc)
+    if strict:  # from the next number on
+        threshold = torch.nextafter(threshold, torch.ones_like(threshold))
     joint: Tensor = sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, chosen)[0]
     return joint
 
@@ -188,11 +209,13 @@ def _weights(
     low, argmin = (s if image_mask is None else s.masked_fill(~keep, torch.inf)).min(dim=-1, keepdim=True)
     span = high - low
     constant = span <= CONSTANT_ROW_EPS * torch.finfo(s.dtype).eps * torch.maximum(high.abs(), low.abs())
+    constant &= span < torch.inf  # where the range overflows, u / span is inf / inf, and shows
     u = s - low
     # "not below" rather than "at or above": a NaN passes and shows.
     passed = keep & ~constant & ~(u / span < threshold.view(-1, 1, 1))
     u = torch.where(passed, u, 0)
     total = u.sum(dim=-1, keepdim=True)
+    total.masked_fill_(total == torch.inf, torch.nan)  # or its weights were 0
     uniform = keep / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(s.dtype)
     a = torch.where(constant, uniform, u / torch.where(constant, torch.ones_like(total), total))
     return a, low.squeeze(-1), total.squeeze(-1), passed, argmin

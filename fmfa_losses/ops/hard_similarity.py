@@ -3,8 +3,14 @@
 Every token of x_i takes its best match among the tokens of e_j (hard coding); the matches are pooled over x_i's tokens.
 The gradient passes through the winning k alone, so the backward is a gather and a scatter over Bx Be P winners,
 and nothing of size Bx Be P Q ever exists.
+
+    (1/lambda) log sum_l exp(lambda m_l) = (1/lambda) log n + (1/lambda) log (1/n) sum_l exp(lambda m_l)
+
+Of a small lambda the first term, the level, takes all digits from the second one, the log mean, which tends to the mean
+of m. So the operator computes the log mean there, and who needs differences of similarities leaves the level out.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +24,7 @@ from ._operator import differentiable_once, operator
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = [
+    "FLAT",
     "UnitTokens",
     "hard_similarity",
     "hard_similarity_reference",
@@ -27,6 +34,11 @@ __all__ = [
 ]
 
 POOLS = ("lse", "sum", "mean")
+# A scale below is small: cosines times it stay within what the series of the kernels are good for.
+FLAT = 0.25
+# Beyond, float64 cannot tell "lse" from the maximum, and a log mean from the mean; float32 can still hold the number.
+SCALES = (1e-20, 1e30)
+EXPONENTIAL = ("lse", "log_mean")  # pools whose weights need the maxima
 
 
 def hard_similarity_reference(
@@ -127,11 +139,22 @@ def product_dtype(x: Tensor, e: Tensor, backend: str) -> torch.dtype:
 
 
 def unit_similarity(x: UnitTokens, e: UnitTokens, *, pool: str, pool_scale: float, backend: str) -> Tensor:
-    """`hard_similarity` of tokens that are unit rows already; `backend` is "triton" or "torch"."""
+    """`hard_similarity` of tokens that are unit rows already; `backend` is "triton" or "torch".
+
+    pool="log_mean" is "lse" without its level, for a pool_scale < FLAT; a pair with nothing left has 0.
+    """
+    leveled = pool == "lse" and pool_scale < FLAT
+    scale = min(max(float(pool_scale), SCALES[0]), SCALES[1])
     sim: Tensor = hard_similarity_op(
-        x.rows, e.rows, x.mask, e.mask, pool, float(pool_scale), False, backend, x.lists, e.lists
+        x.rows, e.rows, x.mask, e.mask, "log_mean" if leveled else pool, scale, False, backend, x.lists, e.lists
     )[0]
-    return sim
+    if not leveled:
+        return sim
+    if x.mask is None:
+        level = sim.new_full((1, 1), math.log(x.rows.shape[1]) / pool_scale)
+    else:
+        level = x.mask.sum(dim=1, keepdim=True).clamp(min=1).to(sim.dtype).log() / pool_scale
+    return sim + (level if e.mask is None else torch.where(e.mask.any(dim=1), level, 0))
 
 
 def token_lists(mask: Tensor | None, backend: str) -> Tensor | None:
@@ -157,9 +180,9 @@ def _(mask):  # type: ignore[no-untyped-def]
 
 
 # The operator: one schema, one fake kernel, one gradient formula for both backends.
-# maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won (-1: none); both empty unless `save`,
-# which is True where the gradient is wanted.
-# The kernels make the lists of a mask that comes without them.
+# pool is one of POOLS or "log_mean". maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won
+# (-1: none); both empty unless `save`, which is True where the gradient is wanted. The kernels make the lists of a mask
+# that comes without them.
 
 
 @operator(
@@ -202,7 +225,7 @@ def _(  # type: ignore[no-untyped-def]
     saved = x.dtype if backend == "triton" and x.dtype != torch.float32 else acc
     return (
         x.new_empty(matches[:2], dtype=acc),
-        x.new_empty(matches if save and pool == "lse" else (0,), dtype=_maxima_dtype(saved)),
+        x.new_empty(matches if save and pool in EXPONENTIAL else (0,), dtype=_maxima_dtype(saved)),
         x.new_empty(matches if save else (0,), dtype=_winner_dtype(e.shape[1])),
     )
 
@@ -265,7 +288,7 @@ def _forward_torch(
     step_e = min(Be, max(1, 640 // Q))  # about 640 columns make an efficient product
     step_x = min(Bx, max(1, _tile_elements(x.device) // (step_e * P * Q)))
     sim = x.new_empty(Bx, Be)
-    maxima = x.new_empty((Bx, Be, P) if save and pool == "lse" else (0,))
+    maxima = x.new_empty((Bx, Be, P) if save and pool in EXPONENTIAL else (0,))
     winners = x.new_empty((Bx, Be, P) if save else (0,), dtype=_winner_dtype(Q))
     for i in (slice(i, min(i + step_x, Bx)) for i in range(0, Bx, step_x)):
         rows = x[i].reshape(-1, D)
@@ -281,7 +304,7 @@ def _forward_torch(
             if save:
                 winner = rearrange(winner, "(i l) j -> i j l", l=P)
                 winners[i, j] = winner.to(winners.dtype).masked_fill(best == -torch.inf, -1)
-                if pool == "lse":
+                if pool in EXPONENTIAL:
                     maxima[i, j] = best
     return sim, maxima, winners
 
@@ -290,9 +313,17 @@ def _pool(best: Tensor, pool: str, pool_scale: float) -> Tensor:
     """[i, j, l] -> [i, j]; -inf marks what is masked out, and a pair with nothing left gives 0."""
     gone = best == -torch.inf
     if pool == "lse":
-        return (torch.logsumexp(pool_scale * best, dim=-1) / pool_scale).masked_fill_(gone.all(dim=-1), 0)
+        top = best.amax(dim=-1)
+        # The difference is exact, and so is its product with a large scale.
+        terms = (best - top.unsqueeze(-1)).mul_(pool_scale).exp_()
+        return terms.sum(dim=-1).log_().div_(pool_scale).add_(top).masked_fill_(gone.all(dim=-1), 0)
+    if pool == "log_mean":
+        best = torch.expm1(pool_scale * best)
     total = best.masked_fill(gone, 0).sum(dim=-1)
-    return total if pool == "sum" else total / (~gone).sum(dim=-1).clamp(min=1)
+    if pool == "sum":
+        return total
+    mean = total / (~gone).sum(dim=-1).clamp(min=1)
+    return mean if pool == "mean" else torch.log1p(mean) / pool_scale
 
 
 def _backward_torch(
@@ -309,7 +340,7 @@ def _backward_torch(
     """dx_il = sum_j w_ijl e_jk*,  de_jk = sum over the (i, l) that k won of w_ijl x_il, with w = dsim * dS/dmax."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
     dx, de = (torch.empty_like(tokens, memory_format=torch.contiguous_format) for tokens in (x, e))
-    if pool == "mean":
+    if pool in ("mean", "log_mean"):
         count = P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1)
         dsim = dsim / count
 
@@ -318,6 +349,9 @@ def _backward_torch(
         winner = winners[i, j].to(torch.int64)
         weight = dsim[i, j].unsqueeze(-1).to(x.dtype)
         if pool == "lse":
+            best = maxima[i, j]
+            weight = weight * torch.softmax(pool_scale * (best - best.amax(dim=-1, keepdim=True)), dim=-1)
+        if pool == "log_mean":
             weight = weight * torch.exp(pool_scale * (maxima[i, j] - sim[i, j].unsqueeze(-1)))
         weight = weight.expand(winner.shape).masked_fill(winner < 0, 0)
         first = torch.arange(winner.shape[1], device=x.device).unsqueeze(-1) * Q

@@ -13,7 +13,7 @@ def aggregate_reference(image: Tensor, text: Tensor, mask: Tensor | None, thresh
     high = s.masked_fill(~keep[:, None], -torch.inf).amax(-1, keepdim=True)
     # The kernels' float32 decides what is noise, whatever the precision here.
     noise = 8 * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
-    constant = (high - low <= noise) | (count == 0)
+    constant = (high - low <= noise) & (high - low < torch.inf) | (count == 0)
     n = (s - low.masked_fill(constant, 0)) / (high - low).masked_fill(constant, 1)
     m = torch.where(keep[:, None] & ~(n < threshold.to(s.dtype).view(-1, 1, 1)), n, 0)
     a = m / m.sum(-1, keepdim=True).masked_fill(constant, 1)

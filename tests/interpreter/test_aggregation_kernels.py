@@ -1,11 +1,18 @@
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compare import default_dtype
 from fmfa_losses.kernels import aggregation
 from reference import aggregate_reference, within_budget
 
 from fmfa_losses.functional import sparse_aggregate
-from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
+from fmfa_losses.ops.aggregation import (
+    aggregate,
+    sparse_aggregate_backward_op,
+    sparse_aggregate_op,
+    sparse_aggregate_reference,
+)
 
 # B, N, L, D: patches over one tile (513 > 512), sizes around the blocks, a width that no vector divides.
 SHAPES = [(2, 1, 1, 16), (2, 63, 77, 64), (1, 193, 33, 64), (1, 17, 9, 507), (2, 129, 129, 16), (1, 601, 33, 16)]
@@ -196,14 +203,103 @@ def test_a_nan_shows_in_rows_that_are_constant_without_it(N):
     assert not dimage[0].isnan().any()
 
 
+def overflowing(N):
+    """image [1, N, 4] and text [1, 6, 4]: the first token has finite scores, those of the others leave float32."""
+    image, text = torch.randn(1, N, 4), torch.zeros(1, 6, 4)
+    image[..., 1:] = 0
+    image[0, 1] = torch.tensor([0.0, -1e20, 1e20, 0.0])
+    image[0, -1] = torch.tensor([0.0, 1e20, -1e20, 1e20])
+    text[0, :, 0] = 1
+    text[0, 1, 1] = torch.inf  # inf, -inf, and 0 inf = NaN
+    text[0, 2, 1] = 1e20  # inf and -inf
+    text[0, 3, 2] = 3e18  # 3e38 and -3e38: their difference is infinite
+    text[0, 4, 3] = 1e20  # inf alone
+    text[0, 5, 3] = -1e20  # -inf alone
+    return image, text
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks of overflow in a sum, too
+@pytest.mark.parametrize("sparsity", [None, 0.0, 1.0])
 @pytest.mark.parametrize("N", [17, 600])
-def test_infinite_scores_are_what_the_torch_path_makes_of_them(N):
-    image, text, _ = inputs(1, N, 3, 16, torch.float32)
-    text[0, 1, 2] = float("inf")  # both infinities among the scores of this row
-    image[0, :, 2] = image[0, :, 2].abs() + 1
-    image[0, ::2, 2] *= -1
-    joint = sparse_aggregate(image, text, sparsity=0.3, backend="triton")
-    torch.testing.assert_close(joint, sparse_aggregate(image, text, sparsity=0.3), atol=2e-5, rtol=2e-5)
+def test_scores_that_overflow_show_in_their_rows_and_nowhere_else(N, sparsity):
+    image, text = overflowing(N)
+    broken = torch.tensor([[False] + [True] * 5])
+    for backend in ("triton", "torch"):
+        leaves = [t.detach().requires_grad_() for t in (image, text)]
+        joint = sparse_aggregate(*leaves, sparsity=sparsity, backend=backend)
+        assert torch.equal(joint.isnan().all(-1), broken)
+        assert torch.equal(joint.isnan().any(-1), broken)
+        dimage, dtext = torch.autograd.grad(joint, leaves, torch.ones_like(joint))
+        assert torch.equal(dtext.isnan().all(-1), broken)
+        assert dimage[0, [1, -1]].isnan().all()
+    reference = sparse_aggregate_reference(image, text, sparsity=sparsity)
+    assert torch.equal(reference.isnan().all(-1), broken)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("N", [17, 600])
+def test_a_sum_that_overflows_shows(N):
+    image = torch.full((1, N, 1), 2e38)
+    image[0, 0] = 0
+    for backend in ("triton", "torch"):
+        joint = sparse_aggregate(image, torch.ones(1, 1, 1), sparsity=0.0, backend=backend)
+        assert joint.isnan().all()
+
+
+# N, and scores of which some lie at 1/N of their range exactly, in float32: 3 of 21, 2^-20 of 7 2^-20, 11 of 5 11.
+AT_THRESHOLD = [
+    *(([21.0, 3, 0, 0, 0, 0, 0], None), ([7 * 2.0**-20, 0, 2.0**-20, 0, 0, 0, 0], None), ([55.0, 11, 11, 0, 44], None)),
+    *(([float(N), *[0.0] * (N - 2), 1], None) for N in (3, 5, 41, 49, 193, 600)),
+    *(([3.0, 0, 5, 1], 0.6), ([0.0, 10, 7, 3], 0.7), ([0.0, 10, 7, 3], 0.3), ([-1.0, 9, 0], 0.1)),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("scores, sparsity", AT_THRESHOLD)
+def test_a_patch_at_the_threshold_has_one_fate(scores, sparsity, strict, masked):
+    N = len(scores)
+    image = torch.stack([torch.tensor(scores), torch.arange(N) % 7], dim=-1)[None]
+    mask = torch.ones(1, N, dtype=torch.bool)
+    if masked:  # two patches more, which do not count
+        image = torch.cat([image[:, :1], 100 * torch.ones(1, 2, 2), image[:, 1:]], dim=1)
+        mask = torch.tensor([[True, False, False] + [True] * (N - 1)])
+    text, cotangent = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]).expand(1, 2, 2)
+    kept = torch.tensor(scores).double()
+    n = (kept - kept.min()) / (kept.max() - kept.min())
+    threshold = 1 / N if sparsity is None else sparsity
+    m = torch.where(n > threshold + 1e-6 if strict else n > threshold - 1e-6, n, 0)
+    assert (n - threshold).abs().min() < 1e-7
+    right = (m / m.sum() @ image[mask].double()).expand(1, 2, 2)
+
+    def public(backend):
+        leaves = [t.detach().requires_grad_() for t in (image, text)]
+        joint = aggregate(*leaves, mask if masked else None, sparsity, backend, strict=strict)
+        return joint.detach(), *torch.autograd.grad(joint, leaves, cotangent)
+
+    reference = sparse_aggregate_reference(image, text, image_mask=mask, sparsity=sparsity, strict=strict)
+    torch.testing.assert_close(reference, right.float())
+    for a, b in zip(public("triton"), public("torch"), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(public("triton")[0], right.float())
+
+
+def test_the_cutoff_is_the_first_number_whose_quotient_passes():
+    N = torch.cat([torch.arange(1, 300), torch.randint(300, 5000, (213,))])
+    span = torch.cat([torch.randint(1, 4000, (256,)).float(), torch.rand(256) * 2.0 ** torch.randint(-60, 60, (256,))])
+    for threshold in (1 / N, torch.rand(512), torch.nextafter(1 / N, torch.ones(512))):
+        out = torch.empty(512)
+        _cutoff_kernel[(1,)](span, threshold, out, R=512)
+        assert (out / span >= threshold).all()
+        assert (torch.nextafter(out, torch.zeros(512)) / span < threshold).all()
+
+
+@triton.jit
+def _cutoff_kernel(span_ptr, threshold_ptr, out_ptr, R: tl.constexpr):
+    r = tl.arange(0, R)
+    tl.store(
+        out_ptr + r, aggregation._cutoff(tl.zeros((R,), tl.float32), tl.load(span_ptr + r), tl.load(threshold_ptr + r))
+    )
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])

@@ -10,7 +10,13 @@ from fmfa_losses.kernels._tile import max_or_nan, row_max
 from reference import hard_similarity_reference, within_budget
 
 from fmfa_losses import functional
-from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
+from fmfa_losses.ops.hard_similarity import (
+    FLAT,
+    UnitTokens,
+    hard_similarity_backward_op,
+    hard_similarity_op,
+    unit_similarity,
+)
 
 # Bx, Be, P, Q, D: several samples a tile, one, and samples wider than a tile; a width that no vector divides.
 SHAPES = [
@@ -81,6 +87,21 @@ def test_every_pool(pool, scale):
     check(inputs(3, 4, 20, 33, 16, torch.float32, masked=True), pool, scale, True)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e-3, 0.24, 0.25, 4.0, 33.0, 1e4, 1e30])
+def test_every_scale_of_the_pooling(scale):
+    x, e, x_mask, e_mask = inputs(3, 4, 70, 9, 16, torch.float32, masked=True)
+    x[:, 1], x_mask[:, 1] = x[:, 0], x_mask[:, 0]  # equally similar: each has half of the weight
+    kwargs = {"x_mask": x_mask, "e_mask": e_mask, "pool_scale": scale}
+    exact = value_and_grads(lambda x, e: functional.hard_similarity(x, e, **kwargs), (x.double(), e.double()))
+    got = value_and_grads(lambda x, e: functional.hard_similarity(x, e, backend="triton", **kwargs), (x, e))
+    assert_close(got, exact, 2e-6 + 3e-8 * min(scale, 200))
+    units = [UnitTokens(t.double(), mask, None) for t, mask in ((x, x_mask), (e, e_mask))]
+    if scale < FLAT:  # the log mean, which no level hides
+        exact = unit_similarity(*units, pool="log_mean", pool_scale=scale, backend="torch")
+        sim, _, _ = hard_similarity.forward(x, e, x_mask, e_mask, "log_mean", scale, False)
+        assert_close([sim], [exact], 1e-6)
+
+
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("pool, scale", POOLS[:3])
 def test_values_and_gradients_float16(pool, scale, gather):
@@ -94,6 +115,64 @@ def test_gradients_far_below_float16_keep_their_digits():
     _, dx, de = run(x, e, None, None, "sum", 1.0, dsim * 2.0**-12, False)[0]
     torch.testing.assert_close(dx.float() * 2.0**12, ones[1], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(de.float() * 2.0**12, ones[2], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("what", ["mask", "zeros"])
+@pytest.mark.parametrize("gather", [True, False])
+def test_samples_that_move_nothing_do_not_drown_the_others(gather, what):
+    """Float16: a released row of similarities that is all zero sends 1e12 times the gradient back, to no token."""
+    x, e, x_mask, e_mask = inputs(4, 5, 9, 7, 16, torch.float16)
+    if what == "mask":
+        x_mask, e_mask = torch.ones(4, 9, dtype=torch.bool), torch.ones(5, 7, dtype=torch.bool)
+        x_mask[1], e_mask[3] = False, False
+    else:
+        x[1], e[3] = 0, 0
+    dsim = torch.randn(4, 5)
+    dsim[1] *= 1e12
+    dsim[:, 3] *= 1e12
+    exact, _ = plain(x, e, x_mask, e_mask, "mean", 1.0, dsim, torch.float64)
+    got, _ = run(x, e, x_mask, e_mask, "mean", 1.0, dsim, gather)
+    others = torch.arange(4) != 1, torch.arange(5) != 3  # the gradient of a zero vector is large itself
+    for value, right, kept in zip(got[1:], exact[1:], others, strict=True):
+        assert_close([value[kept]], [right[kept]], 2e-3)
+
+
+def test_every_sample_of_e_has_its_own_range():
+    """Float16: cotangents of 1e-9 next to others of 1."""
+    x, e, _, _ = inputs(3, 4, 20, 17, 16, torch.float16)
+    dsim = torch.randn(3, 4)
+    right = run(x.float(), e.float(), None, None, "sum", 1.0, dsim, True)[0][2]
+    ranges = torch.tensor([1.0, 2.0**-13, 2.0**10, 2.0**-4])
+    de = run(x, e, None, None, "sum", 1.0, dsim * ranges, True)[0][2]
+    for j in range(4):
+        assert_close([de[j].float() / ranges[j]], [right[j]], 3e-3)
+
+
+@pytest.mark.parametrize("pool", ["lse", "mean"])
+def test_a_cotangent_that_is_not_finite_shows_in_its_own_pairs(pool):
+    x, e, _, _ = inputs(3, 4, 5, 7, 16, torch.float16)
+    dsim = torch.ones(3, 4)
+    dsim[0, 1], dsim[2, 3] = torch.nan, torch.inf
+    (_, dx, de), _ = run(x, e, None, None, pool, 2.0, dsim, True)
+    assert [dx[i].isfinite().all().item() for i in range(3)] == [False, True, False]
+    assert [de[j].isfinite().all().item() for j in range(4)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("ranking", ["paper", "released"])
+@pytest.mark.parametrize("empty", [None, "caption", "image"])
+def test_efa_in_float16_with_an_empty_sample(empty, ranking):
+    image, text = torch.randn(4, 12, 16).half(), torch.randn(4, 6, 16).half()
+    masks = {"image_mask": torch.ones(4, 12, dtype=torch.bool), "text_mask": torch.ones(4, 6, dtype=torch.bool)}
+    if empty is not None:
+        masks["image_mask" if empty == "image" else "text_mask"][2] = False
+    exact, got = (
+        value_and_grads(
+            lambda i, t, b=backend: functional.efa_loss(i, t, ranking=ranking, backend=b, **masks),
+            [t.to(dtype) for t in (image, text)],
+        )
+        for backend, dtype in (("torch", torch.float64), ("triton", torch.float16))
+    )
+    assert_close(got, exact, 3e-3)
 
 
 @pytest.mark.parametrize("masked", [False, True])
