@@ -18,6 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         "kernels first), and lists the lines of Python files and notebooks that call objectives this library "
         "replaces. Never edits, imports or runs them. Exits with 1 when the self-test fails, or when "
         "FMFA_LOSSES_BACKEND names a backend that runs on no device here.",
+        epilog="It imports nothing from the folder in which it is started, as far as Python lets it: start it with "
+        "python -I -m fmfa_losses where you do not trust that folder.",
     )
     doctor.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a Python file or notebook, or a folder")
     path = parser.parse_args(argv).path
