@@ -1,6 +1,7 @@
 """`python -m fmfa_losses doctor [PATH]`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     doctor.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a Python file or notebook, or a folder")
     path = parser.parse_args(argv).path
-    if path is not None and not path.exists():
+    if path is not None and not os.path.exists(path):  # Path.exists raises where a folder may not be read
         parser.error(f"PATH must exist, got {path}")
 
     from .doctor import diagnose
