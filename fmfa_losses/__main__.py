@@ -1,6 +1,7 @@
 """`python -m fmfa_losses doctor [PATH]`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -18,10 +19,12 @@ def main(argv: list[str] | None = None) -> int:
         "kernels first), and lists the lines of Python files and notebooks that call objectives this library "
         "replaces. Never edits, imports or runs them. Exits with 1 when the self-test fails, or when "
         "FMFA_LOSSES_BACKEND names a backend that runs on no device here.",
+        epilog="It imports nothing from the folder in which it is started, as far as Python lets it: start it with "
+        "python -I -m fmfa_losses where you do not trust that folder.",
     )
     doctor.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a Python file or notebook, or a folder")
     path = parser.parse_args(argv).path
-    if path is not None and not path.exists():
+    if path is not None and not os.path.exists(path):  # Path.exists raises where a folder may not be read
         parser.error(f"PATH must exist, got {path}")
 
     from .doctor import diagnose

@@ -68,7 +68,7 @@ def scan(path: Path) -> Iterator[Finding | Unreadable]:
 
 def _files(path: Path) -> Iterator[Path | Unreadable]:
     """`path`, or the files in and under it in order; no recursion, as a tree may be deeper than Python's stack."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         yield path
         return
     pending = [path]
