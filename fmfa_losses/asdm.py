@@ -20,7 +20,7 @@ from ._asdm_ring import asdm_rows_round_the_ring
 from .distributed import GATHER, meet
 from .ops._backend import BACKENDS
 from .ops._checks import check_flag, check_float, check_ids, check_option, check_positive, check_same
-from .ops.similarity_distribution import REDUCTIONS, RowLoss, similarity_distribution_loss
+from .ops.similarity_distribution import REDUCTIONS, RowLoss, checked_scale, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
 
@@ -54,10 +54,10 @@ def asdm_loss(
         tensor(True)
     """
     temperature = check_positive("temperature", temperature)
+    logit_scale = 1 / temperature if logit_scale is None else checked_scale(logit_scale)
     pids, image_ids = _check_inputs(image_features, text_features, pids, image_ids)
     exchanged = {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids}
     peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
-    logit_scale = 1 / temperature if logit_scale is None else logit_scale
     row_loss: dict[str, Any] = {
         "alpha": alpha,
         "gap": gap,

@@ -6,7 +6,9 @@ import pytest
 import torch
 from compare import assert_close, assert_finite, relative_error, value_and_grads
 from golden import golden
+from torch import nn
 
+from fmfa_losses.asdm import ASDMLoss
 from fmfa_losses.cmpm import CMPMLoss, cmpm_loss, cmpm_loss_from_scores
 from fmfa_losses.itc import ITCLoss, itc_loss, itc_loss_from_scores
 from fmfa_losses.sdm import SDMLoss, sdm_loss, sdm_loss_from_scores
@@ -288,6 +290,96 @@ def test_logit_scale(name):
         module(**kwargs)(image, text, pids, logit_scale=torch.ones(2))
     with pytest.raises(ValueError, match="logit_scale must be"):
         module(**kwargs)(image, text, pids, logit_scale=0.0)
+
+
+SCALED = pytest.mark.parametrize("name", ["asdm", "sdm", "itc", "itc_identity", "sigmoid"])
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, -7.0])
+@SCALED
+def test_a_scale_on_the_cpu_is_positive(name, scale):
+    module, _, from_scores, kwargs = LOSSES[name] if name != "asdm" else (ASDMLoss, None, None, {})
+    image, text, pids = draw(6)
+    for tensor in (torch.tensor(scale), torch.tensor([scale], requires_grad=True), nn.Parameter(torch.tensor(scale))):
+        with pytest.raises(ValueError, match=r"logit_scale must be > 0, got a tensor with"):
+            module(**kwargs)(image, text, pids, logit_scale=tensor)
+        if from_scores is not None:
+            with pytest.raises(ValueError, match=r"logit_scale must be > 0, got a tensor with"):
+                from_scores(text @ image.T, pids, logit_scale=tensor, **kwargs)
+    assert module(**kwargs)(image, text, pids, logit_scale=torch.tensor(torch.nan)).isnan()
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+@pytest.mark.parametrize("scale", [0.0, -7.0])
+@SCALED
+def test_compiled_any_scale_has_the_value_of_its_equation(name, scale):
+    """Nobody looks at the scale there; features and scores agree, and they differentiate by different ways."""
+    module, _, from_scores, kwargs = LOSSES[name] if name != "asdm" else (ASDMLoss, None, None, {"alpha": 0.0})
+    from_scores = from_scores or sdm_loss_from_scores
+    image, text, pids = draw(6)
+    scores_kwargs = {} if name == "asdm" else kwargs
+
+    def of_features(i, t, s):
+        return module(**kwargs)(i, t, pids, logit_scale=s)
+
+    def of_scores(i, t, s):
+        scores = nn.functional.normalize(t, dim=1) @ nn.functional.normalize(i, dim=1).T
+        return from_scores(scores, pids, logit_scale=s, **scores_kwargs)
+
+    inputs = [image, text, torch.tensor(scale, dtype=torch.float64)]
+    compiled = [torch.compile(f, fullgraph=True, backend="aot_eager") for f in (of_features, of_scores)]
+    got, want = (value_and_grads(f, inputs) for f in compiled)
+    assert_close(got, want, 1e-9)
+    assert_finite(got)
+
+
+LENGTHS = [
+    (torch.float32, 2.0**66),
+    (torch.float32, 2.0**-83),
+    (torch.float32, 2.0**125),
+    (torch.float32, 2.0**-120),
+    (torch.bfloat16, 2.0**66),
+    (torch.bfloat16, 2.0**-83),
+    (torch.float64, 2.0**660),
+    (torch.float64, 2.0**-660),
+    (torch.float64, 2.0**1019),
+]
+
+
+@pytest.mark.parametrize(("dtype", "power"), LENGTHS)
+@pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("cmpm")])  # whose lengths count
+def test_features_of_any_length(name, dtype, power):
+    """A power of two changes no cosine: the loss stays, and the gradient is divided by it."""
+    functional, kwargs = LOSSES[name][1], LOSSES[name][3]
+    image, text, _ = draw(5, dtype=dtype)
+    pids = torch.tensor([0, 0, 1, 2, 1])
+    value, dimage, dtext = value_and_grads(lambda i, t: functional(i, t, pids, **kwargs), [image, text])
+    far, dfar, dtext_far = value_and_grads(lambda i, t: functional(i, t, pids, **kwargs), [image * power, text])
+    torch.testing.assert_close(far, value, rtol=1e-5, atol=0)
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    assert_close([dfar.double() * power, dtext_far], [dimage.double(), dtext], tolerance)
+    assert dimage.any()
+
+
+def test_cmpm_of_any_length():
+    """Of the features that only give a direction; the others multiply, and may overflow."""
+    image, text, pids = draw(5, dtype=torch.float32)
+    got = cmpm_loss(image * 2.0**66, text * 2.0**-66, pids)
+    expected = cmpm_loss(image.double() * 2.0**66, text.double() * 2.0**-66, pids)
+    assert_close([got], [expected], 1e-5)
+
+
+@EVERY
+def test_what_overflows_shows(name):
+    """One feature that is infinite, or a projection that leaves float32: never a finite loss."""
+    module, _, _, kwargs = LOSSES[name]
+    for ids in (1, 100):
+        image, text, pids = draw(4, dtype=torch.float32, ids=ids)
+        image[2, 3] = torch.inf
+        assert not module(**kwargs)(image, text, pids).isfinite()
+    if name.startswith("cmpm"):
+        image, text = torch.full((4, 12), 3e38), torch.ones(4, 12)
+        assert not module(**kwargs)(image, text, pids).isfinite()
 
 
 @pytest.mark.parametrize("name", ["sdm", "itc", "itc_identity"])
