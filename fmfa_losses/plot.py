@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops._checks import check_float, check_positive, check_same, describe
+from .ops._checks import check_float, check_nonnegative, check_positive, check_same, describe
 from .ops.aggregation import sparse_aggregate
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def asdm_weights(
     check_float("image_features", image_features, "B D")
     check_float("text_features", text_features, "B D")
     check_same("image_features and text_features", image_features, text_features, dims=(("B", 0), ("D", 1)))
-    check_positive("temperature", temperature)
+    temperature, alpha = check_positive("temperature", temperature), check_nonnegative("alpha", alpha)
     image, text = (F.normalize(x.detach().double().cpu(), dim=1) for x in (image_features, text_features))
     logits = text @ image.T / temperature
     figure = Figure(figsize=(9.6, 3.5), layout="constrained")
