@@ -86,7 +86,7 @@ class CMPMLoss(nn.Module):
     Inputs:
         image_features, text_features: [B, D], any float dtype, not normalised: their length is part of the loss.
         pids: [B] integer identities.
-        sample_weight: [B] weights of the pairs; "mean" divides by their sum.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero

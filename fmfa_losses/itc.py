@@ -124,7 +124,7 @@ class ITCLoss(nn.Module):
         pids: [B] integer identities, for targets="identity"; "paired" does not use them and warns once.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device, which
             receives its gradient.
-        sample_weight: [B] weights of the pairs; "mean" divides by their sum.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0; a zero vector has

@@ -7,14 +7,14 @@ Colours are those of Okabe and Ito; where a colour means something, a mark or a 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops._checks import check_float, check_positive, check_same, describe
+from .ops._checks import check_float, check_integer, check_nonnegative, check_positive, check_same, describe
 from .ops.aggregation import sparse_aggregate
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def similarity_maps(
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-8 and Figure 5.
     """
     Figure = _figure_class()
-    _check("tokens_per_row", tokens_per_row, Integral, 1, math.inf)
+    tokens_per_row = check_integer("tokens_per_row", tokens_per_row, 1)
     picture = _image("image", image)
     before, after = _sparse_weights(similarity, tokens, grid, sparsity)
     relative = after * after.shape[1]
@@ -155,8 +155,8 @@ def aggregated_patches(
     Figure = _figure_class()
     from matplotlib.collections import LineCollection
 
-    _check("share", share, Real, math.ulp(0), 1)
-    _check("tokens_per_row", tokens_per_row, Integral, 1, math.inf)
+    _check_number("share", share, math.ulp(0), 1)
+    tokens_per_row = check_integer("tokens_per_row", tokens_per_row, 1)
     picture = _image("image", image)
     _, weights = _sparse_weights(similarity, tokens, grid, sparsity)
     height = PANEL * picture.shape[0] / picture.shape[1]
@@ -230,9 +230,8 @@ def asdm_weights(
     check_float("image_features", image_features, "B D")
     check_float("text_features", text_features, "B D")
     check_same("image_features and text_features", image_features, text_features, dims=(("B", 0), ("D", 1)))
-    check_positive("temperature", temperature)
-    _check("alpha", alpha, Real, 0, math.inf)
-    _check("named", named, Integral, 0, math.inf)
+    temperature, alpha = check_positive("temperature", temperature), check_nonnegative("alpha", alpha)
+    named = check_integer("named", named, 0)
     _check_finite("image_features", image_features)
     _check_finite("text_features", text_features)
     image, text = (F.normalize(x.detach().double().cpu(), dim=1) for x in (image_features, text_features))
@@ -396,7 +395,7 @@ def loss_curves(
         ['efa', 'asdm']
     """
     Figure = _figure_class()
-    _check("smoothing", smoothing, Real, 0, math.nextafter(1, 0))
+    _check_number("smoothing", smoothing, 0, math.nextafter(1, 0))
     terms = _by_term(history)
     columns = min(len(terms), 2 if len(terms) in (2, 4) else 3)
     rows = math.ceil(len(terms) / columns)
@@ -438,7 +437,7 @@ def _sparse_weights(
     if not isinstance(grid, Sequence) or len(grid) != 2:
         raise ValueError(f"grid must be (rows, columns), got {grid!r}")
     for name, size in zip(("rows of grid", "columns of grid"), grid, strict=True):
-        _check(name, size, Integral, 1, math.inf)
+        check_integer(name, size, 1)
     if similarity.shape[0] != len(tokens):
         raise ValueError(
             f"similarity [K, N] must have one row a token, got {describe(similarity)} and "
@@ -509,13 +508,9 @@ def _outline(inside: Tensor, dy: float, dx: float) -> list[list[tuple[float, flo
     return segments
 
 
-def _check(name: str, value: Any, kind: type, low: float, high: float) -> None:
-    """A number of this kind in [low, high], finite."""
-    fits = isinstance(value, kind) and not isinstance(value, bool)
-    if not (fits and low <= value <= high and value < math.inf):
-        what = "an integer" if kind is Integral else "a finite number"
-        limits = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
-        raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be a finite number in [{low:g}, {high:g}], got {value!r}")
 
 
 def _check_texts(name: str, texts: object) -> None:

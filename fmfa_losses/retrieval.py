@@ -603,7 +603,7 @@ def _check_array(name: str, array: Array, pattern: str) -> None:
     if not _is_numpy(array):
         check_float(name, array, pattern)
         return
-    if array.dtype.kind != "f":
+    if array.dtype not in ("f2", "f4", "f8"):  # in native byte order
         raise TypeError(f"{name} must be a floating-point array, got {_describe(array)}; use {name}.astype('f4')")
     if array.ndim != len(pattern.split()):
         raise ValueError(f"{name} must have shape [{pattern}], got {_describe(array)}; reshape it")
@@ -613,6 +613,8 @@ def _check_array(name: str, array: Array, pattern: str) -> None:
 
 def _ids(name: str, ids: Array, length: int, device: torch.device) -> Tensor:
     if _is_numpy(ids):
+        if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
+            raise TypeError(f"{name} must be an integer array, got {_describe(ids)}; use {name}.astype('i8')")
         ids = torch.from_numpy(ids.copy())
     ids = integer_ids(name, ids, str(length))
     if tuple(ids.shape) != (length,):

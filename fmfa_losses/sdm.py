@@ -114,7 +114,7 @@ class SDMLoss(nn.Module):
         pids: [B] integer identities.
         image_ids: [B] integer ids of the images, for soft labels y = factor [same pid] + (1 - factor) [same image].
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device.
-        sample_weight: [B] weights of the pairs; "mean" divides by their sum.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero

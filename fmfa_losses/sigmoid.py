@@ -95,10 +95,10 @@ class SigmoidLoss(nn.Module):
 
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
-        pids: [B] integer identities, for positives="identity".
+        pids: [B] integer identities, for positives="identity"; "paired" does not use them.
         logit_scale: s instead of `temperature`: a number, or a tensor with one element, which receives its gradient.
         logit_bias: b instead of `bias`, likewise.
-        sample_weight: [B] weights of the pairs; "mean" divides by their sum.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A zero vector has cosine 0 with

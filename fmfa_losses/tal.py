@@ -151,7 +151,7 @@ class TALLoss(nn.Module):
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
         pids: [B] integer identities.
-        sample_weight: [B] weights of the pairs, such as RDE's clean-pair labels; "mean" divides by their sum.
+        sample_weight: [B] weights >= 0 of the pairs, such as RDE's clean-pair labels; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
@@ -210,7 +210,7 @@ class TRLLoss(nn.Module):
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
         pids: [B] integer identities.
-        sample_weight: [B] weights of the pairs, such as RDE's clean-pair labels; "mean" divides by their sum.
+        sample_weight: [B] weights >= 0 of the pairs, such as RDE's clean-pair labels; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or

@@ -87,8 +87,8 @@ class TripletLoss(nn.Module):
 
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
-        pids: [B] integer identities.
-        sample_weight: [B] weights of the pairs; "mean" divides by their sum.
+        pids: [B] integer identities, for negatives="different_identity"; "all" does not use them.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or

@@ -59,6 +59,13 @@ LOSSES = {
     "fmfa_2025_04": partial(fmfa_2025_04.compute_a_sdm, logit_scale=5.0, alpha_i2t=1.0, alpha_t2i=2.0),
     "rde": lambda i, t, p: rde.compute_rbs(i, t, i, t, p, loss_type="TRL"),
 }
+FROM_SCORES = {
+    name: partial(lambda loss, ids, **kwargs: loss(SCORES, ids, **kwargs), getattr(f, name))
+    for name in f.__all__
+    if name.endswith("_from_scores") and not name.startswith("cmpm")
+}
+FROM_SCORES["cmpm_loss_from_scores"] = lambda ids, **kwargs: f.cmpm_loss_from_scores(SCORES, SCORES.T, ids, **kwargs)
+FROM_SCORES["itc_loss_from_scores"] = partial(FROM_SCORES["itc_loss_from_scores"], targets="identity")
 WITH_IMAGE_IDS = {
     "asdm": lambda ids: f.asdm_loss(IMAGE, TEXT, IDS, image_ids=ids),
     "sdm": lambda ids: f.sdm_loss(IMAGE, TEXT, IDS, image_ids=ids),
@@ -69,6 +76,7 @@ WITH_IMAGE_IDS = {
 # name: ids -> result
 TAKES_IDS = {
     **{name: partial(lambda loss, ids: loss(IMAGE, TEXT, ids), loss) for name, loss in LOSSES.items()},
+    **FROM_SCORES,
     **{f"image_ids {name}": loss for name, loss in WITH_IMAGE_IDS.items()},
     "irr": lambda ids: IRR(PATCHES, TOKENS, ids[:, None].expand(B, L)),
     "compute_mlm": lambda ids: irra.compute_mlm(IMAGE[:, :C], ids),
@@ -96,6 +104,27 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("name", TAKES_IDS)
 def test_every_integer_dtype_holds_ids(name, dtype):
     assert_same(TAKES_IDS[name](IDS.to(dtype)), TAKES_IDS[name](IDS))
+
+
+def test_the_table_holds_every_loss():
+    assert {name for name in f.__all__ if "loss" in name} <= {*FROM_SCORES, "id_loss", *(f"{x}_loss" for x in LOSSES)}
+    exported = {type(call.module).__name__ for call in EXPORTED}
+    assert {name for name in fl.__all__ if name.endswith(("Loss", "Head"))} <= exported
+
+
+@pytest.mark.parametrize("ids", [IDS.float().numpy(), IDS.numpy().astype(">i4"), IDS.numpy().astype(object)])
+def test_arrays_that_hold_no_ids(ids):
+    with pytest.raises(TypeError, match=r"query_pids must be an integer array, .*query_pids\.astype\('i8'\)"):
+        ranking_metrics(IMAGE, TEXT, ids, IDS)
+    ranking_metrics(IMAGE, TEXT, ids.astype("i8"), IDS)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "g", "i4"])
+def test_arrays_that_are_no_features(dtype):
+    image = IMAGE.numpy().astype(dtype)
+    with pytest.raises(TypeError, match=r"query_features must be a floating-point array, .*astype\('f4'\)"):
+        search(image, TEXT, 1)
+    search(image.astype("f4"), TEXT, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.int16], ids=str)
@@ -319,7 +348,9 @@ def test_messages_name_the_argument_of_the_caller(call, message):
 
 WEIGHTED = {
     **{name: LOSSES[name] for name in ("sdm", "itc", "cmpm", "tal", "trl", "triplet", "sigmoid")},
-    "scores": lambda i, t, p, **kwargs: f.trl_loss_from_scores(t @ i.T, p, **kwargs),
+    **{
+        name: partial(lambda loss, i, t, ids, **kwargs: loss(ids, **kwargs), loss) for name, loss in FROM_SCORES.items()
+    },
 }
 
 

@@ -195,7 +195,8 @@ def _number(name: str, value: Any, wanted: str) -> Any:
     if not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be {wanted}, got {describe(value)}; pass {name}.item(), which has no gradient")
+        advice = f"{name}.item(), which has no gradient" if value.numel() == 1 else "one number"
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}; pass {advice}")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {wanted}, got {describe(value)}; pass a Python or NumPy number")
     return value

@@ -61,13 +61,18 @@ class RowLoss(NamedTuple):
         check_option("positive", self.positive, POSITIVES)
         check_option("target", self.target, TARGETS)
         check_option("reduction", self.reduction, REDUCTIONS)
-        return self._replace(
+        return RowLoss(  # torch.compile of torch 2.6 does not take _replace
+            objective=self.objective,
             alpha=check_nonnegative("alpha", self.alpha),
+            gap=self.gap,
+            positive=self.positive,
             detach_weight=check_flag("detach_weight", self.detach_weight),
             eps=check_positive("eps", self.eps),
             image_id_factor=check_fraction("image_id_factor", self.image_id_factor),
+            target=self.target,
             offset=check_integer("offset", self.offset),
             both=check_flag("both", self.both),
+            reduction=self.reduction,
         )
 
     @property

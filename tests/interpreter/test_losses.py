@@ -114,3 +114,12 @@ def test_mixed_dtypes_and_rectangular_batches():
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("loss", [asdm_loss, lambda i, t, p, **k: itc_loss(i, t, p, targets="identity", **k)])
+def test_every_integer_dtype_holds_ids(loss, dtype):
+    image, text = (x[:, 0] for x in inputs())
+    pids = torch.tensor([0, 1, 0, 2, 3])
+    given = torch.stack([pids, pids], dim=1).to(getattr(torch, dtype))[:, 0]  # a column of a table
+    assert torch.equal(loss(image, text, given, backend="triton"), loss(image, text, pids, backend="triton"))
