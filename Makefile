@@ -19,7 +19,7 @@ help:
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,demo,bench,plot]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,demo,bench,plot,triton]"
 	touch $@
 
 test: .venv/installed

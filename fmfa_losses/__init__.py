@@ -1,5 +1,8 @@
 """The training objectives of FMFA for text-to-image person retrieval: exact, small in memory, deterministic."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from . import _search_path, functional  # noqa: F401, in this order: the first decides where torch comes from
 from .asdm import ASDMLoss
 from .cmpm import CMPMLoss
@@ -13,6 +16,14 @@ from .sdm import SDMLoss
 from .sigmoid import SigmoidLoss
 from .tal import TALLoss, TRLLoss
 from .triplet import TripletLoss
+
+if TYPE_CHECKING:
+    from . import cached as cached
+    from . import compat as compat
+    from . import distributed as distributed
+    from . import doctor as doctor
+    from . import plot as plot
+    from . import retrieval as retrieval
 
 __version__ = "0.1.0"
 
@@ -35,3 +46,17 @@ __all__ = [
     "functional",
     "mask_tokens",
 ]
+
+# Parts that a training script may never need are imported when they are named.
+_LAZY = ("cached", "compat", "distributed", "doctor", "plot", "retrieval")
+
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for a lazy one
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

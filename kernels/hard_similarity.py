@@ -195,13 +195,13 @@ def _match_kernel(
                     place_g = tl.zeros((BLOCK_M,), tl.int32)
                     if SAVE:
                         # Not below rather than equal: where the best is NaN, all columns are, and the first one wins.
-                        ties = tl.where(mine[None, :] & ~(cos < best[:, None]), place_c[None, :], BIG)
+                        ties = tl.where(mine[None, :] & ((cos < best[:, None]) == 0), place_c[None, :], BIG)
                         place_g = start + tl.min(ties, 1)  # the lowest k
                     if SAMPLES == 1:
                         place_g = tl.where(best > running, place_g, running_place)
                         best = max_or_nan(best, running)
                         running, running_place = best, place_g
-                    if (SAMPLES > 1) | (start + BLOCK_N >= count):
+                    if start + BLOCK_N >= count or SAMPLES > 1:
                         at = out + j_g.to(tl.int64) * P
                         tl.store(maxima_ptr + at, best.to(maxima_ptr.dtype.element_ty), mask=live)
                         if SAVE:

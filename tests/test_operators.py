@@ -174,6 +174,18 @@ def test_auto_leaves_cpu_tensors_to_torch_even_under_the_interpreter(monkeypatch
     assert why_not_triton(x) is None or "not installed" in why_not_triton(x)
 
 
+@pytest.mark.parametrize("variable", ["backend", "FMFA_LOSSES_BACKEND"])
+def test_the_interpreter_does_not_get_bfloat16(monkeypatch, variable):
+    """Its tl.dot multiplies their bits as integers, in every Triton from 3.2 to 3.9: numbers near 1e10, no error."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if variable == "FMFA_LOSSES_BACKEND":
+        monkeypatch.setenv(variable, "triton")
+    x = torch.randn(2, 3, 4).bfloat16()
+    with pytest.raises(RuntimeError, match="multiplies the bits of bfloat16"):
+        hard_similarity(x, x, backend="triton" if variable == "backend" else "auto")
+    assert "bfloat16" in why_not_triton(x.float(), x)
+
+
 def test_a_missing_triton_is_a_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

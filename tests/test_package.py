@@ -1,5 +1,6 @@
 """What a user meets first: the import, the public names, the packaging."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import fmfa_losses
 ROOT = Path(__file__).parents[1]
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+def run(code: str, **variables: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | variables
+    ).stdout
 
 
 def test_import_brings_einops_and_nothing_of_torch_that_is_not_there_already():
@@ -42,6 +45,19 @@ def test_public_names():
         assert callable(getattr(fmfa_losses.functional, name))
 
 
+@pytest.mark.parametrize("name", ["cached", "compat", "distributed", "doctor", "plot", "retrieval"])
+def test_a_part_is_imported_when_it_is_named(name):
+    out = run(
+        f"import sys, fmfa_losses; key = 'fmfa_losses.{name}'; part = fmfa_losses.{name};"
+        f"print(part is sys.modules[key], '{name}' in dir(fmfa_losses), 'matplotlib' in sys.modules)"
+    )
+    assert out.split() == ["True", "True", "False"]
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    assert not hasattr(fmfa_losses, "retreival")
+
+
 @pytest.mark.parametrize("name", [n for n in fmfa_losses.__all__ if isinstance(getattr(fmfa_losses, n), type)])
 def test_modules_and_outputs_are_documented(name):
     doc = getattr(fmfa_losses, name).__doc__
@@ -55,3 +71,36 @@ def test_kernels_install_inside_the_package():
     import importlib.util
 
     assert importlib.util.find_spec("fmfa_losses.kernels") is not None
+
+
+def test_triton_is_an_extra():
+    """A CPU needs none, and builds of torch for GPUs bring the one that fits."""
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not any("triton" in line for line in project["dependencies"])
+    assert any("triton" in line for line in project["optional-dependencies"]["triton"])
+
+
+def test_a_triton_that_is_too_old_is_named(tmp_path):
+    """ "auto" falls back; asked for by name, the message says which version came and which one is needed."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("raise ImportError('not to be imported')")
+    (tmp_path / "triton-3.2.0.dist-info").mkdir()
+    (tmp_path / "triton-3.2.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.2.0\n")
+    out = run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; from fmfa_losses import EFALoss\n"
+        "x = torch.randn(2, 3, 4); EFALoss()(x, x)\n"
+        "try: EFALoss(backend='triton')(x, x)\n"
+        "except RuntimeError as error: print(error)",
+        TRITON_INTERPRET="1",
+    )
+    assert "cannot run: its kernels need triton >= 3.3, got 3.2.0 (docs/install.md)" in out
+
+
+def test_versions_of_triton():
+    from fmfa_losses.ops._backend import _wrong_triton
+
+    for version in (None, "3.3.0", "3.10.0", "3.4.0+git1234", "3.5.1.post21", "4.0rc1"):
+        assert _wrong_triton(version) is None
+    for version in ("2.1.0", "3.2.0+gite7a1c2b", "3.1"):
+        assert version in _wrong_triton(version)

@@ -5,7 +5,9 @@
 
 import importlib.util
 import os
+import re
 import sys
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ __all__ = ["BACKENDS", "select_backend", "why_not_triton"]
 BACKENDS = ("auto", "triton", "torch")
 KERNELS = "fmfa_losses.kernels"  # the folder kernels/ at the top of the repository, put here by an installation
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
+OLDEST_TRITON = (3, 3)  # docs/install.md: what was tried with each version
 
 
 def select_backend(backend: str, *tensors: Tensor) -> str:
@@ -52,11 +56,33 @@ def why_not_triton(*tensors: Tensor) -> str | None:
             return f"its kernels take float16, bfloat16 and float32, got {tensor.dtype}"
         if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
             return f"its kernels need a CUDA or ROCm device (or TRITON_INTERPRET=1 on the CPU), got {tensor.device}"
+        if tensor.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET", "0") == "1":
+            return "under TRITON_INTERPRET=1 Triton multiplies the bits of bfloat16 as integers, got torch.bfloat16"
     # A missing triton is a reason; a triton that is there and fails to import is an error that the user must see.
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
+        return 'triton is not installed (pip install "fmfa-losses[triton]"; CUDA and ROCm builds of torch bring theirs)'
+    return WRONG_TRITON
 
 
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_version() -> str | None:
+    """Read without importing triton; None where no package says."""
+    for name in TRITON_PACKAGES:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _wrong_triton(version: str | None) -> str | None:
+    """The reason why the kernels do not run with this version of Triton, or None when they do."""
+    if version is None or tuple(map(int, re.findall(r"\d+", version)[:2])) >= OLDEST_TRITON:
+        return None
+    return f"its kernels need triton >= {'.'.join(map(str, OLDEST_TRITON))}, got {version} (docs/install.md)"
+
+
+WRONG_TRITON = _wrong_triton(_triton_version())  # once: torch.compile could not trace it
