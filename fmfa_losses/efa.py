@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .distributed import GATHER, Peers, meet
+from .distributed import GATHER, Gathering, Peers, meet
 from .ops._backend import select_backend
 from .ops._checks import check_float, check_ids, check_mask, check_option, check_positive, check_same
 from .ops._padding import longest
@@ -32,6 +32,11 @@ __all__ = ["EFALoss", "efa_loss"]
 RANKINGS = ("paper", "released")
 NEGATIVES = ("all", "different_identity")
 REDUCTIONS = ("mean", "sum", "none")
+# Attributes of EFALoss that must be the same on all ranks.
+SETTINGS = (
+    *("margin_text", "margin_image", "temperature", "pool_scale"),
+    *("sparsity", "ranking", "negatives", "reduction"),
+)
 
 
 def efa_loss(
@@ -61,10 +66,31 @@ def efa_loss(
         >>> efa_loss(tokens, tokens)                     # 4 (log 3 + 0 - 1 + 0.1)
         tensor(0.7944)
     """
-    _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
-    _check_inputs(image_tokens, text_tokens, image_mask, text_mask, pids, negatives)
-    exchanged = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids}
-    peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
+
+    def check() -> None:
+        _check_hyperparameters(margin_text, margin_image, temperature, pool_scale, ranking, negatives, reduction)
+        inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
+        check_efa_inputs(*inputs, negatives=negatives, gather=gather, backend=backend)
+
+    peers = meet(
+        gather,
+        process_group,
+        {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids},
+        loss="efa_loss",
+        settings={
+            "margin_text": margin_text,
+            "margin_image": margin_image,
+            "temperature": temperature,
+            "pool_scale": pool_scale,
+            "sparsity": sparsity,
+            "ranking": ranking,
+            "negatives": negatives,
+            "reduction": reduction,
+            "dtype of image_tokens": getattr(image_tokens, "dtype", None),  # that of the joint embeddings follows
+        },
+        equal_batches=equal_batches,
+        check=check,
+    )
     if text_mask is not None:
         if not gather:  # what travels has the same L everywhere
             L = longest(text_mask)
@@ -86,6 +112,7 @@ def efa_loss(
         own = everyone[peers.offset : peers.offset + len(text_sim)]
         excluded = own[:, None] == everyone
         if pids is not None and negatives == "different_identity":
+            pids = pids.long()
             excluded = pids[:, None] == peers.gather(pids)
         # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
         # of the margins in each.
@@ -166,7 +193,7 @@ def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Pee
     return column_sums(peers.gather(positive)) + column_sums(positive[:, None])
 
 
-class EFALoss(nn.Module):
+class EFALoss(Gathering):
     """Pulls each image's patches and each text's tokens to their joint embeddings, away from the other pairs' ones.
 
         L = mean_i sum_x log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2)    x in {text, image}, S and transposed S
@@ -190,6 +217,7 @@ class EFALoss(nn.Module):
         text_tokens: [B, L, D].
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
         pids: [B] integer identities, for negatives="different_identity".
+        peers: as in ASDMLoss.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
@@ -242,6 +270,7 @@ class EFALoss(nn.Module):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         pids: Tensor | None = None,
+        peers: Peers | None = None,
     ) -> Tensor:
         return efa_loss(
             image_tokens,
@@ -258,7 +287,7 @@ class EFALoss(nn.Module):
             text_mask=text_mask,
             pids=pids,
             gather=self.gather,
-            process_group=self.process_group,
+            process_group=self.process_group if peers is None else peers,
             equal_batches=self.equal_batches,
             backend=self.backend,
         )
@@ -291,13 +320,16 @@ def _check_hyperparameters(
         raise ValueError('ranking="released" knows only negatives="all"; use ranking="paper"')
 
 
-def _check_inputs(
+def check_efa_inputs(
     image_tokens: Tensor,
     text_tokens: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     pids: Tensor | None,
+    *,
     negatives: str,
+    gather: bool | str,
+    backend: str,
 ) -> None:
     check_float("image_tokens", image_tokens, "B N D")
     check_float("text_tokens", text_tokens, "B L D")
@@ -308,3 +340,5 @@ def _check_inputs(
         check_ids("pids", pids, len(image_tokens), image_tokens.device)
     elif negatives == "different_identity":
         raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
+    if gather:  # what cannot run here must be known before the others wait for it
+        select_backend(backend, image_tokens, text_tokens)
