@@ -41,7 +41,8 @@ def handshake(
             '"cpu:gloo,cuda:nccl")'
         )
     # Through the CPU where the group serves it: that does not stop the accelerator.
-    device = torch.device("cpu") if "cpu" in served else devices.get(served[0], torch.device(served[0]))
+    own_device = next((device for kind, device in devices.items() if kind in served), torch.device(served[0]))
+    device = torch.device("cpu") if "cpu" in served else own_device
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if error is None:
         description: dict[str, object] = {
@@ -95,8 +96,9 @@ def _difference(described: list[dict[str, Any]]) -> Exception:
     for rank, entry in enumerate(described):
         if entry["error"]:
             kind, message = entry["error"]
-            known: type[Exception] = {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)
-            return known(f"rank {rank} of {len(described)} cannot take part: {message}")
+            known: type[Exception] | None = {"TypeError": TypeError, "ValueError": ValueError}.get(kind)
+            message = message if known or kind == "RuntimeError" else f"{kind}: {message}"
+            return (known or RuntimeError)(f"rank {rank} of {len(described)} cannot take part: {message}")
     found = _differing([entry["loss"] for entry in described])
     if found:
         return ValueError(f"all ranks must call the same loss, got {found}; call the losses in the same order")

@@ -30,7 +30,7 @@ DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 class FMFAOutput(NamedTuple):
     """loss: weighted sum, a scalar. terms: each term before its weight. metrics: accuracies in [0, 1], detached.
 
-    With gather each of them is the rank's share: the mean over ranks is the value of the whole batch.
+    With gather each of them is the rank's part: the mean over ranks is the value of the whole batch.
     """
 
     loss: Tensor
@@ -53,8 +53,8 @@ class FMFALoss(Gathering):
         gather, process_group, equal_batches: of both parameter-free terms, as ASDMLoss takes them. With True or "ring"
             the mean over ranks of the loss, and of every term and metric, is that of one process on the concatenated
             batch. The ID and IRR terms compare a sample with nothing but its own labels: their features stay, and the
-            rank's own means are weighted by its share of all pairs (ID) and of all masked words (IRR), so that two
-            counts are what travels. gather and process_group decide over ID and IRR also where asdm or efa have their
+            rank's own means are weighted by its part of all pairs (ID) and of all masked words (IRR), so that a
+            count is what travels. One handshake serves all terms and compares their hyperparameters and weights. gather and process_group decide over ID and IRR also where asdm or efa have their
             own. With False every term is the rank's own mean.
         backend: of both parameter-free terms, whose own arguments, in asdm and efa, come first here and above.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from fmfa_losses import distributed
 from fmfa_losses.asdm import ASDMLoss
@@ -168,6 +169,11 @@ class Trainee(nn.Module):
         return self.objective(*inputs, logit_scale=scale, **masks, **masked)
 
 
+class Checkpointed(Trainee):
+    def forward(self, data: dict[str, Tensor]) -> FMFAOutput:
+        return FMFAOutput(*checkpoint(super().forward, data, use_reentrant=False))
+
+
 def trained() -> dict[str, float]:
     """Two accumulated batches under DDP against one process that has the whole ones."""
     alone = Trainee()
@@ -177,14 +183,14 @@ def trained() -> dict[str, float]:
     expected = [p.grad for p in alone.parameters()]
 
     errors = {}
-    for gather in (True, "ring"):
-        trainee = Trainee(gather=gather, equal_batches=gather is True)
+    for build, gather in ((Trainee, True), (Trainee, "ring"), (Checkpointed, True), (Checkpointed, "ring")):
+        trainee = build(gather=gather, equal_batches=gather is True)
         ddp = DistributedDataParallel(trainee)
         with ddp.no_sync():
             ddp(own(halves[0], (4, 4), dist.get_rank())).loss.backward()
         ddp(own(halves[1], (4, 4), dist.get_rank())).loss.backward()
         got = [p.grad for p in trainee.parameters()]
-        errors[f"accumulated under DDP, {gather}"] = error(got, expected)
+        errors[f"{build.__name__}, accumulated under DDP, {gather}"] = error(got, expected)
     return errors
 
 
@@ -347,7 +353,7 @@ def test_training_reductions_compilation_autocast_and_reruns():
     for errors in processes.run(2, other_cases):
         assert isinstance(errors, dict), errors
         wrong = {case: value for case, value in errors.items() if not value <= TOLERANCE}
-        assert len(errors) == 4 + 2 + 1 + 4 + 2 + 3 and not wrong, wrong
+        assert len(errors) == 4 + 2 + 1 + 4 + 4 + 3 and not wrong, wrong
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -383,6 +389,7 @@ def errors_on_every_rank() -> dict[str, object]:
     if rank == 0:
         found["absent"] = raised(lambda: ASDMLoss(gather=True)(x, x, pids))
     else:
+        ASDMLoss(gather=False)(x, x, pids)
         time.sleep(5)  # stays away for longer than the time-out
     found["waited"] = time.monotonic() - start
     return found
@@ -405,6 +412,7 @@ def test_errors_name_the_mend_on_every_rank():
     assert results[0]["absent"].startswith(
         "RuntimeError: gather failed on rank 0 of 2 (gloo, cpu tensors, time-out 3 s)"
     )
+    assert "skipped this call, or came with gather=False, another loss" in results[0]["absent"]
     assert 2 < results[0]["waited"] < 5
 
 
