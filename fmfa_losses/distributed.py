@@ -19,7 +19,8 @@ Sums run in rank order and in float32 or better: reruns are bitwise equal, on ev
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,8 @@ __all__ = ["GATHER", "Gathering", "Peers", "meet"]
 GATHER = (False, True, "ring")
 
 
-class Peers(NamedTuple):
+@dataclass(frozen=True)
+class Peers:
     """The processes that share a batch: who holds how much, and how to exchange it. One process is a world of one.
 
     Example:

@@ -53,9 +53,10 @@ class FMFALoss(Gathering):
         gather, process_group, equal_batches: of both parameter-free terms, as ASDMLoss takes them. With True or "ring"
             the mean over ranks of the loss, and of every term and metric, is that of one process on the concatenated
             batch. The ID and IRR terms compare a sample with nothing but its own labels: their features stay, and the
-            rank's own means are weighted by its part of all pairs (ID) and of all masked words (IRR), so that a
-            count is what travels. One handshake serves all terms and compares their hyperparameters and weights. gather and process_group decide over ID and IRR also where asdm or efa have their
-            own. With False every term is the rank's own mean.
+            rank's own means are weighted by its part of all pairs (ID) and of all masked words (IRR), so that a count
+            is what travels. gather and process_group decide over ID and IRR also where asdm or efa have their own. One
+            handshake serves all terms that gather alike, and compares their hyperparameters and all weights. With False
+            every term is the rank's own mean.
         backend: of both parameter-free terms, whose own arguments, in asdm and efa, come first here and above.
 
     Inputs:
