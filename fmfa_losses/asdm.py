@@ -14,15 +14,18 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._asdm_ring import asdm_rows_round_the_ring
-from .distributed import GATHER, meet
-from .ops._backend import BACKENDS
+from .distributed import GATHER, Gathering, Peers, meet
+from .ops._backend import BACKENDS, select_backend
 from .ops._checks import check_flag, check_float, check_ids, check_option, check_positive, check_same
 from .ops.similarity_distribution import REDUCTIONS, RowLoss, checked_scale, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
+
+# Attributes of ASDMLoss that must be the same on all ranks.
+SETTINGS = ("temperature", "reduction", "alpha", "gap", "positive", "detach_weight", "eps", "image_id_factor", "target")
 
 
 def asdm_loss(
@@ -53,11 +56,6 @@ def asdm_loss(
         >>> asdm_loss(features, features, torch.arange(4)) < 1e-6
         tensor(True)
     """
-    temperature = check_positive("temperature", temperature)
-    logit_scale = 1 / temperature if logit_scale is None else checked_scale(logit_scale)
-    pids, image_ids = _check_inputs(image_features, text_features, pids, image_ids)
-    exchanged = {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids}
-    peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
     row_loss: dict[str, Any] = {
         "alpha": alpha,
         "gap": gap,
@@ -67,12 +65,27 @@ def asdm_loss(
         "image_id_factor": image_id_factor,
         "target": target,
     }
+
+    def checked() -> tuple[float | Tensor, Tensor, Tensor | None]:
+        scale = 1 / check_positive("temperature", temperature) if logit_scale is None else checked_scale(logit_scale)
+        ids = check_asdm_inputs(image_features, text_features, pids, image_ids, gather=gather, backend=backend)
+        return scale, *ids
+
+    peers, (scale, pids, image_ids) = meet(
+        gather,
+        process_group,
+        {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids},
+        loss="asdm_loss",
+        settings={"logit_scale": logit_scale, "temperature": temperature, "reduction": reduction, **row_loss},
+        equal_batches=equal_batches,
+        check=checked,
+    )
     if not gather:
         return similarity_distribution_loss(
             image_features,
             text_features,
             pids,
-            logit_scale=logit_scale,
+            logit_scale=scale,
             image_ids=image_ids,
             reduction=reduction,
             backend=backend,
@@ -80,13 +93,11 @@ def asdm_loss(
         )
 
     check_option("reduction", reduction, REDUCTIONS)
-    ids = torch.stack([pids] if image_ids is None else [pids.long(), image_ids.long()], dim=1)
+    ids = torch.stack([x.long() for x in (pids, image_ids) if x is not None], dim=1)
     every_id = peers.gather(ids).T.contiguous()  # [1 or 2, B]
     if peers.ring:
-        if backend == "triton":
-            raise RuntimeError('backend="triton" cannot run gather="ring", which has no kernel; use backend="auto"')
         per_sample = asdm_rows_round_the_ring(
-            image_features, text_features, every_id, logit_scale, peers, RowLoss(**row_loss).checked()
+            image_features, text_features, every_id, scale, peers, RowLoss(**row_loss).checked()
         )
     else:
 
@@ -96,7 +107,7 @@ def asdm_loss(
                 queries,
                 peers.gather(keys),
                 every_id[0],
-                logit_scale=logit_scale,
+                logit_scale=scale,
                 image_ids=None if image_ids is None else every_id[1],
                 offset=peers.offset,
                 both=False,
@@ -111,7 +122,7 @@ def asdm_loss(
     return per_sample.sum() if reduction == "sum" else per_sample
 
 
-class ASDMLoss(nn.Module):
+class ASDMLoss(Gathering):
     """Pulls each text's and image's similarity distribution to its labels, harder where a wrong match leads.
 
         L = mean_i (1 + alpha gap_i) KL(p_i || q_i + eps)    over texts, plus the same over images
@@ -142,6 +153,7 @@ class ASDMLoss(nn.Module):
         image_ids: [B] integer ids of the images, for soft labels y = factor [same pid] + (1 - factor) [same image].
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device, which
             receives its gradient.
+        peers: of a handshake that has already been made for this call; FMFALoss makes one for all its terms.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
@@ -205,6 +217,7 @@ class ASDMLoss(nn.Module):
         *,
         image_ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
+        peers: Peers | None = None,
     ) -> Tensor:
         return asdm_loss(
             image_features,
@@ -222,7 +235,7 @@ class ASDMLoss(nn.Module):
             target=self.target,
             logit_scale=logit_scale,
             gather=self.gather,
-            process_group=self.process_group,
+            process_group=self.process_group if peers is None else peers,
             equal_batches=self.equal_batches,
             backend=self.backend,
         )
@@ -234,13 +247,24 @@ class ASDMLoss(nn.Module):
         )
 
 
-def _check_inputs(
-    image_features: Tensor, text_features: Tensor, pids: Tensor, image_ids: Tensor | None
+def check_asdm_inputs(
+    image_features: Tensor,
+    text_features: Tensor,
+    pids: Tensor,
+    image_ids: Tensor | None,
+    *,
+    gather: bool | str,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
+    """The ids to go on with."""
     check_float("image_features", image_features, "B D")
     check_float("text_features", text_features, "B D")
     check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
     pids = check_ids("pids", pids, image_features.shape[0], image_features.device)
     if image_ids is not None:
         image_ids = check_ids("image_ids", image_ids, image_features.shape[0], image_features.device)
+    if gather:  # what cannot run here must be known before the others wait for it
+        if gather == "ring" and backend == "triton":
+            raise RuntimeError('backend="triton" cannot run gather="ring", which has no kernel; use backend="auto"')
+        select_backend(backend, image_features, text_features)
     return pids, image_ids

@@ -7,7 +7,7 @@ exchange below adds up what all ranks have to say about a rank's own samples, so
 of d(sum_r L_r); DistributedDataParallel takes the mean over ranks, and that is the gradient of (1/B) sum_i l_i. Neither
 unequal b_r nor the size of the world leave a factor behind. The global order is rank order.
 
-A loss that compares a sample with its own label alone is the rank's own mean times its share W b_r / B: `shares`.
+A loss that compares a sample with its own label alone is the rank's own mean times W b_r / B: `Peers.loss_weights`.
 What other losses need of their peers are three linear maps, each with its transpose as backward:
 
     gather     own rows -> all rows                   backward: every rank sends each owner its gradient, the owner adds
@@ -17,28 +17,29 @@ What other losses need of their peers are three linear maps, each with its trans
 Sums run in rank order and in float32 or better: reruns are bitwise equal, on every backend.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from .ops._checks import check_option
-from .ops._operator import operator, refusals, register_gradient
+from ._collectives import gather_op, named_errors, transpose_op
+from ._handshake import batch_size, common_dtype, handshake
+from .ops._checks import check_option, describe
+from .ops._operator import refusals
 from .ops._precision import accumulation_dtype
 
-__all__ = ["GATHER", "Peers", "meet", "shares"]
+__all__ = ["GATHER", "Gathering", "Peers", "meet"]
 
 GATHER = (False, True, "ring")
-DTYPES = (
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-)
+T = TypeVar("T")
 
 
-class Peers(NamedTuple):
+@dataclass(frozen=True)
+class Peers:
     """The processes that share a batch: who holds how much, and how to exchange it. One process is a world of one.
 
     Example:
@@ -61,10 +62,9 @@ class Peers(NamedTuple):
         """[b, ...] -> [B, ...] in rank order, in x's dtype; its gradient is summed in float32 or better."""
         if self.group is None:
             return x
-        if x.dtype == torch.bool:
-            return self.gather(x.to(torch.uint8)).to(torch.bool)
-        gathered: Tensor = gather_op(x, self.sizes, self.rank, self.group.group_name)
-        return gathered
+        travels = torch.uint8 if x.dtype == torch.bool else common_dtype(x)  # not every backend takes every integer
+        gathered: Tensor = gather_op(x.to(travels), self.sizes, self.rank, self.group.group_name)
+        return gathered.to(x.dtype)
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Own rows of S, [b, B] -> own rows of the transposed S, [b, B]: each rank receives nothing but its columns."""
@@ -78,6 +78,26 @@ class Peers(NamedTuple):
         if self.group is None:
             return per_sample.mean()
         return per_sample.sum() * (len(self.sizes) / sum(self.sizes))
+
+    @property
+    def loss_weight(self) -> float:
+        """W b_r / B: by what a mean over the own pairs is to be multiplied; the mean over ranks is then the whole's."""
+        return len(self.sizes) * self.sizes[self.rank] / sum(self.sizes)
+
+    def loss_weights(self, counts: Tensor) -> Tensor:
+        """W n_r / sum over ranks of n_r for each of this rank's counts n_r: by what its own mean is to be multiplied.
+
+        The mean over ranks is then the mean over everything that was counted, and 0 where nothing was. Counts are
+        integers, so their sum is exact; the host does not wait for it. Same K on all ranks.
+
+        Args:
+            counts: [K] integers.
+        Returns:
+            [K], float64.
+        """
+        W = len(self.sizes)
+        total = Peers((1,) * W, self.rank, self.group).gather(counts.unsqueeze(0)).sum(dim=0)
+        return W * counts.double() / total.clamp(min=1)
 
     def blocks(self, x: Tensor, dim: int = 0) -> Sequence[Tensor]:
         """[B, ...] -> W views [b_q, ...]; B may stand at another dim."""
@@ -176,97 +196,11 @@ class _AroundGradient(torch.autograd.Function):
         return None if dblock is None else dblock.to(block.dtype), *drows
 
 
-# The collectives are operators, opaque to torch.compile; sizes are the pairs of each rank, group is a name.
+# The handshake: who is there, and whether all came with the same loss, hyperparameters and kinds of tensors.
 
-
-@operator("gather(Tensor x, SymInt[] sizes, int rank, str group) -> Tensor")
-def gather_op(x, sizes, rank, group):  # type: ignore[no-untyped-def]
-    group, longest = _group(group), max(sizes)
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    padded = x.contiguous()
-    if x.shape[0] < longest:
-        padded = x.new_zeros(longest, *x.shape[1:])
-        padded[: x.shape[0]] = x
-    gathered = x.new_empty(len(sizes) * longest, *x.shape[1:])
-    with named_errors("gather", group, x.device):
-        all_gather(gathered, padded, group=group)
-    if min(sizes) == longest:
-        return gathered
-    return torch.cat([block[:size] for block, size in zip(gathered.split(longest), sizes, strict=True)])
-
-
-@operator("gather_backward(Tensor dgathered, SymInt[] sizes, int rank, str group) -> Tensor")
-def gather_backward_op(dgathered, sizes, rank, group):  # type: ignore[no-untyped-def]
-    """A reduce-scatter that takes unequal sizes and adds in rank order: to each owner its part, the owner adds."""
-    group, b = _group(group), sizes[rank]
-    received = dgathered.new_empty(len(sizes) * b, *dgathered.shape[1:])
-    with named_errors("the backward of gather", group, dgathered.device):
-        dist.all_to_all_single(received, dgathered.contiguous(), [b] * len(sizes), list(sizes), group=group)
-    return received.view(len(sizes), b, *dgathered.shape[1:]).sum(dim=0)
-
-
-@operator("transpose(Tensor rows, SymInt[] sizes, int rank, str group) -> Tensor")
-def transpose_op(rows, sizes, rank, group):  # type: ignore[no-untyped-def]
-    group, b = _group(group), sizes[rank]
-    numbers = [b * size for size in sizes]  # of the block that this rank exchanges with each other
-    sent = torch.cat([block.reshape(-1) for block in rows.split(list(sizes), dim=1)])
-    received = torch.empty_like(sent)
-    with named_errors("transpose", group, rows.device):
-        dist.all_to_all_single(received, sent, numbers, numbers, group=group)
-    return received.view(sum(sizes), b).T.contiguous()
-
-
-@torch.library.register_fake(gather_op)
-def _(x, sizes, rank, group):  # type: ignore[no-untyped-def]
-    return x.new_empty(sum(sizes), *x.shape[1:])
-
-
-@torch.library.register_fake(gather_backward_op)
-def _(dgathered, sizes, rank, group):  # type: ignore[no-untyped-def]
-    return dgathered.new_empty(sizes[rank], *dgathered.shape[1:])
-
-
-@torch.library.register_fake(transpose_op)
-def _(rows, sizes, rank, group):  # type: ignore[no-untyped-def]
-    return torch.empty_like(rows, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, *ctx.route = inputs
-    ctx.dtype = x.dtype
-
-
-def _gather_backward(ctx, dgathered):  # type: ignore[no-untyped-def]
-    dx = gather_backward_op(dgathered.to(accumulation_dtype(dgathered)), *ctx.route)
-    return dx.to(ctx.dtype), None, None, None
-
-
-def _jvp(op: Any) -> Callable[..., Tensor]:
-    """A linear map is its own tangent."""
-    return lambda ctx, dx, *_: op(dx, *ctx.route)
-
-
-def _gather_again(ctx, dx):  # type: ignore[no-untyped-def]
-    return gather_op(dx, *ctx.route), None, None, None
-
-
-def _transpose_backward(ctx, dcolumns):  # type: ignore[no-untyped-def]
-    return transpose_op(dcolumns, *ctx.route), None, None, None
-
-
-register_gradient(gather_op, _gather_backward, _setup_context, _jvp(gather_op))
-register_gradient(gather_backward_op, _gather_again, _setup_context, _jvp(gather_backward_op))
-register_gradient(transpose_op, _transpose_backward, _setup_context, _jvp(transpose_op))
-
-
-def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, unused-ignore]
-
-
-# Meeting: who is there, and whether all came with the same kind of tensors.
-
-# Layouts that were agreed on under equal_batches.
-_agreed: set[tuple[Any, ...]] = set()
+# What was agreed on under equal_batches, and in which group: a later group may have the same name.
+_agreed: dict[tuple[Any, ...], "weakref.ref[Any]"] = {}
+MOST_AGREED = 4096  # of one group; where a hyperparameter changes with every step, all ranks forget at the same step
 
 
 def meet(
@@ -274,140 +208,116 @@ def meet(
     process_group: Any,
     tensors: Mapping[str, Tensor | None],
     *,
+    loss: str = "the loss",
+    settings: Mapping[str, object] | None = None,
     equal_batches: bool = False,
-) -> Peers:
-    """The peers of this call. All ranks raise the same error where their tensors do not fit together.
+    check: Callable[[], T],
+) -> tuple[Peers, T]:
+    """The peers of this call, and what `check` returns; all ranks raise the same error where things do not fit.
+
+    One exchange of three numbers: the batch size, and digest and length of a description of everything else. The
+    descriptions follow only where digests differ, to say what does.
 
     Args:
         gather: False (a world of one), True or "ring".
-        process_group: torch.distributed group; None is the default one.
+        process_group: torch.distributed group; None is the default one. Or the Peers of a handshake that has already
+            been made for this call.
         tensors: by name, what is to be exchanged, [b, ...] each, the first one never None. All but b, and who is None,
-            must be the same on all ranks.
-        equal_batches: the caller's promise that b is the same on all ranks at every call. Then the sizes are
-            exchanged only when a layout is seen for the first time; otherwise at every call, for which the host waits.
+            must be the same on all ranks. Integers count as int64, as which they travel.
+        loss: name of what is called.
+        settings: hyperparameters by name, which must be the same on all ranks. Of a tensor only that it is one.
+        equal_batches: the caller's promise that b is the same on all ranks at every call. Then the exchange is made
+            only where tensors and settings are seen for the first time; otherwise at every call, and the host waits.
+        check: looks at what this rank brings; its error travels, and all ranks raise it.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or a peer is dead or absent (with the time-out).
-        ValueError: unknown gather, a rank outside of the group, tensors that differ between ranks.
+        ValueError: unknown gather, a rank outside of the group, tensors or settings that differ between ranks.
+        Exception: what `check` raised, on this rank or on another one.
     """
     check_option("gather", gather, GATHER)
-    first = next(x for x in tensors.values() if x is not None)
-    if not gather:
-        return Peers(sizes=(first.shape[0],))
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"gather={gather!r} needs torch.distributed; start with torchrun and call "
-            "torch.distributed.init_process_group() first, or leave gather=False for one process"
-        )
+    available = dist.is_available() and dist.is_initialized()
+    if not gather or isinstance(process_group, Peers) or not available:
+        checked = check()
+        if gather and not available:
+            raise RuntimeError(
+                f"gather={gather!r} needs torch.distributed; start with torchrun and call "
+                "torch.distributed.init_process_group() first, or leave gather=False for one process"
+            )
+        return process_group if isinstance(process_group, Peers) else Peers(sizes=(batch_size(tensors),)), checked
     group: Any = dist.group.WORLD if process_group is None else process_group
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("process_group must contain the calling rank; pass the group that this rank belongs to")
-    layout = _Layout.of(gather, tensors)
-    key = (group.group_name, *layout.numbers) if equal_batches else None
-    if key not in _agreed:
-        layouts = [_Layout(layout.names, numbers) for numbers in _exchange(layout.numbers, group, first.device)]
-        _check_layouts(layouts, equal_batches)
-        sizes = tuple(other.numbers[0] for other in layouts)
-        if key is None:
-            return Peers(sizes, rank, group, gather == "ring")
-        _agreed.add(key)
-    return Peers((first.shape[0],) * world, rank, group, gather == "ring")
+    settings = {"gather": gather, "equal_batches": equal_batches, **(settings or {})}
+    key: tuple[Any, ...] = (group.group_name, loss)
+    error: Exception | None = None
+    try:
+        _check_not_empty(tensors)
+        checked = check()
+    except Exception as raised:
+        error = raised
+    else:
+        values = ("a tensor" if isinstance(value, Tensor) else value for value in settings.values())
+        key = (*key, batch_size(tensors), *(_layout(x) for x in tensors.values()), *values)
+    if equal_batches:
+        where = _agreed.get(key)
+        if where is not None and where() is group:
+            if error is not None:
+                raise error  # the other ranks have agreed on this loss and do not listen
+            return Peers((batch_size(tensors),) * world, rank, group, gather == "ring"), checked
+    sizes = handshake(loss, tensors, settings, group, error)
+    if equal_batches:
+        _remember(key, group)
+    return Peers(sizes, rank, group, gather == "ring"), checked
 
 
-def shares(counts: Tensor, gather: bool | str, process_group: Any) -> Tensor:
-    """W n_r / sum over ranks of n_r for each of this rank's counts n_r [K]: what its own mean is to be multiplied by.
-
-    The mean over ranks is then the mean over everything that was counted, and 0 where nothing was. Counts are integers,
-    so their sum is exact; the host does not wait for it, but for the agreement of the first call.
-
-    Args:
-        counts: [K] integers, of the same things on all ranks.
-        gather: True or "ring", as the rest of the loss has it.
-        process_group: as `meet` takes it.
-    Returns:
-        [K], float64.
-    Raises:
-        RuntimeError, ValueError: as `meet` does.
-    """
-    own = counts.unsqueeze(0)
-    peers = meet(gather, process_group, {"counts": own}, equal_batches=True)  # a row of counts a rank
-    total = peers.gather(own).sum(dim=0)
-    return len(peers.sizes) * counts.double() / total.clamp(min=1)
-
-
-class _Layout(NamedTuple):
-    """b, mode, and for each tensor (dtype, or -1 for None, rank, sizes after the batch), as numbers that can travel."""
-
-    names: tuple[str, ...]
-    numbers: tuple[int, ...]
-
-    @classmethod
-    def of(cls, gather: bool | str, tensors: Mapping[str, Tensor | None]) -> "_Layout":
-        first = next(x for x in tensors.values() if x is not None)
-        numbers = [first.shape[0], GATHER.index(gather)]
-        for x in tensors.values():
-            trailing = () if x is None else x.shape[1:]
-            numbers += [-1 if x is None else DTYPES.index(x.dtype), *trailing, *[0] * (2 - len(trailing))]
-        return cls(tuple(tensors), tuple(numbers))
-
-    def describe(self, index: int) -> str:
-        dtype, *trailing = self.numbers[2 + 3 * index : 5 + 3 * index]
-        if dtype < 0:
-            return "None"
-        shape = ", ".join(["b", *(str(size) for size in trailing if size)])
-        return f"{str(DTYPES[dtype]).removeprefix('torch.')} [{shape}]"
-
-
-def _exchange(numbers: tuple[int, ...], group: Any, device: torch.device) -> list[tuple[int, ...]]:
-    """Every rank's numbers. A group that also serves CPU tensors does it without stopping the accelerator."""
-    if "cpu:" in dist.get_backend_config(group):
-        device = torch.device("cpu")
-    mine = torch.tensor([numbers], device=device)
-    table = gather_op(mine, [1] * dist.get_world_size(group), dist.get_rank(group), group.group_name)
-    return [tuple(row) for row in table.tolist()]
-
-
-def _check_layouts(layouts: list[_Layout], equal_batches: bool) -> None:
-    def differing(values: list[Any]) -> str | None:
-        """ "x on rank 0, y on rank 3" where not all are the same."""
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        return None if other is None else f"{values[0]} on rank 0, {values[other]} on rank {other}"
-
-    found = differing([repr(GATHER[layout.numbers[1]]) for layout in layouts])
-    if found:
-        raise ValueError(f"gather must be the same on all ranks, got {found}")
-    for index, name in enumerate(layouts[0].names):
-        found = differing([layout.describe(index) for layout in layouts])
-        if found:
+def _check_not_empty(tensors: Mapping[str, Tensor | None]) -> None:
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.shape[:1] == (0,):
             raise ValueError(
-                f"{name} must agree on all ranks in everything but the batch size b, got {found}; "
-                "build the model and pad the batches alike on all ranks"
+                f"{name} must not be empty, got {describe(x)}; with gather a rank cannot skip a step alone, since the "
+                "others wait for it: give every rank at least one pair (drop_last=True), or skip the step on all ranks"
             )
-    found = differing([layout.numbers[0] for layout in layouts])
-    if equal_batches and found:
-        raise ValueError(
-            f"equal_batches=True promises the same batch size on all ranks, got {found}; leave it out, or let the "
-            "sampler drop what is left over (drop_last=True)"
+
+
+def _layout(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (common_dtype(x), *x.shape[1:])
+
+
+def _remember(key: tuple[Any, ...], group: Any) -> None:
+    of_group = [old for old in _agreed if old[0] == key[0]]
+    if len(of_group) >= MOST_AGREED or any(_agreed[old]() is not group for old in of_group):
+        for old in of_group:
+            del _agreed[old]
+    _agreed[key[:2]] = _agreed[key] = weakref.ref(group)
+
+
+class SharedGroup:
+    """What a module keeps its process group in: copies of the module share the group, which cannot be copied."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> "SharedGroup":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a loss with a process_group cannot be pickled, because the group belongs to the running processes; save "
+            "its state_dict(), or set process_group = None before and the new group after loading"
         )
 
 
-@contextmanager
-def named_errors(what: str, group: Any, device: torch.device) -> Iterator[None]:
-    """A failed collective says what failed where, after which time-out, and what to look for."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} ({dist.get_backend(group)}, "
-            f"{device.type} tensors, time-out {_timeout(group, device)}): a peer died, did not arrive in time, or came "
-            "with another size. Look for the first error of the other ranks; all ranks must call the loss and its "
-            "backward equally often; set the time-out with init_process_group(timeout=...)"
-        ) from error
+class Gathering(nn.Module):
+    """A module with process_group as a keyword: the attribute is a ProcessGroup or None."""
 
+    _process_group: SharedGroup | None = None
 
-def _timeout(group: Any, device: torch.device) -> str:
-    try:
-        return f"{group._get_backend(device).options._timeout.total_seconds():g} s"
-    except (AttributeError, RuntimeError):
-        return "of the process group"
+    @property
+    def process_group(self) -> Any:
+        return None if self._process_group is None else self._process_group.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._process_group = None if group is None else SharedGroup(group)

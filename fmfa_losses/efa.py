@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .distributed import GATHER, Peers, meet
+from .distributed import GATHER, Gathering, Peers, meet
 from .ops._backend import BACKENDS, select_backend
 from .ops._checks import (
     check_finite,
@@ -43,6 +43,11 @@ __all__ = ["EFALoss", "efa_loss"]
 RANKINGS = ("paper", "released")
 NEGATIVES = ("all", "different_identity")
 REDUCTIONS = ("mean", "sum", "none")
+# Attributes of EFALoss that must be the same on all ranks.
+SETTINGS = (
+    *("margin_text", "margin_image", "temperature", "pool_scale"),
+    *("sparsity", "ranking", "negatives", "reduction"),
+)
 
 
 def efa_loss(
@@ -72,13 +77,32 @@ def efa_loss(
         >>> efa_loss(tokens, tokens)                     # 4 (log 3 + 0 - 1 + 0.1)
         tensor(0.7944)
     """
-    _check_options(ranking, negatives, reduction)
-    margin_text, margin_image, temperature, pool_scale, sparsity = _check_numbers(
-        margin_text, margin_image, temperature, pool_scale, sparsity
+
+    def checked() -> tuple[tuple[float, float, float, float, float | None], Tensor | None]:
+        _check_options(ranking, negatives, reduction)
+        inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
+        numbers = _check_numbers(margin_text, margin_image, temperature, pool_scale, sparsity)
+        return numbers, check_efa_inputs(*inputs, negatives=negatives, gather=gather, backend=backend)
+
+    peers, ((margin_text, margin_image, temperature, pool_scale, sparsity), pids) = meet(
+        gather,
+        process_group,
+        {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids},
+        loss="efa_loss",
+        settings={
+            "margin_text": margin_text,
+            "margin_image": margin_image,
+            "temperature": temperature,
+            "pool_scale": pool_scale,
+            "sparsity": sparsity,
+            "ranking": ranking,
+            "negatives": negatives,
+            "reduction": reduction,
+            "dtype of image_tokens": getattr(image_tokens, "dtype", None),  # that of the joint embeddings follows
+        },
+        equal_batches=equal_batches,
+        check=checked,
     )
-    pids = _check_inputs(image_tokens, text_tokens, image_mask, text_mask, pids, negatives)
-    exchanged = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids}
-    peers = meet(gather, process_group, exchanged, equal_batches=equal_batches)
     if text_mask is not None:
         if not gather:  # what travels has the same L everywhere
             L = longest(text_mask)
@@ -223,7 +247,7 @@ def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Pee
     return column_sums(peers.gather(positive)) + column_sums(positive[:, None])
 
 
-class EFALoss(nn.Module):
+class EFALoss(Gathering):
     """Pulls each image's patches and each text's tokens to their joint embeddings, away from the other pairs' ones.
 
         L = mean_i sum_x log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2)    x in {text, image}, S and transposed S
@@ -247,6 +271,7 @@ class EFALoss(nn.Module):
         text_tokens: [B, L, D].
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
         pids: [B] integer identities, for negatives="different_identity"; "all" does not use them and warns once.
+        peers: as in ASDMLoss.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
@@ -302,6 +327,7 @@ class EFALoss(nn.Module):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         pids: Tensor | None = None,
+        peers: Peers | None = None,
     ) -> Tensor:
         return efa_loss(
             image_tokens,
@@ -318,7 +344,7 @@ class EFALoss(nn.Module):
             text_mask=text_mask,
             pids=pids,
             gather=self.gather,
-            process_group=self.process_group,
+            process_group=self.process_group if peers is None else peers,
             equal_batches=self.equal_batches,
             backend=self.backend,
         )
@@ -350,13 +376,16 @@ def _check_options(ranking: str, negatives: str, reduction: str) -> None:
         raise ValueError('ranking="released" knows only negatives="all"; use ranking="paper"')
 
 
-def _check_inputs(
+def check_efa_inputs(
     image_tokens: Tensor,
     text_tokens: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     pids: Tensor | None,
+    *,
     negatives: str,
+    gather: bool | str,
+    backend: str,
 ) -> Tensor | None:
     """The pids to go on with; None where nothing asks for them."""
     check_float("image_tokens", image_tokens, "B N D")
@@ -364,6 +393,8 @@ def _check_inputs(
     check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
     check_mask("image_mask", image_mask, image_tokens)
     check_mask("text_mask", text_mask, text_tokens)
+    if gather:  # what cannot run here must be known before the others wait for it
+        select_backend(backend, image_tokens, text_tokens)
     if pids is None:
         if negatives == "different_identity":
             raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .asdm import ASDMLoss
-from .distributed import GATHER, shares
-from .efa import EFALoss
+from .asdm import SETTINGS as ASDM_SETTINGS
+from .asdm import ASDMLoss, check_asdm_inputs
+from .distributed import GATHER, Gathering, Peers, meet
+from .efa import SETTINGS as EFA_SETTINGS
+from .efa import EFALoss, check_efa_inputs
 from .identity import IDHead
 from .irr import IRRHead
 from .ops._checks import check_float, check_option, check_same
@@ -28,7 +30,7 @@ DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 class FMFAOutput(NamedTuple):
     """loss: weighted sum, a scalar. terms: each term before its weight. metrics: accuracies in [0, 1], detached.
 
-    With gather each of them is the rank's share: the mean over ranks is the value of the whole batch.
+    With gather each of them is the rank's part: the mean over ranks is the value of the whole batch.
     """
 
     loss: Tensor
@@ -36,7 +38,7 @@ class FMFAOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class FMFALoss(nn.Module):
+class FMFALoss(Gathering):
     """All four training objectives of FMFA on one batch, and their weighted sum.
 
         L = w_id L_id + w_irr L_irr + w_efa L_efa + w_asdm L_asdm        every weight 1 in the paper
@@ -51,9 +53,10 @@ class FMFALoss(nn.Module):
         gather, process_group, equal_batches: of both parameter-free terms, as ASDMLoss takes them. With True or "ring"
             the mean over ranks of the loss, and of every term and metric, is that of one process on the concatenated
             batch. The ID and IRR terms compare a sample with nothing but its own labels: their features stay, and the
-            rank's own means are weighted by its share of all pairs (ID) and of all masked words (IRR), so that two
-            counts are what travels. gather and process_group decide over ID and IRR also where asdm or efa have their
-            own. With False every term is the rank's own mean.
+            rank's own means are weighted by its part of all pairs (ID) and of all masked words (IRR), so that a count
+            is what travels. gather and process_group decide over ID and IRR also where asdm or efa have their own. One
+            handshake serves all terms that gather alike, and compares their hyperparameters and all weights. With False
+            every term is the rank's own mean.
         backend: of both parameter-free terms, whose own arguments, in asdm and efa, come first here and above.
 
     Inputs:
@@ -103,7 +106,7 @@ class FMFALoss(nn.Module):
         for name in weights or {}:
             check_option("weights", name, TERMS)
         check_option("gather", gather, GATHER)
-        self.gather, self.process_group = gather, process_group
+        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in TERMS}
         both: dict[str, Any] = {
             "gather": gather,
@@ -141,13 +144,62 @@ class FMFALoss(nn.Module):
         image_ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
     ) -> FMFAOutput:
+        batch: dict[str, Any] = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "image_tokens": image_tokens,
+            "text_tokens": text_tokens,
+            "pids": pids,
+            "masked_text_tokens": masked_text_tokens,
+            "masked_labels": masked_labels,
+            "image_mask": image_mask,
+            "text_mask": text_mask,
+            "image_ids": image_ids,
+            "logit_scale": logit_scale,
+        }
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        leader = next((part for part in (self, self.efa, self.asdm) if part.gather), None)
+        peers = None
+        if leader is None:
+            self._own_terms(terms, metrics, **batch)
+        else:
+            peers = self._meet(leader, terms, metrics, batch)
+        if self.gather and peers is not None:
+            weighted = self._weighted({**terms, **metrics}, peers, masked_labels, text_mask)
+            terms, metrics = ({name: weighted[name] for name in values} for values in (terms, metrics))
+        if self.weights["efa"]:
+            joined = {"peers": peers} if _joins(self.efa, leader) else {}
+            masks = {"image_mask": image_mask, "text_mask": text_mask}
+            efa_pids = pids if self.efa.negatives == "different_identity" else None
+            terms["efa"] = self.efa(image_tokens, text_tokens, pids=efa_pids, **masks, **joined)
+        if self.weights["asdm"]:
+            joined = {"peers": peers} if _joins(self.asdm, leader) else {}
+            soft = {"image_ids": image_ids, "logit_scale": logit_scale}
+            terms["asdm"] = self.asdm(image_features, text_features, pids, **soft, **joined)
+        loss = sum((self.weights[name] * term for name, term in terms.items()), image_features.new_zeros(()))
+        return FMFAOutput(loss, terms, metrics)
+
+    def _own_terms(
+        self,
+        terms: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        *,
+        image_features: Tensor,
+        text_features: Tensor,
+        image_tokens: Tensor,
+        pids: Tensor,
+        masked_text_tokens: Tensor | None,
+        masked_labels: Tensor | None,
+        text_mask: Tensor | None,
+        **others: Any,
+    ) -> None:
+        """The terms that compare a sample with its own labels, for which no other rank is needed."""
         if (masked_text_tokens is None) != (masked_labels is None):
             raise ValueError("masked_text_tokens and masked_labels come together: pass both or neither")
         check_float("image_features", image_features, "B D")
         check_float("image_tokens", image_tokens, "B N D")
         check_same("image_features and image_tokens", image_features, image_tokens, dims=[("B", 0)])
-        terms: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
         if self.weights["id"]:
             identity = self.identity(image_features, text_features, pids)
             terms["id"] = identity.loss
@@ -157,28 +209,80 @@ class FMFALoss(nn.Module):
             irr = self.irr(tokens, masked_text_tokens, masked_labels, text_mask=text_mask)
             terms["irr"] = irr.loss
             metrics["mlm_accuracy"] = irr.accuracy
-        if self.gather and (self.weights["id"] or self.weights["irr"]):
-            pairs, words = self._shares(image_features, masked_labels, text_mask)
-            share = {"irr": words, "mlm_accuracy": words}
-            terms, metrics = (
-                {name: value * share.get(name, pairs).to(value.dtype) for name, value in values.items()}
-                for values in (terms, metrics)
-            )
-        if self.weights["efa"]:
-            efa_pids = pids if self.efa.negatives == "different_identity" else None
-            terms["efa"] = self.efa(
-                image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, pids=efa_pids
-            )
-        if self.weights["asdm"]:
-            terms["asdm"] = self.asdm(image_features, text_features, pids, image_ids=image_ids, logit_scale=logit_scale)
-        loss = sum((self.weights[name] * term for name, term in terms.items()), image_features.new_zeros(()))
-        return FMFAOutput(loss, terms, metrics)
 
-    def _shares(self, features: Tensor, labels: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        """By what the means of this rank are multiplied: [2], of its pairs and of its masked words."""
-        pairs = torch.full((), features.shape[0], device=features.device)
-        words = torch.zeros_like(pairs) if labels is None else self.irr._count_masked(labels, text_mask, pairs.device)
-        return shares(torch.stack([pairs, words]), self.gather, self.process_group)
+    def _meet(
+        self, leader: "FMFALoss | EFALoss | ASDMLoss", terms: dict[str, Tensor], metrics: dict[str, Tensor], batch: Any
+    ) -> Peers:
+        """One handshake for the weights and for all terms that gather as `leader` does; makes the own terms first."""
+        names = ["image_features"]
+        settings: dict[str, object] = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
+        with_efa, with_asdm = (
+            self.weights[name] != 0 and _joins(part, leader) for name, part in (("efa", self.efa), ("asdm", self.asdm))
+        )
+        if with_efa:
+            names += ["text_tokens", "text_mask", "pids"]
+            settings.update({f"efa.{name}": getattr(self.efa, name) for name in EFA_SETTINGS})
+            settings["dtype of image_tokens"] = getattr(batch["image_tokens"], "dtype", None)
+        if with_asdm:
+            names += ["text_features", "pids", "image_ids"]
+            settings.update({f"asdm.{name}": getattr(self.asdm, name) for name in ASDM_SETTINGS})
+            settings["logit_scale"] = batch["logit_scale"]
+
+        def check() -> None:
+            if with_efa:
+                tokens = (batch[name] for name in ("image_tokens", "text_tokens", "image_mask", "text_mask"))
+                check_efa_inputs(
+                    *tokens,
+                    pids=batch["pids"] if self.efa.negatives == "different_identity" else None,
+                    negatives=self.efa.negatives,
+                    gather=leader.gather,
+                    backend=self.efa.backend,
+                )
+            if with_asdm:
+                check_asdm_inputs(
+                    *(batch[name] for name in ("image_features", "text_features", "pids", "image_ids")),
+                    gather=leader.gather,
+                    backend=self.asdm.backend,
+                )
+            self._own_terms(terms, metrics, **batch)
+
+        peers, _ = meet(
+            leader.gather,
+            leader.process_group,
+            {name: batch[name] for name in names},
+            loss="FMFALoss",
+            settings=settings,
+            equal_batches=leader.equal_batches,
+            check=check,
+        )
+        return peers
+
+    def _weighted(
+        self, values: dict[str, Tensor], peers: Peers, labels: Tensor | None, text_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Means of this rank times its part of all pairs, or of all masked words."""
+        of_words: Tensor | None = None
+        if self.weights["irr"]:
+            device = self.irr.ln_post.weight.device
+            words = torch.zeros((), dtype=torch.int64, device=device)
+            if labels is not None:
+                words = self.irr._count_masked(labels, text_mask, device)
+            (of_words,) = peers.loss_weights(words.reshape(1))
+        by_word = ("irr", "mlm_accuracy")
+        return {
+            name: value * (of_words.to(value.dtype) if of_words is not None and name in by_word else peers.loss_weight)
+            for name, value in values.items()
+        }
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
+
+
+def _joins(part: "FMFALoss | EFALoss | ASDMLoss", leader: "FMFALoss | EFALoss | ASDMLoss | None") -> bool:
+    """Whether the handshake of `leader` is that of `part` as well."""
+    return (
+        leader is not None
+        and part.gather == leader.gather
+        and part.process_group is leader.process_group
+        and part.equal_batches == leader.equal_batches
+    )

@@ -1,11 +1,16 @@
 """The global batch: real processes against one process on the concatenated batch."""
 
+import copy
 import itertools
 import math
 import os
+import pickle
+import tempfile
 import time
 import warnings
 from functools import partial
+from pathlib import Path
+from unittest.mock import patch
 
 import processes
 import pytest
@@ -14,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from fmfa_losses import distributed
 from fmfa_losses.asdm import ASDMLoss
-from fmfa_losses.distributed import Peers, meet, shares
+from fmfa_losses.distributed import Peers, meet
 from fmfa_losses.efa import EFALoss
 from fmfa_losses.objective import FMFALoss, FMFAOutput
 
@@ -162,6 +169,11 @@ class Trainee(nn.Module):
         return self.objective(*inputs, logit_scale=scale, **masks, **masked)
 
 
+class Checkpointed(Trainee):
+    def forward(self, data: dict[str, Tensor]) -> FMFAOutput:
+        return FMFAOutput(*checkpoint(super().forward, data, use_reentrant=False))
+
+
 def trained() -> dict[str, float]:
     """Two accumulated batches under DDP against one process that has the whole ones."""
     alone = Trainee()
@@ -171,14 +183,14 @@ def trained() -> dict[str, float]:
     expected = [p.grad for p in alone.parameters()]
 
     errors = {}
-    for gather in (True, "ring"):
-        trainee = Trainee(gather=gather, equal_batches=gather is True)
+    for build, gather in ((Trainee, True), (Trainee, "ring"), (Checkpointed, True), (Checkpointed, "ring")):
+        trainee = build(gather=gather, equal_batches=gather is True)
         ddp = DistributedDataParallel(trainee)
         with ddp.no_sync():
             ddp(own(halves[0], (4, 4), dist.get_rank())).loss.backward()
         ddp(own(halves[1], (4, 4), dist.get_rank())).loss.backward()
         got = [p.grad for p in trainee.parameters()]
-        errors[f"accumulated under DDP, {gather}"] = error(got, expected)
+        errors[f"{build.__name__}, accumulated under DDP, {gather}"] = error(got, expected)
     return errors
 
 
@@ -272,14 +284,15 @@ def compiled() -> dict[str, float]:
         got = mean_over(differentiate(step(name, arguments, towers, mine, **options), towers), None)
         expected = differentiate(call(name, arguments, towers, data), towers)
         errors[f"compiled {name}, {gather}, {sizes}"] = error(got, expected)
-    return {**errors, "compiled shares": compiled_shares()}
+    return {**errors, "compiled loss weights": compiled_loss_weights()}
 
 
-def compiled_shares() -> float:
+def compiled_loss_weights() -> float:
     """One graph: what the ranks count is never read by the host."""
 
     def step(x: Tensor, counts: Tensor) -> Tensor:
-        return x.mean() * shares(counts, True, None)[0]
+        peers = meet(True, None, {"counts": counts[None]}, equal_batches=True)  # a row a rank
+        return x.mean() * peers.loss_weights(counts)[0]
 
     x = batch(8)["image"]
     mine = own({"image": x}, (3, 5), dist.get_rank())["image"]
@@ -340,7 +353,7 @@ def test_training_reductions_compilation_autocast_and_reruns():
     for errors in processes.run(2, other_cases):
         assert isinstance(errors, dict), errors
         wrong = {case: value for case, value in errors.items() if not value <= TOLERANCE}
-        assert len(errors) == 4 + 2 + 1 + 4 + 2 + 3 and not wrong, wrong
+        assert len(errors) == 4 + 2 + 1 + 4 + 4 + 3 and not wrong, wrong
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -376,6 +389,7 @@ def errors_on_every_rank() -> dict[str, object]:
     if rank == 0:
         found["absent"] = raised(lambda: ASDMLoss(gather=True)(x, x, pids))
     else:
+        ASDMLoss(gather=False)(x, x, pids)
         time.sleep(5)  # stays away for longer than the time-out
     found["waited"] = time.monotonic() - start
     return found
@@ -398,7 +412,245 @@ def test_errors_name_the_mend_on_every_rank():
     assert results[0]["absent"].startswith(
         "RuntimeError: gather failed on rank 0 of 2 (gloo, cpu tensors, time-out 3 s)"
     )
+    assert "skipped this call, or came with gather=False, another loss" in results[0]["absent"]
     assert 2 < results[0]["waited"] < 5
+
+
+def different_settings() -> dict[str, str]:
+    rank, pids = dist.get_rank(), torch.arange(3)
+    x, tokens = torch.randn(3, 4), torch.randn(3, 2, 4)
+
+    def asdm(scale: object = None, image_ids: Tensor | None = None, gather: object = True, **options: object) -> None:
+        ASDMLoss(gather=gather, **options)(x, x, pids, logit_scale=scale, image_ids=image_ids)
+
+    def efa(**options: object) -> None:
+        EFALoss(gather=True, **options)(tokens, tokens, pids=pids)
+
+    def fmfa(**options: object) -> None:
+        objective = FMFALoss(4, 3, vocab_size=5, irr={"num_heads": 1, "depth": 1}, **{"gather": True, **options})
+        objective(x, x, tokens, tokens, pids)
+
+    pairs = {
+        "alpha": (asdm, {"alpha": (10.0, 1)}),
+        "temperature": (asdm, {"temperature": (0.02, 0.05)}),
+        "gap": (asdm, {"gap": ("probability", "cosine")}),
+        "positive": (asdm, {"positive": ("any", "first")}),
+        "detach_weight": (asdm, {"detach_weight": (False, True)}),
+        "eps": (asdm, {"eps": (1e-8, 1e-6)}),
+        "image_id_factor": (asdm, {"image_id_factor": (0.3, 0.5)}),
+        "target": (asdm, {"target": ("row", "column")}),
+        "reduction": (asdm, {"reduction": ("mean", "none")}),
+        "gather": (asdm, {"gather": (True, "ring")}),
+        "equal_batches": (asdm, {"equal_batches": (False, True)}),
+        "logit_scale": (asdm, {"scale": (50.0, torch.tensor(50.0))}),
+        "image_ids": (asdm, {"image_ids": (None, pids)}),
+        "margin_text": (efa, {"margin_text": (0.1, 0.2)}),
+        "margin_image": (efa, {"margin_image": (0.1, 0.9)}),
+        "pool_scale": (efa, {"pool_scale": (1.0, 10.0)}),
+        "sparsity": (efa, {"sparsity": (None, 0.5)}),
+        "ranking": (efa, {"ranking": ("paper", "released")}),
+        "negatives": (efa, {"negatives": ("all", "different_identity")}),
+        "efa, temperature": (efa, {"temperature": (1.0, 2)}),
+        "efa, reduction": (efa, {"reduction": ("sum", "none")}),
+        "weights['efa']": (fmfa, {"weights": ({}, {"efa": 0})}),
+        "weights['irr']": (fmfa, {"weights": ({}, {"irr": 2})}),
+        "asdm.alpha": (fmfa, {"asdm": ({"alpha": 10}, {"alpha": 1.0})}),
+        "efa.sparsity": (fmfa, {"efa": ({}, {"sparsity": 0.5})}),
+    }
+    found = {}
+    for equal in (False, True):
+        for name, (call_, options) in pairs.items():
+            mine = {option: values[rank] for option, values in options.items()}
+            promise = {} if name == "equal_batches" else {"equal_batches": equal}
+            found[f"{name}, {equal}"] = raised(lambda c=call_, o={**promise, **mine}: c(**o))
+    found["own weights"] = raised(
+        lambda: fmfa(gather=False, asdm={"gather": True}, weights={"id": 1 + rank, "efa": 0, "irr": 0})
+    )
+    found["loss"] = raised((asdm, efa)[rank])
+    found["equal numbers"] = raised(lambda: asdm(alpha=(10, 10.0)[rank], scale=(50.0, torch.tensor(50.0).item())[rank]))
+    found["equal tensors"] = raised(lambda: asdm(scale=torch.tensor(10.0 + rank)))
+    return found
+
+
+def test_ranks_with_different_hyperparameters_raise_the_same():
+    first, second = processes.run(2, different_settings)
+    assert isinstance(first, dict), first
+    assert first == second
+    assert first.pop("equal numbers") == first.pop("equal tensors") == "nothing was raised"
+    assert "all ranks must call the same loss, got asdm_loss on rank 0, efa_loss on rank 1" in first.pop("loss")
+    assert "weights['id'] must be the same on all ranks, got 1.0 on rank 0, 2.0 on rank 1" in first.pop("own weights")
+    for case, text in first.items():
+        name = case.removeprefix("efa, ").rpartition(", ")[0]
+        rule = "must agree on all ranks in everything but" if name == "image_ids" else "must be the same on all ranks"
+        assert text.startswith(f"ValueError: {name} {rule}"), (case, text)
+    assert "alpha must be the same on all ranks, got 10.0 on rank 0, 1.0 on rank 1" in first["alpha, False"]
+    assert "got 50.0 on rank 0, a tensor on rank 1" in first["logit_scale, True"]
+    assert "got 1.0 on rank 0, 0.0 on rank 1" in first["weights['efa'], True"]
+    assert "got None on rank 0, int64 [b] on rank 1" in first["image_ids, False"]
+
+
+def wrong_on_one_rank() -> dict[str, str]:
+    """What every rank raises where rank 1 of 2 alone is wrong."""
+    wrong, pids = dist.get_rank() == 1, torch.arange(3)
+    x, tokens = torch.randn(3, 4), torch.randn(3, 2, 4)
+    objective = partial(FMFALoss, 4, 3, vocab_size=5, irr={"num_heads": 1, "depth": 1})
+    labels = torch.ones(3, 2, dtype=torch.long)
+    found = {}
+    for gather, equal in ((True, False), ("ring", True)):
+        distributed._agreed.clear()
+        asdm, efa, fmfa = (c(gather=gather, equal_batches=equal) for c in (ASDMLoss, EFALoss, objective))
+        cases = {
+            "float pids": lambda loss=asdm: loss(x, x, pids.float() if wrong else pids),
+            "empty batch": lambda loss=asdm: loss(*[x[:0] if wrong else x] * 2, pids[:0] if wrong else pids),
+            "width": lambda loss=asdm: loss(x[:, :3] if wrong else x, x, pids),
+            "length of pids": lambda loss=asdm: loss(x, x, pids[:2] if wrong else pids),
+            "no tensor": lambda loss=asdm: loss(x.tolist() if wrong else x, x, pids),
+            "triton": lambda g=gather, e=equal: ASDMLoss(
+                gather=g, equal_batches=e, backend="triton" if wrong else "torch"
+            )(x.double(), x.double(), pids),
+            "empty tokens": lambda loss=efa: loss(*[tokens[:0] if wrong else tokens] * 2),
+            "mask": lambda loss=efa: loss(tokens, tokens, text_mask=torch.ones(3, 2 + wrong, dtype=torch.bool)),
+            "tokens": lambda loss=efa: loss(tokens, x if wrong else tokens),
+            "identity": lambda loss=fmfa: loss(x, x, tokens, tokens, pids + wrong),
+            "labels": lambda loss=fmfa: loss(
+                *(x, x, tokens, tokens, pids), masked_text_tokens=tokens, masked_labels=9 * labels if wrong else labels
+            ),
+            "one of two": lambda loss=fmfa: loss(
+                *(x, x, tokens, tokens, pids), masked_labels=labels if wrong else None
+            ),
+            "mask of the total": lambda loss=fmfa: loss(
+                *(x, x, tokens, tokens, pids), image_mask=torch.ones(3, 2 + wrong, dtype=torch.bool)
+            ),
+        }
+        found.update({f"{name}, {gather}": raised(case) for name, case in cases.items()})
+        found[f"right again, {gather}"] = raised(lambda loss=fmfa: loss(x, x, tokens, tokens, pids))
+    found["everybody"] = raised(lambda: ASDMLoss(gather=True)(x, x, pids.float()))
+    return found
+
+
+def test_an_error_on_one_rank_is_raised_on_all():
+    first, second = processes.run(2, wrong_on_one_rank, timeout=20)
+    assert isinstance(first, dict), first
+    assert first == second
+    assert first.pop("right again, True") == first.pop("right again, ring") == "nothing was raised"
+    assert first.pop("everybody").startswith("TypeError: pids must be an integer tensor, got float32")
+    for case, text in first.items():
+        assert "Error: rank 1 of 2 cannot take part: " in text, (case, text)
+    assert first["float pids, True"].startswith("TypeError: rank 1 of 2 cannot take part: pids must be an integer")
+    assert "image_features must not be empty, got float32 [0, 4]" in first["empty batch, ring"]
+    assert "skip the step on all ranks" in first["empty batch, ring"]
+    assert first["triton, True"].startswith("RuntimeError: ")
+
+
+def integers() -> dict[str, float]:
+    """Identities of any integer dtype, another one on each rank."""
+    rank, data, towers = dist.get_rank(), batch(8), Towers()
+    kinds = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    mine, errors = own(data, (3, 5), rank), {}
+    for kind, gather in itertools.product(kinds, (True, "ring")):
+        for name, arguments in (("asdm", ASDM[1]), ("efa", EFA[2])):
+            expected = differentiate(call(name, arguments, towers, data), towers)
+            ids = {key: mine[key].to(kind if rank else torch.int64) for key in ("pids", "image_ids")}
+            value = call(name, arguments, towers, {**mine, **ids}, gather=gather)
+            errors[f"{name} {kind} {gather}"] = error(mean_over(differentiate(value, towers), None), expected)
+    return errors
+
+
+def test_identities_of_every_integer_dtype():
+    for errors in processes.run(2, integers):
+        assert isinstance(errors, dict), errors
+        assert max(errors.values()) <= TOLERANCE, errors
+
+
+def collectives() -> dict[str, int]:
+    """Gathers of one forward, by loss and promise."""
+    counts, data = {}, own(batch(8), (4, 4), dist.get_rank())
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    original = getattr(dist, name)
+    calls: list[int] = []
+
+    def spy(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    setattr(dist, name, spy)
+    for equal in (False, True):
+        options = {"gather": True, "equal_batches": equal}
+        trainee = Trainee(**options)
+        for loss, function in (
+            ("asdm", lambda o=options: call("asdm", {}, Towers(), data, **o)),
+            ("efa", lambda o=options: call("efa", {"masks": True}, Towers(), data, **o)),
+            ("fmfa", lambda t=trainee: t(data)),
+        ):
+            function()
+            calls.clear()
+            function()
+            counts[f"{loss}, {equal}"] = len(calls)
+    setattr(dist, name, original)
+    return counts
+
+
+def test_one_handshake_a_step_and_none_under_the_promise():
+    for counts in processes.run(2, collectives):
+        # A-SDM: both features and the identities; EFA: joint embeddings and the mask; FMFALoss: masked words besides.
+        assert counts == {
+            "asdm, True": 3,
+            "asdm, False": 3 + 1,
+            "efa, True": 2,
+            "efa, False": 2 + 1,
+            "fmfa, True": 6,
+            "fmfa, False": 6 + 1,
+        }
+
+
+def agreement_ends_with_its_group() -> dict[str, object]:
+    """The first rank holds on to the old group, the second one has forgotten all of it."""
+    x, pids, rank = torch.randn(3, 4), torch.arange(3), dist.get_rank()
+    old, found = dist.group.WORLD, {}
+    loss = ASDMLoss(gather=True, equal_batches=True)
+    loss(x, x, pids)
+    for held in (True, False):
+        dist.destroy_process_group()
+        old = old if held else None
+        if rank == 1:
+            distributed._agreed.clear()
+        folder = Path(tempfile.gettempdir(), f"{os.getppid()}-{held}")
+        store = dist.FileStore(str(folder), 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        found[f"held {held}"] = raised(lambda: [loss(x, x, pids) for _ in range(2)])
+    with patch.object(distributed, "MOST_AGREED", 4):
+        for step in range(10):
+            ASDMLoss(gather=True, equal_batches=True, alpha=float(step))(x, x, pids)
+    found["remembered"] = len(distributed._agreed)
+    return found
+
+
+def test_another_group_agrees_anew_and_old_agreements_are_forgotten():
+    for found in processes.run(2, agreement_ends_with_its_group, timeout=20):
+        assert isinstance(found, dict), found
+        assert found.pop("remembered") <= 5
+        assert set(found.values()) == {"nothing was raised"}, found
+
+
+def copies() -> dict[str, object]:
+    group = dist.new_group([0])
+    options = {"gather": True, "process_group": group}
+    losses = [ASDMLoss(**options), EFALoss(**options), Trainee(**options), nn.Sequential(ASDMLoss(**options))]
+    for loss in losses:
+        copied = copy.deepcopy(loss), copy.copy(loss), AveragedModel(loss).module
+        held = [m.process_group for c in copied for m in c.modules() if hasattr(m, "process_group")]
+        assert held and all(one is group for one in held)
+        with pytest.raises(TypeError, match=r"cannot be pickled, because the group .* state_dict"):
+            pickle.dumps(loss)
+    trainee, data = losses[2], batch(4)
+    assert torch.equal(copy.deepcopy(trainee)(data).loss, trainee(data).loss)
+    losses[0].process_group = None
+    assert pickle.loads(pickle.dumps(losses[0])).process_group is None
+    return {}
+
+
+def test_copies_of_a_loss_share_its_group_and_pickle_says_why_not():
+    assert processes.run(1, copies) == [{}]
 
 
 def dead_peer() -> str:
