@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checkpoint import LoadReport, checkpoint_entries, load_entries
+from ._parts import WideLinear, check_device, nan_unless, to_dtype_of
 from .ops._checks import check_flag, check_float, check_ids, check_integer, check_same, describe, on_host
 
 __all__ = ["IDHead", "IDOutput", "id_loss"]
+
+NO_PID = -(2**31)  # cross_entropy would leave out the pids of -100
 
 
 class IDOutput(NamedTuple):
@@ -50,7 +53,9 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     pids = check_ids("pids", pids, image_logits.shape[0], image_logits.device)
     if on_host(pids):
         _check_range(pids, "identities", image_logits.shape[1], "build the classifier with more identities")
-    image, text = (F.cross_entropy(_at_least_float32(x), pids.long()) for x in (image_logits, text_logits))
+    image, text = (
+        F.cross_entropy(_at_least_float32(x), pids.long(), ignore_index=NO_PID) for x in (image_logits, text_logits)
+    )
     return (image + text) / 2
 
 
@@ -63,11 +68,16 @@ class IDHead(nn.Module):
     autocast: in what autocast chooses), the cross-entropy in float32 at least. A NaN feature comes out as a
     NaN loss.
 
+    `classifier` is called once for each modality, images first, so that hooks, adapters, parametrisations and
+    wrappers take part. What stands in its stead gets the features in the dtype of its own first weight, and its
+    logits decide how many identities there are.
+
     Args:
         embed_dim: D, width of the features.
         num_identities: number of training identities; pids lie in [0, num_identities).
         check_labels: look at the values of pids on an accelerator too, which makes the host wait for it.
-            On the CPU they are always looked at.
+            On the CPU they are always looked at. torch.compile cannot look: there a pid outside of the range
+            makes the loss NaN, or PyTorch raise.
     Inputs:
         image_features, text_features: [B, D], any float dtype.
         pids: [B], integers in [0, num_identities).
@@ -85,20 +95,25 @@ class IDHead(nn.Module):
     checkpoints of IRRA-derived codebases look for.
     """
 
+    _caller = "IDHead"  # whom messages tell to build
+
     def __init__(self, embed_dim: int, num_identities: int, *, check_labels: bool = False) -> None:
         super().__init__()
         embed_dim = check_integer("embed_dim", embed_dim, 1)
         num_identities = check_integer("num_identities", num_identities, 1)
         self.check_labels = check_flag("check_labels", check_labels)
-        self.classifier = nn.Linear(embed_dim, num_identities)
+        self.classifier = WideLinear(embed_dim, num_identities)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, image_features: Tensor, text_features: Tensor, pids: Tensor) -> IDOutput:
         pids = self._check(image_features, text_features, pids)
-        image_logits, text_logits = self._classify(image_features), self._classify(text_features)
+        image_logits, text_logits = (
+            self.classifier(to_dtype_of(self.classifier, features)) for features in (image_features, text_features)
+        )
+        right = self._in_range(pids, image_logits.shape[1])
         return IDOutput(
-            loss=id_loss(image_logits, text_logits, pids),
+            loss=nan_unless(right, id_loss(image_logits, text_logits, pids)),
             image_accuracy=_accuracy(image_logits, pids),
             text_accuracy=_accuracy(text_logits, pids),
         )
@@ -111,26 +126,26 @@ class IDHead(nn.Module):
             "build IDHead with the embed_dim and num_identities of the checkpoint",
         )
 
-    def _classify(self, features: Tensor) -> Tensor:
-        weight, bias = self.classifier.weight, self.classifier.bias
-        dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
-        return F.linear(features.to(dtype), weight.to(dtype), bias.to(dtype))
-
     def _check(self, image_features: Tensor, text_features: Tensor, pids: Tensor) -> Tensor:
-        weight = self.classifier.weight
+        width = getattr(self.classifier, "in_features", None)
         for name, features in (("image_features", image_features), ("text_features", text_features)):
             check_float(name, features, "B D")
-            if features.shape[1] != self.classifier.in_features:
+            if width is not None and features.shape[1] != width:
                 raise ValueError(
-                    f"{name} must have the width embed_dim = {self.classifier.in_features}, "
-                    f"got {describe(features)}; build IDHead(embed_dim={features.shape[1]}, ...)"
+                    f"{name} must have the width embed_dim = {width}, got {describe(features)}; "
+                    f"build {self._caller}(embed_dim={features.shape[1]}, ...)"
                 )
-            check_same(f"{name} and the classifier", features, weight)
+            check_device(f"{name} and the classifier", features, self.classifier)
         check_same("image_features and text_features", image_features, text_features, dims=[("B", 0)])
-        pids = check_ids("pids", pids, image_features.shape[0], image_features.device)
+        return check_ids("pids", pids, image_features.shape[0], image_features.device)
+
+    def _in_range(self, pids: Tensor, identities: int) -> Tensor | None:
+        """Whether all pids are in the range, where nobody can look; None where they were looked at, or need not be."""
+        if torch.compiler.is_compiling():
+            return ((pids >= 0) & (pids < identities)).all()
         if self.check_labels or on_host(pids):
-            _check_range(pids, "num_identities", self.classifier.out_features, "raise num_identities")
-        return pids
+            _check_range(pids, "num_identities", identities, "raise num_identities")
+        return None
 
 
 def _check_range(pids: Tensor, name: str, classes: int, advice: str) -> None:

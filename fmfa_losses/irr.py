@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ._checkpoint import LoadReport, checkpoint_entries, load_entries
+from ._parts import check_device, nan_unless, to_dtype_of
 from .ops._checks import (
     check_flag,
     check_float,
@@ -34,7 +34,7 @@ from .ops._checks import (
     integer_ids,
     on_host,
 )
-from .ops._padding import longest
+from .ops._padding import longest, refuse_trace
 
 __all__ = ["IRRHead", "IRROutput"]
 
@@ -67,7 +67,15 @@ class IRRHead(nn.Module):
     vocabulary. On the CPU, where data loaders make them (the tokens may be elsewhere): exactly the masked rows. On an
     accelerator the host cannot know how many are masked: with `max_masked` that many rows, and should more be masked,
     loss, accuracy and gradient are NaN, so that a truncation never passes unseen; without it all B * L rows, exact but
-    slow. More than 1024 rows are projected 1024 at a time and recomputed in the backward.
+    slow. More than 1024 rows are projected in chunks of at most that many, which the backward computes again; it keeps
+    their logits where `mlm_head` holds other modules or hooks, which may be random.
+
+    Parts are called, never read, so that hooks, adapters and parametrisations take part. The attention's own
+    `in_proj_weight` and `in_proj_bias` have no module to call, as in nn.MultiheadAttention: they can be parametrised,
+    but what replaces a whole attention module has to take (query, context, keep, rows) and give one tensor.
+
+    torch.compile and torch.export look at no values: labels on the CPU count as labels on an accelerator (so set
+    `max_masked`), and one outside of the vocabulary makes the loss NaN, or PyTorch raise. torch.jit.trace is refused.
 
     Args:
         embed_dim: D, width of the tokens.
@@ -98,6 +106,8 @@ class IRRHead(nn.Module):
 
     Reference: Jiang and Ye (IRRA), arXiv 2303.12501, section 3.2.
     """
+
+    _caller, _labels = "IRRHead", "labels"  # whom messages tell to build, and what the caller calls the labels
 
     def __init__(
         self,
@@ -168,6 +178,7 @@ class IRRHead(nn.Module):
         *,
         text_mask: Tensor | None = None,
     ) -> IRROutput:
+        refuse_trace("IRRHead")
         labels = self._check(image_tokens, masked_text_tokens, labels, text_mask)
         static = not on_host(labels)
         return self._forward(image_tokens, masked_text_tokens, labels, text_mask, static)
@@ -183,39 +194,40 @@ class IRRHead(nn.Module):
         if text_mask is not None:
             L = longest(text_mask)
             text_tokens, labels, text_mask = text_tokens[:, :L], labels[:, :L], text_mask[:, :L]
-        rows, targets, overflow = self._select(labels.long(), text_mask, text_tokens.device, static)
+        rows, targets, right = self._select(labels.long(), text_mask, text_tokens.device, static)
         states = self._encode(image_tokens, text_tokens, text_mask, rows)
         total, correct = self._score(states, targets)
         count = (targets != self.ignore_index).sum().clamp(min=1)
-        return IRROutput(loss=total / count * overflow, accuracy=correct / count * overflow)
+        return IRROutput(loss=nan_unless(right, total / count), accuracy=nan_unless(right, correct / count))
 
     def _select(
         self, labels: Tensor, text_mask: Tensor | None, device: torch.device, static: bool
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Rows [M] of the B * L positions, their targets [M], and a factor: NaN if rows were left out."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows [M] of the B * L positions, their targets [M], and whether no row is left out and every label right."""
         targets = labels.to(device, non_blocking=True)
         if text_mask is not None:
             targets = targets.masked_fill(~text_mask, self.ignore_index)
         targets = targets.flatten()
-        overflow: Tensor | float = 1.0
+        right = None
+        if torch.compiler.is_compiling():
+            right = ((targets == self.ignore_index) | ((targets >= 0) & (targets < self.vocab_size))).all()
         if static:  # masked rows first, in order; how many rows, the host knows
             rows = (targets == self.ignore_index).to(torch.uint8).argsort(stable=True)[: self.max_masked]
             if self.max_masked is not None:
-                masked = (targets != self.ignore_index).sum()
-                overflow = torch.where(masked > self.max_masked, float("nan"), 1.0)
+                complete = (targets != self.ignore_index).sum() <= self.max_masked
+                right = complete if right is None else right & complete
         else:  # the labels are on the host: no accelerator is waited for
             rows = (labels.flatten() != self.ignore_index).nonzero().squeeze(1).to(device, non_blocking=True)
-        return rows, targets.index_select(0, rows), overflow
+        return rows, targets.index_select(0, rows), right
 
     def _count_masked(self, labels: Tensor, text_mask: Tensor | None, device: torch.device) -> Tensor:
         """Number of the labels that the loss is a mean over, a scalar on the device; the host does not wait."""
-        masked = integer_ids("labels", labels, "B, L").to(device, non_blocking=True) != self.ignore_index
+        masked = integer_ids(self._labels, labels, "B, L").to(device, non_blocking=True) != self.ignore_index
         return (masked if text_mask is None else masked & text_mask).sum()
 
     def _encode(self, image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None, rows: Tensor) -> Tensor:
         """States [M, D] of the text tokens `rows`, after they have looked at the image and at each other."""
-        dtype = self.cross_attn.in_proj_weight.dtype
-        image, text = image_tokens.to(dtype), text_tokens.to(dtype)
+        image, text = (to_dtype_of(self.cross_attn, tokens) for tokens in (image_tokens, text_tokens))
         keep = None
         if text_mask is not None:
             text = text.masked_fill(~text_mask[..., None], 0)  # not even a NaN leaves the padding
@@ -228,12 +240,21 @@ class IRRHead(nn.Module):
 
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and number of right predictions over states [M, D]."""
-        if states.shape[0] <= CHUNK_ROWS:
+        M, chunks = states.shape[0], 1
+        while chunks * CHUNK_ROWS < M:  # a power of two, so that torch.compile sees few numbers of chunks
+            chunks *= 2
+        if chunks == 1:
             return self._score_chunk(states, targets)
-        scores = [
-            checkpoint(self._score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(torch.split(states, CHUNK_ROWS), torch.split(targets, CHUNK_ROWS), strict=True)
-        ]
+        bounds = [(i * M // chunks, (i + 1) * M // chunks) for i in range(chunks)]
+        parts = [(states[start:end], targets[start:end]) for start, end in bounds]
+        if _recomputable(self.mlm_head):
+            from torch.utils.checkpoint import checkpoint  # torch 2.6 imports its compiler with it
+
+            scores = [
+                checkpoint(self._score_chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+            ]
+        else:
+            scores = [self._score_chunk(*part) for part in parts]
         losses, corrects = zip(*scores, strict=True)
         return torch.stack(losses).sum(), torch.stack(corrects).sum()
 
@@ -283,22 +304,23 @@ class IRRHead(nn.Module):
             if tensor.shape[2] != self.embed_dim:
                 raise ValueError(
                     f"{name} must have the width embed_dim = {self.embed_dim}, got {describe(tensor)}; "
-                    f"build IRRHead(embed_dim={tensor.shape[2]})"
+                    f"build {self._caller}(embed_dim={tensor.shape[2]}, ...)"
                 )
-            check_same(f"{name} and the head", tensor, self.ln_post.weight)
+            check_device(f"{name} and the head", tensor, self)
         check_same("image_tokens and masked_text_tokens", image_tokens, text_tokens, dims=[("B", 0)])
         check_mask("text_mask", text_mask, text_tokens)
-        labels = integer_ids("labels", labels, "B, L")
-        check_shape("labels", labels, tuple(text_tokens.shape[:2]), "one label a text token")
+        name = self._labels
+        labels = integer_ids(name, labels, "B, L")
+        check_shape(name, labels, tuple(text_tokens.shape[:2]), "one label a text token")
         if labels.device.type != "cpu" and labels.device != text_tokens.device:
             raise ValueError(
-                f"labels must be on the CPU or on {text_tokens.device}, got {describe(labels)}; leave them on the CPU"
+                f"{name} must be on the CPU or on {text_tokens.device}, got {describe(labels)}; leave them on the CPU"
             )
-        if self.check_labels or on_host(labels):
+        if on_host(labels) or (self.check_labels and not torch.compiler.is_compiling()):
             wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.vocab_size))]
             if wrong.numel():
                 raise ValueError(
-                    f"labels must be ignore_index = {self.ignore_index} or lie in [0, vocab_size = {self.vocab_size}), "
+                    f"{name} must be ignore_index = {self.ignore_index} or lie in [0, vocab_size = {self.vocab_size}), "
                     f"got {int(wrong[0])}; pass the ignore_index and vocab_size of the tokenizer"
                 )
         return labels
@@ -380,6 +402,15 @@ class Transformer(nn.Module):
             x = block(x, keep)
         states: Tensor = last(x, keep, rows)
         return states
+
+
+def _recomputable(part: nn.Module) -> bool:
+    """A second forward is the first one again: no hook, adapter or parametrisation has a say, dropout or state."""
+    return all(
+        type(module) in (nn.Sequential, nn.Linear, QuickGELU, LayerNorm)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        for module in part.modules()
+    )
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -1,7 +1,10 @@
 """The total of FMFA, Eq. 13: L = L_id + L_irr + L_efa + L_asdm."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +16,8 @@ from .efa import SETTINGS as EFA_SETTINGS
 from .efa import EFALoss, check_efa_inputs
 from .identity import IDHead
 from .irr import IRRHead
-from .ops._checks import check_float, check_option, check_same
+from .ops._checks import check_float, check_nonnegative, check_option, check_same, describe
+from .ops._padding import refuse_trace
 
 __all__ = ["FMFALoss", "FMFAOutput"]
 
@@ -27,6 +31,30 @@ DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def check_keywords(name: str, given: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Every keyword is one that `function` takes; the error names the nearest that is."""
+    known = [word for word in inspect.signature(function).parameters if word != "self"]
+    for word in given:
+        if word not in known:
+            near = difflib.get_close_matches(str(word), known, n=1, cutoff=0)[0]
+            raise TypeError(f"{name} takes no {word!r}; did you mean {near!r}? It takes {', '.join(known)}")
+
+
+def keywords_checked(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` of a class, whose error for an unknown keyword names the class and the nearest keyword."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_keywords(function.__qualname__.split(".")[0], kwargs, function)
+        return function(*args, **kwargs)
+
+    return checked
+
+
 class FMFAOutput(NamedTuple):
     """loss: weighted sum, a scalar. terms: each term before its weight. metrics: accuracies in [0, 1], detached.
 
@@ -38,6 +66,9 @@ class FMFAOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+OwnTerms: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
+
+
 class FMFALoss(Gathering):
     """All four training objectives of FMFA on one batch, and their weighted sum.
 
@@ -47,8 +78,10 @@ class FMFALoss(Gathering):
         embed_dim: D, width of the joint space.
         num_identities: classes of the ID term, pids lie in [0, num_identities).
         vocab_size: V of the IRR term.
-        weights: by term name ("id", "irr", "efa", "asdm"); what is not named weighs 1, and a term of weight 0 is not
-            computed. The paper reports that an EFA weight of 5 or more collapses training.
+        weights: by term name ("id", "irr", "efa", "asdm"), finite and >= 0; what is not named weighs 1. A term of
+            weight 0 is not computed, and the head of ID or IRR is not built: `identity` or `irr` is None and has no
+            parameters, and what a checkpoint holds of it is ignored. The paper reports that an EFA weight of 5 or more
+            collapses training.
         asdm, efa, irr: keyword arguments of ASDMLoss, EFALoss and IRRHead, or (asdm, efa) the modules themselves.
         gather, process_group, equal_batches: of both parameter-free terms, as ASDMLoss takes them. With True or "ring"
             the mean over ranks of the loss, and of every term and metric, is that of one process on the concatenated
@@ -65,7 +98,8 @@ class FMFALoss(Gathering):
         text_tokens: [B, L, D].
         pids: [B] integer identities.
         masked_text_tokens, masked_labels: [B, L, D] tokens of the masked captions and [B, L] original ids (0
-            elsewhere), best left on the CPU (see IRRHead); without them the IRR term is left out.
+            elsewhere), best left on the CPU (see IRRHead). Without them the IRR term is left out of `terms`, and its
+            parameters get zero gradients, so that DistributedDataParallel finds all of them on every rank.
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
         image_ids, logit_scale: as ASDMLoss takes them.
 
@@ -74,7 +108,7 @@ class FMFALoss(Gathering):
         "text_accuracy" (ID) and "mlm_accuracy" (IRR).
 
     Raises:
-        TypeError, ValueError: as the terms do; an unknown weight, or only one of the two masked arguments.
+        TypeError, ValueError: as the terms do; an unknown keyword or weight, or only one of the two masked arguments.
         RuntimeError: gather without torch.distributed, or a process that died or did not arrive in time.
 
     Example:
@@ -87,6 +121,10 @@ class FMFALoss(Gathering):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 13 and Table 1.
     """
 
+    identity: IDHead | None
+    irr: IRRHead | None
+
+    @keywords_checked
     def __init__(
         self,
         embed_dim: int,
@@ -103,21 +141,28 @@ class FMFALoss(Gathering):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        for name in weights or {}:
+        self.weights = dict.fromkeys(TERMS, 1.0)
+        for name, weight in _mapping("weights", weights, 'a mapping such as {"efa": 0.5}').items():
             check_option("weights", name, TERMS)
+            self.weights[name] = check_nonnegative(f"weights[{name!r}]", weight)
         check_option("gather", gather, GATHER)
         self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
-        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in TERMS}
         both: dict[str, Any] = {
             "gather": gather,
             "process_group": process_group,
             "equal_batches": equal_batches,
             "backend": backend,
         }
-        self.asdm = asdm if isinstance(asdm, ASDMLoss) else ASDMLoss(**{**both, **(asdm or {})})
-        self.efa = efa if isinstance(efa, EFALoss) else EFALoss(**{**both, **(efa or {})})
-        self.identity = IDHead(embed_dim, num_identities)
-        self.irr = IRRHead(embed_dim, vocab_size, **(irr or {}))
+        self.asdm = asdm if isinstance(asdm, ASDMLoss) else _build("asdm", ASDMLoss, asdm, **both)
+        self.efa = efa if isinstance(efa, EFALoss) else _build("efa", EFALoss, efa, **both)
+        # A module that is None has no parameters, and load_state_dict ignores what it is given of it.
+        self.register_module("identity", IDHead(embed_dim, num_identities) if self.weights["id"] else None)
+        words = _build("irr", IRRHead, irr, embed_dim, vocab_size) if self.weights["irr"] else None
+        self.register_module("irr", words)
+        if self.identity is not None:
+            self.identity._caller = "FMFALoss"
+        if self.irr is not None:
+            self.irr._caller, self.irr._labels = "FMFALoss", "masked_labels"
 
     @classmethod
     def for_dataset(cls, name: str, embed_dim: int, num_identities: int, **kwargs: Any) -> "FMFALoss":
@@ -144,6 +189,7 @@ class FMFALoss(Gathering):
         image_ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
     ) -> FMFAOutput:
+        refuse_trace("FMFALoss")
         batch: dict[str, Any] = {
             "image_features": image_features,
             "text_features": text_features,
@@ -157,33 +203,26 @@ class FMFALoss(Gathering):
             "image_ids": image_ids,
             "logit_scale": logit_scale,
         }
-        terms: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
         leader = next((part for part in (self, self.efa, self.asdm) if part.gather), None)
-        peers = None
-        if leader is None:
-            self._own_terms(terms, metrics, **batch)
-        else:
-            peers = self._meet(leader, terms, metrics, batch)
+        peers, (terms, metrics, nothing) = (
+            (None, self._own_terms(**batch)) if leader is None else self._meet(leader, batch)
+        )
         if self.gather and peers is not None:
             weighted = self._weighted({**terms, **metrics}, peers, masked_labels, text_mask)
             terms, metrics = ({name: weighted[name] for name in values} for values in (terms, metrics))
         if self.weights["efa"]:
             joined = {"peers": peers} if _joins(self.efa, leader) else {}
             masks = {"image_mask": image_mask, "text_mask": text_mask}
-            efa_pids = pids if self.efa.negatives == "different_identity" else None
-            terms["efa"] = self.efa(image_tokens, text_tokens, pids=efa_pids, **masks, **joined)
+            terms["efa"] = self.efa(image_tokens, text_tokens, pids=self._efa_pids(pids), **masks, **joined)
         if self.weights["asdm"]:
             joined = {"peers": peers} if _joins(self.asdm, leader) else {}
             soft = {"image_ids": image_ids, "logit_scale": logit_scale}
             terms["asdm"] = self.asdm(image_features, text_features, pids, **soft, **joined)
-        loss = sum((self.weights[name] * term for name, term in terms.items()), image_features.new_zeros(()))
+        loss = sum((self.weights[name] * term for name, term in terms.items()), nothing)
         return FMFAOutput(loss, terms, metrics)
 
     def _own_terms(
         self,
-        terms: dict[str, Tensor],
-        metrics: dict[str, Tensor],
         *,
         image_features: Tensor,
         text_features: Tensor,
@@ -193,27 +232,42 @@ class FMFALoss(Gathering):
         masked_labels: Tensor | None,
         text_mask: Tensor | None,
         **others: Any,
-    ) -> None:
-        """The terms that compare a sample with its own labels, for which no other rank is needed."""
+    ) -> OwnTerms:
+        """Terms and metrics of a sample and its own labels, for which no other rank is needed; and a zero."""
         if (masked_text_tokens is None) != (masked_labels is None):
             raise ValueError("masked_text_tokens and masked_labels come together: pass both or neither")
         check_float("image_features", image_features, "B D")
         check_float("image_tokens", image_tokens, "B N D")
         check_same("image_features and image_tokens", image_features, image_tokens, dims=[("B", 0)])
-        if self.weights["id"]:
+        for name, head in (("id", self.identity), ("irr", self.irr)):
+            if self.weights[name] and head is None:
+                raise ValueError(
+                    f"weights[{name!r}] must stay 0, with which FMFALoss was built and has no head, got "
+                    f"{self.weights[name]}; build FMFALoss with that weight"
+                )
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        nothing = image_features.new_zeros(())
+        if self.identity is not None:
             identity = self.identity(image_features, text_features, pids)
             terms["id"] = identity.loss
             metrics.update(image_accuracy=identity.image_accuracy, text_accuracy=identity.text_accuracy)
-        if self.weights["irr"] and masked_text_tokens is not None:
-            tokens = torch.cat([image_features.to(image_tokens.dtype).unsqueeze(1), image_tokens], dim=1)
+        if self.irr is not None and masked_text_tokens is not None:
+            tokens = _with_class_token(image_features, image_tokens)
             irr = self.irr(tokens, masked_text_tokens, masked_labels, text_mask=text_mask)
             terms["irr"] = irr.loss
             metrics["mlm_accuracy"] = irr.accuracy
+        elif self.irr is not None:  # one caption of one word that is not masked costs 0, with a zero gradient for all
+            token = image_tokens.new_zeros(1, 1, self.irr.embed_dim)
+            label = torch.full((1, 1), self.irr.ignore_index, device=token.device)
+            nothing = nothing + self.irr(token, token, label).loss
+        return terms, metrics, nothing
 
-    def _meet(
-        self, leader: "FMFALoss | EFALoss | ASDMLoss", terms: dict[str, Tensor], metrics: dict[str, Tensor], batch: Any
-    ) -> Peers:
-        """One handshake for the weights and for all terms that gather as `leader` does; makes the own terms first."""
+    def _efa_pids(self, pids: Tensor) -> Tensor | None:
+        return pids if self.efa.negatives == "different_identity" else None
+
+    def _meet(self, leader: "FMFALoss | EFALoss | ASDMLoss", batch: Any) -> tuple[Peers, OwnTerms]:
+        """One handshake for the weights and for all terms that gather as `leader` does, and the own terms."""
         names = ["image_features"]
         settings: dict[str, object] = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
         with_efa, with_asdm = (
@@ -228,12 +282,14 @@ class FMFALoss(Gathering):
             settings.update({f"asdm.{name}": getattr(self.asdm, name) for name in ASDM_SETTINGS})
             settings["logit_scale"] = batch["logit_scale"]
 
-        def check() -> None:
+        def check() -> OwnTerms:
             if with_efa:
-                tokens = (batch[name] for name in ("image_tokens", "text_tokens", "image_mask", "text_mask"))
                 check_efa_inputs(
-                    *tokens,
-                    pids=batch["pids"] if self.efa.negatives == "different_identity" else None,
+                    batch["image_tokens"],
+                    batch["text_tokens"],
+                    batch["image_mask"],
+                    batch["text_mask"],
+                    self._efa_pids(batch["pids"]),
                     negatives=self.efa.negatives,
                     gather=leader.gather,
                     backend=self.efa.backend,
@@ -244,9 +300,9 @@ class FMFALoss(Gathering):
                     gather=leader.gather,
                     backend=self.asdm.backend,
                 )
-            self._own_terms(terms, metrics, **batch)
+            return self._own_terms(**batch)
 
-        peers, _ = meet(
+        return meet(
             leader.gather,
             leader.process_group,
             {name: batch[name] for name in names},
@@ -255,24 +311,20 @@ class FMFALoss(Gathering):
             equal_batches=leader.equal_batches,
             check=check,
         )
-        return peers
 
     def _weighted(
         self, values: dict[str, Tensor], peers: Peers, labels: Tensor | None, text_mask: Tensor | None
     ) -> dict[str, Tensor]:
         """Means of this rank times its part of all pairs, or of all masked words."""
-        of_words: Tensor | None = None
-        if self.weights["irr"]:
-            device = self.irr.ln_post.weight.device
+        weight: dict[str, float | Tensor] = dict.fromkeys(values, peers.loss_weight)
+        if self.irr is not None:  # on every rank, whether it has a masked word or not
+            device = next(iter(values.values())).device if values else torch.device("cpu")
             words = torch.zeros((), dtype=torch.int64, device=device)
             if labels is not None:
                 words = self.irr._count_masked(labels, text_mask, device)
             (of_words,) = peers.loss_weights(words.reshape(1))
-        by_word = ("irr", "mlm_accuracy")
-        return {
-            name: value * (of_words.to(value.dtype) if of_words is not None and name in by_word else peers.loss_weight)
-            for name, value in values.items()
-        }
+            weight |= {name: of_words.to(values[name].dtype) for name in ("irr", "mlm_accuracy") if name in values}
+        return {name: value * weight[name] for name, value in values.items()}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
@@ -286,3 +338,31 @@ def _joins(part: "FMFALoss | EFALoss | ASDMLoss", leader: "FMFALoss | EFALoss | 
         and part.process_group is leader.process_group
         and part.equal_batches == leader.equal_batches
     )
+
+
+def _mapping(name: str, value: object, wanted: str) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
+    return value or {}
+
+
+def _build(name: str, cls: type[T], given: object, *args: Any, **defaults: Any) -> T:
+    """`cls` of `args` and of the keyword arguments `given`."""
+    wanted = f"a mapping of keyword arguments of {cls.__name__}"
+    if name in ("asdm", "efa"):
+        wanted += f", or an {cls.__name__}"
+    if given is False:
+        wanted += f' (to leave the term out, pass weights={{"{name}": 0}})'
+    keywords = _mapping(name, given, wanted)
+    check_keywords(f"{name} ({cls.__name__})", keywords, functools.partial(cls, *args))
+    return cls(*args, **{**defaults, **keywords})
+
+
+def _with_class_token(image_features: Tensor, image_tokens: Tensor) -> Tensor:
+    """[B, D] and [B, N, D] -> [B, 1 + N, D]: IRRA's image tokens begin with the global feature."""
+    if image_features.shape[1] != image_tokens.shape[2]:
+        raise ValueError(
+            "image_features [B, D] and image_tokens [B, N, D] must agree in D, got "
+            f"{describe(image_features)} and {describe(image_tokens)}; pass both after the projection"
+        )
+    return torch.cat([image_features.to(image_tokens.dtype).unsqueeze(1), image_tokens], dim=1)

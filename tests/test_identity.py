@@ -1,10 +1,15 @@
 """IDHead and id_loss against the golden values, and at their edges."""
 
+import copy
 import math
 
+import processes
 import pytest
 import torch
 from golden import golden
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 from fmfa_losses.identity import IDHead, IDOutput, id_loss
 
@@ -63,6 +68,114 @@ def test_accuracies_are_fractions_by_modality_and_detached():
     assert isinstance(out, IDOutput)
     assert not out.image_accuracy.requires_grad
     assert not out.text_accuracy.requires_grad
+
+
+# --- the classifier is called -----------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Linear):
+    """What adapters put in a linear module's stead: its weights, and a low-rank product beside them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.A, self.B = nn.Parameter(torch.randn(2, base.in_features)), nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input @ self.A.T @ self.B.T
+
+
+def hooked(classifier: nn.Linear) -> nn.Linear:
+    classifier.register_forward_hook(lambda module, args, output: 2 * output)
+    return classifier
+
+
+REPLACED = {
+    "adapter": LoRA,
+    "wrapped": lambda classifier: nn.Sequential(nn.Linear(D, D), classifier),
+    "hook": hooked,
+    "prune": lambda classifier: prune.l1_unstructured(classifier, "weight", amount=0.5),
+    "spectral_norm": nn.utils.spectral_norm,
+    "spectral_norm as a parametrisation": nn.utils.parametrizations.spectral_norm,
+    "weight_norm as a parametrisation": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_stands_for_the_classifier_is_called(name):
+    head, image, text, pids = make(torch.float32)
+    twins = []  # spectral_norm changes at every call
+    for classifier in (copy.deepcopy(head.classifier), head.classifier):
+        torch.manual_seed(1)
+        twins.append(REPLACED[name](classifier))
+    head.classifier, twin = twins
+    expected = id_loss(twin(image), twin(text), pids)
+    out = head(image, text, pids)
+    torch.testing.assert_close(out.loss, expected, rtol=0, atol=0)
+    got = torch.autograd.grad(out.loss, [image, text, *head.classifier.parameters()])
+    want = torch.autograd.grad(expected, [image, text, *twin.parameters()])
+    assert all(gradient.abs().max() > 0 for gradient in want)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_hooks_see_the_features_of_both_modalities():
+    head, image, text, pids = make(torch.float16, torch.float32)
+    seen: list[Tensor] = []
+    head.classifier.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    head(image, text, pids)
+    assert [x is y for x, y in zip(seen, (image, text), strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("features", [torch.bfloat16, torch.float32, torch.float64])
+def test_another_module_gets_features_in_its_own_dtype(features):
+    head, image, text, pids = make(features, torch.float32)
+    head.classifier = nn.Linear(D, C).to(torch.bfloat16)
+    out = head(image, text, pids)
+    assert out.loss.dtype == torch.float32
+    classify = head.classifier
+    torch.testing.assert_close(out.loss, id_loss(classify(image.bfloat16()), classify(text.bfloat16()), pids))
+
+
+def test_a_module_without_a_floating_point_weight():
+    head, image, text, pids = make(torch.float32)
+    head.classifier = nn.Flatten()
+    torch.testing.assert_close(head(image, text, pids).loss, id_loss(image, text, pids))
+
+
+def test_the_logits_say_how_many_identities_there_are():
+    head, image, text, _ = make(torch.float32)
+    head.classifier = nn.Linear(D, 9)
+    assert head(image, text, torch.tensor([0, 8, 8, 3])).loss.isfinite()
+    with pytest.raises(ValueError, match=r"num_identities = 9\), got 0 to 9"):
+        head(image, text, torch.tensor([0, 9, 8, 3]))
+
+
+def sharded(kind: str) -> float:
+    head, image, text, pids = make(torch.float32)
+    plain = copy.deepcopy(head)
+    if kind == "DDP":
+        head.classifier = DistributedDataParallel(head.classifier)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(head.classifier)
+    loss, expected = head(image, text, pids).loss, plain(image, text, pids).loss
+    loss.backward()
+    expected.backward()
+    (grad,) = (p.grad for name, p in head.named_parameters() if name.endswith("weight"))
+    grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    assert loss.item() == expected.item()
+    return (grad - plain.classifier.weight.grad).abs().max().item()
+
+
+# FSDP2 on a CPU came with torch 2.7.
+KINDS = ["DDP", "FSDP2"] if torch.__version__ >= "2.7" else ["DDP"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_classifier_of_many_processes(kind):
+    for difference in processes.run(2, sharded, kind):
+        assert isinstance(difference, float) and difference < 1e-7, difference
 
 
 def test_gradcheck():
@@ -163,6 +276,25 @@ def test_nothing_reads_values_of_an_accelerator_unless_asked_to():
     assert head.classifier.weight.grad.shape == (C, D)
     with pytest.raises((RuntimeError, NotImplementedError)):
         IDHead(D, C, check_labels=True).to("meta")(image, text, pids)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals, by version
+@pytest.mark.parametrize("wrong", [-100, -1, C])
+def test_a_wrong_pid_under_compile_is_nan_or_an_error(wrong):
+    head, image, text, pids = make(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: head(*args).loss, fullgraph=True, backend="aot_eager")
+    assert compiled(image, text, pids).item() == pytest.approx(head(image, text, pids).loss.item())
+    try:
+        loss = compiled(image, text, torch.tensor([0, wrong, 1, 2]))
+    except IndexError:
+        return
+    assert loss.isnan()
+
+
+def test_no_pid_is_left_out():
+    with pytest.raises(IndexError, match="Target -100 is out of bounds"):
+        id_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, -100, 1]))
 
 
 @pytest.mark.parametrize(("name", "value"), [("embed_dim", 0), ("num_identities", 2.5)])

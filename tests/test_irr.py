@@ -1,5 +1,6 @@
 """IRRHead against the golden values, against a dense head on PyTorch's own attention, and at its edges."""
 
+import copy
 import math
 
 import pytest
@@ -242,6 +243,138 @@ def test_static_path_compiles_without_a_graph_break():
     torch.testing.assert_close(loss, expected.loss)
     torch.testing.assert_close(accuracy, expected.accuracy)
     assert_same(gradients(head, loss, image, text), gradients(head, expected.loss, image, text), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals, by version
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_a_wrong_label_under_compile_is_nan_or_an_error(wrong):
+    head, (image, text, labels) = make_head(torch.float32), make_inputs(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: tuple(head(*args)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image, text, labels), tuple(head(image, text, labels)))
+    labels[0, 0] = wrong
+    try:
+        loss, accuracy = compiled(image, text, labels)
+    except IndexError:
+        return
+    assert loss.isnan() and accuracy.isnan()
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer warns of what it cannot follow, and that it is deprecated
+def test_a_trace_is_refused():
+    head, (image, text, labels) = make_head(torch.float32), make_inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot follow IRRHead.*use torch.compile"):
+        torch.jit.trace(lambda image, text: head(image, text, labels).loss, (image, text))
+
+
+# --- parts are called -------------------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """What adapters put in a linear module's stead: the module, and a low-rank product beside it."""
+
+    def __init__(self, base: nn.Linear, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base, self.dropout = base, nn.Dropout(dropout)
+        self.A = nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype))
+        self.B = nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.dropout(x) @ self.A.T @ self.B.T
+
+    def merged(self) -> nn.Linear:
+        linear = copy.deepcopy(self.base)
+        linear.weight.data += self.B.data @ self.A.data
+        return linear
+
+
+LINEAR = [name for name, part in IRRHead(D, V, depth=2, num_heads=2).named_modules() if isinstance(part, nn.Linear)]
+
+
+def replace(head: IRRHead, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(head.get_submodule(parent), child, module)
+
+
+@pytest.mark.parametrize("chunk", [1024, 2])
+def test_an_adapter_in_the_stead_of_any_linear_module_is_called(monkeypatch, chunk):
+    monkeypatch.setattr(irr, "CHUNK_ROWS", chunk)
+    head, (image, text, labels) = make_head(), make_inputs()
+    adapters = {name: LoRA(head.get_submodule(name)) for name in LINEAR}
+    merged = copy.deepcopy(head)
+    for name, adapter in adapters.items():
+        replace(head, name, adapter)
+        replace(merged, name, adapter.merged())
+    out, expected = head(image, text, labels), merged(image, text, labels)
+    torch.testing.assert_close(out.loss, expected.loss)
+    got, want = gradients(head, out.loss, image, text), gradients(merged, expected.loss, image, text)
+    for name in LINEAR:
+        dweight = want[f"{name}.weight"]
+        want[f"{name}.A"], want[f"{name}.B"] = adapters[name].B.T @ dweight, dweight @ adapters[name].A.T
+        want[f"{name}.base.weight"], want[f"{name}.base.bias"] = want.pop(f"{name}.weight"), want.pop(f"{name}.bias")
+    assert_same(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_hooks_of_parts_run(name):
+    head, inputs = make_head(), make_inputs()
+    before = head(*inputs).loss.item()
+    head.get_submodule(name).register_forward_hook(lambda module, args, output: output + output.sin())
+    assert head(*inputs).loss.item() != before
+
+
+def test_in_proj_may_be_parametrised():
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    head, inputs = make_head(), make_inputs()
+    twice = copy.deepcopy(head)
+    twice.cross_attn.in_proj_weight.data *= 2
+    nn.utils.parametrize.register_parametrization(head.cross_attn, "in_proj_weight", Twice())
+    torch.testing.assert_close(head(*inputs).loss, twice(*inputs).loss)
+
+
+def test_what_replaces_a_whole_attention_module_is_no_silent_bypass():
+    head, inputs = make_head(), make_inputs()
+    head.cross_modal_transformer.resblocks[0].attn = nn.MultiheadAttention(D, 2, batch_first=True).double()
+    with pytest.raises((TypeError, AttributeError, AssertionError, RuntimeError)):
+        head(*inputs)
+
+
+def test_random_parts_of_the_vocabulary_get_the_gradient_of_the_forward_that_was(monkeypatch):
+    monkeypatch.setattr(irr, "CHUNK_ROWS", 2)
+    head, (image, text, labels) = make_head(), make_inputs()
+    head.mlm_head.fc = LoRA(head.mlm_head.fc, dropout=0.5)
+    calls = rows_projected(head)
+
+    def loss() -> Tensor:
+        torch.manual_seed(5)
+        return head(image, text, labels).loss
+
+    torch.manual_seed(6)
+    direction = torch.randn_like(head.mlm_head.fc.A)
+    value = loss()
+    torch.rand(7)  # another state of the generator than the forward had
+    (grad,) = torch.autograd.grad(value, head.mlm_head.fc.A)
+    assert sum(calls) == int((labels != 0).sum()), "no second forward"
+    at = []
+    for step in (1e-4, -1e-4):
+        with torch.no_grad():
+            head.mlm_head.fc.A += step * direction
+            at.append(loss().item())
+            head.mlm_head.fc.A -= step * direction
+    assert (grad * direction).sum().item() == pytest.approx((at[0] - at[1]) / 2e-4, rel=1e-6)
+
+
+def test_a_head_without_adapters_keeps_no_logits(monkeypatch):
+    monkeypatch.setattr(irr, "CHUNK_ROWS", 2)
+    head, (image, text, labels) = make_head(), make_inputs()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        head(image, text, labels)
+    weights = {parameter.data_ptr() for parameter in head.parameters()}
+    assert not [x.shape for x in kept if x.shape[-1:] == (V,) and x.data_ptr() not in weights]
 
 
 # --- edges ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["longest"]
+__all__ = ["longest", "refuse_trace"]
 
 
 def longest(mask: Tensor) -> int:
@@ -12,8 +12,18 @@ def longest(mask: Tensor) -> int:
     A CPU can look; on an accelerator the host would have to wait, torch.compile would break its graph, and torch.vmap
     has a mask for each problem: all L.
     """
+    refuse_trace("a mask")
     L = mask.shape[1]
     if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return L
     used = mask.any(dim=0)
     return max(1, L - int(used.flip(0).to(torch.uint8).argmax())) if bool(used.any()) else 1
+
+
+def refuse_trace(what: str) -> None:
+    """torch.jit.trace keeps what the host saw in the values of its one batch, and would repeat it for every other."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+        raise RuntimeError(
+            f"torch.jit.trace cannot follow {what}: the host decides by the values of the batch, and a trace would "
+            "repeat the first decision in silence; use torch.compile or torch.export"
+        )
