@@ -173,7 +173,7 @@ def changing(steps: int) -> list[dict[str, Tensor]]:
 
 
 def compared() -> dict[str, Callable[..., Tensor]]:
-    objective, identity, irr = small(), IDHead(D, 10), IRRHead(D, V, depth=2)
+    objective, identity, irr, asdm = small(), IDHead(D, 10), IRRHead(D, V, depth=2), ASDMLoss()
 
     def total(image_tokens, text_tokens, pids, **rest):
         return objective(image_tokens[:, 0], text_tokens[:, 0], image_tokens, text_tokens, pids, **rest).loss
@@ -193,9 +193,7 @@ def compared() -> dict[str, Callable[..., Tensor]]:
         "EFALoss": lambda image_tokens, text_tokens, text_mask, **_: efa_loss(
             image_tokens, text_tokens, text_mask=text_mask
         ),
-        "ASDMLoss": lambda image_tokens, text_tokens, pids, **_: ASDMLoss()(
-            image_tokens[:, 0], text_tokens[:, 0], pids
-        ),
+        "ASDMLoss": lambda image_tokens, text_tokens, pids, **_: asdm(image_tokens[:, 0], text_tokens[:, 0], pids),
     }
 
 
