@@ -1,4 +1,11 @@
-"""The functional forms: the losses without state, and the two operators under EFA."""
+"""The functional forms: the losses without state, and the two operators under EFA.
+
+First derivatives come by backward(), by torch.func (grad, vjp, jacrev, vmap) and under torch.compile. TAL, TRL, CMPM,
+triplet, sigmoid, ID and all that start from scores have the others too: second derivatives, and forward mode (jvp,
+jacfwd, hessian, dual numbers). A-SDM, SDM, ITC, EFA and the two operators are differentiable once, in reverse mode;
+what they do not have raises. PyTorch differentiates no compiled backward, and the attention of IRRHead only once and in
+reverse, unless it runs under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+"""
 
 from .asdm import asdm_loss
 from .cmpm import cmpm_loss, cmpm_loss_from_scores

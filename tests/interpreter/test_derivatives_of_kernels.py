@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
-from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, sparse_aggregate
+from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, itc_loss, sparse_aggregate
 
 # PyTorch's forward mode loads decompositions that are scripted, which it deprecates itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
@@ -14,6 +14,7 @@ LOSSES = {
     "asdm": lambda x, y, backend: asdm_loss(
         x[:, 0], y[:, 0], torch.tensor([0, 1, 0]), temperature=0.5, backend=backend
     ),
+    "itc": lambda x, y, backend: itc_loss(x[:, 0], y[:, 0], logit_scale=4.0, backend=backend),
     "efa": lambda x, y, backend: efa_loss(x, y, backend=backend),
     "hard_similarity": lambda x, y, backend: hard_similarity(x, y, backend=backend).square().sum(),
     "sparse_aggregate": lambda x, y, backend: sparse_aggregate(x, y, backend=backend).square().sum(),
