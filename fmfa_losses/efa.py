@@ -13,6 +13,9 @@ leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant
     2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
 """
 
+# torch.compile of 2.6 cannot make the types of a nested function.
+from __future__ import annotations
+
 from typing import Any
 
 import torch

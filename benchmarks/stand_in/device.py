@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -67,15 +68,13 @@ class Device:
             yield step
         step.launches, step.compiled = self.launches[launches:], self.compiled[compiled:]
 
-    def specialised(self, function: Any, key: Any, source: Any, options: Any) -> "_Kernel":
+    def specialised(self, source: Any, options: Any) -> "_Kernel":
         """Remembers a kernel that the JIT did not have yet, compiles it where asked, and gives what is launched."""
-        kernel = Compiled(function, source, options, self.target)
+        kernel = Compiled(source.fn, source, options, self.target)
         if self.compile:
             kernel = replace(kernel, binary=kernel.compile())
         self.compiled.append(kernel)
-        stored = function.device_caches[self.number][0]
-        stored[key] = _Kernel(kernel.name, self.launches)
-        return stored[key]
+        return _Kernel(kernel.name, self.launches)
 
 
 class _Kernel:
@@ -127,22 +126,22 @@ def gpu(compile: bool = False, chip: str = "sm_90") -> Iterator[Device]:
         raise RuntimeError(
             "TRITON_INTERPRET=1 replaces the JIT that a stand-in GPU sends launches through; use a process without it"
         )
-    from triton.compiler import ASTSource
+    from triton import compiler
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     device = Device(chip, compile)
     functions: list[Any] = []
 
-    def do_compile(function, key, signature, number, constants, options, attributes, warmup):  # type: ignore[no-untyped-def]
-        functions.append(function)
-        return device.specialised(function, key, ASTSource(function, signature, constants, attributes), options)
+    def take(source, target, options):  # type: ignore[no-untyped-def]
+        functions.append(source.fn)
+        return device.specialised(source, SimpleNamespace(**options))
 
     driver_before = dict(vars(driver))
     try:
         driver.set_active(_Driver(device))
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", do_compile))
+            # A JITFunction takes this function when it meets a new device, in every Triton from 3.3 to 3.9.
+            stack.enter_context(mock.patch.object(compiler, "compile", take))
             stack.enter_context(mock.patch.object(_backend, "interpreting", lambda: True))
             stack.enter_context(mock.patch.object(_launch._Recorder, "chip", chip))
             # An accelerator does not look at a mask to find the longest sample.
@@ -155,6 +154,7 @@ def gpu(compile: bool = False, chip: str = "sm_90") -> Iterator[Device]:
         vars(driver).update(driver_before)
         for function in functions:
             function.device_caches.pop(device.number, None)
+            function.compile = compiler.compile
 
 
 def _holders(name: str, value: Any) -> list[Any]:
