@@ -27,7 +27,7 @@ def row_norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     if x.dtype == torch.float16 or (dtype == torch.float64 and x.dtype != dtype):  # squares are far from the limits
-        return norm.masked_fill_(norm == 0, 1), None
+        return norm.masked_fill(norm == 0, 1), None
     limit, power = (2.0**300, 2.0**700) if dtype == torch.float64 else (2.0**40, 2.0**88)
     if on_host(norm) and bool(((norm >= 1 / limit) & (norm <= limit)).all()):
         return norm, None
