@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from fmfa_losses.kernels import _launch
 
-from fmfa_losses.ops import _backend, _padding
+from fmfa_losses.ops import _backend, _padding, _precision
 
 from .step import Step, Watch
 
@@ -144,6 +144,7 @@ def gpu(compile: bool = False, chip: str = "sm_90") -> Iterator[Device]:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", do_compile))
             stack.enter_context(mock.patch.object(_backend, "interpreting", lambda: True))
+            stack.enter_context(mock.patch.object(_precision, "kernels_run", lambda x: x.dtype != torch.float64))
             stack.enter_context(mock.patch.object(_launch._Recorder, "chip", chip))
             # An accelerator does not look at a mask to find the longest sample.
             for module in _holders("longest", _padding.longest):
