@@ -50,15 +50,15 @@ class Limit(NamedTuple):
 # What was counted, and 5 %; every kernel of the first step. `--suggest` prints these lines anew.
 LIMITS = {
     ("asdm", NO_MASK, "bf16"): Limit(6, 3, 0, 0.01, 11, 0.05, 0.02),
-    ("asdm", NO_MASK, "fp32"): Limit(6, 3, 0, 0.01, 11, 0.08, 0.02),
-    ("efa", NO_MASK, "bf16"): Limit(94, 8, 2, 237.29, 79, 111.15, 36.91),
-    ("efa", NO_MASK, "fp32"): Limit(83, 8, 1, 194.98, 69, 106.52, 40.22),
-    ("efa", TEXT, "bf16"): Limit(111, 16, 0, 287.61, 83, 113.89, 38.34),
-    ("efa", TEXT, "fp32"): Limit(100, 16, 0, 277.05, 73, 111.91, 42.96),
-    ("efa", IMAGE, "bf16"): Limit(116, 14, 4, 307.21, 93, 124.86, 40.45),
-    ("efa", IMAGE, "fp32"): Limit(105, 14, 2, 294.61, 82, 126.83, 47.06),
-    ("efa", BOTH, "bf16"): Limit(131, 11, 0, 331.09, 97, 127.6, 41.87),
-    ("efa", BOTH, "fp32"): Limit(120, 11, 0, 337.04, 87, 132.23, 49.81),
+    ("asdm", NO_MASK, "fp32"): Limit(6, 3, 0, 0.01, 11, 0.09, 0.02),
+    ("efa", NO_MASK, "bf16"): Limit(92, 10, 2, 230.6, 77, 102.22, 37.1),
+    ("efa", NO_MASK, "fp32"): Limit(83, 9, 1, 206.79, 69, 106.84, 40.41),
+    ("efa", TEXT, "bf16"): Limit(109, 18, 0, 280.91, 81, 104.96, 38.52),
+    ("efa", TEXT, "fp32"): Limit(100, 17, 0, 288.86, 73, 112.24, 43.15),
+    ("efa", IMAGE, "bf16"): Limit(114, 16, 4, 293.9, 91, 112.62, 40.64),
+    ("efa", IMAGE, "fp32"): Limit(105, 15, 2, 306.43, 82, 127.16, 47.24),
+    ("efa", BOTH, "bf16"): Limit(129, 13, 0, 317.79, 95, 115.37, 42.06),
+    ("efa", BOTH, "fp32"): Limit(120, 12, 0, 348.86, 87, 132.56, 49.99),
 }
 
 

@@ -486,9 +486,10 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
     return loss.sum(0) if spec.reduction == "none" else loss.sum(), statistics, places, norms, label_sum
 
 
-def prepare(queries: Tensor, keys: Tensor, pids, image_ids, spec) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    """Norms [2, R + C] and label sums, or norms alone without ids; queries and keys are alike."""
-    (R, D), C, count = queries.shape, keys.shape[0], pids is not None
+def prepare(queries: Tensor, keys: Tensor | None, pids, image_ids, spec) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """Norms [2, R + C] and label sums; norms alone without ids, of the queries alone without keys. Both are alike."""
+    (R, D), C, count = queries.shape, 0 if keys is None else len(keys), pids is not None
+    sides, keys = (1, queries) if keys is None else (2, keys)
     norms = torch.empty(2, R + C, dtype=torch.float32, device=keys.device)
     label_sum, ids, by_column, offset, factor = norms, (norms, norms), False, 0, 0.0
     if count:
@@ -497,7 +498,7 @@ def prepare(queries: Tensor, keys: Tensor, pids, image_ids, spec) -> tuple[Tenso
         ids = contiguous_ids(pids, image_ids)
     with on_device(keys):
         launch(
-            _prepare_kernel, (triton.cdiv(max(R, C), 16), 2),
+            _prepare_kernel, (triton.cdiv(max(R, C), 16), sides),
             Strided(queries), Strided(keys), *ids, norms, label_sum, R, C, D, offset, factor,
             queries.stride(0), keys.stride(0),
             HAS_IMAGES=image_ids is not None, BY_COLUMN=by_column, COUNT=count,

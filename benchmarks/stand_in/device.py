@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from fmfa_losses.kernels import _launch
 
-from fmfa_losses.ops import _backend, _padding
+from fmfa_losses.ops import _backend, _padding, _precision
 
 from .step import Step, Watch
 
@@ -143,6 +143,7 @@ def gpu(compile: bool = False, chip: str = "sm_90") -> Iterator[Device]:
             # A JITFunction takes this function when it meets a new device, in every Triton from 3.3 to 3.9.
             stack.enter_context(mock.patch.object(compiler, "compile", take))
             stack.enter_context(mock.patch.object(_backend, "interpreting", lambda: True))
+            stack.enter_context(mock.patch.object(_precision, "kernels_run", lambda x: x.dtype != torch.float64))
             stack.enter_context(mock.patch.object(_launch._Recorder, "chip", chip))
             # An accelerator does not look at a mask to find the longest sample.
             for module in _holders("longest", _padding.longest):

@@ -1,12 +1,15 @@
 """Precision of a loss: float32 or better whatever the input, and no autocast inside."""
 
+import os
+
 import torch
 from torch import Tensor
 
+from ._backend import why_not_triton
 from ._checks import on_host
 from ._operator import operator, register_gradient
 
-__all__ = ["accumulation_dtype", "full_precision", "product", "row_norms", "unit_rows"]
+__all__ = ["accumulation_dtype", "divide_by_norms", "full_precision", "product", "row_norms", "unit_rows"]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -19,21 +22,58 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def row_norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """|f x| along the last dimension and f, [..., 1] each: f x / |f x| is the unit vector, and f / |f x| is 1 / |x|.
+@operator("row_norms(Tensor x, bool double, bool kernel) -> Tensor")
+def row_norms_op(x, double, kernel):  # type: ignore[no-untyped-def]
+    if kernel:
+        from fmfa_losses.kernels.similarity_distribution import prepare
 
-    f is a power of two, so that no square overflows or vanishes; None where it is 1 for every row. Both are the same
-    number for a zero vector: its unit vector is zero, and its 1 / |x| counts as 1.
-    """
+        norms: Tensor = prepare(x.reshape(-1, x.shape[-1]), None, None, None, None)[0]
+        return norms.view(2, *x.shape[:-1], 1)
+    dtype = torch.float64 if double else torch.float32
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    if x.dtype == torch.float16 or (dtype == torch.float64 and x.dtype != dtype):  # squares are far from the limits
-        return norm.masked_fill(norm == 0, 1), None
-    limit, power = (2.0**300, 2.0**700) if dtype == torch.float64 else (2.0**40, 2.0**88)
+    one = torch.ones_like(norm)
+    if _squares_fit(x.dtype, dtype):
+        return torch.stack([torch.where(norm == 0, one, norm), one])
+    limit, power = (2.0**300, 2.0**700) if double else (2.0**40, 2.0**88)
     if on_host(norm) and bool(((norm >= 1 / limit) & (norm <= limit)).all()):
-        return norm, None
-    factor = torch.where(norm > limit, 1 / power, torch.where(norm < 1 / limit, power, torch.ones_like(norm)))
+        return torch.stack([norm, one])
+    factor = torch.where(norm > limit, 1 / power, torch.where(norm < 1 / limit, power, one))
     norm = torch.linalg.vector_norm(x * factor, dim=-1, keepdim=True)
-    return torch.where(norm == 0, factor, norm), factor
+    zero = norm == 0
+    return torch.stack([norm.masked_fill(zero, 1), factor.masked_fill(zero, 1)])
+
+
+@torch.library.register_fake(row_norms_op)
+def _(x, double, kernel):  # type: ignore[no-untyped-def]
+    return x.new_empty((2, *x.shape[:-1], 1), dtype=torch.float64 if double else torch.float32)
+
+
+def _squares_fit(dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether squares of `dtype` are far from the limits of `wide`."""
+    return dtype == torch.float16 or (wide == torch.float64 and dtype != wide)
+
+
+def row_norms(x: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
+    """|f x| along the last dimension and f, [2, ..., 1]: f x / |f x| is the unit vector, and f / |f x| is 1 / |x|.
+
+    f is a power of two, so that no square overflows or vanishes: 1 for rows of usual length. A zero vector has 1, 1.
+    On a GPU a kernel finds both in one pass, unless backend or environment say "torch".
+    """
+    double = dtype == torch.float64
+    norms: Tensor = row_norms_op(x, double, backend != "torch" and not double and kernels_run(x))
+    return norms
+
+
+def kernels_run(x: Tensor) -> bool:
+    return x.device.type == "cuda" and os.environ.get("FMFA_LOSSES_BACKEND") != "torch" and why_not_triton(x) is None
+
+
+def divide_by_norms(x: Tensor, norms: Tensor) -> Tensor:
+    """The unit vectors of x, in the norms' dtype."""
+    norm, factor = norms.unbind()
+    if _squares_fit(x.dtype, norms.dtype) or (on_host(factor) and bool((factor == 1).all())):
+        return torch.div(x, norm)
+    return torch.mul(x, factor).div_(norm)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -79,72 +119,73 @@ def _product_jvp(ctx, da, db):  # type: ignore[no-untyped-def]
 register_gradient(product_op, _product_backward, _product_context, _product_jvp)
 
 
-def unit_rows(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+def unit_rows(
+    x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype | None = None, backend: str = "auto"
+) -> Tensor:
     """u = x / |x| along the last dimension, in float32 or better; a zero vector stays, its gradient passes as it is.
 
     Args:
         x: [..., D].
         mask: [...] bool; rows where it is False become zero vectors with zero gradient, whatever they held.
         dtype: of the result and its arithmetic; float32 or float64 by the input when None.
+        backend: of `row_norms`.
     """
     # torch.compile does not take a Function that has a jvp, and differentiates what it sees of it without one.
     function = _UnitRows if torch.compiler.is_compiling() else _UnitRowsInEitherMode
-    unit: Tensor = function.apply(x, mask, dtype or accumulation_dtype(x))[0]  # type: ignore[no-untyped-call]
+    unit: Tensor = function.apply(x, mask, dtype or accumulation_dtype(x), backend)[0]  # type: ignore[no-untyped-call]
     return unit
 
 
 class _UnitRows(torch.autograd.Function):
-    """u, |f x| and f (`row_norms`), which are all that its gradient needs: dx = (du - u (u . du)) / |x| + f u d|f x|.
+    """u and (|f x|, f) of `row_norms`, all that its gradient needs: dx = (du - u (u . du)) / |x| + f u d|f x|.
 
-    All are outputs, so that a second derivative finds its way through them to x; plain operations make it.
+    Both are outputs, so that a second derivative finds its way through them to x; plain operations make it.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, mask, dtype):  # type: ignore[no-untyped-def]
+    def forward(x, mask, dtype, backend):  # type: ignore[no-untyped-def]
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        norm, factor = row_norms(x, dtype)
-        return (x / norm, norm) if factor is None else ((x * factor).div_(norm), norm, factor)
+        norms = row_norms(x, dtype, backend=backend)
+        return divide_by_norms(x, norms), norms
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, mask, _ = inputs
+        x, mask = inputs[:2]
         ctx.dtype = x.dtype
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(mask, *output)
-        ctx.save_for_forward(mask, *output)
+        ctx.save_for_backward(*output, mask)
+        ctx.save_for_forward(*output, mask)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dunit, dnorm, *_):  # type: ignore[no-untyped-def]
-        mask, unit, norm, *factor = ctx.saved_tensors
+    def backward(ctx, dunit, dnorms):  # type: ignore[no-untyped-def]
+        unit, norms, mask = ctx.saved_tensors
+        norm, factor = norms[0], norms[1].detach()
         dx = None
         if dunit is not None:
             with full_precision(unit):
                 radial = torch.linalg.vecdot(unit, dunit).unsqueeze(-1)
-            dx = torch.addcmul(dunit, unit, radial, value=-1)
-            dx = dx.mul_(factor[0] / norm) if factor else dx.div_(norm)
-        if dnorm is not None:  # of a second derivative alone
-            along = unit * (dnorm * factor[0] if factor else dnorm)
+            dx = torch.addcmul(dunit, unit, radial, value=-1).mul_(factor / norm)
+        if dnorms is not None:  # of a second derivative alone
+            along = unit * (dnorms[0] * factor)
             dx = along if dx is None else dx + along
         if dx is None:
-            return None, None, None
+            return None, None, None, None
         if mask is not None:
             dx.masked_fill_(~mask.unsqueeze(-1), 0)
-        return dx.to(ctx.dtype), None, None
+        return dx.to(ctx.dtype), None, None, None
 
 
 class _UnitRowsInEitherMode(_UnitRows):
     @staticmethod
     def jvp(ctx, dx, *_):  # type: ignore[no-untyped-def]
-        mask, unit, norm, *factor = ctx.saved_tensors
-        dx = dx.to(unit.dtype)
+        unit, norms, mask = ctx.saved_tensors
+        norm, factor = norms[0], norms[1].detach()
+        dx = dx.to(unit.dtype) * factor
         if mask is not None:
             dx = dx.masked_fill(~mask.unsqueeze(-1), 0)
-        if factor:
-            dx = dx * factor[0]
         with full_precision(unit):
             dnorm = torch.linalg.vecdot(unit, dx).unsqueeze(-1)
-        return (dx - unit * dnorm) / norm, dnorm, *[None] * len(factor)
+        return (dx - unit * dnorm) / norm, torch.stack([dnorm, torch.zeros_like(dnorm)])

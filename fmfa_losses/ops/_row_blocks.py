@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._checks import on_host
-from ._precision import accumulation_dtype, row_norms
+from ._precision import accumulation_dtype, divide_by_norms, row_norms
 
 if TYPE_CHECKING:
     from .similarity_distribution import RowLoss
@@ -91,7 +90,7 @@ def forward(
     pids, image_ids = _contiguous(pids, image_ids)
     batch = Batch(pids, image_ids, _label_sum(pids, image_ids, R, spec, dtype), scale, spec)
     out = Statistics.empty(R, norms, spec)
-    q, k = _unit(queries, norms[:, :R]), _unit(keys, norms[:, R:])
+    q, k = divide_by_norms(queries, norms[:, :R, None]), divide_by_norms(keys, norms[:, R:, None])
     for rows in _blocks(R, C, reader):
         reader.absorb(_cosines(q[rows], k, reader), rows, batch, out)
     per_sample = out.loss.sum(dim=0)
@@ -119,7 +118,7 @@ def backward(
     R, C = queries.shape[0], keys.shape[0]
     batch = Batch(*_contiguous(pids, image_ids), label_sum, scale, spec)
     known = Statistics(norms[:0], statistics, places, norms[:0])
-    q, k = _unit(queries, norms[:, :R]), _unit(keys, norms[:, R:])
+    q, k = divide_by_norms(queries, norms[:, :R, None]), divide_by_norms(keys, norms[:, R:, None])
     g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
     dscale = norms.new_zeros(()) if scale_gradient else None
@@ -137,14 +136,6 @@ def backward(
         norm, factor = norms[:, samples].unsqueeze(-1)
         dx.sub_(unit.mul_(along)).mul_(times * (factor / norm))
     return dq.to(queries.dtype), dk.to(keys.dtype), norms.new_empty(0) if dscale is None else dscale
-
-
-def _unit(x: Tensor, norms: Tensor) -> Tensor:
-    """Unit rows [n, D] in the norms' dtype; norms [2, n]."""
-    norm, factor = norms.unsqueeze(-1)
-    if on_host(factor) and bool((factor == 1).all()):
-        return torch.div(x, norm)
-    return torch.mul(x, factor).div_(norm)
 
 
 def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -193,9 +184,7 @@ class _TorchReader:
     row_multiple = 1
 
     def norms(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
-        found = [row_norms(x, dtype) for x in (queries, keys)]
-        factors = [torch.ones_like(norm) if factor is None else factor for norm, factor in found]
-        return torch.stack([torch.cat([norm for norm, _ in found]), torch.cat(factors)]).squeeze(-1)
+        return torch.cat([row_norms(x, dtype, backend="torch") for x in (queries, keys)], dim=1).squeeze(-1)
 
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
         spec, z = batch.spec, _logits(cos, batch)

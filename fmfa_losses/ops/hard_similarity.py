@@ -51,7 +51,9 @@ def hard_similarity_reference(
     pool_scale: float = 1.0,
 ) -> Tensor:
     """The specification of `hard_similarity`: the equation as it stands, with the whole [Bx, Be, P, Q] in memory."""
-    cos = einsum(unit_rows(x, x_mask), unit_rows(e, e_mask), "i l d, j k d -> i j l k")
+    cos = einsum(
+        unit_rows(x, x_mask, backend="torch"), unit_rows(e, e_mask, backend="torch"), "i l d, j k d -> i j l k"
+    )
     if e_mask is not None:
         cos = cos.masked_fill(~rearrange(e_mask, "j k -> 1 j 1 k"), -torch.inf)
     best = cos.max(dim=-1).values  # ties: the lowest k
@@ -117,7 +119,7 @@ def hard_similarity(
     chosen = select_backend(backend, x, e)
     dtype, product = accumulation_dtype(x, e), product_dtype(x, e, chosen)
     x_units, e_units = (
-        UnitTokens(unit_rows(tokens, mask, dtype=dtype).to(product), mask, token_lists(mask, chosen))
+        UnitTokens(unit_rows(tokens, mask, dtype=dtype, backend=chosen).to(product), mask, token_lists(mask, chosen))
         for tokens, mask in ((x, x_mask), (e, e_mask))
     )
     return unit_similarity(x_units, e_units, pool=pool, pool_scale=pool_scale, backend=chosen)

@@ -100,7 +100,8 @@ def similarity_distribution_loss_reference(
     """The specification of `similarity_distribution_loss`: whole [R, C] matrices, and autograd."""
     spec = RowLoss(**row_loss)  # type: ignore[arg-type]
     dtype = accumulation_dtype(queries, keys)
-    cos = unit_rows(queries, dtype=dtype) @ unit_rows(keys, dtype=dtype).T
+    q, k = (unit_rows(x, dtype=dtype, backend="torch") for x in (queries, keys))
+    cos = q @ k.T
     rows = torch.arange(queries.shape[0], device=pids.device) + spec.offset
 
     same = pids[rows, None] == pids
