@@ -164,10 +164,10 @@ def _similarities(
         dtype = accumulation_dtype(text, image, joint)
         text_product, image_product = (product_dtype(x, joint, chosen) for x in (text, image))
         # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
-        joint, text = (unit_rows(x, dtype=dtype, backend=chosen) for x in (joint, text))
-        image = unit_rows(image, image_mask, dtype=dtype, backend=chosen)
-        texts = UnitTokens(text.to(text_product), text_mask, text_lists)
-        images = UnitTokens(image.to(image_product), image_mask, image_lists)
+        joint = unit_rows(joint, dtype=dtype, backend=chosen)
+        text = unit_rows(text, dtype=dtype, backend=chosen).to(text_product)
+        image = unit_rows(image, image_mask, dtype=dtype, backend=chosen).to(image_product)
+        texts, images = UnitTokens(text, text_mask, text_lists), UnitTokens(image, image_mask, image_lists)
         joints = UnitTokens(joint.to(text_product), joint_mask, joint_lists)
         of_text = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
         if image_product != text_product:
