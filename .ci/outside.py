@@ -1,7 +1,7 @@
 """Run with the installed wheel from outside the checkout: the package is whole, and every loss gives its gradient.
 
-    python outside.py                               # without triton, which is an extra
-    TRITON_INTERPRET=1 python outside.py triton     # with it: its kernels are found, and right
+python outside.py                               # without triton, which is an extra
+TRITON_INTERPRET=1 python outside.py triton     # with it: its kernels are found, and right
 """
 
 import importlib.util
@@ -45,8 +45,13 @@ for Loss in losses:
     value_and_gradient(Loss)
 for Loss in (fmfa_losses.EFALoss, fmfa_losses.ASDMLoss):
     if wanted:
-        for got, expected in zip(value_and_gradient(Loss, backend="triton"), value_and_gradient(Loss), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        (value, gradient), (expected, expected_gradient) = (
+            value_and_gradient(Loss, backend="triton"),
+            value_and_gradient(Loss),
+        )
+        # Is it the same loss? The budgets of its kernels are those of the tests.
+        assert abs(value - expected) <= 1e-3 * abs(expected), (Loss, value, expected)
+        assert (gradient - expected_gradient).abs().max() <= 1e-3 * expected_gradient.abs().max(), Loss
         continue
     try:
         value_and_gradient(Loss, backend="triton")
