@@ -240,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--spills", action="store_true", help="spilled registers are listed and do not fail")
     options = parser.parse_args(argv)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
     start = time.perf_counter()
@@ -250,7 +251,9 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs:
             reports += job.result()
             print(*map(line, job.result()), sep="\n", flush=True)
-    bad = sum(bool(report.failures) for report in reports)
+    # Spilling costs time and changes no number.
+    accepted = {f"{report.spills} spilled" for report in reports if options.spills}
+    bad = sum(bool({*report.failures} - accepted) for report in reports)
     busy = sum(report.seconds for report in reports)
     took = time.perf_counter() - start
     print(f"{len(reports)} kernels compiled in {took:.0f} s ({busy:.0f} s of processor), {bad} fail")

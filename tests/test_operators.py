@@ -9,6 +9,7 @@ from compare import value_and_grads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, sparse_aggregate
+from fmfa_losses.ops import _backend
 from fmfa_losses.ops._backend import select_backend, why_not_triton
 from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
@@ -197,8 +198,10 @@ def test_a_checkout_without_its_kernels_says_so(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.delitem(sys.modules, "fmfa_losses.kernels", raising=False)
     monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "fmfa_losses.kernels" else find_spec(name)
+        "importlib.util.find_spec",
+        lambda name: None if name == "fmfa_losses.kernels" else find_spec("torch" if name == "triton" else name),
     )
+    monkeypatch.setattr(_backend, "WRONG_TRITON", None)
     with pytest.raises(ModuleNotFoundError, match="this checkout is not installed; run pip install -e"):
         select_backend("triton", torch.randn(2))
     assert select_backend("auto", torch.randn(2)) == "torch"
