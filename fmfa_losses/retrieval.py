@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops._checks import check_float, check_integer, describe, integer_ids
+from .ops._precision import unit_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -541,7 +541,7 @@ def _feature_scores(
         if name not in kept or kept[name][0] != rows:
             kept.pop(name, None)
             block = _load(array, rows, slice(None)).to(target, dtype)
-            kept[name] = rows, F.normalize(block, dim=1) if normalize else block
+            kept[name] = rows, unit_rows(block) if normalize else block
         return kept[name][1]
 
     def scores(rows: slice, columns: slice) -> Tensor:

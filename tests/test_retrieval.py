@@ -359,6 +359,19 @@ def test_many_matches_among_the_smallest_and_largest_numbers(dtype):
     assert all(torch.equal(a, b) for a, b in zip(binned, compared, strict=True))
 
 
+@pytest.mark.parametrize("length", [2.0**-90, 2.0**66])
+def test_features_whose_squares_leave_float32(length):
+    """Cosines do not know how long a feature is: the same ranks, and no score that overflowed into a zero."""
+    text, image, text_pids, image_pids = features()
+    expected = numbers(ranking_metrics(text, image, text_pids, image_pids, ranks=RANKS))
+    long = text * length
+    assert numbers(ranking_metrics(long, image, text_pids, image_pids, ranks=RANKS)) == expected
+    scores, indices = search(image, long, 3)
+    expected_scores, expected_indices = search(image, text, 3)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=4 * torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_search_among_many_nan_gives_the_lowest_indices(k, small_blocks):
     query, gallery = torch.randn(3, 4), torch.randn(40, 4)
