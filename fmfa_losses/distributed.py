@@ -20,7 +20,7 @@ Sums run in rank order and in float32 or better: reruns are bitwise equal, on ev
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,6 @@ from .ops._precision import accumulation_dtype
 __all__ = ["GATHER", "Gathering", "Peers", "meet"]
 
 GATHER = (False, True, "ring")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,8 @@ def meet(
     loss: str = "the loss",
     settings: Mapping[str, object] | None = None,
     equal_batches: bool = False,
-    check: Callable[[], T],
-) -> tuple[Peers, T]:
+    check: Callable[[], Any] = lambda: None,
+) -> tuple[Peers, Any]:
     """The peers of this call, and what `check` returns; all ranks raise the same error where things do not fit.
 
     One exchange of three numbers: the batch size, and digest and length of a description of everything else. The

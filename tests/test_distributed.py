@@ -291,7 +291,7 @@ def compiled_loss_weights() -> float:
     """One graph: what the ranks count is never read by the host."""
 
     def step(x: Tensor, counts: Tensor) -> Tensor:
-        peers = meet(True, None, {"counts": counts[None]}, equal_batches=True)  # a row a rank
+        peers, _ = meet(True, None, {"counts": counts[None]}, equal_batches=True)  # a row a rank
         return x.mean() * peers.loss_weights(counts)[0]
 
     x = batch(8)["image"]
@@ -682,7 +682,7 @@ def test_without_processes():
 
 
 def test_a_world_of_one_exchanges_nothing():
-    peers = meet(False, None, {"x": torch.zeros(3, 2)})
+    peers, _ = meet(False, None, {"x": torch.zeros(3, 2)})
     rows = torch.randn(3, 3)
     assert peers.sizes == (3,) and peers.offset == 0 and peers.gather(rows) is rows
     assert torch.equal(peers.transpose(rows), rows.T) and torch.equal(peers.mean(rows[0]), rows[0].mean())

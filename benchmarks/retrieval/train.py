@@ -144,7 +144,7 @@ class Beginner(nn.Module):
         image, patches = self.model.encode_image(pixels)
         text, words = self.model.encode_text(token_ids)
         keep = self.model.text_mask(token_ids)
-        peers = meet(self.gather, None, {"image": image, "patches": patches})
+        peers, _ = meet(self.gather, None, {"image": image, "patches": patches})
         similarity = F.normalize(text, dim=1) @ peers.gather(F.normalize(image, dim=1)).T  # own rows, [b, B]
         token_similarity = hard_similarity(words, peers.gather(patches), x_mask=keep, pool="mean")
         terms = {

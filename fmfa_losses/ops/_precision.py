@@ -48,6 +48,28 @@ def _(x, double, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty((2, *x.shape[:-1], 1), dtype=torch.float64 if double else torch.float32)
 
 
+def _norms_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[0], output)
+    ctx.save_for_forward(inputs[0], output)
+
+
+def _norms_backward(ctx, dnorms):  # type: ignore[no-untyped-def]
+    x, norms = ctx.saved_tensors
+    factor = norms[1].detach()
+    return (dnorms[0] * factor * divide_by_norms(x, norms)).to(x.dtype), None, None
+
+
+def _norms_jvp(ctx, dx, *_):  # type: ignore[no-untyped-def]
+    x, norms = ctx.saved_tensors
+    factor = norms[1].detach()
+    with full_precision(x):
+        along = torch.linalg.vecdot(divide_by_norms(x, norms), dx * factor).unsqueeze(-1)
+    return torch.stack([along, torch.zeros_like(along)])
+
+
+register_gradient(row_norms_op, _norms_backward, _norms_context, _norms_jvp)
+
+
 def _squares_fit(dtype: torch.dtype, wide: torch.dtype) -> bool:
     """Whether squares of `dtype` are far from the limits of `wide`."""
     return dtype == torch.float16 or (wide == torch.float64 and dtype != wide)
