@@ -61,7 +61,7 @@ def _kernels(chip: str, names: Sequence[str]) -> list[tuple[Any, Any]]:
 
 
 def _key(kernel: Any) -> str:
-    return str(kernel.source.hash() + kernel.options.hash())
+    return f"{kernel.source.hash()} {sorted(vars(kernel.options).items())}"
 
 
 def _programs(chip: str, registers: int, shared: int, threads: int) -> int:

@@ -293,7 +293,7 @@ def test_a_wrong_pid_under_compile_is_nan_or_an_error(wrong):
 
 
 def test_no_pid_is_left_out():
-    with pytest.raises(IndexError, match="Target -100 is out of bounds"):
+    with pytest.raises(ValueError, match=r"pids must lie in \[0, identities = 4\), got -100 to 1"):
         id_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, -100, 1]))
 
 

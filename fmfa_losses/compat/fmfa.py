@@ -48,6 +48,7 @@ def compute_sdm(
     Returns:
         Scalar, both directions summed.
     Example:
+        >>> import torch
         >>> image, text = torch.eye(3), torch.eye(3).roll(1, 0)
         >>> weighted, plain = (compute_sdm(image, text, torch.arange(3), 50.0, use_weight=w) for w in (True, False))
         >>> weighted / plain                                           # every gap is 1
@@ -70,6 +71,7 @@ def compute_agg_v(text_feats: Tensor, patch_feats: Tensor) -> Tensor:
     Returns:
         [B, L, D].
     Example:
+        >>> import torch
         >>> patches = torch.tensor([[[4.0, 0.0], [2.0, 1.0], [0.0, 8.0]]])
         >>> compute_agg_v(torch.tensor([[[1.0, 0.0]]]), patches)
         tensor([[[3.3333, 0.3333]]])
@@ -93,6 +95,7 @@ def compute_minmax_info_loss(A: Tensor, B: Tensor, C: Tensor, margin: float = 0.
     Returns:
         Scalar.
     Example:
+        >>> import torch
         >>> text, patches = torch.randn(4, 7, 8), torch.randn(4, 12, 8)
         >>> compute_minmax_info_loss(text, patches, compute_agg_v(text, patches)).shape
         torch.Size([])
