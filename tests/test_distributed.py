@@ -87,7 +87,8 @@ def call(name: str, arguments: dict, towers: nn.Module, data: dict[str, Tensor],
     if name == "asdm":
         loss = ASDMLoss(**arguments, **gathering)
         return loss(image.mean(1), text.mean(1), data["pids"], image_ids=image_ids, logit_scale=scale)
-    return EFALoss(**arguments, **gathering)(image, text, pids=data["pids"], **masks)
+    pids = data["pids"] if arguments.get("negatives") == "different_identity" else None
+    return EFALoss(**arguments, **gathering)(image, text, pids=pids, **masks)
 
 
 def differentiate(value: Tensor, module: nn.Module) -> list[Tensor]:
