@@ -54,17 +54,17 @@ def transpose_op(rows, sizes, rank, group):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(gather_op)
-def _(x, sizes, rank, group):  # type: ignore[no-untyped-def]
+def _gather_fake(x, sizes, rank, group):  # type: ignore[no-untyped-def]
     return x.new_empty(sum(sizes), *x.shape[1:])
 
 
 @torch.library.register_fake(gather_backward_op)
-def _(dgathered, sizes, rank, group):  # type: ignore[no-untyped-def]
+def _gather_backward_fake(dgathered, sizes, rank, group):  # type: ignore[no-untyped-def]
     return dgathered.new_empty(sizes[rank], *dgathered.shape[1:])
 
 
 @torch.library.register_fake(transpose_op)
-def _(rows, sizes, rank, group):  # type: ignore[no-untyped-def]
+def _transpose_fake(rows, sizes, rank, group):  # type: ignore[no-untyped-def]
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from .ops._checks import AS_TENSOR, check_float, check_ids, check_option, check_positive, check_same, describe, on_host
+from .ops._options import REDUCTIONS, Reduction, Target
 from .ops._precision import accumulation_dtype, product, unit_rows
 from .ops.similarity_distribution import checked_scale
 
 __all__ = [
-    "REDUCTIONS",
-    "TARGETS",
     "check_features",
     "check_scores",
     "check_weight",
@@ -26,9 +25,6 @@ __all__ = [
     "scalar_like",
     "soft_targets",
 ]
-
-REDUCTIONS = ("mean", "sum", "none")
-TARGETS = ("row", "column")
 
 
 def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image_features", "text_features")) -> None:
@@ -61,7 +57,7 @@ def same_identity(pids: Tensor, scores: Tensor) -> Tensor:
     return pids[:, None] == pids
 
 
-def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, target: str, like: Tensor) -> Tensor:
+def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, target: Target, like: Tensor) -> Tensor:
     """Labels [same pid], or factor [same pid] + (1 - factor) [same image], normalised: [B, B] in `like`'s dtype."""
     y = same.to(like.dtype)
     if image_ids is not None:
@@ -124,7 +120,7 @@ def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:
     return weight
 
 
-def reduce(per_sample: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
+def reduce(per_sample: Tensor, reduction: Reduction, sample_weight: Tensor | None) -> Tensor:
     """[B] to a scalar, or [B] with "none".
 
     Weights multiply; "mean" then divides by their sum and not by B, and gives 0 where all are 0.

@@ -11,16 +11,17 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
     target="column"                  soft labels are divided by the sum of their column's label row instead of their own
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._asdm_ring import asdm_rows_round_the_ring
-from .distributed import GATHER, Gathering, Peers, meet
-from .ops._backend import BACKENDS, select_backend
+from .distributed import Gathering, Peers, meet
+from .ops._backend import select_backend
 from .ops._checks import check_flag, check_float, check_ids, check_option, check_positive, check_same
-from .ops.similarity_distribution import REDUCTIONS, RowLoss, checked_scale, similarity_distribution_loss
+from .ops._options import BACKENDS, GATHER, REDUCTIONS, Backend, Gap, Gather, Positive, Reduction, Target
+from .ops.similarity_distribution import RowLoss, checked_scale, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
 
@@ -35,19 +36,19 @@ def asdm_loss(
     *,
     temperature: float = 0.02,
     alpha: float = 10.0,
-    gap: str = "probability",
-    positive: str = "paired",
+    gap: Gap = "probability",
+    positive: Positive = "paired",
     detach_weight: bool = False,
     eps: float = 1e-8,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     image_ids: Tensor | None = None,
     image_id_factor: float = 0.3,
-    target: str = "row",
+    target: Target = "row",
     logit_scale: float | Tensor | None = None,
-    gather: bool | str = False,
+    gather: Gather = False,
     process_group: Any = None,
     equal_batches: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Functional form of `ASDMLoss`, which documents every argument.
 
@@ -172,22 +173,35 @@ class ASDMLoss(Gathering):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM).
     """
 
+    temperature: float
+    alpha: float
+    gap: Gap
+    positive: Positive
+    detach_weight: bool
+    eps: float
+    reduction: Reduction
+    image_id_factor: float
+    target: Target
+    gather: Gather
+    equal_batches: bool
+    backend: Backend
+
     def __init__(
         self,
         temperature: float = 0.02,
         alpha: float = 10.0,
         *,
-        gap: str = "probability",
-        positive: str = "paired",
+        gap: Gap = "probability",
+        positive: Positive = "paired",
         detach_weight: bool = False,
         eps: float = 1e-8,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         image_id_factor: float = 0.3,
-        target: str = "row",
-        gather: bool | str = False,
+        target: Target = "row",
+        gather: Gather = False,
         process_group: Any = None,
         equal_batches: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         temperature = check_positive("temperature", temperature)
@@ -240,11 +254,8 @@ class ASDMLoss(Gathering):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, alpha={self.alpha}, gap={self.gap!r}, positive={self.positive!r}, "
-            f"reduction={self.reduction!r}"
-        )
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def check_asdm_inputs(
@@ -253,8 +264,8 @@ def check_asdm_inputs(
     pids: Tensor,
     image_ids: Tensor | None,
     *,
-    gather: bool | str,
-    backend: str,
+    gather: Gather,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
     """The ids to go on with."""
     check_float("image_features", image_features, "B D")

@@ -7,16 +7,18 @@ A feature is projected on the direction of the other modality's features: its ow
 IRRA's code divides the labels of a row by their L2 norm and not by their sum: `normalize="released"`.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
-from ._pairwise import REDUCTIONS, check_features, check_scores, divergence, reduce, same_identity
+import torch
+from torch import Tensor
+
+from ._module import Module
+from ._pairwise import check_features, check_scores, divergence, reduce, same_identity
 from .ops._checks import check_option, check_positive, check_same
+from .ops._options import NORMALIZE, REDUCTIONS, Normalize, Reduction
 from .ops._precision import accumulation_dtype, product, unit_rows
 
 __all__ = ["CMPMLoss", "cmpm_loss", "cmpm_loss_from_scores"]
-
-NORMALIZE = ("sum", "released")
 
 
 def cmpm_loss(
@@ -24,9 +26,9 @@ def cmpm_loss(
     text_features: Tensor,
     pids: Tensor,
     *,
-    normalize: str = "sum",
+    normalize: Normalize = "sum",
     eps: float = 1e-8,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Functional form of `CMPMLoss`, which documents every argument.
@@ -50,9 +52,9 @@ def cmpm_loss_from_scores(
     i2t_scores: Tensor,
     pids: Tensor,
     *,
-    normalize: str = "sum",
+    normalize: Normalize = "sum",
     eps: float = 1e-8,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """`CMPMLoss` on projections that exist already, [B, B] each: texts x images, and images x texts.
@@ -73,7 +75,7 @@ def cmpm_loss_from_scores(
     return reduce(divergence(t2i, target, eps) + divergence(i2t, target, eps), reduction, sample_weight)
 
 
-class CMPMLoss(nn.Module):
+class CMPMLoss(Module):
     """Pulls the distribution of a feature's projections on the other modality to the distribution of its labels.
 
         L = mean_i KL(softmax_j(t_i . v_j / |v_j|) || q_i + eps)    over texts, plus the same over images
@@ -104,7 +106,11 @@ class CMPMLoss(nn.Module):
     Reference: Zhang and Lu, Deep Cross-Modal Projection Learning for Image-Text Matching, ECCV 2018, Eq. 1-4.
     """
 
-    def __init__(self, *, normalize: str = "sum", eps: float = 1e-8, reduction: str = "mean") -> None:
+    normalize: Normalize
+    eps: float
+    reduction: Reduction
+
+    def __init__(self, *, normalize: Normalize = "sum", eps: float = 1e-8, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_option("normalize", normalize, NORMALIZE)
         check_option("reduction", reduction, REDUCTIONS)
@@ -128,5 +134,5 @@ class CMPMLoss(nn.Module):
             sample_weight=sample_weight,
         )
 
-    def extra_repr(self) -> str:
-        return f"normalize={self.normalize!r}, reduction={self.reduction!r}"
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -24,17 +24,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._collectives import gather_op, named_errors, transpose_op
 from ._handshake import batch_size, common_dtype, handshake
+from ._module import Module
 from .ops._checks import check_option, describe
 from .ops._operator import refusals
+from .ops._options import GATHER, Gather
 from .ops._precision import accumulation_dtype
 
 __all__ = ["GATHER", "Gathering", "Peers", "meet"]
-
-GATHER = (False, True, "ring")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ MOST_AGREED = 4096  # of one group; where a hyperparameter changes with every st
 
 
 def meet(
-    gather: bool | str,
+    gather: Gather,
     process_group: Any,
     tensors: Mapping[str, Tensor | None],
     *,
@@ -301,6 +301,9 @@ class SharedGroup:
     def __deepcopy__(self, memo: object) -> "SharedGroup":
         return self
 
+    def __repr__(self) -> str:
+        return "..."
+
     def __reduce__(self) -> Any:
         raise TypeError(
             "a loss with a process_group cannot be pickled, because the group belongs to the running processes; save "
@@ -308,7 +311,7 @@ class SharedGroup:
         )
 
 
-class Gathering(nn.Module):
+class Gathering(Module):
     """A module with process_group as a keyword: the attribute is a ProcessGroup or None."""
 
     _process_group: SharedGroup | None = None
@@ -320,3 +323,6 @@ class Gathering(nn.Module):
     @process_group.setter
     def process_group(self, group: Any) -> None:
         self._process_group = None if group is None else SharedGroup(group)
+
+    def _shown(self, name: str) -> object:
+        return self._process_group if name == "process_group" else super()._shown(name)

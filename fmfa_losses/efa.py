@@ -16,14 +16,14 @@ leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant
 # torch.compile of 2.6 cannot make the types of a nested function.
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed import GATHER, Gathering, Peers, meet
-from .ops._backend import BACKENDS, select_backend
+from .distributed import Gathering, Peers, meet
+from .ops._backend import select_backend
 from .ops._checks import (
     check_finite,
     check_flag,
@@ -36,6 +36,18 @@ from .ops._checks import (
     check_same,
     warn_once,
 )
+from .ops._options import (
+    BACKENDS,
+    GATHER,
+    NEGATIVES,
+    RANKINGS,
+    REDUCTIONS,
+    Backend,
+    Gather,
+    Negatives,
+    Ranking,
+    Reduction,
+)
 from .ops._padding import longest
 from .ops._precision import accumulation_dtype, unit_rows
 from .ops.aggregation import aggregate
@@ -43,9 +55,6 @@ from .ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, u
 
 __all__ = ["EFALoss", "efa_loss"]
 
-RANKINGS = ("paper", "released")
-NEGATIVES = ("all", "different_identity")
-REDUCTIONS = ("mean", "sum", "none")
 # Attributes of EFALoss that must be the same on all ranks.
 SETTINGS = (
     *("margin_text", "margin_image", "temperature", "pool_scale"),
@@ -62,16 +71,16 @@ def efa_loss(
     temperature: float = 1.0,
     pool_scale: float = 1.0,
     sparsity: float | None = None,
-    ranking: str = "paper",
-    negatives: str = "all",
-    reduction: str = "mean",
+    ranking: Ranking = "paper",
+    negatives: Negatives = "all",
+    reduction: Reduction = "mean",
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     pids: Tensor | None = None,
-    gather: bool | str = False,
+    gather: Gather = False,
     process_group: Any = None,
     equal_batches: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Functional form of `EFALoss`, which documents every argument.
 
@@ -296,6 +305,18 @@ class EFALoss(Gathering):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-12.
     """
 
+    margin_text: float
+    margin_image: float
+    temperature: float
+    pool_scale: float
+    sparsity: float | None
+    ranking: Ranking
+    negatives: Negatives
+    reduction: Reduction
+    gather: Gather
+    equal_batches: bool
+    backend: Backend
+
     def __init__(
         self,
         margin_text: float = 0.1,
@@ -304,13 +325,13 @@ class EFALoss(Gathering):
         temperature: float = 1.0,
         pool_scale: float = 1.0,
         sparsity: float | None = None,
-        ranking: str = "paper",
-        negatives: str = "all",
-        reduction: str = "mean",
-        gather: bool | str = False,
+        ranking: Ranking = "paper",
+        negatives: Negatives = "all",
+        reduction: Reduction = "mean",
+        gather: Gather = False,
         process_group: Any = None,
         equal_batches: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _check_options(ranking, negatives, reduction)
@@ -353,11 +374,8 @@ class EFALoss(Gathering):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"margin_text={self.margin_text}, margin_image={self.margin_image}, temperature={self.temperature}, "
-            f"pool_scale={self.pool_scale}, ranking={self.ranking!r}, negatives={self.negatives!r}"
-        )
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _check_numbers(
@@ -372,7 +390,7 @@ def _check_numbers(
     )
 
 
-def _check_options(ranking: str, negatives: str, reduction: str) -> None:
+def _check_options(ranking: Ranking, negatives: Negatives, reduction: Reduction) -> None:
     check_option("ranking", ranking, RANKINGS)
     check_option("negatives", negatives, NEGATIVES)
     check_option("reduction", reduction, REDUCTIONS)
@@ -387,9 +405,9 @@ def check_efa_inputs(
     text_mask: Tensor | None,
     pids: Tensor | None,
     *,
-    negatives: str,
-    gather: bool | str,
-    backend: str,
+    negatives: Negatives,
+    gather: Gather,
+    backend: Backend,
 ) -> Tensor | None:
     """The pids to go on with; None where nothing asks for them."""
     check_float("image_tokens", image_tokens, "B N D")

@@ -7,13 +7,14 @@ The released code does the same. Source: Zheng et al., arXiv 1711.05535; IRRA, a
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checkpoint import LoadReport, checkpoint_entries, load_entries
+from ._module import Module
 from ._parts import WideLinear, check_device, nan_unless, to_dtype_of
 from .ops._checks import check_flag, check_float, check_ids, check_integer, check_same, describe, on_host
 
@@ -59,7 +60,7 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     return (image + text) / 2
 
 
-class IDHead(nn.Module):
+class IDHead(Module):
     """Pulls images and captions of one person to one class of a shared linear classifier.
 
         L_id = ( CE(W v + b, pid) + CE(W t + b, pid) ) / 2
@@ -95,6 +96,9 @@ class IDHead(nn.Module):
     checkpoints of IRRA-derived codebases look for.
     """
 
+    check_labels: bool
+    classifier: WideLinear
+
     _caller = "IDHead"  # whom messages tell to build
 
     def __init__(self, embed_dim: int, num_identities: int, *, check_labels: bool = False) -> None:
@@ -117,6 +121,9 @@ class IDHead(nn.Module):
             image_accuracy=_accuracy(image_logits, pids),
             text_accuracy=_accuracy(text_logits, pids),
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def load_irra_state_dict(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """Copies `classifier.*` out of a whole published checkpoint; see `IRRHead.load_irra_state_dict`."""

@@ -14,7 +14,7 @@ padding take part in the self-attention, which is `text_mask=None` here.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ._checkpoint import LoadReport, checkpoint_entries, load_entries
+from ._module import Module
 from ._parts import check_device, nan_unless, to_dtype_of
 from .ops._checks import (
     check_flag,
@@ -48,7 +49,7 @@ class IRROutput(NamedTuple):
     accuracy: Tensor
 
 
-class IRRHead(nn.Module):
+class IRRHead(Module):
     """Tells the masked words of a caption from the image: masked language modelling across modalities.
 
         h = CrossAttention(LN_t(text), LN_i(image));  h = LN_post(Transformer_depth(h))
@@ -106,6 +107,20 @@ class IRRHead(nn.Module):
 
     Reference: Jiang and Ye (IRRA), arXiv 2303.12501, section 3.2.
     """
+
+    embed_dim: int
+    vocab_size: int
+    depth: int
+    num_heads: int
+    ignore_index: int
+    max_masked: int | None
+    check_labels: bool
+    cross_attn: "Attention"
+    cross_modal_transformer: "Transformer"
+    ln_pre_t: "LayerNorm"
+    ln_pre_i: "LayerNorm"
+    ln_post: "LayerNorm"
+    mlm_head: nn.Sequential
 
     _caller, _labels = "IRRHead", "labels"  # whom messages tell to build, and what the caller calls the labels
 
@@ -182,6 +197,9 @@ class IRRHead(nn.Module):
         labels = self._check(image_tokens, masked_text_tokens, labels, text_mask)
         static = not on_host(labels)
         return self._forward(image_tokens, masked_text_tokens, labels, text_mask, static)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _forward(
         self,
@@ -293,10 +311,6 @@ class IRRHead(nn.Module):
             )
         return load_entries(self, entries, "build IRRHead with the embed_dim and vocab_size of the checkpoint")
 
-    def extra_repr(self) -> str:
-        names = ("num_heads", "ignore_index", "max_masked", "check_labels")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
     def _check(self, image_tokens: Tensor, text_tokens: Tensor, labels: Tensor, text_mask: Tensor | None) -> Tensor:
         tokens = (("image_tokens", image_tokens, "B N D"), ("masked_text_tokens", text_tokens, "B L D"))
         for name, tensor, pattern in tokens:
@@ -375,12 +389,12 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.attn = Attention(width, num_heads)
-        self.ln_1 = LayerNorm(width)
-        self.mlp = nn.Sequential(
+        self.attn: Attention = Attention(width, num_heads)
+        self.ln_1: LayerNorm = LayerNorm(width)
+        self.mlp: nn.Sequential = nn.Sequential(
             OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
         )
-        self.ln_2 = LayerNorm(width)
+        self.ln_2: LayerNorm = LayerNorm(width)
 
     def forward(self, x: Tensor, keep: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """x [B, L, D] -> [B, L, D], or [M, D] at `rows`: all are attended to, some are needed after."""
@@ -393,7 +407,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width: int, num_heads: int, depth: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
+        self.resblocks: nn.ModuleList = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
 
     def forward(self, x: Tensor, keep: Tensor | None, rows: Tensor) -> Tensor:
         """x [B, L, D] -> [M, D]."""

@@ -7,11 +7,13 @@ The target q is the pair alone ("paired": CLIP, IRRA's compute_itc), or uniform 
 not pushed away.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from ._module import Module
 from ._pairwise import (
-    REDUCTIONS,
     check_features,
     check_scores,
     reduce,
@@ -19,13 +21,11 @@ from ._pairwise import (
     same_identity,
     soft_targets,
 )
-from .ops._backend import BACKENDS
 from .ops._checks import check_ids, check_option, check_positive, warn_once
+from .ops._options import BACKENDS, MATCHINGS, REDUCTIONS, Backend, Matching, Reduction
 from .ops.similarity_distribution import similarity_distribution_loss
 
 __all__ = ["ITCLoss", "itc_loss", "itc_loss_from_scores"]
-
-TARGETS = ("paired", "identity")
 
 
 def itc_loss(
@@ -34,11 +34,11 @@ def itc_loss(
     pids: Tensor | None = None,
     *,
     temperature: float = 0.02,
-    targets: str = "paired",
-    reduction: str = "mean",
+    targets: Matching = "paired",
+    reduction: Reduction = "mean",
     logit_scale: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Functional form of `ITCLoss`, which documents every argument.
 
@@ -47,7 +47,7 @@ def itc_loss(
         >>> itc_loss(features, features) < 1e-6
         tensor(True)
     """
-    check_option("targets", targets, TARGETS)
+    check_option("targets", targets, MATCHINGS)
     temperature = check_positive("temperature", temperature)
     check_features(image_features, text_features)
     _check_pids(pids, targets, text_features)
@@ -71,8 +71,8 @@ def itc_loss_from_scores(
     pids: Tensor | None = None,
     *,
     temperature: float = 0.02,
-    targets: str = "paired",
-    reduction: str = "mean",
+    targets: Matching = "paired",
+    reduction: Reduction = "mean",
     logit_scale: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
@@ -82,7 +82,7 @@ def itc_loss_from_scores(
         >>> itc_loss_from_scores(torch.zeros(4, 4))                   # log 4
         tensor(1.3863)
     """
-    check_option("targets", targets, TARGETS)
+    check_option("targets", targets, MATCHINGS)
     scores = check_scores(scores)
     _check_pids(pids, targets, scores)
     logits = resolve_scale(logit_scale, temperature, scores) * scores
@@ -95,7 +95,7 @@ def itc_loss_from_scores(
     return reduce(-log_p / 2, reduction, sample_weight)
 
 
-def _check_pids(pids: Tensor | None, targets: str, like: Tensor) -> None:
+def _check_pids(pids: Tensor | None, targets: Matching, like: Tensor) -> None:
     if pids is None:
         if targets == "identity":
             raise ValueError('targets="identity" needs the identities: pass pids [B]')
@@ -108,7 +108,7 @@ def _check_pids(pids: Tensor | None, targets: str, like: Tensor) -> None:
         )
 
 
-class ITCLoss(nn.Module):
+class ITCLoss(Module):
     """Pulls each pair together and pushes it away from the other samples of the batch, as CLIP is trained.
 
         L = -1/2 mean_i [ log softmax_j z_ij at j = i   over texts,  plus the same over images ]
@@ -141,18 +141,23 @@ class ITCLoss(nn.Module):
     Reference: Radford et al., arXiv 2103.00020; Cao et al., arXiv 2308.10045 (targets by identity).
     """
 
+    temperature: float
+    targets: Matching
+    reduction: Reduction
+    backend: Backend
+
     def __init__(
         self,
         temperature: float = 0.02,
         *,
-        targets: str = "paired",
-        reduction: str = "mean",
-        backend: str = "auto",
+        targets: Matching = "paired",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         temperature = check_positive("temperature", temperature)
         check_option("backend", backend, BACKENDS)
-        check_option("targets", targets, TARGETS)
+        check_option("targets", targets, MATCHINGS)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.targets = temperature, targets
         self.reduction, self.backend = reduction, backend
@@ -178,5 +183,5 @@ class ITCLoss(nn.Module):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, targets={self.targets!r}, reduction={self.reduction!r}"
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -4,19 +4,20 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from .asdm import SETTINGS as ASDM_SETTINGS
 from .asdm import ASDMLoss, check_asdm_inputs
-from .distributed import GATHER, Gathering, Peers, meet
+from .distributed import Gathering, Peers, meet
 from .efa import SETTINGS as EFA_SETTINGS
 from .efa import EFALoss, check_efa_inputs
 from .identity import IDHead
 from .irr import IRRHead
 from .ops._checks import check_float, check_nonnegative, check_option, check_same, describe
+from .ops._options import GATHER, Backend, Dataset, Gather
 from .ops._padding import refuse_trace
 
 __all__ = ["FMFALoss", "FMFAOutput"]
@@ -24,7 +25,7 @@ __all__ = ["FMFALoss", "FMFAOutput"]
 TERMS = ("id", "irr", "efa", "asdm")
 
 # What the paper sets by dataset: margins of EFA (Table 1) and alpha of A-SDM.
-DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+DATASETS: dict[Dataset, tuple[dict[str, Any], dict[str, Any]]] = {
     "CUHK-PEDES": ({"alpha": 10.0}, {"margin_text": 0.1, "margin_image": 0.1}),
     "ICFG-PEDES": ({"alpha": 10.0}, {"margin_text": 0.2, "margin_image": 1.0}),
     "RSTPReid": ({"alpha": 1.0}, {"margin_text": 0.2, "margin_image": 0.8}),
@@ -121,8 +122,13 @@ class FMFALoss(Gathering):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 13 and Table 1.
     """
 
+    weights: dict[str, float]
+    asdm: ASDMLoss
+    efa: EFALoss
     identity: IDHead | None
     irr: IRRHead | None
+    gather: Gather
+    equal_batches: bool
 
     @keywords_checked
     def __init__(
@@ -135,10 +141,10 @@ class FMFALoss(Gathering):
         asdm: ASDMLoss | Mapping[str, Any] | None = None,
         efa: EFALoss | Mapping[str, Any] | None = None,
         irr: Mapping[str, Any] | None = None,
-        gather: bool | str = False,
+        gather: Gather = False,
         process_group: Any = None,
         equal_batches: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.weights = dict.fromkeys(TERMS, 1.0)
@@ -165,7 +171,7 @@ class FMFALoss(Gathering):
             self.irr._caller, self.irr._labels = "FMFALoss", "masked_labels"
 
     @classmethod
-    def for_dataset(cls, name: str, embed_dim: int, num_identities: int, **kwargs: Any) -> "FMFALoss":
+    def for_dataset(cls, name: Dataset, embed_dim: int, num_identities: int, **kwargs: Any) -> "FMFALoss":
         """The paper's hyperparameters for "CUHK-PEDES", "ICFG-PEDES" or "RSTPReid"; keywords override them."""
         check_option("name", name, DATASETS)
         for term, preset in zip(("asdm", "efa"), DATASETS[name], strict=True):
@@ -211,15 +217,18 @@ class FMFALoss(Gathering):
             weighted = self._weighted({**terms, **metrics}, peers, masked_labels, text_mask)
             terms, metrics = ({name: weighted[name] for name in values} for values in (terms, metrics))
         if self.weights["efa"]:
-            joined = {"peers": peers} if _joins(self.efa, leader) else {}
-            masks = {"image_mask": image_mask, "text_mask": text_mask}
+            joined: dict[str, Any] = {"peers": peers} if _joins(self.efa, leader) else {}
+            masks: dict[str, Any] = {"image_mask": image_mask, "text_mask": text_mask}
             terms["efa"] = self.efa(image_tokens, text_tokens, pids=self._efa_pids(pids), **masks, **joined)
         if self.weights["asdm"]:
             joined = {"peers": peers} if _joins(self.asdm, leader) else {}
-            soft = {"image_ids": image_ids, "logit_scale": logit_scale}
+            soft: dict[str, Any] = {"image_ids": image_ids, "logit_scale": logit_scale}
             terms["asdm"] = self.asdm(image_features, text_features, pids, **soft, **joined)
         loss = sum((self.weights[name] * term for name, term in terms.items()), nothing)
         return FMFAOutput(loss, terms, metrics)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _own_terms(
         self,
@@ -252,7 +261,7 @@ class FMFALoss(Gathering):
             identity = self.identity(image_features, text_features, pids)
             terms["id"] = identity.loss
             metrics.update(image_accuracy=identity.image_accuracy, text_accuracy=identity.text_accuracy)
-        if self.irr is not None and masked_text_tokens is not None:
+        if self.irr is not None and masked_text_tokens is not None and masked_labels is not None:
             tokens = _with_class_token(image_features, image_tokens)
             irr = self.irr(tokens, masked_text_tokens, masked_labels, text_mask=text_mask)
             terms["irr"] = irr.loss
@@ -326,8 +335,10 @@ class FMFALoss(Gathering):
             weight |= {name: of_words.to(values[name].dtype) for name in ("irr", "mlm_accuracy") if name in values}
         return {name: value * weight[name] for name, value in values.items()}
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
+    def _shown(self, name: str) -> object:
+        if name == "weights":
+            return {term: weight for term, weight in self.weights.items() if weight != 1} or None
+        return super()._shown(name)
 
 
 def _joins(part: "FMFALoss | EFALoss | ASDMLoss", leader: "FMFALoss | EFALoss | ASDMLoss | None") -> bool:

@@ -321,10 +321,10 @@ class Evaluator:
         self.text_loader = text_loader
         self.encode_image = encode_image
         self.encode_text = encode_text
-        self.ranks = _check_ranks(ranks)
+        self.ranks: tuple[int, ...] = _check_ranks(ranks)
         self.block_size = block_size
         self.progress = progress
-        self.logger = logging.getLogger(__name__)
+        self.logger: logging.Logger = logging.getLogger(__name__)
 
     def eval(self, model: Any) -> float:
         """Rank-1 of text-to-image retrieval in percent, which picks the best epoch; logs the table."""

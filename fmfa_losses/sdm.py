@@ -7,11 +7,12 @@ It is A-SDM (asdm.py) with alpha = 0. IRRA's code divides soft labels by the sum
 `target="column"`; for hard labels that is the same.
 """
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from ._module import Module
 from ._pairwise import (
-    REDUCTIONS,
-    TARGETS,
     check_features,
     check_scores,
     divergence,
@@ -21,8 +22,8 @@ from ._pairwise import (
     soft_targets,
 )
 from .asdm import asdm_loss
-from .ops._backend import BACKENDS
 from .ops._checks import check_fraction, check_option, check_positive
+from .ops._options import BACKENDS, REDUCTIONS, TARGETS, Backend, Reduction, Target
 
 __all__ = ["SDMLoss", "sdm_loss", "sdm_loss_from_scores"]
 
@@ -34,13 +35,13 @@ def sdm_loss(
     *,
     temperature: float = 0.02,
     eps: float = 1e-8,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     image_ids: Tensor | None = None,
     image_id_factor: float = 0.3,
-    target: str = "row",
+    target: Target = "row",
     logit_scale: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Functional form of `SDMLoss`, which documents every argument.
 
@@ -74,10 +75,10 @@ def sdm_loss_from_scores(
     *,
     temperature: float = 0.02,
     eps: float = 1e-8,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     image_ids: Tensor | None = None,
     image_id_factor: float = 0.3,
-    target: str = "row",
+    target: Target = "row",
     logit_scale: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
@@ -96,7 +97,7 @@ def sdm_loss_from_scores(
     return reduce(per_sample, reduction, sample_weight)
 
 
-class SDMLoss(nn.Module):
+class SDMLoss(Module):
     """Pulls each text's and image's similarity distribution to the distribution of its labels.
 
         L = mean_i KL(p_i || q_i + eps)    over texts, plus the same over images
@@ -132,15 +133,22 @@ class SDMLoss(nn.Module):
     Reference: Jiang and Ye, arXiv 2303.12501, Eq. 2-4.
     """
 
+    temperature: float
+    eps: float
+    reduction: Reduction
+    image_id_factor: float
+    target: Target
+    backend: Backend
+
     def __init__(
         self,
         temperature: float = 0.02,
         *,
         eps: float = 1e-8,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         image_id_factor: float = 0.3,
-        target: str = "row",
-        backend: str = "auto",
+        target: Target = "row",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         check_option("reduction", reduction, REDUCTIONS)
@@ -174,10 +182,10 @@ class SDMLoss(nn.Module):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, target={self.target!r}, reduction={self.reduction!r}"
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-def _check_hyperparameters(eps: float, image_id_factor: float, target: str) -> tuple[float, float]:
+def _check_hyperparameters(eps: float, image_id_factor: float, target: Target) -> tuple[float, float]:
     check_option("target", target, TARGETS)
     return check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)

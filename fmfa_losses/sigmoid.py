@@ -6,16 +6,18 @@ Every pair is a question of its own, so no softmax ties a row together. SigLIP k
 (`positives="paired"`); by default all pairs of one identity are positive here, as other images of a person are.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._pairwise import REDUCTIONS, check_scores, cosine_scores, reduce, resolve_scale, same_identity, scalar_like
+from ._module import Module
+from ._pairwise import check_scores, cosine_scores, reduce, resolve_scale, same_identity, scalar_like
 from .ops._checks import check_finite, check_option, check_positive
+from .ops._options import MATCHINGS, REDUCTIONS, Matching, Reduction
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]
-
-POSITIVES = ("identity", "paired")
 
 
 def sigmoid_loss(
@@ -25,8 +27,8 @@ def sigmoid_loss(
     *,
     temperature: float = 0.1,
     bias: float = -10.0,
-    positives: str = "identity",
-    reduction: str = "mean",
+    positives: Matching = "identity",
+    reduction: Reduction = "mean",
     logit_scale: float | Tensor | None = None,
     logit_bias: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -57,8 +59,8 @@ def sigmoid_loss_from_scores(
     *,
     temperature: float = 0.1,
     bias: float = -10.0,
-    positives: str = "identity",
-    reduction: str = "mean",
+    positives: Matching = "identity",
+    reduction: Reduction = "mean",
     logit_scale: float | Tensor | None = None,
     logit_bias: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -69,7 +71,7 @@ def sigmoid_loss_from_scores(
         >>> sigmoid_loss_from_scores(torch.zeros(2, 2), torch.arange(2), bias=0.0)    # 2 log 2
         tensor(1.3863)
     """
-    check_option("positives", positives, POSITIVES)
+    check_option("positives", positives, MATCHINGS)
     scores = check_scores(scores)
     if positives == "paired":
         positive = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
@@ -82,7 +84,7 @@ def sigmoid_loss_from_scores(
     return reduce((cost.sum(dim=1) + cost.sum(dim=0)) / 2, reduction, sample_weight)
 
 
-class SigmoidLoss(nn.Module):
+class SigmoidLoss(Module):
     """Pulls positive pairs together and pushes every other pair of the batch apart, each on its own.
 
         L = 1/B sum_ij softplus(-y_ij (s cos(t_i, v_j) + b)),   y_ij = 1 for a positive pair, else -1
@@ -108,7 +110,7 @@ class SigmoidLoss(nn.Module):
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit; pids that are missing.
 
     Example:
-        >>> logit_scale, logit_bias = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(-10.0))
+        >>> logit_scale, logit_bias = (torch.nn.Parameter(torch.tensor(x)) for x in (10.0, -10.0))
         >>> image, text = torch.eye(3), torch.eye(3)
         >>> loss = SigmoidLoss()(image, text, torch.arange(3), logit_scale=logit_scale, logit_bias=logit_bias)
         >>> loss.backward()
@@ -118,17 +120,22 @@ class SigmoidLoss(nn.Module):
     Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv 2303.15343, Eq. 3.
     """
 
+    temperature: float
+    bias: float
+    positives: Matching
+    reduction: Reduction
+
     def __init__(
         self,
         temperature: float = 0.1,
         bias: float = -10.0,
         *,
-        positives: str = "identity",
-        reduction: str = "mean",
+        positives: Matching = "identity",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         temperature, bias = check_positive("temperature", temperature), check_finite("bias", bias)
-        check_option("positives", positives, POSITIVES)
+        check_option("positives", positives, MATCHINGS)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.bias, self.positives, self.reduction = temperature, bias, positives, reduction
 
@@ -155,11 +162,8 @@ class SigmoidLoss(nn.Module):
             sample_weight=sample_weight,
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, bias={self.bias}, positives={self.positives!r}, "
-            f"reduction={self.reduction!r}"
-        )
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _resolve_bias(logit_bias: float | Tensor | None, bias: float, like: Tensor) -> float | Tensor:

@@ -11,15 +11,17 @@ float32 once S > 88 tau (0.88 at tau 0.01), and sends NaN gradients where all sa
 positives as negatives of similarity 0 in TRL, so that the hardest negative is never below 0: `negatives="released"`.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
-from ._pairwise import REDUCTIONS, check_scores, cosine_scores, masked_logsumexp, reduce, same_identity
+import torch
+from torch import Tensor
+
+from ._module import Module
+from ._pairwise import check_scores, cosine_scores, masked_logsumexp, reduce, same_identity
 from .ops._checks import check_nonnegative, check_option, check_positive
+from .ops._options import REDUCTIONS, TRL_NEGATIVES, Reduction, TRLNegatives
 
 __all__ = ["TALLoss", "TRLLoss", "tal_loss", "tal_loss_from_scores", "trl_loss", "trl_loss_from_scores"]
-
-NEGATIVES = ("different_identity", "released")
 
 
 def tal_loss(
@@ -29,7 +31,7 @@ def tal_loss(
     *,
     temperature: float = 0.02,
     margin: float = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Functional form of `TALLoss`, which documents every argument.
@@ -55,7 +57,7 @@ def tal_loss_from_scores(
     *,
     temperature: float = 0.02,
     margin: float = 0.1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """`TALLoss` on scores that exist already, [B, B] text x image.
@@ -82,8 +84,8 @@ def trl_loss(
     *,
     temperature: float = 0.02,
     margin: float = 0.2,
-    negatives: str = "different_identity",
-    reduction: str = "mean",
+    negatives: TRLNegatives = "different_identity",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Functional form of `TRLLoss`, which documents every argument.
@@ -110,8 +112,8 @@ def trl_loss_from_scores(
     *,
     temperature: float = 0.02,
     margin: float = 0.2,
-    negatives: str = "different_identity",
-    reduction: str = "mean",
+    negatives: TRLNegatives = "different_identity",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """`TRLLoss` on scores that exist already, [B, B] text x image.
@@ -121,7 +123,7 @@ def trl_loss_from_scores(
         tensor(0.4000)
     """
     temperature, margin = _check_hyperparameters(temperature, margin)
-    check_option("negatives", negatives, NEGATIVES)
+    check_option("negatives", negatives, TRL_NEGATIVES)
     scores = check_scores(scores)
     same = same_identity(pids, scores)
 
@@ -138,7 +140,7 @@ def _positive(scores: Tensor, same: Tensor, temperature: float) -> Tensor:
     return (weight * scores).sum(dim=1)
 
 
-class TALLoss(nn.Module):
+class TALLoss(Module):
     """Pulls each text and image to its positives until all negatives together stand a margin behind.
 
         L_i = [ margin - S_i+ + tau log sum_{j: other id} exp(S_ij / tau) ]_+    over texts, plus the same over images
@@ -168,7 +170,11 @@ class TALLoss(nn.Module):
     Reference: Qin et al., Noisy-Correspondence Learning for Text-to-Image Person Re-identification, arXiv 2308.09911.
     """
 
-    def __init__(self, temperature: float = 0.02, margin: float = 0.1, *, reduction: str = "mean") -> None:
+    temperature: float
+    margin: float
+    reduction: Reduction
+
+    def __init__(self, temperature: float = 0.02, margin: float = 0.1, *, reduction: Reduction = "mean") -> None:
         super().__init__()
         temperature, margin = _check_hyperparameters(temperature, margin)
         check_option("reduction", reduction, REDUCTIONS)
@@ -192,11 +198,11 @@ class TALLoss(nn.Module):
             sample_weight=sample_weight,
         )
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, margin={self.margin}, reduction={self.reduction!r}"
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-class TRLLoss(nn.Module):
+class TRLLoss(Module):
     """Pulls each text and image to its positives until the hardest negative stands a margin behind.
 
         L_i = [ margin - S_i+ + max_{j: other id} S_ij ]_+    over texts, plus the same over images
@@ -228,17 +234,22 @@ class TRLLoss(nn.Module):
     Reference: Qin et al., Noisy-Correspondence Learning for Text-to-Image Person Re-identification, arXiv 2308.09911.
     """
 
+    temperature: float
+    margin: float
+    negatives: TRLNegatives
+    reduction: Reduction
+
     def __init__(
         self,
         temperature: float = 0.02,
         margin: float = 0.2,
         *,
-        negatives: str = "different_identity",
-        reduction: str = "mean",
+        negatives: TRLNegatives = "different_identity",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         temperature, margin = _check_hyperparameters(temperature, margin)
-        check_option("negatives", negatives, NEGATIVES)
+        check_option("negatives", negatives, TRL_NEGATIVES)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.margin, self.negatives, self.reduction = temperature, margin, negatives, reduction
 
@@ -261,11 +272,8 @@ class TRLLoss(nn.Module):
             sample_weight=sample_weight,
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, margin={self.margin}, negatives={self.negatives!r}, "
-            f"reduction={self.reduction!r}"
-        )
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _check_hyperparameters(temperature: float, margin: float) -> tuple[float, float]:

@@ -6,15 +6,17 @@ VSE++ takes all other pairs as negatives; in a person-retrieval batch other imag
 `negatives="different_identity"` is the default and "all" is VSE++.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
-from ._pairwise import REDUCTIONS, check_scores, cosine_scores, reduce, same_identity
+import torch
+from torch import Tensor
+
+from ._module import Module
+from ._pairwise import check_scores, cosine_scores, reduce, same_identity
 from .ops._checks import check_nonnegative, check_option
+from .ops._options import NEGATIVES, REDUCTIONS, Negatives, Reduction
 
 __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
-
-NEGATIVES = ("different_identity", "all")
 
 
 def triplet_loss(
@@ -23,8 +25,8 @@ def triplet_loss(
     pids: Tensor | None = None,
     *,
     margin: float = 0.2,
-    negatives: str = "different_identity",
-    reduction: str = "mean",
+    negatives: Negatives = "different_identity",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Functional form of `TripletLoss`, which documents every argument.
@@ -49,8 +51,8 @@ def triplet_loss_from_scores(
     pids: Tensor | None = None,
     *,
     margin: float = 0.2,
-    negatives: str = "different_identity",
-    reduction: str = "mean",
+    negatives: Negatives = "different_identity",
+    reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """`TripletLoss` on scores that exist already, [B, B] text x image.
@@ -75,7 +77,7 @@ def triplet_loss_from_scores(
     return reduce(direction(scores) + direction(scores.T), reduction, sample_weight)
 
 
-class TripletLoss(nn.Module):
+class TripletLoss(Module):
     """Pulls each pair together until the hardest negative of text and image stands a margin behind.
 
         L_i = [ margin - S_ii + max_{j negative} S_ij ]_+    over texts, plus the same over images
@@ -105,7 +107,13 @@ class TripletLoss(nn.Module):
     Reference: Faghri et al., VSE++, arXiv 1707.05612, Eq. 6.
     """
 
-    def __init__(self, margin: float = 0.2, *, negatives: str = "different_identity", reduction: str = "mean") -> None:
+    margin: float
+    negatives: Negatives
+    reduction: Reduction
+
+    def __init__(
+        self, margin: float = 0.2, *, negatives: Negatives = "different_identity", reduction: Reduction = "mean"
+    ) -> None:
         super().__init__()
         margin = _check_hyperparameters(margin, negatives)
         check_option("reduction", reduction, REDUCTIONS)
@@ -129,10 +137,10 @@ class TripletLoss(nn.Module):
             sample_weight=sample_weight,
         )
 
-    def extra_repr(self) -> str:
-        return f"margin={self.margin}, negatives={self.negatives!r}, reduction={self.reduction!r}"
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-def _check_hyperparameters(margin: float, negatives: str) -> float:
+def _check_hyperparameters(margin: float, negatives: Negatives) -> float:
     check_option("negatives", negatives, NEGATIVES)
     return check_nonnegative("margin", margin)

@@ -18,6 +18,8 @@ atomics, bitwise equal reruns. A tile of logits is computed once a side, and in 
 small batch does not feel; a large one in float32 goes through `distribution_blocks`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
 # SMALL: pairs of a small batch. In IEEE float32 each 64 columns of the gradient compute all logits anew: more pairs go
 # through `distribution_blocks`, as they do in TF32.
 SMALL = {"half": 1024, "tf32": 1024, "ieee": 256}
-BLOCKS = {
+BLOCKS: dict[tuple[str, str, str], tuple[Any, ...]] = {
     ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "tf32"): (16, 64, 64, None, 4, 3),
     ("row_loss", "small", "ieee"): (16, 32, 32, None, 4, 3),
@@ -462,7 +464,15 @@ def takes(queries: Tensor, keys: Tensor) -> bool:
     return kind == "half" or max(queries.shape[0], keys.shape[0]) <= SMALL[kind]
 
 
-def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale, scale: float, spec):  # type: ignore[no-untyped-def]
+def forward(
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    image_ids: Tensor | None,
+    logit_scale: Tensor | None,
+    scale: float,
+    spec: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, places, norms and label sums, as the operator declares them."""
     queries, keys = alike(queries, keys)
     (R, D), C, S = queries.shape, keys.shape[0], spec.sides
@@ -486,9 +496,11 @@ def forward(queries: Tensor, keys: Tensor, pids: Tensor, image_ids, logit_scale,
     return loss.sum(0) if spec.reduction == "none" else loss.sum(), statistics, places, norms, label_sum
 
 
-def prepare(queries: Tensor, keys: Tensor | None, pids, image_ids, spec) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def prepare(
+    queries: Tensor, keys: Tensor | None, pids: Tensor | None, image_ids: Tensor | None, spec: Any
+) -> tuple[Tensor, Tensor]:
     """Norms [2, R + C] and label sums; norms alone without ids, of the queries alone without keys. Both are alike."""
-    (R, D), C, count = queries.shape, 0 if keys is None else len(keys), pids is not None
+    (R, D), C, count = queries.shape, 0 if keys is None else keys.shape[0], pids is not None
     sides, keys = (1, queries) if keys is None else (2, keys)
     norms = torch.empty(2, R + C, dtype=torch.float32, device=keys.device)
     label_sum, ids, by_column, offset, factor = norms, (norms, norms), False, 0, 0.0
@@ -507,7 +519,7 @@ def prepare(queries: Tensor, keys: Tensor | None, pids, image_ids, spec) -> tupl
     return norms, label_sum
 
 
-def backward(  # type: ignore[no-untyped-def]
+def backward(
     dloss: Tensor,
     statistics: Tensor,
     places: Tensor,
@@ -516,12 +528,12 @@ def backward(  # type: ignore[no-untyped-def]
     queries: Tensor,
     keys: Tensor,
     pids: Tensor,
-    image_ids,
-    logit_scale,
+    image_ids: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
     scale_gradient: bool,
-    spec,
-):
+    spec: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and scale."""
     dqueries = torch.empty_like(queries, memory_format=torch.contiguous_format)
     dkeys = torch.empty_like(keys, memory_format=torch.contiguous_format)
@@ -578,7 +590,7 @@ def by_device(scale: Tensor | float, like: Tensor) -> tuple[Tensor | None, float
     return None, float(scale)
 
 
-def flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec) -> dict[str, object]:  # type: ignore[no-untyped-def]
+def flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec: Any) -> dict[str, object]:
     return {
         "STATISTICS": 4 if spec.weighted else 3,
         "HAS_IMAGES": image_ids is not None,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ._checks import check_option
+from ._options import BACKENDS
 
-__all__ = ["BACKENDS", "select_backend", "why_not_triton"]
+__all__ = ["select_backend", "why_not_triton"]
 
-BACKENDS = ("auto", "triton", "torch")
 KERNELS = "fmfa_losses.kernels"  # the folder kernels/ at the top of the repository, put here by an installation
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")

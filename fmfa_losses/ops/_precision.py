@@ -115,7 +115,7 @@ def product_op(a, b):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(product_op)
-def _(a, b):  # type: ignore[no-untyped-def]
+def _product_fake(a, b):  # type: ignore[no-untyped-def]
     return a.new_empty(*a.shape[:-1], b.shape[-2])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ._backend import select_backend
 from ._checks import check_float, check_fraction, check_mask, check_same
 from ._operator import differentiable_once, operator
+from ._options import Backend
 from ._precision import accumulation_dtype, full_precision
 
 __all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference"]
@@ -62,7 +63,7 @@ def sparse_aggregate(
     *,
     image_mask: Tensor | None = None,
     sparsity: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Joint embedding of every text token: the sparse weighted mean of its own image's patches.
 
@@ -100,7 +101,7 @@ def aggregate(
     text_tokens: Tensor,
     image_mask: Tensor | None,
     sparsity: float | None,
-    backend: str,
+    backend: Backend,
     *,
     strict: bool = False,
 ) -> Tensor:
@@ -161,7 +162,7 @@ def sparse_aggregate_backward_op(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(sparse_aggregate_op)
-def _(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
+def _fake(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
     acc = accumulation_dtype(image_tokens)
     row = text_tokens.shape[:2]
     return (
@@ -172,7 +173,7 @@ def _(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignor
 
 
 @torch.library.register_fake(sparse_aggregate_backward_op)
-def _(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend):  # type: ignore[no-untyped-def]
+def _backward_fake(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend):  # type: ignore[no-untyped-def]
     # Contiguous, as both backends return them, whatever the strides of the tokens.
     image, text = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image_tokens, text_tokens))
     return image, text

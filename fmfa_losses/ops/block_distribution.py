@@ -12,6 +12,7 @@ gap adds two: with a scale below 0 the largest cosine is not the top's.
 import torch
 from torch import Tensor
 
+from ._options import Gap, Positive
 from ._precision import product
 
 __all__ = ["block_statistics", "label_sums", "merge_blocks"]
@@ -26,8 +27,8 @@ def block_statistics(
     *,
     scale: float | Tensor,
     factor: float,
-    gap: str,
-    positive: str,
+    gap: Gap,
+    positive: Positive,
     paired: bool,
     eps: float,
 ) -> Tensor:
@@ -72,7 +73,7 @@ def block_statistics(
     return torch.stack([top, log_sum, divergence, at_positive(z), *of_cosines])
 
 
-def merge_blocks(blocks: Tensor, *, alpha: float, gap: str, positive: str, detach_weight: bool) -> Tensor:
+def merge_blocks(blocks: Tensor, *, alpha: float, gap: Gap, positive: Positive, detach_weight: bool) -> Tensor:
     """w_i KL_i of every row, [R], from what all blocks in order say of it, [W, 4 or 6, R]."""
     top, log_sum, divergence, chosen, *of_cosines = blocks.unbind(dim=1)
     highest = top.max(dim=0).values

@@ -21,6 +21,7 @@ from torch import Tensor
 from ._backend import select_backend
 from ._checks import check_float, check_mask, check_option, check_positive, check_same
 from ._operator import differentiable_once, operator
+from ._options import POOLS, Backend, Pool
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "unit_similarity",
 ]
 
-POOLS = ("lse", "sum", "mean")
 # A scale below is small: cosines times it stay within what the series of the kernels are good for.
 FLAT = 0.25
 # Beyond, float64 cannot tell "lse" from the maximum, and a log mean from the mean; float32 can still hold the number.
@@ -47,7 +47,7 @@ def hard_similarity_reference(
     *,
     x_mask: Tensor | None = None,
     e_mask: Tensor | None = None,
-    pool: str = "lse",
+    pool: Pool = "lse",
     pool_scale: float = 1.0,
 ) -> Tensor:
     """The specification of `hard_similarity`: the equation as it stands, with the whole [Bx, Be, P, Q] in memory."""
@@ -75,9 +75,9 @@ def hard_similarity(
     *,
     x_mask: Tensor | None = None,
     e_mask: Tensor | None = None,
-    pool: str = "lse",
+    pool: Pool = "lse",
     pool_scale: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Similarity of every x with every e: the best match of each token of x, pooled over the tokens of x.
 
@@ -175,7 +175,7 @@ def token_lists_op(mask):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(token_lists_op)
-def _(mask):  # type: ignore[no-untyped-def]
+def _token_lists_fake(mask):  # type: ignore[no-untyped-def]
     from fmfa_losses.kernels import token_lists as kernels
 
     return mask.new_empty(kernels.size(*mask.shape), dtype=torch.int32)
@@ -219,7 +219,7 @@ def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(hard_similarity_op)
-def _(  # type: ignore[no-untyped-def]
+def _fake(  # type: ignore[no-untyped-def]
     x, e, x_mask, e_mask, pool, pool_scale, save, backend, x_lists=None, e_lists=None
 ):
     matches = (x.shape[0], e.shape[0], x.shape[1])
@@ -233,7 +233,7 @@ def _(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(hard_similarity_backward_op)
-def _(  # type: ignore[no-untyped-def]
+def _backward_fake(  # type: ignore[no-untyped-def]
     dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend, x_lists=None, e_lists=None
 ):
     # Both backends write contiguous gradients, whatever the strides of the tokens.

@@ -29,31 +29,38 @@ from ._checks import (
     on_host,
 )
 from ._operator import differentiable_once, operator
+from ._options import (
+    GAPS,
+    OBJECTIVES,
+    POSITIVES,
+    REDUCTIONS,
+    TARGETS,
+    Backend,
+    Gap,
+    Objective,
+    Positive,
+    Reduction,
+    Target,
+)
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = ["RowLoss", "checked_scale", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
-
-OBJECTIVES = ("divergence", "cross_entropy")
-GAPS = ("probability", "cosine")
-POSITIVES = ("paired", "any", "first")
-TARGETS = ("row", "column")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class RowLoss(NamedTuple):
     """What a row pays, in plain Python values, in the order of the operator's schema."""
 
-    objective: str = "divergence"
+    objective: Objective = "divergence"
     alpha: float = 0.0
-    gap: str = "probability"
-    positive: str = "paired"
+    gap: Gap = "probability"
+    positive: Positive = "paired"
     detach_weight: bool = False
     eps: float = 1e-8
     image_id_factor: float = 0.3
-    target: str = "row"
+    target: Target = "row"
     offset: int = 0
     both: bool = True
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
 
     def checked(self) -> "RowLoss":
         check_option("objective", self.objective, OBJECTIVES)
@@ -142,18 +149,18 @@ def similarity_distribution_loss(
     *,
     logit_scale: float | Tensor,
     image_ids: Tensor | None = None,
-    objective: str = "divergence",
+    objective: Objective = "divergence",
     alpha: float = 0.0,
-    gap: str = "probability",
-    positive: str = "paired",
+    gap: Gap = "probability",
+    positive: Positive = "paired",
     detach_weight: bool = False,
     eps: float = 1e-8,
     image_id_factor: float = 0.3,
-    target: str = "row",
+    target: Target = "row",
     offset: int = 0,
     both: bool = True,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Pulls every row's similarity distribution to its labels, from raw features to the reduced loss.
 
@@ -317,7 +324,7 @@ def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, A
 
 
 @torch.library.register_fake(similarity_distribution_op)
-def _(queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss):  # type: ignore[no-untyped-def]
+def _fake(queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss):  # type: ignore[no-untyped-def]
     spec, R, C = RowLoss(*row_loss), queries.shape[0], keys.shape[0]
     dtype = accumulation_dtype(queries, keys)
     return (
@@ -330,7 +337,7 @@ def _(queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss):  
 
 
 @torch.library.register_fake(similarity_distribution_backward_op)
-def _(dloss, statistics, places, norms, label_sum, queries, keys, *arguments):  # type: ignore[no-untyped-def]
+def _backward_fake(dloss, statistics, places, norms, label_sum, queries, keys, *arguments):  # type: ignore[no-untyped-def]
     scale_gradient = arguments[4]
     return (
         torch.empty_like(queries, memory_format=torch.contiguous_format),

@@ -1,0 +1,30 @@
+"""What the losses and heads have in common as modules: a repr that shows what they were built with."""
+
+import inspect
+
+from torch import nn
+
+__all__ = ["Module"]
+
+
+class Module(nn.Module):
+    """repr shows every required argument of the constructor, and every one that is not at its default.
+
+    An argument is the attribute of its name. One that has none, or is a module, is shown by the parts below.
+    """
+
+    def extra_repr(self) -> str:
+        parameters: dict[str, inspect.Parameter] = {}
+        for cls in reversed(type(self).__mro__):
+            if issubclass(cls, Module) and "__init__" in vars(cls):
+                parameters.update(inspect.signature(cls.__init__).parameters)
+        shown = {name: self._shown(name) for name in parameters if name != "self" and hasattr(self, name)}
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in shown.items()
+            if not isinstance(value, nn.Module) and repr(value) != repr(parameters[name].default)
+        )
+
+    def _shown(self, name: str) -> object:
+        """The value of an argument, as repr has it."""
+        return getattr(self, name)

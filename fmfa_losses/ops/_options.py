@@ -1,0 +1,37 @@
+"""The options that have a name: for each its type, which a type checker knows, and its values, which are checked."""
+
+from typing import Literal, TypeAlias, get_args
+
+# Of all losses.
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Backend: TypeAlias = Literal["auto", "triton", "torch"]
+Gather: TypeAlias = bool | Literal["ring"]
+# Of a similarity distribution.
+Objective: TypeAlias = Literal["divergence", "cross_entropy"]
+Gap: TypeAlias = Literal["probability", "cosine"]
+Positive: TypeAlias = Literal["paired", "any", "first"]
+Target: TypeAlias = Literal["row", "column"]
+Normalize: TypeAlias = Literal["sum", "released"]
+# Of pairs: which count as positive (ITC, sigmoid), which as negative (EFA, triplet; TRL).
+Matching: TypeAlias = Literal["paired", "identity"]
+Negatives: TypeAlias = Literal["all", "different_identity"]
+TRLNegatives: TypeAlias = Literal["different_identity", "released"]
+# Of EFA and its similarity.
+Ranking: TypeAlias = Literal["paper", "released"]
+Pool: TypeAlias = Literal["lse", "sum", "mean"]
+# Of the objective.
+Dataset: TypeAlias = Literal["CUHK-PEDES", "ICFG-PEDES", "RSTPReid"]
+
+REDUCTIONS = get_args(Reduction)
+BACKENDS = get_args(Backend)
+GATHER = (False, True, "ring")
+OBJECTIVES = get_args(Objective)
+GAPS = get_args(Gap)
+POSITIVES = get_args(Positive)
+TARGETS = get_args(Target)
+NORMALIZE = get_args(Normalize)
+MATCHINGS = get_args(Matching)
+NEGATIVES = get_args(Negatives)
+TRL_NEGATIVES = get_args(TRLNegatives)
+RANKINGS = get_args(Ranking)
+POOLS = get_args(Pool)
