@@ -1,10 +1,19 @@
 """What the losses and heads have in common as modules: a repr that shows what they were built with."""
 
 import inspect
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
 __all__ = ["Module"]
+
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class _Forward(Protocol[P, R_co]):
+    def forward(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 class Module(nn.Module):
@@ -12,6 +21,10 @@ class Module(nn.Module):
 
     An argument is the attribute of its name. One that has none, or is a module, is shown by the parts below.
     """
+
+    if TYPE_CHECKING:  # nn.Module's own returns Any; a call takes and returns what `forward` does
+
+        def __call__(self: _Forward[P, R_co], *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
     def extra_repr(self) -> str:
         parameters: dict[str, inspect.Parameter] = {}

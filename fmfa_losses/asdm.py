@@ -11,7 +11,7 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
     target="column"                  soft labels are divided by the sum of their column's label row instead of their own
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -253,9 +253,6 @@ class ASDMLoss(Gathering):
             equal_batches=self.equal_batches,
             backend=self.backend,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def check_asdm_inputs(

@@ -7,8 +7,6 @@ A feature is projected on the direction of the other modality's features: its ow
 IRRA's code divides the labels of a row by their L2 norm and not by their sum: `normalize="released"`.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -133,6 +131,3 @@ class CMPMLoss(Module):
             reduction=self.reduction,
             sample_weight=sample_weight,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward

@@ -16,7 +16,7 @@ leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant
 # torch.compile of 2.6 cannot make the types of a nested function.
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -373,9 +373,6 @@ class EFALoss(Gathering):
             equal_batches=self.equal_batches,
             backend=self.backend,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _check_numbers(

@@ -7,7 +7,7 @@ The released code does the same. Source: Zheng et al., arXiv 1711.05535; IRRA, a
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,9 +121,6 @@ class IDHead(Module):
             image_accuracy=_accuracy(image_logits, pids),
             text_accuracy=_accuracy(text_logits, pids),
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def load_irra_state_dict(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """Copies `classifier.*` out of a whole published checkpoint; see `IRRHead.load_irra_state_dict`."""

@@ -14,7 +14,7 @@ padding take part in the self-attention, which is `text_mask=None` here.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,9 +197,6 @@ class IRRHead(Module):
         labels = self._check(image_tokens, masked_text_tokens, labels, text_mask)
         static = not on_host(labels)
         return self._forward(image_tokens, masked_text_tokens, labels, text_mask, static)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def _forward(
         self,

@@ -7,8 +7,6 @@ The target q is the pair alone ("paired": CLIP, IRRA's compute_itc), or uniform 
 not pushed away.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -182,6 +180,3 @@ class ITCLoss(Module):
             sample_weight=sample_weight,
             backend=self.backend,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -226,9 +226,6 @@ class FMFALoss(Gathering):
             terms["asdm"] = self.asdm(image_features, text_features, pids, **soft, **joined)
         loss = sum((self.weights[name] * term for name, term in terms.items()), nothing)
         return FMFAOutput(loss, terms, metrics)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def _own_terms(
         self,

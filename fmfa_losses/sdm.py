@@ -7,8 +7,6 @@ It is A-SDM (asdm.py) with alpha = 0. IRRA's code divides soft labels by the sum
 `target="column"`; for hard labels that is the same.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ._module import Module
@@ -181,9 +179,6 @@ class SDMLoss(Module):
             sample_weight=sample_weight,
             backend=self.backend,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _check_hyperparameters(eps: float, image_id_factor: float, target: Target) -> tuple[float, float]:

@@ -6,8 +6,6 @@ Every pair is a question of its own, so no softmax ties a row together. SigLIP k
 (`positives="paired"`); by default all pairs of one identity are positive here, as other images of a person are.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,9 +159,6 @@ class SigmoidLoss(Module):
             logit_bias=logit_bias,
             sample_weight=sample_weight,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _resolve_bias(logit_bias: float | Tensor | None, bias: float, like: Tensor) -> float | Tensor:

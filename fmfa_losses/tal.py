@@ -11,8 +11,6 @@ float32 once S > 88 tau (0.88 at tau 0.01), and sends NaN gradients where all sa
 positives as negatives of similarity 0 in TRL, so that the hardest negative is never below 0: `negatives="released"`.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -198,9 +196,6 @@ class TALLoss(Module):
             sample_weight=sample_weight,
         )
 
-    if TYPE_CHECKING:
-        __call__ = forward
-
 
 class TRLLoss(Module):
     """Pulls each text and image to its positives until the hardest negative stands a margin behind.
@@ -271,9 +266,6 @@ class TRLLoss(Module):
             reduction=self.reduction,
             sample_weight=sample_weight,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _check_hyperparameters(temperature: float, margin: float) -> tuple[float, float]:

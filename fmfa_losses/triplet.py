@@ -6,8 +6,6 @@ VSE++ takes all other pairs as negatives; in a person-retrieval batch other imag
 `negatives="different_identity"` is the default and "all" is VSE++.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -136,9 +134,6 @@ class TripletLoss(Module):
             reduction=self.reduction,
             sample_weight=sample_weight,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _check_hyperparameters(margin: float, negatives: Negatives) -> float:
