@@ -11,6 +11,9 @@ alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachabl
     target="column"                  soft labels are divided by the sum of their column's label row instead of their own
 """
 
+# torch.compile of 2.6 cannot make the types of a nested function.
+from __future__ import annotations
+
 from typing import Any
 
 import torch
