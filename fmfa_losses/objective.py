@@ -209,7 +209,8 @@ class FMFALoss(Gathering):
             "image_ids": image_ids,
             "logit_scale": logit_scale,
         }
-        leader = next((part for part in (self, self.efa, self.asdm) if part.gather), None)
+        gathering = [part for part in (self, self.efa, self.asdm) if part.gather]
+        leader = gathering[0] if gathering else None
         peers, (terms, metrics, nothing) = (
             (None, self._own_terms(**batch)) if leader is None else self._meet(leader, batch)
         )
