@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_import_brings_einops_and_nothing_of_torch_that_is_not_there_already():
     assert {name.split(".")[0] for name in brought} == {"fmfa_losses", "einops"}, brought
 
 
+@pytest.mark.skipif(
+    version("einops") < "0.8.2", reason="einops imports torch's compiler itself when it meets its first tensor"
+)
 def test_eager_use_does_not_import_the_compiler():
     out = run(
         "import sys, torch, fmfa_losses; x = torch.randn(3, 4, 8, requires_grad=True);"
