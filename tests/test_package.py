@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ def test_import_brings_einops_and_nothing_of_torch_that_is_not_there_already():
 
 
 @pytest.mark.skipif(
-    version("einops") < "0.8.2", reason="einops imports torch's compiler itself when it meets its first tensor"
+    metadata.version("einops") < "0.8.2", reason="einops imports torch's compiler itself when it meets its first tensor"
 )
 def test_eager_use_does_not_import_the_compiler():
     out = run(
