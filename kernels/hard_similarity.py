@@ -444,6 +444,7 @@ def _pool(
     launch(
         _pool_kernel, (Bx, triton.cdiv(Be, J)), maxima, x_mask, counts, sim, out, Be, P, float(pool_scale),
         HAS_X_MASK=x_mask is not None, HAS_E_MASK=counts is not None, POOL=pool, BLOCK_J=J, BLOCK_P=L, num_warps=warps,
+        **all_registers(maxima.device),
     )  # fmt: skip
 
 
