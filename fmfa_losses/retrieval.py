@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops._checks import check_float, check_integer, describe, integer_ids
-from .ops._precision import unit_rows
+from .ops._precision import product, unit_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -545,7 +545,7 @@ def _feature_scores(
         return kept[name][1]
 
     def scores(rows: slice, columns: slice) -> Tensor:
-        return features("query", query_features, rows) @ features("gallery", gallery_features, columns).T
+        return product(features("query", query_features, rows), features("gallery", gallery_features, columns))
 
     return scores, target
 
