@@ -7,10 +7,19 @@ Transposed scores have images as rows. Every loss here is a few [B, B] matrices 
 import torch
 from torch import Tensor
 
-from .ops._checks import AS_TENSOR, check_float, check_ids, check_option, check_positive, check_same, describe, on_host
+from .ops._checks import (
+    AS_TENSOR,
+    check_float,
+    check_ids,
+    check_option,
+    check_same,
+    check_scalar,
+    check_scale,
+    describe,
+    on_host,
+)
 from .ops._options import REDUCTIONS, Reduction, Target
 from .ops._precision import accumulation_dtype, product, unit_rows
-from .ops.similarity_distribution import checked_scale
 
 __all__ = [
     "check_features",
@@ -82,24 +91,16 @@ def masked_logsumexp(logits: Tensor, keep: Tensor) -> Tensor:
 
 
 def resolve_scale(logit_scale: float | Tensor | None, temperature: float, like: Tensor) -> float | Tensor:
-    """1 / temperature, or the given scale as a number or a 0-dim tensor in `like`'s dtype that may multiply `like`."""
-    temperature = check_positive("temperature", temperature)
-    if logit_scale is None:
-        return 1 / temperature
-    scale = checked_scale(logit_scale)
+    """`check_scale`, a tensor in `like`'s dtype, so that it may multiply `like`."""
+    scale = check_scale(logit_scale, temperature)
     return scalar_like("logit_scale", scale, like) if isinstance(scale, Tensor) else scale
 
 
 def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:
-    """A one-element tensor as a 0-dim one in `like`'s dtype that may meet `like`."""
-    if scalar.numel() != 1 or not scalar.is_floating_point():
-        raise ValueError(
-            f"{name} must be a number or a floating-point tensor with one element, got {describe(scalar)}; "
-            f"pass {name}.float().reshape(())"
-        )
+    """A one-element tensor as a 0-dim one in `like`'s dtype that may multiply `like`."""
     # A CPU scalar may meet accelerator tensors as it is, without a copy.
     device = like.device if like.device.type == "cpu" or scalar.device.type != "cpu" else None
-    return scalar.reshape(()).to(device=device, dtype=like.dtype)
+    return check_scalar(name, scalar).to(device=device, dtype=like.dtype)
 
 
 def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ._asdm_ring import asdm_rows_round_the_ring
+from ._pairwise import check_features
 from .distributed import Gathering, Peers, meet
 from .ops._backend import select_backend
-from .ops._checks import check_flag, check_float, check_ids, check_option, check_positive, check_same
+from .ops._checks import check_flag, check_ids, check_option, check_scale, check_temperature
 from .ops._options import BACKENDS, GATHER, REDUCTIONS, Backend, Gap, Gather, Positive, Reduction, Target
-from .ops.similarity_distribution import RowLoss, checked_scale, similarity_distribution_loss
+from .ops.similarity_distribution import RowLoss, similarity_distribution_loss
 
 __all__ = ["ASDMLoss", "asdm_loss"]
 
@@ -71,9 +72,8 @@ def asdm_loss(
     }
 
     def checked() -> tuple[float | Tensor, Tensor, Tensor | None]:
-        scale = 1 / check_positive("temperature", temperature) if logit_scale is None else checked_scale(logit_scale)
         ids = check_asdm_inputs(image_features, text_features, pids, image_ids, gather=gather, backend=backend)
-        return scale, *ids
+        return check_scale(logit_scale, temperature), *ids
 
     peers, (scale, pids, image_ids) = meet(
         gather,
@@ -207,7 +207,7 @@ class ASDMLoss(Gathering):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        temperature = check_positive("temperature", temperature)
+        temperature = check_temperature("temperature", temperature)
         check_option("backend", backend, BACKENDS)
         check_option("gather", gather, GATHER)
         spec = RowLoss(
@@ -268,9 +268,7 @@ def check_asdm_inputs(
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
     """The ids to go on with."""
-    check_float("image_features", image_features, "B D")
-    check_float("text_features", text_features, "B D")
-    check_same("image_features and text_features", image_features, text_features, dims=[("B", 0), ("D", 1)])
+    check_features(image_features, text_features)
     pids = check_ids("pids", pids, image_features.shape[0], image_features.device)
     if image_ids is not None:
         image_ids = check_ids("image_ids", image_ids, image_features.shape[0], image_features.device)

@@ -249,6 +249,7 @@ def meet(
     if rank < 0:
         raise ValueError("process_group must contain the calling rank; pass the group that this rank belongs to")
     settings = {"gather": gather, "equal_batches": equal_batches, **(settings or {})}
+    settings = {name: _python_number(value) for name, value in settings.items()}
     key: tuple[Any, ...] = (group.group_name, loss)
     error: Exception | None = None
     try:
@@ -269,6 +270,11 @@ def meet(
     if equal_batches:
         _remember(key, group)
     return Peers(sizes, rank, group, gather == "ring"), checked
+
+
+def _python_number(value: Any) -> object:
+    """NumPy's arrays of 0 dimensions are numbers too, and cannot be looked up."""
+    return value.item() if not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0 else value
 
 
 def _check_not_empty(tensors: Mapping[str, Tensor | None]) -> None:

@@ -34,6 +34,7 @@ from .ops._checks import (
     check_option,
     check_positive,
     check_same,
+    check_temperature,
     warn_once,
 )
 from .ops._options import (
@@ -381,7 +382,7 @@ def _check_numbers(
     return (
         check_finite("margin_text", margin_text),
         check_finite("margin_image", margin_image),
-        check_positive("temperature", temperature),
+        check_temperature("temperature", temperature),
         check_positive("pool_scale", pool_scale),
         None if sparsity is None else check_fraction("sparsity", sparsity),
     )

@@ -19,7 +19,7 @@ from ._pairwise import (
     same_identity,
     soft_targets,
 )
-from .ops._checks import check_ids, check_option, check_positive, warn_once
+from .ops._checks import check_ids, check_option, check_scale, check_temperature, warn_once
 from .ops._options import BACKENDS, MATCHINGS, REDUCTIONS, Backend, Matching, Reduction
 from .ops.similarity_distribution import similarity_distribution_loss
 
@@ -46,7 +46,7 @@ def itc_loss(
         tensor(True)
     """
     check_option("targets", targets, MATCHINGS)
-    temperature = check_positive("temperature", temperature)
+    scale = check_scale(logit_scale, temperature)
     check_features(image_features, text_features)
     _check_pids(pids, targets, text_features)
     if targets == "paired":  # InfoNCE is the cross-entropy of identities that are all different
@@ -56,7 +56,7 @@ def itc_loss(
         text_features,
         image_features,
         pids,
-        logit_scale=1 / temperature if logit_scale is None else logit_scale,
+        logit_scale=scale,
         objective="cross_entropy",
         reduction="none",
         backend=backend,
@@ -153,7 +153,7 @@ class ITCLoss(Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        temperature = check_positive("temperature", temperature)
+        temperature = check_temperature("temperature", temperature)
         check_option("backend", backend, BACKENDS)
         check_option("targets", targets, MATCHINGS)
         check_option("reduction", reduction, REDUCTIONS)

@@ -23,6 +23,8 @@ from .ops._padding import refuse_trace
 __all__ = ["FMFALoss", "FMFAOutput"]
 
 TERMS = ("id", "irr", "efa", "asdm")
+# Attributes of IRRHead that must be the same on all ranks.
+IRR_SETTINGS = ("embed_dim", "vocab_size", "depth", "num_heads", "ignore_index")
 
 # What the paper sets by dataset: margins of EFA (Table 1) and alpha of A-SDM.
 DATASETS: dict[Dataset, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -277,6 +279,10 @@ class FMFALoss(Gathering):
         """One handshake for the weights and for all terms that gather as `leader` does, and the own terms."""
         names = ["image_features"]
         settings: dict[str, object] = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
+        if self.identity is not None:
+            settings["num_identities"] = getattr(self.identity.classifier, "out_features", None)
+        if self.irr is not None:
+            settings.update({f"irr.{name}": getattr(self.irr, name) for name in IRR_SETTINGS})
         with_efa, with_asdm = (
             self.weights[name] != 0 and _joins(part, leader) for name, part in (("efa", self.efa), ("asdm", self.asdm))
         )

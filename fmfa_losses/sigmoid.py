@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._module import Module
 from ._pairwise import check_scores, cosine_scores, reduce, resolve_scale, same_identity, scalar_like
-from .ops._checks import check_finite, check_option, check_positive
+from .ops._checks import check_finite, check_option, check_temperature
 from .ops._options import MATCHINGS, REDUCTIONS, Matching, Reduction
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]
@@ -132,7 +132,7 @@ class SigmoidLoss(Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        temperature, bias = check_positive("temperature", temperature), check_finite("bias", bias)
+        temperature, bias = check_temperature("temperature", temperature), check_finite("bias", bias)
         check_option("positives", positives, MATCHINGS)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.bias, self.positives, self.reduction = temperature, bias, positives, reduction

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -428,8 +429,9 @@ def different_settings() -> dict[str, str]:
     def efa(**options: object) -> None:
         EFALoss(gather=True, **options)(tokens, tokens, pids=pids)
 
-    def fmfa(**options: object) -> None:
-        objective = FMFALoss(4, 3, vocab_size=5, irr={"num_heads": 1, "depth": 1}, **{"gather": True, **options})
+    def fmfa(identities: int = 3, irr: dict[str, int] | None = None, **options: object) -> None:
+        head = {"num_heads": 1, "depth": 1, **(irr or {})}
+        objective = FMFALoss(4, identities, vocab_size=5, irr=head, **{"gather": True, **options})
         objective(x, x, tokens, tokens, pids)
 
     pairs = {
@@ -458,6 +460,9 @@ def different_settings() -> dict[str, str]:
         "weights['irr']": (fmfa, {"weights": ({}, {"irr": 2})}),
         "asdm.alpha": (fmfa, {"asdm": ({"alpha": 10}, {"alpha": 1.0})}),
         "efa.sparsity": (fmfa, {"efa": ({}, {"sparsity": 0.5})}),
+        "num_identities": (fmfa, {"identities": (3, 4)}),
+        "irr.ignore_index": (fmfa, {"irr": ({}, {"ignore_index": -100})}),
+        "irr.depth": (fmfa, {"irr": ({}, {"depth": 2})}),
     }
     found = {}
     for equal in (False, True):
@@ -470,6 +475,7 @@ def different_settings() -> dict[str, str]:
     )
     found["loss"] = raised((asdm, efa)[rank])
     found["equal numbers"] = raised(lambda: asdm(alpha=(10, 10.0)[rank], scale=(50.0, torch.tensor(50.0).item())[rank]))
+    found["numbers of numpy"] = raised(lambda: asdm(alpha=(10.0, np.array(10.0))[rank], equal_batches=True))
     found["equal tensors"] = raised(lambda: asdm(scale=torch.tensor(10.0 + rank)))
     return found
 
@@ -478,7 +484,8 @@ def test_ranks_with_different_hyperparameters_raise_the_same():
     first, second = processes.run(2, different_settings)
     assert isinstance(first, dict), first
     assert first == second
-    assert first.pop("equal numbers") == first.pop("equal tensors") == "nothing was raised"
+    for alike in ("equal numbers", "equal tensors", "numbers of numpy"):
+        assert first.pop(alike) == "nothing was raised"
     assert "all ranks must call the same loss, got asdm_loss on rank 0, efa_loss on rank 1" in first.pop("loss")
     assert "weights['id'] must be the same on all ranks, got 1.0 on rank 0, 2.0 on rank 1" in first.pop("own weights")
     for case, text in first.items():

@@ -312,6 +312,39 @@ def test_float8_is_refused_in_one_sentence(name, dtype):
     FEATURES[name](IMAGE.to(dtype).bfloat16(), TEXT.to(dtype).bfloat16(), IDS)  # what the sentence advises
 
 
+@pytest.mark.parametrize("name", ["asdm", "sdm", "itc", "cmpm", "tal", "trl", "triplet", "sigmoid", "id"])
+def test_sparse_features_are_refused(name):
+    with pytest.raises(TypeError, match=r"must be a dense tensor, got a sparse one; pass \w+\.to_dense\(\)"):
+        LOSSES[name](IMAGE.to_sparse(), TEXT.to_sparse(), IDS)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tokens_are_refused():
+    with pytest.raises(TypeError, match=r"image_tokens must be a dense tensor, got a nested one; .*to_padded_tensor"):
+        f.efa_loss(torch.nested.nested_tensor([PATCHES[0], PATCHES[1, :2]]), TOKENS[:2])
+
+
+def test_an_option_that_is_no_text_is_refused():
+    for option in (np.array(["a", "b"]), ["probability"], None, torch.zeros(2)):
+        with pytest.raises(ValueError, match="gap must be one of 'probability', 'cosine', got"):
+            fl.ASDMLoss(gap=option)
+
+
+TEMPERED = [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.SigmoidLoss, fl.EFALoss]
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-320])
+@pytest.mark.parametrize("build", TEMPERED)
+def test_a_temperature_without_an_inverse_is_named(build, temperature):
+    message = f"temperature must be large enough .* got {temperature!r}"
+    with pytest.raises(ValueError, match=message):
+        build(temperature=temperature)
+    build(temperature=1e-38)
+    for loss in (f.asdm_loss, f.itc_loss, f.sdm_loss, f.sigmoid_loss, f.tal_loss):
+        with pytest.raises(ValueError, match=message):
+            loss(IMAGE, TEXT, IDS, temperature=temperature)
+
+
 def test_complex_features_and_ids():
     with pytest.raises(TypeError, match=r"image_features must be a floating-point .*pass image_features\.real"):
         f.tal_loss(IMAGE + 1j, TEXT, IDS)

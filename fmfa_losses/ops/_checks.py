@@ -25,7 +25,10 @@ __all__ = [
     "check_option",
     "check_positive",
     "check_same",
+    "check_scalar",
+    "check_scale",
     "check_shape",
+    "check_temperature",
     "describe",
     "integer_ids",
     "on_host",
@@ -74,6 +77,11 @@ def check_float(name: str, tensor: object, pattern: str) -> None:
         raise TypeError(
             f"{name} must be a plain tensor with this process's samples, got a DTensor; pass {name}.to_local() where "
             f"it is sharded over the batch, {name}.full_tensor() where this process should hold all of it"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a {'nested' if tensor.is_nested else 'sparse'} one; pass "
+            f"{name}.{'to_padded_tensor(0), and a mask' if tensor.is_nested else 'to_dense()'}"
         )
     if not tensor.is_floating_point():
         part = ".real" if tensor.is_complex() else ".float()"
@@ -147,6 +155,43 @@ def check_positive(name: str, value: object) -> float:
     return float(number)
 
 
+def check_temperature(name: str, value: object) -> float:
+    """Logits are divided by it, or multiplied with its inverse, in float32 or better."""
+    number = check_positive(name, value)
+    if number * torch.finfo(torch.float32).max < 1:
+        raise ValueError(f"{name} must be large enough for float32 to hold 1 / {name} (>= 3e-39), got {value!r}")
+    return number
+
+
+def check_scalar(name: str, tensor: Tensor) -> Tensor:
+    """A floating-point tensor with one element, as one of 0 dimensions."""
+    if tensor.numel() != 1 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a number or a floating-point tensor with one element, got {describe(tensor)}; "
+            f"pass {name}.float().reshape(()) of one number"
+        )
+    return tensor.reshape(())
+
+
+def check_scale(logit_scale: float | Tensor | None, temperature: float = 1.0) -> float | Tensor:
+    """1 / temperature, or the given scale: a number, or a tensor of 0 dimensions.
+
+    Where the host would wait for the tensor's value, any value gives what its equation has.
+    """
+    temperature = check_temperature("temperature", temperature)
+    if logit_scale is None:
+        return 1 / temperature
+    if not isinstance(logit_scale, Tensor):
+        return check_positive("logit_scale", logit_scale)
+    scale = check_scalar("logit_scale", logit_scale)
+    if on_host(scale) and scale.item() <= 0:
+        raise ValueError(
+            f"logit_scale must be > 0, got a tensor with {scale.item():.6g}; pass 1 / temperature, for a learned one "
+            "the exponential of its logarithm"
+        )
+    return scale
+
+
 def check_nonnegative(name: str, value: object) -> float:
     number = _number(name, value, "a finite number >= 0")
     if not 0 <= number <= LARGEST:
@@ -204,5 +249,5 @@ def _number(name: str, value: Any, wanted: str) -> Any:
 
 def check_option(name: str, value: object, options: Iterable[object]) -> None:
     options = tuple(options)
-    if value not in options:
+    if not isinstance(value, (str, bool)) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")

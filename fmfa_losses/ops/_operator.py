@@ -24,6 +24,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
     Give the operator its fake kernel with torch.library.register_fake, and its gradient with one of the two below. An
     argument `bool save` becomes True when the gradient is wanted. torch.vmap takes one problem after the other.
+
+    A graph that a compiler keeps on disk knows an operator by its name: whoever changes the outputs changes the name.
     """
 
     def define(implementation: Callable[..., Any]) -> Any:

@@ -44,7 +44,7 @@ def row_norms_op(x, double, kernel):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(row_norms_op)
-def _(x, double, kernel):  # type: ignore[no-untyped-def]
+def _row_norms_fake(x, double, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty((2, *x.shape[:-1], 1), dtype=torch.float64 if double else torch.float32)
 
 

@@ -26,7 +26,7 @@ from ._checks import (
     check_option,
     check_positive,
     check_same,
-    on_host,
+    check_scale,
 )
 from ._operator import differentiable_once, operator
 from ._options import (
@@ -44,7 +44,7 @@ from ._options import (
 )
 from ._precision import accumulation_dtype, full_precision, unit_rows
 
-__all__ = ["RowLoss", "checked_scale", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
+__all__ = ["RowLoss", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
 
 
 class RowLoss(NamedTuple):
@@ -207,7 +207,7 @@ def similarity_distribution_loss(
         objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
     ).checked()
     pids, image_ids = _check_inputs(queries, keys, pids, image_ids, spec)
-    scale = checked_scale(logit_scale)
+    scale = check_scale(logit_scale)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     chosen = select_backend(backend, queries, keys)
     loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
@@ -236,23 +236,6 @@ def _check_inputs(
     return pids, image_ids
 
 
-def checked_scale(logit_scale: float | Tensor) -> float | Tensor:
-    """A number, or a 0-dim tensor. Where the host would wait for the tensor's value, any value gives its equation."""
-    if not isinstance(logit_scale, Tensor):
-        return check_positive("logit_scale", logit_scale)
-    if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError(
-            f"logit_scale must be a number or a floating-point tensor with one element, got shape "
-            f"{list(logit_scale.shape)} {logit_scale.dtype}; pass 1 / temperature"
-        )
-    if on_host(logit_scale) and logit_scale.item() <= 0:
-        raise ValueError(
-            f"logit_scale must be > 0, got a tensor with {logit_scale.item():.6g}; pass 1 / temperature, for a learned "
-            "one the exponential of its logarithm"
-        )
-    return logit_scale.reshape(())
-
-
 # The operator: one schema, one fake kernel, one gradient formula for both backends. S sides: queries as rows, and with
 # `both` keys as rows. What the backward needs of the forward, besides the inputs:
 #   statistics [S, 3 or 4, R]  top; log sum_j e^(z - top); the divergence, or the mass of a cross-entropy's target;
@@ -268,7 +251,7 @@ _ROW_LOSS = (
 
 
 @operator(
-    "similarity_distribution_loss(Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale,"
+    "similarity_distribution(Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale,"
     f" float scale, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def similarity_distribution_op(  # type: ignore[no-untyped-def]
@@ -284,7 +267,7 @@ def similarity_distribution_op(  # type: ignore[no-untyped-def]
 
 
 @operator(
-    "similarity_distribution_loss_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms,"
+    "similarity_distribution_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms,"
     " Tensor label_sum, Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale,"
     f" bool scale_gradient, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor)",
 )

@@ -342,7 +342,7 @@ def test_operators_match_their_fake_kernels() -> None:
     leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")]
     arguments = (*leaves[:2], inputs["pids"], inputs["image_ids"], leaves[2], 1.0, "triton", *spec)
     torch.library.opcheck(
-        torch.ops.fmfa_losses.similarity_distribution_loss.default,
+        torch.ops.fmfa_losses.similarity_distribution.default,
         arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
