@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
-from fmfa_losses.ops import similarity_distribution
+from fmfa_losses.ops import _checks
 from fmfa_losses.ops._precision import unit_rows
 from fmfa_losses.ops._row_blocks import torch_reader
 from fmfa_losses.ops.block_distribution import block_statistics, label_sums, merge_blocks
@@ -323,7 +323,7 @@ def test_nan_comes_out() -> None:
 @pytest.fixture
 def any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator, where nobody looks at the scale."""
-    monkeypatch.setattr(similarity_distribution, "on_host", lambda tensor: False)
+    monkeypatch.setattr(_checks, "on_host", lambda tensor: False)
 
 
 SCALES = [0.0, -3.0, -60.0]

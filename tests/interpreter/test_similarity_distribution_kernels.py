@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
-from fmfa_losses.ops import similarity_distribution
+from fmfa_losses.ops import _checks
 from fmfa_losses.ops.similarity_distribution import (
     GAPS,
     OBJECTIVES,
@@ -267,7 +267,7 @@ def test_any_order_of_summation(seed: int, options: dict[str, object]) -> None:
 @pytest.mark.parametrize("positive", POSITIVES)
 def test_any_scale(scale: float, gap: str, positive: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator, where nobody looks at the scale."""
-    monkeypatch.setattr(similarity_distribution, "on_host", lambda tensor: False)
+    monkeypatch.setattr(_checks, "on_host", lambda tensor: False)
     number = {"logit_scale": torch.tensor(scale)}
     options = {"alpha": 3.0, "gap": gap, "positive": positive}
     check(features(40, 40, 16, images=False) | number, reduction="none", any_order=True, **options)
@@ -280,7 +280,7 @@ def test_any_scale(scale: float, gap: str, positive: str, monkeypatch: pytest.Mo
     "options", [{}, {"objective": "cross_entropy"}, {"alpha": 1.0, "gap": "cosine", "detach_weight": True}]
 )
 def test_any_scale_without_weights(scale: float, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity_distribution, "on_host", lambda tensor: False)
+    monkeypatch.setattr(_checks, "on_host", lambda tensor: False)
     check(features(40, 40, 16) | {"logit_scale": torch.tensor(scale)}, any_order=True, **options)
 
 
