@@ -15,10 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor",
         help="what runs here, whether it is right, and which lines of a codebase the library replaces",
-        description="Reports versions, devices and backends, tests every operator on small tensors (a GPU compiles its "
-        "kernels first), and lists the lines of Python files and notebooks that call objectives this library "
-        "replaces. Never edits, imports or runs them. Exits with 1 when the self-test fails, or when "
-        "FMFA_LOSSES_BACKEND names a backend that runs on no device here.",
+        description="Reports versions, devices and backends, tests sparse_aggregate, hard_similarity and sdm_loss on "
+        "small tensors (a GPU compiles its kernels first), and lists the lines of Python files and notebooks that "
+        "call objectives this library replaces. Never edits, imports or runs them. Exits with 1 when the self-test "
+        "fails, or when FMFA_LOSSES_BACKEND names a backend that runs on no device here.",
         epilog="It imports nothing from the folder in which it is started, as far as Python lets it: start it with "
         "python -I -m fmfa_losses where you do not trust that folder.",
     )

@@ -7,28 +7,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .asdm import ASDMLoss
 from .cmpm import CMPMLoss
 from .efa import EFALoss
+from .itc import ITCLoss
+from .objective import FMFALoss
+from .sdm import SDMLoss
+from .sigmoid import SigmoidLoss
+from .tal import TALLoss, TRLLoss
 
 FEATURES = {"image_features": "B D", "text_features": "B D"}
 TOKENS = {"image_tokens": "B N D", "text_tokens": "B L D", "masked_text_tokens": "B L D"}
-TABLES = {"image_mask": "B N", "text_mask": "B L", "token_ids": "B L", "masked_labels": "B L"}
+MASKS_AND_IDS = {"image_mask": "B N", "text_mask": "B L", "token_ids": "B L", "masked_labels": "B L"}
 LOG_SCALE, LARGEST_SCALE = 5.0, 1000.0  # 1 / tau lies between: 10 (SigLIP) to 100 (CLIP); log 100 is 4.6
 SLIMMEST_GRID = 4  # times as high as wide; 24 x 8 patches are 3
 CLIP_LENGTH = 77
 LABELS_IGNORED = (0, -100)
 ENOUGH_LABELS = 8  # a chosen word stays as it is with probability 0.1: not all of so many
 ENOUGH_PIDS = 8
+SCALED = (ASDMLoss, SDMLoss, ITCLoss, SigmoidLoss)  # by logit_scale where one is given, else by temperature
+ALWAYS_TEMPERED = (TALLoss, TRLLoss)
 
 
 class BatchFindings:
     """One method a kind of mistake; each yields findings."""
 
-    def __init__(self, given: dict[str, Tensor], loss: nn.Module | None, scale: float | None) -> None:
-        self.given, self.loss, self.scale = given, loss, scale
+    def __init__(
+        self, given: dict[str, Tensor], loss: nn.Module | None, scale: float | None, *, tensor_scale: bool = False
+    ) -> None:
+        self.given, self.loss, self.scale, self.tensor_scale = given, loss, scale, tensor_scale
+        self.losses = [("", loss)]
+        if isinstance(loss, FMFALoss):
+            self.losses = [("FMFALoss's ", getattr(loss, name)) for name in ("asdm", "efa") if loss.weights[name]]
 
     def findings(self) -> Iterator[str]:
         yield from self._of_scale()
+        yield from self._of_temperature()
         lost = list(self._not_finite())
         yield from lost
         if lost:
@@ -44,6 +58,8 @@ class BatchFindings:
         yield from self._of_masked_words()
 
     def statistics(self) -> Iterator[tuple[str, str]]:
+        if self.loss is not None:
+            yield "loss", type(self.loss).__name__
         for name, tensor in self.given.items():
             text = str(list(tensor.shape))
             if name in FEATURES:
@@ -65,15 +81,27 @@ class BatchFindings:
             return
         if not scale > 0:
             yield f"logit_scale {scale:.3g} must be > 0: it is 1 / tau, 50 at tau = 0.02"
+        elif scale > LARGEST_SCALE:
+            yield f"logit_scale {scale:.3g} is far above 1 / tau of any model: was exp() taken twice?"
+        elif isinstance(self.loss, SigmoidLoss):  # learns its scale and its bias, and starts where it likes
+            return
         elif scale < 1:
-            yield f"logit_scale {scale:.3g} reads like tau itself: pass 1 / tau, {1 / scale:.3g}"
-        elif scale < LOG_SCALE:
+            yield f"logit_scale {scale:.3g}: if this is the temperature tau, pass 1 / tau, {1 / scale:.3g}"
+        elif self.tensor_scale:
             yield (
-                f"logit_scale {scale:.3g} reads like a logarithm: CLIP stores log(1 / tau); pass logit_scale.exp(), "
+                f"logit_scale {scale:.3g}: if this is CLIP's stored parameter, log(1 / tau), pass logit_scale.exp(), "
                 f"{torch.tensor(scale).exp():.3g}"
             )
-        else:
-            yield f"logit_scale {scale:.3g} is far above 1 / tau of any model: was exp() taken twice?"
+
+    def _of_temperature(self) -> Iterator[str]:
+        for owner, loss in self.losses:
+            if isinstance(loss, ALWAYS_TEMPERED) or (isinstance(loss, SCALED) and self.scale is None):
+                tau = loss.temperature
+                if tau > 1:
+                    yield (
+                        f"{owner}{type(loss).__name__}(temperature={tau:.3g}): if this is the scale 1 / tau, pass "
+                        f"temperature={1 / tau:.3g}"
+                    )
 
     def _not_finite(self) -> Iterator[str]:
         for name, tensor in self.given.items():
@@ -88,8 +116,8 @@ class BatchFindings:
         if len(set(sizes.values())) > 1:
             yield f"the batch must be the same in all: {', '.join(f'{name} has {n}' for name, n in sizes.items())}"
             return
-        wide = {name: tensor for name, tensor in given.items() if name in TOKENS or name in TABLES}
-        sizes = sizes or {name: len(tensor) for name, tensor in wide.items() if name in TABLES}
+        wide = {name: tensor for name, tensor in given.items() if name in TOKENS or name in MASKS_AND_IDS}
+        sizes = sizes or {name: len(tensor) for name, tensor in wide.items() if name in MASKS_AND_IDS}
         if len(set(sizes.values())) == 1:
             B = next(iter(sizes.values()))
         else:
@@ -99,14 +127,17 @@ class BatchFindings:
             B = second.pop()  # all agree in the second dimension alone
         for name, tensor in wide.items():
             shape = list(tensor.shape)
-            if len(tensor) != B and shape[1] == B:
+            if shape[1] == B and (len(tensor) != B or self._holds_second(name)):
                 yield f"{name} {shape} has the batch of {B} second: pass {name}.transpose(0, 1)"
             elif len(tensor) != B:
                 yield f"{name} {shape} does not fit a batch of {B}"
-            elif shape[1] == B and name in TOKENS:
-                feature = given.get(f"{name.split('_')[-2]}_features")
-                if feature is not None and not _holds(tensor, feature) and _holds(tensor.transpose(0, 1), feature):
-                    yield f"{name} {shape} has the batch of {B} second: pass {name}.transpose(0, 1)"
+
+    def _holds_second(self, name: str) -> bool:
+        """Whether the features are among tokens [B, B, D] where their second dimension is the batch, and only there."""
+        tensor, feature = self.given[name], self.given.get(f"{name.split('_')[-2]}_features")
+        if name not in TOKENS or feature is None:
+            return False
+        return not _holds(tensor, feature) and _holds(tensor.transpose(0, 1), feature)
 
     def _of_features(self) -> Iterator[str]:
         given = self.given
@@ -154,11 +185,10 @@ class BatchFindings:
             return
         if "image_features" in given and _holds(image[:, :1], given["image_features"]):
             yield "image_tokens[:, 0] is image_features: [CLS] is among the patches; pass image_tokens[:, 1:]"
-        elif mask is None and N >= 16 and _grid(N) is None and _grid(N - 1) is not None:
-            rows, columns = _grid(N - 1) or (0, 0)
+        elif mask is None and N >= 16 and _is_grid(N - 1) and not _is_grid(N):
             yield (
-                f"image_tokens has {N} tokens, no grid of patches but {rows} x {columns} and one: [CLS] may be among "
-                "them; pass image_tokens[:, 1:]"
+                f"image_tokens has {N} = {N - 1} + 1 tokens, and a grid of patches has {N - 1} rather than {N}: [CLS] "
+                "may be among them; pass image_tokens[:, 1:]"
             )
 
     def _swapped(self, image: Tensor | None, text: Tensor | None) -> Iterator[str]:
@@ -233,11 +263,15 @@ class BatchFindings:
             if strange and int(same.sum()) < B * (B - 1) // 2:
                 i, j = strange[0]
                 yield f"images {i} and {j} are the same, their pids are {pids[i]} and {pids[j]}: indices of samples?"
-        if isinstance(self.loss, EFALoss) and self.loss.negatives == "all" and distinct < B:
-            yield (
-                f'EFALoss(negatives="all") does not use pids, {B - distinct} of {B} repeat: pairs of one person are '
-                'negatives of each other; EFALoss(negatives="different_identity") leaves them out'
-            )
+        for owner, loss in self.losses:
+            if isinstance(loss, EFALoss) and loss.negatives == "all" and distinct < B:
+                right = (
+                    'efa={"negatives": "different_identity"}' if owner else 'EFALoss(negatives="different_identity")'
+                )
+                yield (
+                    f'{owner}EFALoss(negatives="all") does not use pids, {B - distinct} of {B} repeat: pairs of one '
+                    f"person are negatives of each other; {right} leaves them out"
+                )
 
     def _of_masked_words(self) -> Iterator[str]:
         given = self.given
@@ -291,10 +325,10 @@ def _holds(tokens: Tensor, features: Tensor) -> bool:
     return bool((cosine.amax(1) > 1 - 1e-4).double().mean() > 0.9)
 
 
-def _grid(N: int) -> tuple[int, int] | None:
-    """Rows and columns of N patches, as square as possible; None where only a strip would do."""
+def _is_grid(N: int) -> bool:
+    """Whether N patches are rows x columns of a picture; as a strip alone they are none."""
     columns = next(c for c in range(int(N**0.5), 0, -1) if N % c == 0)
-    return (N // columns, columns) if N // columns <= SLIMMEST_GRID * columns else None
+    return N // columns <= SLIMMEST_GRID * columns
 
 
 def _upside_down(mask: Tensor) -> Iterator[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ._batch_findings import FEATURES, TABLES, TOKENS, BatchFindings
+from ._batch_findings import FEATURES, MASKS_AND_IDS, TOKENS, BatchFindings
 from .ops._checks import check_float, describe
 
 __all__ = ["BatchReport", "check_batch"]
@@ -19,7 +19,8 @@ class BatchReport:
     statistics: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([*self.statistics, *(f"! {f}" for f in self.findings or ("nothing that looks wrong",))])
+        nothing = "nothing looks wrong" if self.statistics else "nothing was given"
+        return "\n".join([*self.statistics, *([f"! {finding}" for finding in self.findings] or [nothing])])
 
 
 def check_batch(
@@ -58,7 +59,7 @@ def check_batch(
     Example:
         >>> print(check_batch(logit_scale=torch.tensor(50.0).log()))
         logit_scale   3.91
-        ! logit_scale 3.91 reads like a logarithm: CLIP stores log(1 / tau); pass logit_scale.exp(), 50
+        ! logit_scale 3.91: if this is CLIP's stored parameter, log(1 / tau), pass logit_scale.exp(), 50
     """
     floats = {
         "image_features": image_features,
@@ -75,7 +76,7 @@ def check_batch(
         "pids": pids,
     }
     scale = None if logit_scale is None else _scale(logit_scale)
-    batch = BatchFindings(_on_cpu(floats, integers), loss, scale)
+    batch = BatchFindings(_on_cpu(floats, integers), loss, scale, tensor_scale=isinstance(logit_scale, Tensor))
     statistics = [f"{name:<13} {text}" for name, text in batch.statistics()]
     return BatchReport(tuple(batch.findings()), tuple(statistics))
 
@@ -102,7 +103,7 @@ def _on_cpu(floats: dict[str, Tensor | None], integers: dict[str, Tensor | None]
             raise TypeError(f"{name} must be {'a boolean' if mask else 'an integer'} tensor, got {describe(tensor)}")
         if tensor.ndim != rank or 0 in tensor.shape:
             raise ValueError(
-                f"{name} must have shape {TABLES.get(name, 'B').split()}, not empty, got {describe(tensor)}"
+                f"{name} must have shape {MASKS_AND_IDS.get(name, 'B').split()}, not empty, got {describe(tensor)}"
             )
         given[name] = tensor.detach().cpu() if mask else tensor.detach().cpu().long()
     return given

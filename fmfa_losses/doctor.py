@@ -104,7 +104,7 @@ def _devices() -> list[torch.device]:
 
 
 def self_test() -> Iterator[tuple[str, bool]]:
-    """Every operator on every device and backend against its specification in float64, values and gradients."""
+    """Two operators and SDM on every device and backend against their specification in float64, with gradients."""
     # Tensors this small gain nothing from threads, which wait for each other for seconds where cores are busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

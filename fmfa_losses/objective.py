@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -39,12 +39,25 @@ T = TypeVar("T")
 
 
 def check_keywords(name: str, given: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Every keyword is one that `function` takes; the error names the nearest that is."""
+    """Every keyword is one that `function` takes; the error names the term that takes it, or a near one."""
     known = [word for word in inspect.signature(function).parameters if word != "self"]
+    parts = {"asdm": ASDMLoss, "efa": EFALoss, "irr": IRRHead}
     for word in given:
         if word not in known:
-            near = difflib.get_close_matches(str(word), known, n=1, cutoff=0)[0]
-            raise TypeError(f"{name} takes no {word!r}; did you mean {near!r}? It takes {', '.join(known)}")
+            pairs = [
+                f'{term}={{"{word}": ...}}'
+                for term, cls in parts.items()
+                if term in known and word in inspect.signature(cls).parameters
+            ]
+            hint = f"; pass {' or '.join(pairs)}." if pairs else _did_you_mean(word, known) or "."
+            raise TypeError(f"{name} takes no {word!r}{hint} It takes {', '.join(known)}")
+
+
+def _did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known word that is near, whatever its case; nothing where none is."""
+    lower = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(str(word).casefold(), lower, n=1, cutoff=cutoff)
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""
 
 
 def keywords_checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -175,7 +188,9 @@ class FMFALoss(Gathering):
     @classmethod
     def for_dataset(cls, name: Dataset, embed_dim: int, num_identities: int, **kwargs: Any) -> "FMFALoss":
         """The paper's hyperparameters for "CUHK-PEDES", "ICFG-PEDES" or "RSTPReid"; keywords override them."""
-        check_option("name", name, DATASETS)
+        if name not in tuple(DATASETS):
+            near = _did_you_mean(name, DATASETS, cutoff=0.5)  # "cuhk" is one half of "CUHK-PEDES"
+            raise ValueError(f"name must be one of {', '.join(map(repr, DATASETS))}, got {name!r}{near}")
         for term, preset in zip(("asdm", "efa"), DATASETS[name], strict=True):
             given = kwargs.get(term)
             if given is None or isinstance(given, Mapping):

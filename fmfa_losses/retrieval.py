@@ -56,7 +56,8 @@ class RankingMetrics:
     """One direction, in percent, averaged over the queries that have a match.
 
     Attributes:
-        cmc: rank k -> share of queries with a match among their first k.
+        cmc: rank k -> share of queries with a match among their first k, for the k of `ranks=`: (1, 5, 10) unless
+            others were passed.
         mAP: mean average precision.
         mINP: mean inverse negative penalty: how early the last match comes.
         unmatched_queries: int64 [U] on the CPU, the queries without a match in the gallery; no mean has them.

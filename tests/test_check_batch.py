@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from pitfall_batch import BATCH, END, START, VOCABULARY, B, Batch, D, L, N, make
 
-from fmfa_losses import ASDMLoss, CMPMLoss, EFALoss, FMFALoss
+from fmfa_losses import (
+    ASDMLoss,
+    CMPMLoss,
+    EFALoss,
+    FMFALoss,
+    ITCLoss,
+    SDMLoss,
+    SigmoidLoss,
+    TALLoss,
+    TRLLoss,
+)
 from fmfa_losses.doctor import check_batch
 
 RIGHT = {
@@ -53,12 +63,18 @@ RIGHT = {
         image_tokens=BATCH.cls_and_patches, image_mask=(torch.arange(N + 1) > 0).expand(B, -1)
     ),
     "EFA by identity": lambda: BATCH.arguments(loss=EFALoss(negatives="different_identity")),
-    "FMFA with repeated persons": lambda: BATCH.arguments(loss=FMFALoss(D, 28, irr={"depth": 1})),
-    "nothing": dict,
+    "FMFA": lambda: make(persons=B).arguments(loss=fmfa()),
+    "FMFA by identity": lambda: BATCH.arguments(loss=fmfa(efa={"negatives": "different_identity"})),
+    "FMFA without EFA": lambda: BATCH.arguments(loss=fmfa(weights={"efa": 0})),
+    "a temperature that logit_scale replaces": lambda: BATCH.arguments(loss=ASDMLoss(temperature=50.0)),
     "as many patches as pairs": lambda: BATCH.arguments(image_tokens=BATCH.image_tokens[:, :B]),
     "tokens alone": lambda: {"image_tokens": BATCH.image_tokens, "text_tokens": BATCH.text_tokens},
     "a mask alone": lambda: {"text_mask": BATCH.text_mask},
 }
+
+
+def fmfa(**arguments):
+    return FMFALoss(D, B, irr={"depth": 1}, **arguments)
 
 
 def padded_in_front(b: Batch):
@@ -100,12 +116,26 @@ def one_image_twice(b: Batch):
 def test_a_right_batch_raises_no_alarm(name):
     report = check_batch(**RIGHT[name]())
     assert report.findings == ()
-    assert str(report).endswith("! nothing that looks wrong")
+    assert str(report) == "\n".join([*report.statistics, "nothing looks wrong"])
+
+
+def test_nothing_was_given():
+    assert str(check_batch()) == "nothing was given"
+    assert str(check_batch(loss=ASDMLoss())) == "loss          ASDMLoss\nnothing looks wrong"
 
 
 @pytest.mark.parametrize("scale", [10, 1 / 0.07, 1 / 0.015, 100.0, torch.tensor([100.0]), torch.tensor(50.0).half()])
 def test_scales_in_use_raise_no_alarm(scale):
     assert check_batch(logit_scale=scale).findings == ()
+
+
+def test_a_small_scale_is_legal_where_nothing_says_that_it_is_a_logarithm():
+    assert check_batch(logit_scale=1.0).findings == check_batch(logit_scale=4.9).findings == ()
+    for scale in (0.5, 4.0, torch.tensor(0.5), torch.tensor(4.0)):
+        assert check_batch(loss=SigmoidLoss(), logit_scale=scale).findings == ()
+    for scale in (0.5, torch.tensor(0.5), torch.tensor(4.0)):
+        (finding,) = check_batch(logit_scale=scale).findings
+        assert "if this is" in finding
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 49, 64, 128, 192, 196, 210, 256, 576])
@@ -173,9 +203,28 @@ WRONG = {
         },
         "image_tokens [24, 24, 64] has the batch of 24 second",
     ),
-    **{f"a scale of {s}": (lambda s=s: {"logit_scale": s}, "logit_scale") for s in (0, -1.0, 0.07, 2.66, 4.6, 1e20)},
     **{
-        f"a grid of {n}": (lambda n=n: {"image_tokens": torch.randn(2, n, 8)}, "[CLS] may be")
+        f"a scale of {s}": (lambda s=s: {"logit_scale": s}, "logit_scale")
+        for s in (0, -1.0, 0.07, torch.tensor(2.66), torch.tensor([4.6]), 1e20)
+    },
+    **{
+        f"{cls.__name__} of the inverse": (
+            lambda cls=cls: {"loss": cls(temperature=50.0)},
+            f"{cls.__name__}(temperature=50): if this is the scale 1 / tau, pass temperature=0.02",
+        )
+        for cls in (ASDMLoss, SDMLoss, ITCLoss, TALLoss, TRLLoss, SigmoidLoss)
+    },
+    "TAL takes no scale": (lambda: {"loss": TALLoss(temperature=50.0), "logit_scale": 50.0}, "TALLoss(temperature=50)"),
+    "FMFA of the inverse": (
+        lambda: {"loss": fmfa(asdm={"temperature": 50.0})},
+        "FMFALoss's ASDMLoss(temperature=50): if this is",
+    ),
+    "FMFA with repeated persons": (
+        lambda: BATCH.arguments(loss=fmfa()),
+        'FMFALoss\'s EFALoss(negatives="all") does not use pids, 4 of 32 repeat',
+    ),
+    **{
+        f"a grid of {n}": (lambda n=n: {"image_tokens": torch.randn(2, n, 8)}, f"{n} = {n - 1} + 1 tokens")
         for n in (129, 193, 197, 257, 577)
     },
 }

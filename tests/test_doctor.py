@@ -89,16 +89,17 @@ def test_findings(codebase):
         ("model/build.py", 8): "ITCLoss()(i_feats, t_feats, logit_scale=logit_scale)",
         ("model/build.py", 9): "SDMLoss()(i_feats, t_feats, batch['pids'], logit_scale=logit_scale)",
         ("model/build.py", 10): "ASDMLoss()(i_feats, t_feats, batch['pids'], logit_scale=logit_scale)",
-        ("model/build.py", 11): "IDHead(embed_dim, num_identities)(image_features, text_features, batch['pids']).loss",
+        ("model/build.py", 11): "in __init__: self.identity = IDHead(embed_dim, num_identities); in "
+        "forward: self.identity(image_features, text_features, batch['pids']).loss, in place of",
         ("model/build.py", 12): "sparse_aggregate(image_tokens, text_tokens)",
         ("model/build.py", 13): "EFALoss()(image_feats[:, 1:, :], text_feats, text_mask=caption_ids != 0)",
-        ("model/build.py", 14): "IRRHead(embed_dim, vocab_size)",
+        ("model/build.py", 14): "in __init__: self.irr = IRRHead(embed_dim, vocab_size); in forward: self.irr(",
         ("model/losses.py", 7): 'tal_loss_from_scores(scores, pid, temperature=0.02, margin=0.1, reduction="none")',
         ("model/losses.py", 8): "TALLoss(reduction=\"sum\")(i, t, pids, sample_weight=batch['label_hat'])",
         ("model/losses.py", 10): "CMPMLoss()(image_features, text_features, pids)",
-        ("utils/metrics.py", 3): "fmfa_losses.retrieval.retrieval_metrics",
-        ("utils/metrics.py", 4): "fmfa_losses.retrieval.retrieval_metrics",
-        ("utils/metrics.py", 8): "fmfa_losses.retrieval.retrieval_metrics",
+        ("utils/metrics.py", 3): "fmfa_losses.retrieval.similarity_metrics(similarity, ",
+        ("utils/metrics.py", 4): "fmfa_losses.retrieval.similarity_metrics(similarity, ",
+        ("utils/metrics.py", 8): "fmfa_losses.retrieval.similarity_metrics(similarity, ",
     }
     assert found.keys() == expected.keys()
     for where, start in expected.items():
@@ -124,7 +125,7 @@ def test_finds_every_objective_of_a_whole_model(tmp_path, source, calls):
 def test_unreadable_files_are_named(codebase):
     unreadable = {item.file.name: item.reason for item in scan(codebase) if isinstance(item, Unreadable)}
     assert unreadable.keys() == {"python2.py", "latin.py", "null.py"}
-    assert unreadable["python2.py"].startswith("SyntaxError")
+    assert unreadable["python2.py"].startswith("SyntaxError") and unreadable["python2.py"].endswith(" (line 1)")
 
 
 HOSTILE = {
@@ -246,7 +247,7 @@ def test_notebooks(tmp_path):
     (tmp_path / "old.ipynb").write_text(json.dumps({"worksheets": [{"cells": [code]}]}))
     finding, unread, old = scan(tmp_path)
     assert (finding.cell, finding.line, finding.code) == (5, 4, "o.compute_cmpm(a, b, c)")
-    assert unread.reason.startswith("1 of 5 code cells, cell 6: SyntaxError")
+    assert unread.reason.startswith("1 of 5 code cells, cell 6: SyntaxError") and "<unknown>" not in unread.reason
     assert (old.cell, old.line) == (1, 1)
     report = "\n".join(doctor.migration(tmp_path))
     assert f"{tmp_path / 'a.ipynb'}:cell 5:4: o.compute_cmpm(a, b, c)" in report
@@ -338,6 +339,15 @@ def test_command_line(codebase):
     with pytest.raises(SystemExit) as missing:
         main(["doctor", str(codebase / "nowhere")])
     assert missing.value.code == 2
+
+
+def test_help_names_what_is_tested(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    tested = next(doctor.self_test())[0].split(": ")[1].partition(" ok")[0]
+    first, second, third = tested.split(", ")
+    assert f"tests {first}, {second} and {third} on small tensors" in words
 
 
 def test_the_self_test_takes_one_thread_and_gives_the_others_back(monkeypatch):

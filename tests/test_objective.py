@@ -258,6 +258,21 @@ BAD = [
     (lambda: FMFALoss(D, 10, irr={"vocab": 7}), r"irr \(IRRHead\) takes no 'vocab'"),
     (lambda: small(weight={"efa": 1}), r"FMFALoss takes no 'weight'; did you mean 'weights'\? It takes embed_dim"),
     (lambda: FMFALoss.for_dataset("RSTPReid", D, 10, process_groups=1), r"did you mean 'process_group'\?"),
+    (
+        lambda: FMFALoss.for_dataset("RSTPReid", D, 10, margin_text=0.3),
+        r"""FMFALoss takes no 'margin_text'; pass efa={"margin_text": \.\.\.}\. It takes embed_dim""",
+    ),
+    (lambda: FMFALoss(D, 10, depth=1), r"""takes no 'depth'; pass irr={"depth": \.\.\.}\. It"""),
+    (
+        lambda: FMFALoss(D, 10, temperature=1),
+        r"""no 'temperature'; pass asdm={"temperature": \.\.\.} or efa={"temperature": \.\.\.}\. It""",
+    ),
+    (lambda: FMFALoss(D, 10, learning=1), r"FMFALoss takes no 'learning'\. It takes embed_dim"),
+    (lambda: FMFALoss.for_dataset("cuhk", D, 10), "got 'cuhk'; did you mean 'CUHK-PEDES'"),
+    (lambda: FMFALoss.for_dataset("ICFG_pedes", D, 10), "got 'ICFG_pedes'; did you mean 'ICFG-PEDES'"),
+    (lambda: FMFALoss.for_dataset("rstp", D, 10), "got 'rstp'; did you mean 'RSTPReid'"),
+    (lambda: FMFALoss.for_dataset("MSMT17", D, 10), "got 'MSMT17'$"),
+    (lambda: FMFALoss.for_dataset(7, D, 10), "got 7$"),
     (lambda: FMFALoss(D, 10.5, irr={"depth": 1}), "num_identities must be an integer >= 1, got 10.5"),
     # What the caller of FMFALoss wrote, not what its parts call it.
     (lambda: small()(**{**batch(), "masked_labels": torch.zeros(B, L)}), "^masked_labels must be an integer tensor"),

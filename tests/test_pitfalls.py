@@ -1,5 +1,6 @@
 """docs/pitfalls.md: every number of the page is measured here, and check_batch says what the page quotes."""
 
+import inspect
 import math
 import re
 import warnings
@@ -41,7 +42,11 @@ def log_scale():
         "scale": (50, math.log(50), 0.02),
         "A-SDM": (loss, loss_log, loss_tau),
         "mean probability of the own pair": (p, p_log, p_tau),
-    }, [BATCH.arguments(logit_scale=torch.tensor(50.0).log()), BATCH.arguments(logit_scale=torch.tensor(0.02))]
+    }, [
+        BATCH.arguments(logit_scale=torch.tensor(50.0).log()),
+        BATCH.arguments(logit_scale=torch.tensor(0.02)),
+        BATCH.arguments(loss=ASDMLoss(temperature=50), logit_scale=None),
+    ]
 
 
 def inverted_mask():
@@ -187,7 +192,10 @@ def pids_without_negatives():
         warnings.simplefilter("ignore")  # of pids that are not used, once a process
         wrong = EFALoss()(b.image_tokens, b.text_tokens, **inputs).item()
     assert wrong == efa(b)
-    return {"EFA with pids": (right, wrong), "EFA without pids": (efa(b), efa(b))}, [b.arguments(loss=EFALoss())]
+    return {"EFA with pids": (right, wrong), "EFA without pids": (efa(b), efa(b))}, [
+        b.arguments(loss=EFALoss()),
+        b.arguments(loss=FMFALoss(D, 8, irr={"depth": 1})),
+    ]
 
 
 PITFALLS = {
@@ -215,6 +223,11 @@ def test_the_page_has_every_pitfall_and_no_other():
     assert [name for name in sections() if name != "check_batch"] == list(PITFALLS)
 
 
+def test_the_example_passes_all_that_the_page_needs():
+    passed = set(re.findall(r"^        (\w+)=", sections()["check_batch"], flags=re.MULTILINE))
+    assert passed == inspect.signature(check_batch).parameters.keys() - {"image_mask"}
+
+
 @pytest.mark.parametrize("name", PITFALLS)
 def test_numbers_and_findings_of_the_page(name):
     text = sections()[name]
@@ -231,4 +244,5 @@ def test_numbers_and_findings_of_the_page(name):
             assert abs(float(number) - value) <= 0.5 * unit + 1e-6 * abs(value), (row[0], cell, value)
     quoted = [line.removeprefix("> ") for line in text.splitlines() if line.startswith("> ")]
     assert quoted == [finding for batch in wrong_batches for finding in check_batch(**batch).findings]
+    assert ("`check_batch` says one of these" in text) == (len(wrong_batches) > 1)
     assert bool(quoted) != ("One batch does not tell" in " ".join(text.split()))

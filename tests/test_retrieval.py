@@ -208,6 +208,8 @@ def test_zero_features_score_zero():
         ({"query_pids": torch.zeros(2).long()}, ValueError, r"query_pids must have shape \[3\]"),
         ({"query_pids": torch.zeros(3)}, TypeError, "query_pids must be an integer tensor"),
         ({"gallery_pids": [0, 1, 2, 3]}, TypeError, "gallery_pids must be an integer tensor"),
+        ({"query_pids": list(range(4000))}, TypeError, "query_pids must be an integer .*, got list of length 4000;"),
+        ({"query_features": (0.5,) * 99}, TypeError, "query_features must be .*, got tuple of length 99;"),
         ({"ranks": ()}, ValueError, "ranks must hold at least one k"),
         ({"ranks": (0,)}, ValueError, "ranks must be an integer >= 1, got 0"),
         ({"block_size": 0}, ValueError, "block_size must be an integer"),

@@ -51,13 +51,14 @@ REPLACEMENTS = {
     ),
     "compute_id": Replacement(
         "image_logits text_logits pids",
-        "IDHead(embed_dim, num_identities)(image_features, text_features, {pids}).loss, in place of the classifier",
+        "in __init__: self.identity = IDHead(embed_dim, num_identities); in forward: "
+        "self.identity(image_features, text_features, {pids}).loss, in place of the classifier",
         "irra",
     ),
     "compute_mlm": Replacement(
         "scores labels",
-        "IRRHead(embed_dim, vocab_size)(image_tokens, masked_text_tokens, masked_labels).loss, in place of the "
-        "cross-former and its head",
+        "in __init__: self.irr = IRRHead(embed_dim, vocab_size); in forward: "
+        "self.irr(image_tokens, masked_text_tokens, masked_labels).loss, in place of the cross-former and its head",
         "irra",
     ),
     "compute_efa": Replacement(
@@ -105,7 +106,8 @@ REPLACEMENTS = {
 }
 AGGREGATION = "sparse_aggregate(image_tokens, text_tokens), in place of the lines from the similarity on"
 EVALUATION = (
-    "fmfa_losses.retrieval.retrieval_metrics(text_features, image_features, text_pids, image_pids), which sorts nothing"
+    "fmfa_losses.retrieval.similarity_metrics(similarity, query_pids, gallery_pids), which sorts nothing; or, without "
+    "the similarity, ranking_metrics(query_features, gallery_features, query_pids, gallery_pids)"
 )
 
 
@@ -305,6 +307,8 @@ def _short(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        error.filename = None  # "<unknown>": the parser got no file
     return _short(f"{type(error).__name__}: {error}".removesuffix(": "))
 
 

@@ -44,7 +44,10 @@ def describe(tensor: object) -> str:
     """`float32 [4, 7] on cpu`, the way every message here shows a tensor."""
     if isinstance(tensor, Tensor):
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-    return f"{type(tensor).__name__} {tensor!r:.60}"
+    text = repr(tensor)
+    if isinstance(tensor, (list, tuple, dict)) and len(text) > 60:
+        return f"{type(tensor).__name__} of length {len(tensor)}"
+    return f"{type(tensor).__name__} {text:.60}"
 
 
 def on_host(tensor: Tensor) -> bool:
