@@ -217,8 +217,11 @@ OUTPUTS = {
 }
 
 
-def test_an_operator_with_other_outputs_has_another_name():
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_operator_with_other_outputs_has_another_name(name):
     """A graph that a compiler left on disk knows an operator by its name, and not what it returned when it was kept."""
+    if name == "token_lists":
+        pytest.importorskip("triton", reason="lists of tokens are for the kernels alone")
     row_loss = ("divergence", 1.0, "probability", "paired", False, 1e-8, 0.3, "row", 0, True, "mean")
     with FakeTensorMode():
         x, e, ids = torch.randn(2, 4, 5), torch.randn(3, 6, 5), torch.arange(2)
@@ -229,7 +232,6 @@ def test_an_operator_with_other_outputs_has_another_name():
             "sparse_aggregate": (e[:2], x, None, torch.full((2,), 1 / 6), "torch"),
             "token_lists": (torch.ones(2, 4, dtype=torch.bool),),
         }
-        for name, expected in OUTPUTS.items():
-            outputs = getattr(torch.ops.fmfa_losses, name).default(*arguments[name])
-            outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-            assert [tuple(output.shape) for output in outputs] == expected, f"{name}: give it another name as well"
+        outputs = getattr(torch.ops.fmfa_losses, name).default(*arguments[name])
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    assert [tuple(output.shape) for output in outputs] == OUTPUTS[name], "give the operator another name as well"
