@@ -76,7 +76,7 @@ def _in_words(value: object) -> str:
     if isinstance(value, Tensor):
         return "a tensor"
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return repr(float(value)) if is_number else repr(value)  # type: ignore[arg-type]
+    return repr(float(value)).removesuffix(".0") if is_number else repr(value)  # type: ignore[arg-type]
 
 
 def _shape_in_words(x: Tensor | None) -> str:

@@ -16,7 +16,15 @@ from .efa import SETTINGS as EFA_SETTINGS
 from .efa import EFALoss, check_efa_inputs
 from .identity import IDHead
 from .irr import IRRHead
-from .ops._checks import check_float, check_nonnegative, check_option, check_same, describe
+from .ops._checks import (
+    check_flag,
+    check_float,
+    check_nonnegative,
+    check_option,
+    check_same,
+    check_scale,
+    describe,
+)
 from .ops._options import GATHER, Backend, Dataset, Gather
 from .ops._padding import refuse_trace
 
@@ -167,7 +175,8 @@ class FMFALoss(Gathering):
             check_option("weights", name, TERMS)
             self.weights[name] = check_nonnegative(f"weights[{name!r}]", weight)
         check_option("gather", gather, GATHER)
-        self.gather, self.process_group, self.equal_batches = gather, process_group, equal_batches
+        self.gather, self.process_group = gather, process_group
+        self.equal_batches = check_flag("equal_batches", equal_batches)
         both: dict[str, Any] = {
             "gather": gather,
             "process_group": process_group,
@@ -311,7 +320,8 @@ class FMFALoss(Gathering):
             settings["logit_scale"] = batch["logit_scale"]
 
         def check() -> OwnTerms:
-            if with_efa:
+            # Of terms that do not gather, or gather otherwise, too: who fails in one of them leaves the others waiting.
+            if self.weights["efa"]:
                 check_efa_inputs(
                     batch["image_tokens"],
                     batch["text_tokens"],
@@ -319,15 +329,16 @@ class FMFALoss(Gathering):
                     batch["text_mask"],
                     self._efa_pids(batch["pids"]),
                     negatives=self.efa.negatives,
-                    gather=leader.gather,
+                    gather=self.efa.gather or True,
                     backend=self.efa.backend,
                 )
-            if with_asdm:
+            if self.weights["asdm"]:
                 check_asdm_inputs(
                     *(batch[name] for name in ("image_features", "text_features", "pids", "image_ids")),
-                    gather=leader.gather,
+                    gather=self.asdm.gather or True,
                     backend=self.asdm.backend,
                 )
+                check_scale(batch["logit_scale"], self.asdm.temperature)
             return self._own_terms(**batch)
 
         return meet(
