@@ -72,11 +72,11 @@ def mask_tokens(
         content &= token_ids != special
 
     # The smallest draw of a caption is chosen whatever the probability: one token at least, without looking.
-    draw = torch.rand(token_ids.shape, generator=generator, device=token_ids.device)
+    draw = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
     first = draw.masked_fill(~content, 2.0).argmin(dim=-1, keepdim=True)
     chosen = content & (draw < probability).scatter(-1, first, True)
 
-    fate = torch.rand(token_ids.shape, generator=generator, device=token_ids.device)
+    fate = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
     words = _random_words(token_ids, bound, reserved, generator)
     masked = torch.where(chosen & (fate < MASKED), mask_id, token_ids)
     masked = torch.where(chosen & (fate >= MASKED) & (fate < MASKED + REPLACED), words, masked)

@@ -124,6 +124,18 @@ def test_dtype_is_kept(dtype):
     assert masked.dtype == labels.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_changes_nothing(dtype):
+    token_ids = torch.randint(1, MASK, (20, 77))
+    expected = mask_tokens(token_ids, generator=generator(3))
+    torch.set_default_dtype(dtype)
+    try:
+        masked = mask_tokens(token_ids, generator=generator(3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, masked, expected))
+
+
 def test_global_generator_follows_the_seed():
     token_ids = torch.randint(1, MASK, (4, 20))
     results = []
