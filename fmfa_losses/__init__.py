@@ -1,9 +1,12 @@
 """The training objectives of FMFA for text-to-image person retrieval: exact, small in memory, deterministic."""
 
+from . import _search_path  # noqa: F401, first: it decides where all others come from
+
+# isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import _search_path, functional  # noqa: F401, in this order: the first decides where torch comes from
+from . import functional
 from .asdm import ASDMLoss
 from .cmpm import CMPMLoss
 from .efa import EFALoss

@@ -275,7 +275,7 @@ def _run(*command, cwd, **environment):
 
 @pytest.mark.parametrize("start", [["-m", "fmfa_losses"], ["-mfmfa_losses"], ["-W", "ignore", "-Bm", "fmfa_losses"]])
 def test_the_folder_in_which_doctor_starts_is_not_imported(tmp_path, start):
-    for name in ("torch", "einops", "numpy", "triton", "ast", "json", "argparse", "platform", "resource"):
+    for name in ("torch", "typing", "einops", "numpy", "triton", "ast", "json", "argparse", "platform", "resource"):
         (tmp_path / f"{name}.py").write_text(SHADOWS)
     run = _run(*start, "doctor", ".", cwd=tmp_path)
     assert (run.returncode, run.stderr) == (0, "")
