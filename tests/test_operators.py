@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, sparse_aggregate
 from fmfa_losses.ops import _backend
 from fmfa_losses.ops._backend import select_backend, why_not_triton
+from fmfa_losses.ops._precision import kernels_run
 from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
 
@@ -206,6 +207,8 @@ def test_a_checkout_without_its_kernels_says_so(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="this checkout is not installed; run pip install -e"):
         select_backend("triton", torch.randn(2))
     assert select_backend("auto", torch.randn(2)) == "torch"
+    with FakeTensorMode(), pytest.raises(ModuleNotFoundError, match="this checkout is not installed"):
+        kernels_run(torch.empty(2, device="cuda"))
 
 
 OUTPUTS = {

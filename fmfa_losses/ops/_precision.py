@@ -1,11 +1,9 @@
 """Precision of a loss: float32 or better whatever the input, and no autocast inside."""
 
-import os
-
 import torch
 from torch import Tensor
 
-from ._backend import why_not_triton
+from ._backend import select_backend
 from ._checks import on_host
 from ._operator import operator, register_gradient
 
@@ -87,7 +85,7 @@ def row_norms(x: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
 
 
 def kernels_run(x: Tensor) -> bool:
-    return x.device.type == "cuda" and os.environ.get("FMFA_LOSSES_BACKEND") != "torch" and why_not_triton(x) is None
+    return x.device.type == "cuda" and select_backend("auto", x) == "triton"
 
 
 def divide_by_norms(x: Tensor, norms: Tensor) -> Tensor:
