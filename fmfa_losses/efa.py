@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import Gathering, Peers, meet
@@ -32,10 +31,9 @@ from .ops._checks import (
     check_ids,
     check_mask,
     check_option,
-    check_positive,
     check_same,
     check_temperature,
-    warn_once,
+    warn_unused_ids,
 )
 from .ops._options import (
     BACKENDS,
@@ -128,8 +126,8 @@ def efa_loss(
         pool="log_mean" if flat else "lse", pool_scale=pool_scale, backend=backend,
     )  # fmt: skip
     if ranking == "released":
-        of_text = _released_ranking(text_sim, margin_text, temperature, peers)
-        per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers)
+        of_text = _released_ranking(text_sim, margin_text, temperature, peers, backend)
+        per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers, backend)
     else:
         everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
         own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
@@ -212,7 +210,7 @@ def _level_differences(
     """
     counts = torch.stack(
         [
-            text_tokens.new_full((len(tokens),), tokens.shape[1], dtype=torch.int64)
+            text_tokens.new_full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64)
             if mask is None
             else mask.sum(dim=1)
             for tokens, mask in ((text_tokens, text_mask), (image_tokens, image_mask))
@@ -247,9 +245,9 @@ def _ranking(
     return terms.masked_fill(excluded.all(dim=1), 0)
 
 
-def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Peers) -> Tensor:
+def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Peers, backend: str = "auto") -> Tensor:
     """Both directions as released: rows of S normalised, the positive pair counted as exp(0), sums over a column."""
-    sim = F.normalize(sim, dim=1)
+    sim = unit_rows(sim, backend=backend)
     positive = sim.diagonal(peers.offset)
     columns = peers.transpose(sim)  # row j: the own column j
 
@@ -383,7 +381,7 @@ def _check_numbers(
         check_finite("margin_text", margin_text),
         check_finite("margin_image", margin_image),
         check_temperature("temperature", temperature),
-        check_positive("pool_scale", pool_scale),
+        check_temperature("pool_scale", pool_scale),
         None if sparsity is None else check_fraction("sparsity", sparsity),
     )
 
@@ -422,8 +420,5 @@ def check_efa_inputs(
     pids = check_ids("pids", pids, image_tokens.shape[0], image_tokens.device)
     if negatives == "different_identity":
         return pids
-    warn_once(
-        'EFA got pids, which negatives="all" does not use: other images of the same person are pushed away; pass '
-        'negatives="different_identity" to spare them, or leave pids out'
-    )
+    warn_unused_ids("EFA", 'negatives="all"', 'negatives="different_identity" to spare them')
     return None

@@ -19,7 +19,7 @@ from ._pairwise import (
     same_identity,
     soft_targets,
 )
-from .ops._checks import check_ids, check_option, check_scale, check_temperature, warn_once
+from .ops._checks import check_ids, check_option, check_scale, check_temperature, warn_unused_ids
 from .ops._options import BACKENDS, MATCHINGS, REDUCTIONS, Backend, Matching, Reduction
 from .ops.similarity_distribution import similarity_distribution_loss
 
@@ -100,10 +100,7 @@ def _check_pids(pids: Tensor | None, targets: Matching, like: Tensor) -> None:
         return
     check_ids("pids", pids, like.shape[0], like.device)
     if targets == "paired":
-        warn_once(
-            'ITC got pids, which targets="paired" does not use: other images of the same person are pushed away; pass '
-            'targets="identity" to pull them too, or leave pids out'
-        )
+        warn_unused_ids("ITC", 'targets="paired"', 'targets="identity" to pull them too')
 
 
 class ITCLoss(Module):

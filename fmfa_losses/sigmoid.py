@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._module import Module
 from ._pairwise import check_scores, cosine_scores, reduce, resolve_scale, same_identity, scalar_like
-from .ops._checks import check_finite, check_option, check_temperature
+from .ops._checks import check_finite, check_ids, check_option, check_temperature, warn_unused_ids
 from .ops._options import MATCHINGS, REDUCTIONS, Matching, Reduction
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]
@@ -72,6 +72,9 @@ def sigmoid_loss_from_scores(
     check_option("positives", positives, MATCHINGS)
     scores = check_scores(scores)
     if positives == "paired":
+        if pids is not None:
+            check_ids("pids", pids, scores.shape[0], scores.device)
+            warn_unused_ids("SigmoidLoss", 'positives="paired"', 'positives="identity" to pull them too')
         positive = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     elif pids is None:
         raise ValueError('positives="identity" needs the identities: pass pids [B], or positives="paired"')
@@ -95,7 +98,7 @@ class SigmoidLoss(Module):
 
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
-        pids: [B] integer identities, for positives="identity"; "paired" does not use them.
+        pids: [B] integer identities, for positives="identity"; "paired" does not use them and warns once.
         logit_scale: s instead of `temperature`: a number, or a tensor with one element, which receives its gradient.
         logit_bias: b instead of `bias`, likewise.
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.

@@ -93,6 +93,17 @@ def test_every_scale_of_the_pooling(pool_scale, lengths):
     assert_close(got, exact, 2e-6 if pool_scale <= 1 else 1e-4)
 
 
+def test_released_rows_whose_squares_overflow():
+    """log n / pool_scale is 1e19 and more; an empty caption has 0."""
+    image, text = (t.float().double() for t in draw(4, 5, 3, 8))
+    lengths = torch.tensor([3, 0, 2, 3])
+    masks = {"text_mask": torch.arange(3) < lengths[:, None]}
+    options = {"ranking": "released", "pool_scale": 1e-19}
+    exact = value_and_grads(lambda i, t: efa_loss(i, t, **masks, **options), (image, text))
+    got = value_and_grads(lambda i, t: efa_loss(i, t, **masks, **options), (image.float(), text.float()))
+    assert_close(got, exact, 1e-6)
+
+
 def test_negatives_of_a_different_identity():
     image, text = draw(5, 6, 4, 8)
     pids = torch.tensor([1, 2, 1, 3, 1])

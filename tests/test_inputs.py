@@ -258,6 +258,7 @@ def test_flags_are_flags():
         (partial(fl.ASDMLoss, detach_weight="no"), "detach_weight"),
         (partial(fl.ASDMLoss, equal_batches=1), "equal_batches"),
         (partial(fl.EFALoss, equal_batches="no"), "equal_batches"),
+        (partial(fl.FMFALoss, D, C, asdm=fl.ASDMLoss(), efa=fl.EFALoss(), equal_batches="yes"), "equal_batches"),
         (partial(fl.IDHead, 4, 4, check_labels="no"), "check_labels"),
         (partial(fl.IRRHead, 64, 9, depth=1, check_labels=0), "check_labels"),
     ):
@@ -345,6 +346,20 @@ def test_a_temperature_without_an_inverse_is_named(build, temperature):
             loss(IMAGE, TEXT, IDS, temperature=temperature)
 
 
+@pytest.mark.parametrize("pool_scale", [1e-39, 1e-320])
+def test_a_pool_scale_without_an_inverse_is_named(pool_scale):
+    calls = (
+        lambda: fl.EFALoss(pool_scale=pool_scale),
+        lambda: f.efa_loss(PATCHES, TOKENS, pool_scale=pool_scale),
+        lambda: f.hard_similarity(PATCHES, TOKENS, pool_scale=pool_scale),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"pool_scale must be large enough .* got {pool_scale!r}"):
+            call()
+    for ranking in ("paper", "released"):  # of captions of one length, which all have the same log n / pool_scale
+        assert fl.EFALoss(pool_scale=1e-37, ranking=ranking)(PATCHES, TOKENS).isfinite()
+
+
 def test_complex_features_and_ids():
     with pytest.raises(TypeError, match=r"image_features must be a floating-point .*pass image_features\.real"):
         f.tal_loss(IMAGE + 1j, TEXT, IDS)
@@ -424,11 +439,13 @@ def test_weights_under_compile_and_functorch():
     [
         (fl.ITCLoss(), fl.ITCLoss(targets="identity"), (IMAGE, TEXT)),
         (fl.EFALoss(), fl.EFALoss(negatives="different_identity"), (PATCHES, TOKENS)),
+        (fl.SigmoidLoss(positives="paired"), fl.SigmoidLoss(), (IMAGE, TEXT)),
+        (fl.TripletLoss(negatives="all"), fl.TripletLoss(), (IMAGE, TEXT)),
     ],
 )
 def test_unused_pids_are_said_once(loss, advised, features, monkeypatch):
     monkeypatch.setattr(_checks, "_warned", set())
-    with pytest.warns(UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives)="):
+    with pytest.warns(UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives|positives)="):
         value = loss(*features, pids=IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -438,6 +455,8 @@ def test_unused_pids_are_said_once(loss, advised, features, monkeypatch):
         fl.FMFALoss(D, C, vocab_size=V, irr={"depth": 1})(IMAGE, TEXT, PATCHES, TOKENS, IDS)
     with pytest.raises(ValueError, match="pids must have shape"):
         loss(*features, pids=IDS[:2])
+    with pytest.raises(TypeError, match="pids must be an integer tensor"):
+        loss(*features, pids=IDS.float())
 
 
 # Captions.
@@ -491,6 +510,7 @@ EXPORTED = [
     Call(fl.ASDMLoss(), lambda m, i, t, v, w, p: m(i, t, p, image_ids=p // 2)),
     Call(fl.TALLoss(), lambda m, i, t, v, w, p: m(i, t, p, sample_weight=i[:, 0].abs())),
     Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w)),
+    Call(fl.EFALoss(pool_scale=1e-6), lambda m, i, t, v, w, p: m(v, w)),
     Call(fl.EFALoss(ranking="released"), lambda m, i, t, v, w, p: m(v, w, image_mask=mask(v), text_mask=mask(w))),
     Call(IRR, lambda m, i, t, v, w, p: m(v, w, p[:, None].expand(-1, L), text_mask=mask(w))),
     Call(

@@ -33,6 +33,7 @@ __all__ = [
     "integer_ids",
     "on_host",
     "warn_once",
+    "warn_unused_ids",
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -70,6 +71,13 @@ def warn_once(message: str) -> None:
     if not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=2)
+
+
+def warn_unused_ids(loss: str, option: str, remedy: str) -> None:
+    warn_once(
+        f"{loss} got pids, which {option} does not use: other images of the same person are pushed away; pass "
+        f"{remedy}, or leave pids out"
+    )
 
 
 def check_float(name: str, tensor: object, pattern: str) -> None:

@@ -19,7 +19,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ._backend import select_backend
-from ._checks import check_float, check_mask, check_option, check_positive, check_same
+from ._checks import check_float, check_mask, check_option, check_same, check_temperature
 from ._operator import differentiable_once, operator
 from ._options import POOLS, Backend, Pool
 from ._precision import accumulation_dtype, full_precision, unit_rows
@@ -115,7 +115,7 @@ def hard_similarity(
     check_mask("x_mask", x_mask, x)
     check_mask("e_mask", e_mask, e)
     check_option("pool", pool, POOLS)
-    pool_scale = check_positive("pool_scale", pool_scale)
+    pool_scale = check_temperature("pool_scale", pool_scale)
     chosen = select_backend(backend, x, e)
     dtype, product = accumulation_dtype(x, e), product_dtype(x, e, chosen)
     x_units, e_units = (
@@ -153,7 +153,7 @@ def unit_similarity(x: UnitTokens, e: UnitTokens, *, pool: str, pool_scale: floa
     if not leveled:
         return sim
     if x.mask is None:
-        level = sim.new_full((1, 1), math.log(x.rows.shape[1]) / pool_scale)
+        level = sim.new_full((1, 1), math.log(x.rows.shape[1])) / pool_scale
     else:
         level = x.mask.sum(dim=1, keepdim=True).clamp(min=1).to(sim.dtype).log() / pool_scale
     return sim + (level if e.mask is None else torch.where(e.mask.any(dim=1), level, 0))
