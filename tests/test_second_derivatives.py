@@ -25,7 +25,7 @@ TWICE = {
     "cmpm": lambda image, text: cmpm_loss(image, text, PIDS),
     "tal": lambda image, text: tal_loss(image, text, DIFFERENT, temperature=0.5),
     "trl": lambda image, text: trl_loss(image, text, DIFFERENT),
-    "triplet": lambda image, text: triplet_loss(image, text, PIDS, negatives="all"),
+    "triplet": lambda image, text: triplet_loss(image, text, negatives="all"),
     "sigmoid": lambda image, text: sigmoid_loss(image, text, PIDS, logit_scale=4.0),
 }
 ONCE = {
