@@ -23,7 +23,7 @@ from ._asdm_ring import asdm_rows_round_the_ring
 from ._pairwise import check_features
 from .distributed import Gathering, Peers, meet
 from .ops._backend import select_backend
-from .ops._checks import check_flag, check_ids, check_option, check_scale, check_temperature
+from .ops._checks import check_divisor, check_flag, check_ids, check_option, check_scale
 from .ops._options import BACKENDS, GATHER, REDUCTIONS, Backend, Gap, Gather, Positive, Reduction, Target
 from .ops.similarity_distribution import RowLoss, similarity_distribution_loss
 
@@ -207,7 +207,7 @@ class ASDMLoss(Gathering):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        temperature = check_temperature("temperature", temperature)
+        temperature = check_divisor("temperature", temperature)
         check_option("backend", backend, BACKENDS)
         check_option("gather", gather, GATHER)
         spec = RowLoss(

@@ -24,6 +24,7 @@ from torch import Tensor
 from .distributed import Gathering, Peers, meet
 from .ops._backend import select_backend
 from .ops._checks import (
+    check_divisor,
     check_finite,
     check_flag,
     check_float,
@@ -32,8 +33,7 @@ from .ops._checks import (
     check_mask,
     check_option,
     check_same,
-    check_temperature,
-    warn_unused_ids,
+    check_unused_ids,
 )
 from .ops._options import (
     BACKENDS,
@@ -380,8 +380,8 @@ def _check_numbers(
     return (
         check_finite("margin_text", margin_text),
         check_finite("margin_image", margin_image),
-        check_temperature("temperature", temperature),
-        check_temperature("pool_scale", pool_scale),
+        check_divisor("temperature", temperature),
+        check_divisor("pool_scale", pool_scale),
         None if sparsity is None else check_fraction("sparsity", sparsity),
     )
 
@@ -413,12 +413,9 @@ def check_efa_inputs(
     check_mask("text_mask", text_mask, text_tokens)
     if gather:  # what cannot run here must be known before the others wait for it
         select_backend(backend, image_tokens, text_tokens)
-    if pids is None:
-        if negatives == "different_identity":
-            raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
+    if negatives == "all":
+        check_unused_ids("EFA", pids, image_tokens, 'negatives="all"', 'negatives="different_identity" to spare them')
         return None
-    pids = check_ids("pids", pids, image_tokens.shape[0], image_tokens.device)
-    if negatives == "different_identity":
-        return pids
-    warn_unused_ids("EFA", 'negatives="all"', 'negatives="different_identity" to spare them')
-    return None
+    if pids is None:
+        raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
+    return check_ids("pids", pids, image_tokens.shape[0], image_tokens.device)

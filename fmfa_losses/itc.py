@@ -19,7 +19,7 @@ from ._pairwise import (
     same_identity,
     soft_targets,
 )
-from .ops._checks import check_ids, check_option, check_scale, check_temperature, warn_unused_ids
+from .ops._checks import check_divisor, check_ids, check_option, check_scale, check_unused_ids
 from .ops._options import BACKENDS, MATCHINGS, REDUCTIONS, Backend, Matching, Reduction
 from .ops.similarity_distribution import similarity_distribution_loss
 
@@ -94,13 +94,12 @@ def itc_loss_from_scores(
 
 
 def _check_pids(pids: Tensor | None, targets: Matching, like: Tensor) -> None:
-    if pids is None:
-        if targets == "identity":
-            raise ValueError('targets="identity" needs the identities: pass pids [B]')
-        return
-    check_ids("pids", pids, like.shape[0], like.device)
     if targets == "paired":
-        warn_unused_ids("ITC", 'targets="paired"', 'targets="identity" to pull them too')
+        check_unused_ids("ITC", pids, like, 'targets="paired"', 'targets="identity" to pull them too')
+    elif pids is None:
+        raise ValueError('targets="identity" needs the identities: pass pids [B]')
+    else:
+        check_ids("pids", pids, like.shape[0], like.device)
 
 
 class ITCLoss(Module):
@@ -150,7 +149,7 @@ class ITCLoss(Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        temperature = check_temperature("temperature", temperature)
+        temperature = check_divisor("temperature", temperature)
         check_option("backend", backend, BACKENDS)
         check_option("targets", targets, MATCHINGS)
         check_option("reduction", reduction, REDUCTIONS)

@@ -329,7 +329,7 @@ class FMFALoss(Gathering):
                     batch["text_mask"],
                     self._efa_pids(batch["pids"]),
                     negatives=self.efa.negatives,
-                    gather=self.efa.gather or True,
+                    gather=True,
                     backend=self.efa.backend,
                 )
             if self.weights["asdm"]:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops._checks import (
+    check_divisor,
     check_float,
     check_integer,
     check_nonnegative,
     check_same,
-    check_temperature,
     describe,
 )
 from .ops.aggregation import sparse_aggregate
@@ -237,7 +237,7 @@ def asdm_weights(
     check_float("image_features", image_features, "B D")
     check_float("text_features", text_features, "B D")
     check_same("image_features and text_features", image_features, text_features, dims=(("B", 0), ("D", 1)))
-    temperature, alpha = check_temperature("temperature", temperature), check_nonnegative("alpha", alpha)
+    temperature, alpha = check_divisor("temperature", temperature), check_nonnegative("alpha", alpha)
     named = check_integer("named", named, 0)
     _check_finite("image_features", image_features)
     _check_finite("text_features", text_features)

@@ -20,7 +20,7 @@ from ._pairwise import (
     soft_targets,
 )
 from .asdm import asdm_loss
-from .ops._checks import check_fraction, check_option, check_positive, check_temperature
+from .ops._checks import check_divisor, check_fraction, check_option, check_positive
 from .ops._options import BACKENDS, REDUCTIONS, TARGETS, Backend, Reduction, Target
 
 __all__ = ["SDMLoss", "sdm_loss", "sdm_loss_from_scores"]
@@ -152,7 +152,7 @@ class SDMLoss(Module):
         check_option("reduction", reduction, REDUCTIONS)
         check_option("backend", backend, BACKENDS)
         self.eps, self.image_id_factor = _check_hyperparameters(eps, image_id_factor, target)
-        self.temperature, self.reduction = check_temperature("temperature", temperature), reduction
+        self.temperature, self.reduction = check_divisor("temperature", temperature), reduction
         self.target, self.backend = target, backend
 
     def forward(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._module import Module
 from ._pairwise import check_scores, cosine_scores, reduce, resolve_scale, same_identity, scalar_like
-from .ops._checks import check_finite, check_ids, check_option, check_temperature, warn_unused_ids
+from .ops._checks import check_divisor, check_finite, check_option, check_unused_ids
 from .ops._options import MATCHINGS, REDUCTIONS, Matching, Reduction
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]
@@ -72,9 +72,7 @@ def sigmoid_loss_from_scores(
     check_option("positives", positives, MATCHINGS)
     scores = check_scores(scores)
     if positives == "paired":
-        if pids is not None:
-            check_ids("pids", pids, scores.shape[0], scores.device)
-            warn_unused_ids("SigmoidLoss", 'positives="paired"', 'positives="identity" to pull them too')
+        check_unused_ids("SigmoidLoss", pids, scores, 'positives="paired"', 'positives="identity" to pull them too')
         positive = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     elif pids is None:
         raise ValueError('positives="identity" needs the identities: pass pids [B], or positives="paired"')
@@ -135,7 +133,7 @@ class SigmoidLoss(Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        temperature, bias = check_temperature("temperature", temperature), check_finite("bias", bias)
+        temperature, bias = check_divisor("temperature", temperature), check_finite("bias", bias)
         check_option("positives", positives, MATCHINGS)
         check_option("reduction", reduction, REDUCTIONS)
         self.temperature, self.bias, self.positives, self.reduction = temperature, bias, positives, reduction

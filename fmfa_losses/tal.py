@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._module import Module
 from ._pairwise import check_scores, cosine_scores, masked_logsumexp, reduce, same_identity
-from .ops._checks import check_nonnegative, check_option, check_temperature
+from .ops._checks import check_divisor, check_nonnegative, check_option
 from .ops._options import REDUCTIONS, TRL_NEGATIVES, Reduction, TRLNegatives
 
 __all__ = ["TALLoss", "TRLLoss", "tal_loss", "tal_loss_from_scores", "trl_loss", "trl_loss_from_scores"]
@@ -269,4 +269,4 @@ class TRLLoss(Module):
 
 
 def _check_hyperparameters(temperature: float, margin: float) -> tuple[float, float]:
-    return check_temperature("temperature", temperature), check_nonnegative("margin", margin)
+    return check_divisor("temperature", temperature), check_nonnegative("margin", margin)

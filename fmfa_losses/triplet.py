@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._module import Module
 from ._pairwise import check_scores, cosine_scores, reduce, same_identity
-from .ops._checks import check_ids, check_nonnegative, check_option, warn_unused_ids
+from .ops._checks import check_nonnegative, check_option, check_unused_ids
 from .ops._options import NEGATIVES, REDUCTIONS, Negatives, Reduction
 
 __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
@@ -62,9 +62,7 @@ def triplet_loss_from_scores(
     margin = _check_hyperparameters(margin, negatives)
     scores = check_scores(scores)
     if negatives == "all":
-        if pids is not None:
-            check_ids("pids", pids, scores.shape[0], scores.device)
-            warn_unused_ids("TripletLoss", 'negatives="all"', 'negatives="different_identity" to spare them')
+        check_unused_ids("TripletLoss", pids, scores, 'negatives="all"', 'negatives="different_identity" to spare them')
         excluded = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     elif pids is None:
         raise ValueError('negatives="different_identity" needs the identities: pass pids [B], or negatives="all"')

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import re
 import subprocess
 import sys
 import textwrap
@@ -43,7 +44,8 @@ def run(tmp_path, jobs, body, *, seconds=60.0, note=None):
             return starts[-1]
 
         def keep(done, record):
-            statuses.setdefault(jobs.index(done), []).append(record["status"])
+            status = re.sub(r"after \d+ s", "after n s", record["status"])  # of this machine; see `Clocked`
+            statuses.setdefault(jobs.index(done), []).append(status)
             if note is not None:
                 note(done, record)
 
@@ -74,7 +76,7 @@ def test_every_job_gets_its_records(tmp_path):
 def test_a_job_that_hangs_is_killed_at_twice_its_guess(tmp_path):
     """It costs itself alone, and what it had found is kept; so is what it started."""
     child = tmp_path / "child"
-    jobs = [job(1), job(2, guess=0.6, modes=("eager", "graph")), job(3)]
+    jobs = [job(1), job(2, guess=2.0, modes=("eager", "graph")), job(3)]
     statuses, starts = run(tmp_path, jobs, f"""
         record()
         if n == 1:
@@ -82,12 +84,12 @@ def test_a_job_that_hangs_is_killed_at_twice_its_guess(tmp_path):
             open({str(child)!r}, "w").write(str(subprocess.Popen(["sleep", "600"]).pid))
             time.sleep(600)
     """)  # fmt: skip
-    assert statuses == {0: ["ok"], 1: ["ok", "failed: stopped after 1 s, twice its guess"], 2: ["ok"]}
+    assert statuses == {0: ["ok"], 1: ["ok", "failed: stopped after n s, twice its guess"], 2: ["ok"]}
     assert starts == 2
     assert ended(int(child.read_text()))
     # A kill after the last record is said as well.
-    statuses, _ = run(tmp_path, [job(2, guess=0.3)], "record(); time.sleep(600)")
-    assert statuses == {0: ["ok", "failed: stopped after 1 s, twice its guess"]}
+    statuses, _ = run(tmp_path, [job(2, guess=1.0)], "record(); time.sleep(600)")
+    assert statuses == {0: ["ok", "failed: stopped after n s, twice its guess"]}
 
 
 def test_a_worker_that_dies_costs_its_job(tmp_path):
@@ -118,10 +120,10 @@ def test_a_job_that_says_nothing_is_recorded(tmp_path):
 
 def test_the_deadline_is_kept(tmp_path):
     """A job that runs into it is stopped, one that cannot end before it is not begun, a shorter one still is."""
-    jobs = [job(1, guess=0.1), job(2, guess=50), job(3, guess=0.1), job(4, guess=2.0)]
+    jobs = [job(1, guess=0.1), job(2, guess=50), job(3, guess=0.1), job(4, guess=6.0)]
     body = "time.sleep(600 if n == 3 else 0); record()"
-    statuses, _ = run(tmp_path, jobs, body, seconds=3.0)
-    assert statuses == {0: ["ok"], 1: [OUT_OF_TIME], 2: ["ok"], 3: [f"{OUT_OF_TIME}, stopped after 3 s"]}
+    statuses, _ = run(tmp_path, jobs, body, seconds=10.0)
+    assert statuses == {0: ["ok"], 1: [OUT_OF_TIME], 2: ["ok"], 3: [f"{OUT_OF_TIME}, stopped after n s"]}
 
 
 def test_no_worker_starts(tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._pairwise import check_scores, check_weight, cosine_scores
 from ..itc import itc_loss_from_scores
-from ..ops._checks import check_option, check_positive, check_temperature
+from ..ops._checks import check_divisor, check_option, check_positive
 from ..sdm import sdm_loss_from_scores
 from ..tal import tal_loss_from_scores, trl_loss_from_scores
 from ._released import flat_ids
@@ -60,7 +60,7 @@ def compute_TRL_per(  # noqa: N802
         >>> compute_TRL_per(torch.zeros(2, 2), torch.arange(2))
         tensor([0.4000, 0.4000])
     """
-    pid, tau = flat_ids("pid", pid, check_scores(scores)), check_temperature("tau", tau)
+    pid, tau = flat_ids("pid", pid, check_scores(scores)), check_divisor("tau", tau)
     return trl_loss_from_scores(scores, pid, margin=margin, temperature=tau, negatives="released", reduction="none")
 
 
@@ -96,7 +96,7 @@ def compute_TAL_per(scores: Tensor, pid: Tensor, tau: float, margin: float) -> T
         >>> compute_TAL_per(torch.zeros(2, 2), torch.arange(2), 0.02, 0.1)
         tensor([0.2000, 0.2000])
     """
-    pid, tau = flat_ids("pid", pid, check_scores(scores)), check_temperature("tau", tau)
+    pid, tau = flat_ids("pid", pid, check_scores(scores)), check_divisor("tau", tau)
     return tal_loss_from_scores(scores, pid, temperature=tau, margin=margin, reduction="none")
 
 

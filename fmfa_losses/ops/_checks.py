@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "check_divisor",
     "check_finite",
     "check_flag",
     "check_float",
@@ -28,12 +29,11 @@ __all__ = [
     "check_scalar",
     "check_scale",
     "check_shape",
-    "check_temperature",
+    "check_unused_ids",
     "describe",
     "integer_ids",
     "on_host",
     "warn_once",
-    "warn_unused_ids",
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,13 +71,6 @@ def warn_once(message: str) -> None:
     if not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=2)
-
-
-def warn_unused_ids(loss: str, option: str, remedy: str) -> None:
-    warn_once(
-        f"{loss} got pids, which {option} does not use: other images of the same person are pushed away; pass "
-        f"{remedy}, or leave pids out"
-    )
 
 
 def check_float(name: str, tensor: object, pattern: str) -> None:
@@ -133,6 +126,17 @@ def check_ids(name: str, ids: object, length: int, device: torch.device) -> Tens
     return ids
 
 
+def check_unused_ids(loss: str, pids: object, like: Tensor, option: str, remedy: str) -> None:
+    """Pids that were passed although the option that was chosen makes no use of them, one a sample of `like`."""
+    if pids is None:
+        return
+    check_ids("pids", pids, like.shape[0], like.device)
+    warn_once(
+        f"{loss} got pids, which {option} does not use: other images of the same person are pushed away; pass "
+        f"{remedy}, or leave pids out"
+    )
+
+
 def integer_ids(name: str, ids: object, pattern: str) -> Tensor:
     """The ids in int32 or int64, whatever integer dtype they came in.
 
@@ -166,8 +170,8 @@ def check_positive(name: str, value: object) -> float:
     return float(number)
 
 
-def check_temperature(name: str, value: object) -> float:
-    """Logits are divided by it, or multiplied with its inverse, in float32 or better."""
+def check_divisor(name: str, value: object) -> float:
+    """A finite number > 0 that has an inverse in float32: a temperature or a scale by which numbers are divided."""
     number = check_positive(name, value)
     if number * torch.finfo(torch.float32).max < 1:
         raise ValueError(f"{name} must be large enough for float32 to hold 1 / {name} (>= 3e-39), got {value!r}")
@@ -189,7 +193,7 @@ def check_scale(logit_scale: float | Tensor | None, temperature: float = 1.0) ->
 
     Where the host would wait for the tensor's value, any value gives what its equation has.
     """
-    temperature = check_temperature("temperature", temperature)
+    temperature = check_divisor("temperature", temperature)
     if logit_scale is None:
         return 1 / temperature
     if not isinstance(logit_scale, Tensor):

@@ -19,7 +19,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ._backend import select_backend
-from ._checks import check_float, check_mask, check_option, check_same, check_temperature
+from ._checks import check_divisor, check_float, check_mask, check_option, check_same
 from ._operator import differentiable_once, operator
 from ._options import POOLS, Backend, Pool
 from ._precision import accumulation_dtype, full_precision, unit_rows
@@ -115,7 +115,7 @@ def hard_similarity(
     check_mask("x_mask", x_mask, x)
     check_mask("e_mask", e_mask, e)
     check_option("pool", pool, POOLS)
-    pool_scale = check_temperature("pool_scale", pool_scale)
+    pool_scale = check_divisor("pool_scale", pool_scale)
     chosen = select_backend(backend, x, e)
     dtype, product = accumulation_dtype(x, e), product_dtype(x, e, chosen)
     x_units, e_units = (
