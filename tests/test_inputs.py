@@ -360,6 +360,14 @@ def test_a_pool_scale_without_an_inverse_is_named(pool_scale):
         assert fl.EFALoss(pool_scale=1e-37, ranking=ranking)(PATCHES, TOKENS).isfinite()
 
 
+def test_an_additive_mask_is_not_to_be_cast():
+    additive = torch.zeros(TOKENS.shape[:2]).masked_fill(torch.rand(TOKENS.shape[:2]) > 0.5, -torch.inf)
+    with pytest.raises(TypeError, match=r"call text_mask\.bool\(\), or text_mask == 0 where it holds 0 to keep"):
+        f.efa_loss(PATCHES, TOKENS, text_mask=additive)
+    with pytest.raises(TypeError, match=r"call text_mask\.bool\(\)$"):
+        f.efa_loss(PATCHES, TOKENS, text_mask=(additive == 0).long())
+
+
 def test_complex_features_and_ids():
     with pytest.raises(TypeError, match=r"image_features must be a floating-point .*pass image_features\.real"):
         f.tal_loss(IMAGE + 1j, TEXT, IDS)

@@ -157,7 +157,11 @@ def check_mask(name: str, mask: object, like: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a boolean tensor (True = keep), got {describe(mask)}; call {name}.bool()")
+        floating = isinstance(mask, Tensor) and mask.is_floating_point()
+        other = f", or {name} == 0 where it holds 0 to keep and -inf to drop" if floating else ""
+        raise TypeError(
+            f"{name} must be a boolean tensor (True = keep), got {describe(mask)}; call {name}.bool(){other}"
+        )
     check_shape(name, mask, (like.shape[0], like.shape[1]), "one flag a token")
     if mask.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {describe(mask)}; call {name}.to(...)")
