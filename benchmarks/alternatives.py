@@ -59,14 +59,12 @@ def _put(module: Any, row: Alternative, new: Any) -> None:
 
 EFA = Case("efa", 128)
 HALF = (HOPPER, "half")
+IEEE = (HOPPER, "ieee")
 ALTERNATIVES = (
-    Alternative(
-        "aggregation", "BACKWARD", HALF, (64, 128, 8, 2), EFA, "bf16",
-        ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel"), 1.6,
-    ),
-    Alternative("hard_similarity", "DE", HALF, (128, 32, 256, 8, 3), EFA, "bf16", ("_de_kernel",), 1.4),
-    Alternative("hard_similarity", "DX", HALF, (32, 128, 4, 1), EFA, "bf16", ("_dx_kernel",), 1.8),
-    Alternative("hard_similarity", "MATCH", HALF, (128, 256, 64, 8, 3), EFA, "bf16", ("_match_kernel",), 1.05),
-    Alternative("distribution_blocks", "ROWS", "wide", (8, 256), Case("asdm", 16384), "fp32", ("_absorb_kernel",), 1.1),
+    Alternative("hard_similarity", "MATCH", IEEE, (128, 128, 16, 8, 2), EFA, "fp32", ("_match_kernel",), 0.9),
+    Alternative("hard_similarity", "MATCH", IEEE, (64, 128, 16, 4, 2), EFA, "fp32", ("_match_kernel",), 0.9),
+    Alternative("hard_similarity", "DE", (HOPPER, "tf32"), (64, 32, 128, 4, 3), EFA, "tf32", ("_de_kernel",), 0.7),
+    Alternative("hard_similarity", "DE", (HOPPER, "tf32"), (128, 32, 128, 8, 3), EFA, "tf32", ("_de_kernel",), 0.8),
+    Alternative("similarity_distribution", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
     Alternative("similarity_distribution", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
 )  # fmt: skip

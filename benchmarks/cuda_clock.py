@@ -4,6 +4,7 @@ Nothing is compiled inside a timed region: steps are repeated until one round ov
 figure during which a kernel was compiled all the same is refused.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -49,8 +50,14 @@ def graph_of(call: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, **({} if pool is None else {"pool": pool})):
-        result = call()
+    # An old graph that is collected while another is captured takes the capture with it.
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, **({} if pool is None else {"pool": pool})):
+            result = call()
+    finally:
+        gc.enable()
     return graph, result
 
 
@@ -89,7 +96,6 @@ def measure_cuda(
         value, grads = step(sets[0])
         torch.cuda.synchronize()
         warm: dict[str, Any] = {"first_call_s": round(time.perf_counter() - start, 2)}
-        found = fingerprint(value, grads)
         gradient_bytes = sum(grad.numel() * grad.element_size() for grad in grads)
         del value, grads
         for _ in range(ROUNDS):
@@ -99,6 +105,8 @@ def measure_cuda(
             torch.cuda.synchronize()
             if compiles.kernels == before:
                 break
+        # Of a step as it is timed: a compiler that tries its kernels out in the first call can spoil what that returns.
+        found = fingerprint(*step(sets[0]))
         warm |= {"compiled": compiles.kernels, "compile_s": round(compiles.seconds, 2), "input_sets": len(sets)}
         before = compiles.kernels
         if "eager" in modes:

@@ -33,7 +33,8 @@ def run_tests(workers: int, folder: Path = ROOT / "tests" / "gpu") -> Iterator[d
     # Since torch 2.9 reading the older TF32 switches warns, and warnings are errors in the tests.
     allowed = ["-W", "ignore:Please use the new API:UserWarning"]
     command = [sys.executable, "-u", "-m", "pytest", "-q", "-rfE", "--tb=short", "--continue-on-collection-errors"]
-    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.outcomes"]
+    # pytest-benchmark, where it is installed, warns of pytest-xdist; and warnings are errors.
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "benchmarks.outcomes"]
     reading, writing = os.pipe()
     with subprocess.Popen(
         [*command, *plugins, *parallel, *allowed, str(folder)],

@@ -28,6 +28,22 @@ def load_columns(ptr, rows, live, d, D):
 
 
 @triton.jit
+def nearest_tf32(x):
+    """float32 rounded to the 10 bits that TF32 keeps. Tensor cores cut the others off, so all products would be small."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def dot_nearest(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, float32 operands in TF32 rounded to the nearest."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a, b = nearest_tf32(a), nearest_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def dot_wide(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b for a float32 `a`; float16 and bfloat16 `b` are exact in TF32, and `a` keeps its range."""
     if b.dtype == tl.float32:

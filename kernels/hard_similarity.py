@@ -86,6 +86,8 @@ POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
 # Columns that a sample of e has in a tile that several share. Few classes of width, and no kernel is compiled for a Q.
 # Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
 UNITS = (SHORT, 80, 128)
+# Of float32 products so many terms are summed on their own: one chain over a large batch would lose a digit.
+CHAIN = 16  # samples in dx, blocks of rows in de
 SUPER = 8  # row tiles that go through the column tiles together, so that both stay in L2
 
 
@@ -309,11 +311,14 @@ def _dx_kernel(
     BLOCK_OWN: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
     """Grid (row blocks, chunks of D): dx_il = sum_j w_ijl e_jk*."""
     row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, tl.program_id(0) * BLOCK_OWN, Bx * P, P, LIST_X, BLOCK_OWN)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dx = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+    total = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+    IEEE: tl.constexpr = GATHER and e_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     samples = Be
     if LIST_X:
         samples = tl.where(tl.program_id(0) * BLOCK_OWN < tl.load(row_count_ptr), Be, 0)
@@ -328,6 +333,12 @@ def _dx_kernel(
                 e = load_rows(e_ptr, first + k, k < Q, d, D)
                 weights = tl.where(winner[:, None] == k[None, :], w[:, None], 0.0).to(e.dtype)
                 dx = tl.dot(weights, e, dx, input_precision=PRECISION)
+        if IEEE:  # noqa: SIM102, settled when compiled
+            if (j + 1) % CHAIN == 0:
+                total += dx
+                dx = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+    if IEEE:
+        dx += total
     if unscale_ptr is not None:
         dx *= tl.load(unscale_ptr + i, mask=live, other=0.0)[:, None]
     out = dx_ptr + row[:, None] * D + d[None, :]
@@ -360,6 +371,7 @@ def _de_kernel(
     BLOCK_OWN: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
     """Grid (Be, token blocks, chunks of D): de_jk = sum over the (i, l) that chose k of w_ijl x_il."""
     j = tl.program_id(0).to(tl.int64)
@@ -376,12 +388,20 @@ def _de_kernel(
         if LIST_X:
             row_total = tl.load(row_count_ptr)
         de = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+        total = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+        IEEE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
         for start in range(0, row_total, BLOCK_SUM):
             row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, start, Bx * P, P, LIST_X, BLOCK_SUM)
             w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL)
             x = load_rows(x_ptr, row, live, d, D)
             weights = tl.where(winner[None, :] == k[:, None], w[None, :], 0.0).to(x.dtype)
             de = tl.dot(weights, x, de, input_precision=PRECISION)
+            if IEEE:  # noqa: SIM102, settled when compiled
+                if (start // BLOCK_SUM + 1) % CHAIN == 0:
+                    total += de
+                    de = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+        if IEEE:
+            de += total
         if unscale_ptr is not None:
             de *= tl.load(unscale_ptr + j)
         out = de_ptr + (j * Q + k)[:, None] * D + d[None, :]
@@ -500,7 +520,8 @@ def backward(
         launch(
             _dx_kernel, (triton.cdiv(Bx * P, dx_own), triton.cdiv(D, dx_out)),
             in_range, *saved, e, rows, row_count, unscale, dx, *sizes,
-            GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=dx_sum, BLOCK_OUT=dx_out, **flags,
+            GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=dx_sum, BLOCK_OUT=dx_out, CHAIN=CHAIN,
+            **flags,
             num_warps=dx_warps, num_stages=dx_stages, **(all_registers(x.device) if x.dtype != torch.float32 else {}),
         )  # fmt: skip
         if pool not in EXPONENTIAL:
@@ -511,7 +532,7 @@ def backward(
         launch(
             _de_kernel, (Be, triton.cdiv(Q, own), triton.cdiv(D, out)),
             in_range, *saved, x, rows, row_count, tokens, counts, unscale, de, *sizes,
-            LIST_E=tokens is not None, BLOCK_OWN=own, BLOCK_SUM=block_sum, BLOCK_OUT=out, **flags,
+            LIST_E=tokens is not None, BLOCK_OWN=own, BLOCK_SUM=block_sum, BLOCK_OUT=out, CHAIN=CHAIN, **flags,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dx, de

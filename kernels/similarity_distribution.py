@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load_paid
 from ._launch import LDS, Strided, chip_class, dot_precision, launch, on_device, precision
-from ._tile import dot_wide
+from ._tile import dot_nearest, dot_wide
 
 # Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
 LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
@@ -112,7 +112,7 @@ def _cosines(
         d = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0)
         y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
-        dots = tl.dot(x, y, dots, input_precision=PRECISION)
+        dots = dot_nearest(x, y, dots, PRECISION)
     if x_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled; products of float16 are in range
         if far:
             x_factor = tl.load(factors_ptr + x_norm + rows, mask=rows < X, other=1.0)[:, None]
@@ -124,7 +124,7 @@ def _cosines(
                 d = start + tl.arange(0, STEP)
                 x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0)
                 y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
-                dots = tl.dot((x * x_factor).to(x.dtype), (y * y_factor).to(y.dtype), dots, input_precision=PRECISION)
+                dots = dot_nearest((x * x_factor).to(x.dtype), (y * y_factor).to(y.dtype), dots, PRECISION)
     # One product of the inverses: both sides, rows and columns exchanged, get the same number to the last bit.
     return dots * (x_inverse[:, None] * y_inverse[None, :])
 
@@ -433,7 +433,10 @@ def _gradient_kernel(
                 y_factor = tl.load(norms_ptr + X + Y + y_norm + cols, mask=here, other=1.0)
                 y = (y * y_factor[:, None]).to(y.dtype)
         # A gradient may be as small as 1 / B^2, out of float16's range.
-        dx = dot_wide(dz * y_inverse[None, :], y, dx, PRECISION)
+        if y_ptr.dtype.element_ty == tl.float32:
+            dx = dot_nearest(dz * y_inverse[None, :], y, dx, PRECISION)
+        else:
+            dx = dot_wide(dz * y_inverse[None, :], y, dx, PRECISION)
 
     edge = live[:, None] & (d_out < D)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d_out[None, :], mask=edge, other=0.0).to(tl.float32)
