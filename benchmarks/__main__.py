@@ -17,7 +17,7 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         print(__doc__, *(f"    {name:14} {what}" for name, (_, what) in COMMANDS.items()), sep="\n")
-        print("\n    COMMAND --help says more; python -m benchmarks.retrieval trains and retrieves")
+        print("\n    COMMAND --help says more; python -m benchmarks.person_retrieval trains and retrieves")
         return 0 if argv[:1] in ([], ["--help"], ["-h"]) else 2
     return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0)
 

@@ -67,8 +67,8 @@ def record(chip: str, kind: str) -> list[Any]:
     from fmfa_losses.kernels import aggregation, distribution_blocks, hard_similarity, similarity_distribution
     from fmfa_losses.kernels._launch import recording
 
-    from fmfa_losses.ops import _row_blocks
-    from fmfa_losses.ops.similarity_distribution import RowLoss
+    from fmfa_losses.ops.similarity_distribution import blocks as _row_blocks
+    from fmfa_losses.ops.similarity_distribution.api import RowLoss
 
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     before = torch.backends.cuda.matmul.allow_tf32

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmfa_losses import IDHead, IRRHead, IRROutput, mask_tokens
-from fmfa_losses.efa import _ranking, efa_loss
 from fmfa_losses.functional import asdm_loss, hard_similarity, sparse_aggregate
-from fmfa_losses.ops._precision import unit_rows
+from fmfa_losses.losses.efa import _ranking, efa_loss
 from fmfa_losses.ops.aggregation import sparse_aggregate_reference
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
+from fmfa_losses.ops.precision import unit_rows
 
 Provider = Callable[..., Any]
 

@@ -1,24 +1,24 @@
 """The training objectives of FMFA for text-to-image person retrieval: exact, small in memory, deterministic."""
 
-from . import _search_path  # noqa: F401, first: it decides where all others come from
+from .doctor import search_path as _search_path  # noqa: F401, first: it decides where all others come from
 
 # isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from . import functional
-from .asdm import ASDMLoss
-from .cmpm import CMPMLoss
-from .efa import EFALoss
-from .identity import IDHead, IDOutput
-from .irr import IRRHead, IRROutput
-from .itc import ITCLoss
-from .masking import mask_tokens
-from .objective import FMFALoss, FMFAOutput
-from .sdm import SDMLoss
-from .sigmoid import SigmoidLoss
-from .tal import TALLoss, TRLLoss
-from .triplet import TripletLoss
+from .fmfa import FMFALoss, FMFAOutput
+from .heads.identity import IDHead, IDOutput
+from .heads.irr import IRRHead, IRROutput
+from .heads.token_masking import mask_tokens
+from .losses.asdm import ASDMLoss
+from .losses.cmpm import CMPMLoss
+from .losses.efa import EFALoss
+from .losses.itc import ITCLoss
+from .losses.sdm import SDMLoss
+from .losses.sigmoid import SigmoidLoss
+from .losses.tal import TALLoss, TRLLoss
+from .losses.triplet import TripletLoss
 
 if TYPE_CHECKING:
     from . import cached as cached

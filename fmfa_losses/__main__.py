@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if path is not None and not os.path.exists(path):  # Path.exists raises where a folder may not be read
         parser.error(f"PATH must exist, got {path}")
 
-    from .doctor import diagnose
+    from .doctor.diagnosis import diagnose
 
     return diagnose(path)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops._checks import describe
+from .ops.checks import describe
 
 __all__ = ["cached_backward"]
 

@@ -7,17 +7,17 @@ what they do not have raises. PyTorch differentiates no compiled backward, and t
 reverse, unless it runs under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
 """
 
-from .asdm import asdm_loss
-from .cmpm import cmpm_loss, cmpm_loss_from_scores
-from .efa import efa_loss
-from .identity import id_loss
-from .itc import itc_loss, itc_loss_from_scores
+from .heads.identity import id_loss
+from .losses.asdm import asdm_loss
+from .losses.cmpm import cmpm_loss, cmpm_loss_from_scores
+from .losses.efa import efa_loss
+from .losses.itc import itc_loss, itc_loss_from_scores
+from .losses.sdm import sdm_loss, sdm_loss_from_scores
+from .losses.sigmoid import sigmoid_loss, sigmoid_loss_from_scores
+from .losses.tal import tal_loss, tal_loss_from_scores, trl_loss, trl_loss_from_scores
+from .losses.triplet import triplet_loss, triplet_loss_from_scores
 from .ops.aggregation import sparse_aggregate
 from .ops.hard_similarity import hard_similarity
-from .sdm import sdm_loss, sdm_loss_from_scores
-from .sigmoid import sigmoid_loss, sigmoid_loss_from_scores
-from .tal import tal_loss, tal_loss_from_scores, trl_loss, trl_loss_from_scores
-from .triplet import triplet_loss, triplet_loss_from_scores
 
 __all__ = [
     "asdm_loss",

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops._checks import (
+from .ops.aggregation import sparse_aggregate
+from .ops.checks import (
     check_divisor,
     check_float,
     check_integer,
@@ -22,7 +23,6 @@ from .ops._checks import (
     check_same,
     describe,
 )
-from .ops.aggregation import sparse_aggregate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,7 @@
 
 Large batches in float32: a block [m, C] is one product of the BLAS library, and these kernels read it once a side,
 where PyTorch makes dozens of passes. The walk over blocks, and with it what is done on the PyTorch path too, is
-`fmfa_losses/ops/_row_blocks.py`; memory is one block and O(R + C).
+`fmfa_losses/ops/similarity_distribution/blocks.py`; memory is one block and O(R + C).
 
     absorb    side 0: a program owns rows,    walks along them, and concludes
               side 1: a program owns columns, walks down the block, and carries its running numbers to the next one
@@ -233,7 +233,8 @@ def _dlogits_kernel(
     tl.store(entries, dz, mask=inside)
 
 
-# Launchers: a `Reader` of fmfa_losses/ops/_row_blocks.py. `batch` is what all blocks share, `out` what rows have shown.
+# Launchers: a `Reader` of fmfa_losses/ops/similarity_distribution/blocks.py. `batch` is what all blocks share, `out`
+# what rows have shown.
 
 
 def norms(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:

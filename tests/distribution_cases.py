@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmfa_losses.ops._row_blocks import torch_reader
-from fmfa_losses.ops.similarity_distribution import similarity_distribution_loss
+from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
+from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
 
 # Golden case: hyperparameters of asdm_loss.
 GOLDEN = {

@@ -10,7 +10,7 @@ from plain_asdm import plain
 
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss
-from fmfa_losses.ops._row_blocks import torch_reader
+from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
 
 GOLDEN = {
     "sdm": {"alpha": 0.0},

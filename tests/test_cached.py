@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fmfa_losses.asdm import ASDMLoss
 from fmfa_losses.cached import cached_backward
-from fmfa_losses.efa import EFALoss
+from fmfa_losses.losses.asdm import ASDMLoss
+from fmfa_losses.losses.efa import EFALoss
 
 B, N, L, D = 7, 5, 4, 6
 

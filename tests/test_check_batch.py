@@ -18,7 +18,7 @@ from fmfa_losses import (
     TALLoss,
     TRLLoss,
 )
-from fmfa_losses.doctor import check_batch
+from fmfa_losses.doctor.diagnosis import check_batch
 
 RIGHT = {
     "everything": lambda: BATCH.arguments(),

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from benchmarks.retrieval.__main__ import main
-from benchmarks.retrieval.captions import caption
-from benchmarks.retrieval.datasets import (
+from benchmarks.person_retrieval.__main__ import main
+from benchmarks.person_retrieval.captions import caption
+from benchmarks.person_retrieval.datasets import (
     LAYOUTS,
     Batches,
     IdentitySampler,
@@ -30,10 +30,10 @@ from benchmarks.retrieval.datasets import (
     read_dataset,
     rendered_splits,
 )
-from benchmarks.retrieval.model import Neck, TwoStream
-from benchmarks.retrieval.pedestrians import HEIGHT, WIDTH, make_identities, render
-from benchmarks.retrieval.tokenizer import WordTokenizer
-from benchmarks.retrieval.train import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
+from benchmarks.person_retrieval.model import Neck, TwoStream
+from benchmarks.person_retrieval.pedestrians import HEIGHT, WIDTH, make_identities, render
+from benchmarks.person_retrieval.tokenizer import WordTokenizer
+from benchmarks.person_retrieval.train import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
 from fmfa_losses import FMFALoss
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def test_a_folder_in_each_layout_trains_and_resumes(
     out, fit = tmp_path / "out", Trainer.fit
     command = ["--dataset", name, "--root", str(root), "--tiny", "--device", "cpu", "--workers", "0", "--quiet"]
     command += ["--batch-size", "8", "--epochs", "2", "--out", str(out)]
-    monkeypatch.setattr("benchmarks.retrieval.__main__.draw", lambda *_: {})  # drawn in the rendered run
+    monkeypatch.setattr("benchmarks.person_retrieval.__main__.draw", lambda *_: {})  # drawn in the rendered run
     with monkeypatch.context() as stopped:
         stopped.setattr(Trainer, "fit", lambda self, **_: fit(self, until=1))
         main(command)
@@ -225,7 +225,7 @@ def test_clip_weights_from_a_folder(tmp_path: Path) -> None:
     """A CLIPModel and its tokenizer, as save_pretrained leaves them."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    from benchmarks.retrieval.clip import TINY, load_clip
+    from benchmarks.person_retrieval.clip import TINY, load_clip
 
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
     words = [
@@ -485,7 +485,7 @@ def test_torchrun_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.Monk
         port = free.getsockname()[1]
     options = ["--identities", "4", "--test-identities", "2", "--epochs", "2", "--quiet", "--device", "cpu"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += ["-m", "benchmarks.retrieval", *options, "--batch-size", "8", "--gather", "ring"]
+    command += ["-m", "benchmarks.person_retrieval", *options, "--batch-size", "8", "--gather", "ring"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two")],
@@ -500,7 +500,7 @@ def test_torchrun_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.Monk
     result = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert result["processes"] == 2 and result["recipe"]["gather"] == "ring"
     assert result["steps"] == 2  # 16 pairs, 2 x 8 at a time, two epochs
-    monkeypatch.setattr("benchmarks.retrieval.__main__.draw", lambda *_: {})  # drawn by the others
+    monkeypatch.setattr("benchmarks.person_retrieval.__main__.draw", lambda *_: {})  # drawn by the others
     main([*options, "--batch-size", "16", "--out", str(tmp_path / "one")])
     for name, steps in (("beginning.pt", 4), ("checkpoint.pt", 2)):
         ours, theirs = (torch.load(tmp_path / run / name, weights_only=True)["history"] for run in ("two", "one"))

@@ -28,7 +28,7 @@ from fmfa_losses.functional import (
     triplet_loss,
     trl_loss,
 )
-from fmfa_losses.ops._precision import product, product_op, unit_rows
+from fmfa_losses.ops.precision import product, product_op, unit_rows
 
 # PyTorch's forward mode loads decompositions that are scripted, which it deprecates itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")

@@ -23,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from fmfa_losses import distributed
-from fmfa_losses.asdm import SETTINGS as ASDM_SETTINGS
-from fmfa_losses.asdm import ASDMLoss
-from fmfa_losses.distributed import Peers, meet
-from fmfa_losses.efa import SETTINGS as EFA_SETTINGS
-from fmfa_losses.efa import EFALoss
-from fmfa_losses.objective import FMFALoss, FMFAOutput
+from fmfa_losses.distributed import peers as distributed
+from fmfa_losses.distributed.peers import Peers, meet
+from fmfa_losses.fmfa import FMFALoss, FMFAOutput
+from fmfa_losses.losses.asdm import SETTINGS as ASDM_SETTINGS
+from fmfa_losses.losses.asdm import ASDMLoss
+from fmfa_losses.losses.efa import SETTINGS as EFA_SETTINGS
+from fmfa_losses.losses.efa import EFALoss
 
 N, L, D, V = 5, 4, 6, 9
 TOLERANCE = 1e-9

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
 
-from fmfa_losses.distributed import Peers
+from fmfa_losses.distributed.peers import Peers
 from fmfa_losses.functional import asdm_loss, efa_loss
 
 D, IDS = 6, torch.arange(3)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import fmfa_losses
-from fmfa_losses import doctor
 from fmfa_losses.__main__ import main
 from fmfa_losses.compat import _source
 from fmfa_losses.compat import scan as compat_scan
-from fmfa_losses.doctor import Finding, Unreadable, scan
+from fmfa_losses.doctor import diagnosis as doctor
+from fmfa_losses.doctor.diagnosis import Finding, Unreadable, scan
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
-from fmfa_losses.identity import IDHead, IDOutput, id_loss
+from fmfa_losses.heads.identity import IDHead, IDOutput, id_loss
 
 B, D, C = 4, 6, 5
 

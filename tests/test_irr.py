@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from golden import load
 from torch import Tensor, nn
 
-from fmfa_losses import irr
-from fmfa_losses.irr import IRRHead, IRROutput
+from fmfa_losses.heads import irr
+from fmfa_losses.heads.irr import IRRHead, IRROutput
 
 B, N, L, D, V = 3, 5, 7, 16, 31
 

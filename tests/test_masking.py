@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmfa_losses.masking import mask_tokens
+from fmfa_losses.heads.token_masking import mask_tokens
 
 MASK, START, END = 49405, 49406, 49407
 SPECIAL = (0, START, END)

@@ -201,7 +201,7 @@ def compared() -> dict[str, Callable[..., Tensor]]:
 @pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals, by version
 def test_changing_batches_take_one_static_and_few_dynamic_graphs(monkeypatch, name):
     if "chunks" in name:
-        monkeypatch.setattr("fmfa_losses.irr.CHUNK_ROWS", 16)  # 21 to 121 rows: 2, 4 or 8 chunks
+        monkeypatch.setattr("fmfa_losses.heads.irr.CHUNK_ROWS", 16)  # 21 to 121 rows: 2, 4 or 8 chunks
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     function = compared()[name]

@@ -10,11 +10,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, sparse_aggregate
-from fmfa_losses.ops import _backend
-from fmfa_losses.ops._backend import select_backend, why_not_triton
-from fmfa_losses.ops._precision import kernels_run
+from fmfa_losses.ops import backend as _backend
 from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
+from fmfa_losses.ops.backend import select_backend, why_not_triton
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
+from fmfa_losses.ops.precision import kernels_run
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -5,7 +5,7 @@ import torch
 from compare import value_and_grads
 
 from fmfa_losses import EFALoss, IRRHead
-from fmfa_losses.ops._padding import longest
+from fmfa_losses.ops.padding import longest
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,6 @@ def test_irr_computes_what_is_kept(monkeypatch):
         return value_and_grads(lambda i, t: head(i, t, labels, text_mask=keep).loss, (image, text))
 
     cut = run()
-    monkeypatch.setattr("fmfa_losses.irr.longest", lambda mask: mask.shape[1])
+    monkeypatch.setattr("fmfa_losses.heads.irr.longest", lambda mask: mask.shape[1])
     torch.testing.assert_close(cut, run(), rtol=1e-12, atol=1e-12)
     assert seen == [4, 9]

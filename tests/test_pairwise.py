@@ -8,13 +8,13 @@ from compare import assert_close, assert_finite, relative_error, value_and_grads
 from golden import golden
 from torch import nn
 
-from fmfa_losses.asdm import ASDMLoss
-from fmfa_losses.cmpm import CMPMLoss, cmpm_loss, cmpm_loss_from_scores
-from fmfa_losses.itc import ITCLoss, itc_loss, itc_loss_from_scores
-from fmfa_losses.sdm import SDMLoss, sdm_loss, sdm_loss_from_scores
-from fmfa_losses.sigmoid import SigmoidLoss, sigmoid_loss, sigmoid_loss_from_scores
-from fmfa_losses.tal import TALLoss, TRLLoss, tal_loss, tal_loss_from_scores, trl_loss, trl_loss_from_scores
-from fmfa_losses.triplet import TripletLoss, triplet_loss, triplet_loss_from_scores
+from fmfa_losses.losses.asdm import ASDMLoss
+from fmfa_losses.losses.cmpm import CMPMLoss, cmpm_loss, cmpm_loss_from_scores
+from fmfa_losses.losses.itc import ITCLoss, itc_loss, itc_loss_from_scores
+from fmfa_losses.losses.sdm import SDMLoss, sdm_loss, sdm_loss_from_scores
+from fmfa_losses.losses.sigmoid import SigmoidLoss, sigmoid_loss, sigmoid_loss_from_scores
+from fmfa_losses.losses.tal import TALLoss, TRLLoss, tal_loss, tal_loss_from_scores, trl_loss, trl_loss_from_scores
+from fmfa_losses.losses.triplet import TripletLoss, triplet_loss, triplet_loss_from_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* got pids")  # every loss is called alike here
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fmfa_losses import retrieval
-from fmfa_losses.retrieval import (
+from fmfa_losses.retrieval import metrics as retrieval
+from fmfa_losses.retrieval.metrics import (
     Evaluator,
     ranking_metrics,
     retrieval_metrics,
@@ -317,7 +317,7 @@ def test_memory_is_two_blocks(size, persons):
     code = f"""
 import torch
 from benchmarks.measure import peak_process_bytes
-from fmfa_losses.retrieval import retrieval_metrics
+from fmfa_losses.retrieval.metrics import retrieval_metrics
 def metrics(n):
     pids = torch.arange(n) % {persons}
     return retrieval_metrics(torch.randn(n, 8), torch.randn(n, 8), pids, pids)

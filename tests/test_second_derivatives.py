@@ -17,7 +17,7 @@ from fmfa_losses.functional import (
     triplet_loss,
     trl_loss,
 )
-from fmfa_losses.ops._precision import unit_rows
+from fmfa_losses.ops.precision import unit_rows
 
 PIDS = torch.tensor([0, 1, 2, 1, 3])
 DIFFERENT = torch.arange(5)  # TAL and TRL weigh several positives by constants, which no second derivative sees

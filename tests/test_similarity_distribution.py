@@ -22,11 +22,9 @@ from torch import Tensor
 
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
-from fmfa_losses.ops import _checks
-from fmfa_losses.ops._precision import unit_rows
-from fmfa_losses.ops._row_blocks import torch_reader
-from fmfa_losses.ops.block_distribution import block_statistics, label_sums, merge_blocks
-from fmfa_losses.ops.similarity_distribution import (
+from fmfa_losses.ops import checks as _checks
+from fmfa_losses.ops.precision import unit_rows
+from fmfa_losses.ops.similarity_distribution.api import (
     GAPS,
     OBJECTIVES,
     POSITIVES,
@@ -38,6 +36,8 @@ from fmfa_losses.ops.similarity_distribution import (
     similarity_distribution_loss_reference,
     similarity_distribution_op,
 )
+from fmfa_losses.ops.similarity_distribution.block_distribution import block_statistics, label_sums, merge_blocks
+from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
 
 ROOT = Path(__file__).parents[1]
 
@@ -495,7 +495,7 @@ MEMORY = """
 import torch
 from benchmarks.measure import peak_process_bytes
 from fmfa_losses.functional import asdm_loss
-from fmfa_losses.ops._row_blocks import torch_reader
+from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
 torch_reader.block_elements = 2**18
 def step(B):
     image, text = (torch.randn(B, 8).requires_grad_() for _ in "it")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fmfa_losses.functional import asdm_loss
-from fmfa_losses.ops import _padding
-from fmfa_losses.ops._backend import select_backend, why_not_triton
-from fmfa_losses.ops._operator import operator
+from fmfa_losses.ops import padding as _padding
+from fmfa_losses.ops.backend import select_backend, why_not_triton
+from fmfa_losses.ops.operator import operator
 
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
 import triton
@@ -146,11 +146,11 @@ def test_everything_is_an_accelerator_inside_and_as_before_outside(monkeypatch):
     from triton import compiler
     from triton.runtime import driver
 
-    import fmfa_losses.efa
+    import fmfa_losses.losses.efa
 
     def state():
         return (
-            dict(vars(driver)), compiler.compile, _launch._Recorder.chip, fmfa_losses.efa.longest,
+            dict(vars(driver)), compiler.compile, _launch._Recorder.chip, fmfa_losses.losses.efa.longest,
             len(_specialised.device_caches), why_not_triton(x),
         )  # fmt: skip
 
@@ -162,13 +162,13 @@ def test_everything_is_an_accelerator_inside_and_as_before_outside(monkeypatch):
         assert select_backend("triton", x) == "triton"
         assert _launch.chip_class(x.device) == _launch.SMALL
         assert _launch.all_registers(x.device) == {"maxnreg": 255}
-        assert fmfa_losses.efa.longest(mask) == 3
+        assert fmfa_losses.losses.efa.longest(mask) == 3
         raise KeyError
     with stand_in.gpu():
         assert _launch.chip_class(x.device) == _launch.LARGE
     assert state() == before
     assert driver.active is real
-    assert fmfa_losses.efa.longest is _padding.longest
+    assert fmfa_losses.losses.efa.longest is _padding.longest
     assert _padding.longest(mask) == 1
     with pytest.raises(RuntimeError, match="need a CUDA"):
         select_backend("triton", x)

@@ -13,7 +13,9 @@ from unittest import mock
 import torch
 from fmfa_losses.kernels import _launch
 
-from fmfa_losses.ops import _backend, _padding, _precision
+from fmfa_losses.ops import backend as _backend
+from fmfa_losses.ops import padding as _padding
+from fmfa_losses.ops import precision as _precision
 
 from .step import Step, Watch
 

@@ -5,11 +5,11 @@ Source: yinhao1102/FMFA, arXiv 2509.13754v2.
 
 from torch import Tensor
 
-from ..ops._checks import check_float, check_same
 from ..ops.aggregation import aggregate
-from ._released import released_alignment, released_asdm
+from ..ops.checks import check_float, check_same
 from .irra import compute_cmpm, compute_id, compute_itc, compute_mlm, rank
 from .irra import compute_sdm as _compute_sdm
+from .released import released_alignment, released_asdm
 
 __all__ = [
     "compute_agg_v",

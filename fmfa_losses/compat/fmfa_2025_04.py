@@ -5,9 +5,9 @@ Source: yinhao1102/FMFA, arXiv 2509.13754.
 
 from torch import Tensor
 
-from ._released import released_alignment, released_asdm
 from .fmfa import compute_agg_v
 from .irra import compute_cmpm, compute_id, compute_itc, compute_mlm, compute_sdm, rank
+from .released import released_alignment, released_asdm
 
 __all__ = [
     "compute_a_sdm",

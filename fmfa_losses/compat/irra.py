@@ -4,15 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._pairwise import check_features
-from ..cmpm import cmpm_loss
-from ..identity import id_loss
-from ..itc import itc_loss
-from ..ops._checks import check_float, check_fraction, check_ids, check_integer, check_positive
-from ..ops._precision import accumulation_dtype
-from ..retrieval import similarity_metrics
-from ..sdm import sdm_loss
-from ._released import flat_ids
+from ..heads.identity import id_loss
+from ..losses.cmpm import cmpm_loss
+from ..losses.itc import itc_loss
+from ..losses.scores import check_features
+from ..losses.sdm import sdm_loss
+from ..ops.checks import check_float, check_fraction, check_ids, check_integer, check_positive
+from ..ops.precision import accumulation_dtype
+from ..retrieval.metrics import similarity_metrics
+from .released import flat_ids
 
 __all__ = ["compute_cmpm", "compute_id", "compute_itc", "compute_mlm", "compute_sdm", "rank"]
 

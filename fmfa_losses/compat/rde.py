@@ -7,12 +7,12 @@ depends on it.
 import torch
 from torch import Tensor
 
-from .._pairwise import check_scores, check_weight, cosine_scores
-from ..itc import itc_loss_from_scores
-from ..ops._checks import check_divisor, check_option, check_positive
-from ..sdm import sdm_loss_from_scores
-from ..tal import tal_loss_from_scores, trl_loss_from_scores
-from ._released import flat_ids
+from ..losses.itc import itc_loss_from_scores
+from ..losses.scores import check_scores, check_weight, cosine_scores
+from ..losses.sdm import sdm_loss_from_scores
+from ..losses.tal import tal_loss_from_scores, trl_loss_from_scores
+from ..ops.checks import check_divisor, check_option, check_positive
+from .released import flat_ids
 
 __all__ = [
     "compute_InfoNCE_per",

@@ -13,11 +13,11 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from ._backend import select_backend
-from ._checks import check_float, check_fraction, check_mask, check_same
-from ._operator import differentiable_once, operator
-from ._options import Backend
-from ._precision import accumulation_dtype, full_precision
+from .backend import select_backend
+from .checks import check_float, check_fraction, check_mask, check_same
+from .operator import differentiable_once, operator
+from .options import Backend
+from .precision import accumulation_dtype, full_precision
 
 __all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference"]
 

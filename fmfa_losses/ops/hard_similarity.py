@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from ._backend import select_backend
-from ._checks import check_divisor, check_float, check_mask, check_option, check_same
-from ._operator import differentiable_once, operator
-from ._options import POOLS, Backend, Pool
-from ._precision import accumulation_dtype, full_precision, unit_rows
+from .backend import select_backend
+from .checks import check_divisor, check_float, check_mask, check_option, check_same
+from .operator import differentiable_once, operator
+from .options import POOLS, Backend, Pool
+from .precision import accumulation_dtype, full_precision, unit_rows
 
 __all__ = [
     "FLAT",

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
-from fmfa_losses.ops import _checks
-from fmfa_losses.ops.similarity_distribution import (
+from fmfa_losses.ops import checks as _checks
+from fmfa_losses.ops.similarity_distribution.api import (
     GAPS,
     OBJECTIVES,
     POSITIVES,

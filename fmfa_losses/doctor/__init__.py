@@ -1,0 +1,30 @@
+"""What runs here and whether it is right; what of a codebase the library replaces; what is wrong with a batch.
+
+Its parts are imported when they are named: `search_path` must run before anything imports torch.
+"""
+
+TYPE_CHECKING = False  # typing itself is imported after `search_path`
+
+if TYPE_CHECKING:
+    from ..compat.scan import Finding as Finding
+    from ..compat.scan import Unreadable as Unreadable
+    from ..compat.scan import scan as scan
+    from .batch import BatchReport as BatchReport
+    from .batch import check_batch as check_batch
+    from .diagnosis import diagnose as diagnose
+    from .diagnosis import self_test as self_test
+
+__all__ = ["BatchReport", "Finding", "Unreadable", "check_batch", "diagnose", "scan", "self_test"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name in __all__:
+            from . import diagnosis
+
+            return getattr(diagnosis, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,195 @@
+"""`python -m fmfa_losses doctor`: what runs here, whether it is right, and what a codebase can replace. Never edits."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..compat.scan import Finding, Unreadable, scan
+from ..losses.sdm import sdm_loss, sdm_loss_from_scores
+from ..ops.aggregation import sparse_aggregate, sparse_aggregate_reference
+from ..ops.backend import select_backend, why_not_triton
+from ..ops.hard_similarity import hard_similarity, hard_similarity_reference
+from .batch import BatchReport, check_batch
+
+__all__ = ["BatchReport", "Finding", "Unreadable", "check_batch", "diagnose", "scan", "self_test"]
+
+
+def diagnose(path: Path | None = None) -> int:
+    """Prints the report; 1 when the self-test fails or FMFA_LOSSES_BACKEND cannot run on any device, else 0."""
+    for line in environment():
+        _print(line)
+    healthy = True
+    reason = why_not_chosen_backend()
+    if reason is not None:
+        healthy = False
+        _print(f"backend      FAILED on every device: {reason}")
+    for line, passed in self_test():
+        healthy &= passed
+        _print(line)
+    if path is not None:
+        _print("")
+        for line in migration(path):
+            _print(line)
+    return 0 if healthy else 1
+
+
+def _print(line: str) -> None:
+    """Names of files and lines of code may hold what no terminal should get, or what its encoding lacks."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+# What runs here
+
+
+def environment() -> Iterator[str]:
+    yield f"fmfa-losses  {__version__}"
+    yield f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"torch        {torch.__version__}"
+    yield f"triton       {_version('triton')}"
+    for device in _devices():
+        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        yield f"device       {device}{name}"
+        yield f"backend      {_backend(torch.zeros(1, device=device))}"
+    for variable in ("FMFA_LOSSES_BACKEND", "TRITON_INTERPRET"):
+        if variable in os.environ:
+            yield f"             {variable}={os.environ[variable]} is set"
+
+
+def _backend(sample: Tensor) -> str:
+    """What "auto" picks for tensors like this one, and why not triton."""
+    try:
+        chosen = select_backend("auto", sample)
+    except (ImportError, RuntimeError, ValueError) as error:  # of FMFA_LOSSES_BACKEND, or a checkout without kernels
+        return f"none: {error}"
+    if chosen == "triton":
+        return chosen
+    if os.environ.get("FMFA_LOSSES_BACKEND") == "torch":
+        return "torch, as FMFA_LOSSES_BACKEND says"
+    return f"torch, not triton: {why_not_triton(sample) or 'on the CPU its interpreter is for debugging'}"
+
+
+def why_not_chosen_backend() -> str | None:
+    """Why the backend that FMFA_LOSSES_BACKEND names runs on no device here; None when it does, or names none."""
+    if "FMFA_LOSSES_BACKEND" not in os.environ:
+        return None
+    chosen = [_backend(torch.zeros(1, device=device)) for device in reversed(_devices())]
+    return chosen[0].removeprefix("none: ") if all(line.startswith("none: ") for line in chosen) else None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return devices
+
+
+# Whether it is right
+
+
+def self_test() -> Iterator[tuple[str, bool]]:
+    """Two operators and SDM on every device and backend against their specification in float64, with gradients."""
+    # Tensors this small gain nothing from threads, which wait for each other for seconds where cores are busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results = list(_self_test())
+    finally:
+        torch.set_num_threads(threads)
+    yield from results
+
+
+def _self_test() -> Iterator[tuple[str, bool]]:
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(5, 13, 32, generator=generator), torch.randn(5, 7, 32, generator=generator)
+    pids = torch.tensor([0, 1, 0, 2, 3])
+
+    def sdm_reference(image: Tensor, text: Tensor) -> Tensor:
+        unit_image, unit_text = (x.mean(1) / x.mean(1).norm(dim=1, keepdim=True) for x in (image, text))
+        return sdm_loss_from_scores(unit_text @ unit_image.T, pids, temperature=0.1)
+
+    operators: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "sparse_aggregate": (sparse_aggregate, sparse_aggregate_reference),
+        "hard_similarity": (hard_similarity, hard_similarity_reference),
+        "sdm_loss": (
+            lambda i, t, backend: sdm_loss(i.mean(1), t.mean(1), pids.to(i.device), temperature=0.1, backend=backend),
+            sdm_reference,
+        ),
+    }
+    expected = {name: _value_and_grads(reference, image.double(), text.double()) for name, (_, reference) in
+                operators.items()}  # fmt: skip
+    for device in _devices():
+        inputs = image.to(device), text.to(device)
+        for backend in ("torch",) if why_not_triton(*inputs) else ("torch", "triton"):
+            start = perf_counter()
+            errors = {}
+            for name, (operator, _) in operators.items():
+                try:
+                    got = _value_and_grads(operator, *inputs, backend=backend)
+                    errors[name] = max(_relative_error(a, b) for a, b in zip(got, expected[name], strict=True))
+                except Exception as error:  # a broken installation breaks in many ways, and all of them are news
+                    yield f"self-test    {device} {backend}: {name} FAILED: {type(error).__name__}: {error}", False
+            seconds = perf_counter() - start
+            for name, relative in errors.items():
+                if not relative < 1e-4:
+                    yield f"self-test    {device} {backend}: {name} FAILED: relative error {relative:.1e}", False
+            if errors and all(relative < 1e-4 for relative in errors.values()):
+                worst = max(errors.values())
+                yield (
+                    f"self-test    {device} {backend}: {', '.join(errors)} ok, float32 against float64, values and "
+                    f"gradients, relative error at most {worst:.1e}, {seconds:.2f} s",
+                    True,
+                )
+
+
+def _value_and_grads(fn: Callable[..., Tensor], *inputs: Tensor, **kwargs: str) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = fn(*leaves, **kwargs)
+    # Squares make the cotangent depend on the values.
+    return [value.detach(), *torch.autograd.grad(value.square().sum(), leaves)]
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.cpu().double() - expected).abs().max() / expected.abs().max())
+
+
+# What a codebase can replace
+
+
+def migration(path: Path) -> Iterator[str]:
+    """The lines of the report on a codebase."""
+    found = list(scan(path))
+    findings = [item for item in found if isinstance(item, Finding)]
+    if not findings:
+        yield f"{path}: no call that this library replaces"
+    for finding in findings:
+        cell = "" if finding.cell is None else f"cell {finding.cell}:"
+        yield f"{finding.file}:{cell}{finding.line}: {finding.code}"
+        yield f"    -> {finding.write}"
+    for item in found:
+        if isinstance(item, Unreadable):
+            yield f"{item.file}: not read: {item.reason}"
+    modules = sorted({finding.module for finding in findings if finding.module})
+    if modules:
+        # The module of a later codebase has all that IRRA's has.
+        named = [module for module in modules if module != "irra"] or modules
+        yield ""
+        yield "The same results as now, by the import alone (see fmfa_losses.compat):"
+        for module in named:
+            yield f"    from fmfa_losses.compat import {module} as objectives"

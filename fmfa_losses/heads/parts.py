@@ -1,0 +1,48 @@
+"""Parts of a head are called, never read: an adapter, a hook, a sharded or a quantised module in their stead runs.
+
+What is read is the dtype and the device of the first weight, and both only where the part cannot tell by itself.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.checks import check_same
+
+__all__ = ["WideLinear", "check_device", "first_weight", "nan_unless", "to_dtype_of"]
+
+
+class WideLinear(nn.Linear):
+    """nn.Linear for any pair of dtypes: its product runs in the wider of both, and in float32 at least."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias  # once: a parametrisation computes them anew at every look
+        dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
+        return F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def first_weight(part: nn.Module) -> tuple[nn.Module, Tensor] | None:
+    """The first floating-point parameter and the module that it belongs to; None where a part has none."""
+    for module in part.modules():
+        for weight in module.parameters(recurse=False):
+            if weight.is_floating_point():
+                return module, weight
+    return None
+
+
+def to_dtype_of(part: nn.Module, x: Tensor) -> Tensor:
+    """x as `part` takes it: in the dtype of its first weight, or as it is where the part takes any."""
+    first = first_weight(part)
+    return x if first is None or isinstance(first[0], WideLinear) else x.to(first[1].dtype)
+
+
+def check_device(names: str, x: Tensor, part: nn.Module) -> None:
+    """x is where the weights are; those that are sharded or off-loaded arrive when their module is called."""
+    first = first_weight(part)
+    if first is not None and not hasattr(first[1], "device_mesh") and first[1].device.type != "meta":
+        check_same(names, x, first[1])
+
+
+def nan_unless(right: Tensor | None, value: Tensor) -> Tensor:
+    """value, and where `right` is False NaN, with NaN gradients: what the host cannot refuse never passes unseen."""
+    return value if right is None else value * torch.where(right, 1.0, float("nan")).to(value.dtype)

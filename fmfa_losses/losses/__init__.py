@@ -1,0 +1,1 @@
+"""The objectives without parameters, one concept a file."""

@@ -1,0 +1,133 @@
+"""CMPM: cross-modal projection matching (parameter-free).
+
+    z_ij = t_i . v_j / |v_j|,   p_i = softmax_j z_ij,   q_ij = y_ij / sum_k y_ik,   y_ij = [pid_i == pid_j]
+    L    = mean_i KL(p_i || q_i + eps) over texts  +  the same over images, with v_i . t_j / |t_j|
+
+A feature is projected on the direction of the other modality's features: its own length is the inverse temperature.
+IRRA's code divides the labels of a row by their L2 norm and not by their sum: `normalize="released"`.
+"""
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import check_option, check_positive, check_same
+from ..ops.module import Module
+from ..ops.options import NORMALIZE, REDUCTIONS, Normalize, Reduction
+from ..ops.precision import accumulation_dtype, product, unit_rows
+from .scores import check_features, check_scores, divergence, reduce, same_identity
+
+__all__ = ["CMPMLoss", "cmpm_loss", "cmpm_loss_from_scores"]
+
+
+def cmpm_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    pids: Tensor,
+    *,
+    normalize: Normalize = "sum",
+    eps: float = 1e-8,
+    reduction: Reduction = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Functional form of `CMPMLoss`, which documents every argument.
+
+    Example:
+        >>> features = 100 * torch.eye(4)
+        >>> cmpm_loss(features, features, torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    check_features(image_features, text_features)
+    dtype = accumulation_dtype(image_features, text_features)
+    image, text = image_features.to(dtype), text_features.to(dtype)
+    t2i, i2t = product(text, unit_rows(image)), product(image, unit_rows(text))
+    return cmpm_loss_from_scores(
+        t2i, i2t, pids, normalize=normalize, eps=eps, reduction=reduction, sample_weight=sample_weight
+    )
+
+
+def cmpm_loss_from_scores(
+    t2i_scores: Tensor,
+    i2t_scores: Tensor,
+    pids: Tensor,
+    *,
+    normalize: Normalize = "sum",
+    eps: float = 1e-8,
+    reduction: Reduction = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """`CMPMLoss` on projections that exist already, [B, B] each: texts x images, and images x texts.
+
+    The two are no transposes of each other: a projection is measured along the unit vector of its column.
+
+    Example:
+        >>> scores = 100 * torch.eye(4)
+        >>> cmpm_loss_from_scores(scores, scores, torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    check_option("normalize", normalize, NORMALIZE)
+    eps = check_positive("eps", eps)
+    t2i, i2t = check_scores(t2i_scores, "t2i_scores"), check_scores(i2t_scores, "i2t_scores")
+    check_same("t2i_scores and i2t_scores", t2i, i2t, dims=[("B", 0)])
+    y = same_identity(pids, t2i).to(t2i.dtype)
+    target = y / (y.sum(dim=1, keepdim=True) if normalize == "sum" else torch.linalg.vector_norm(y, dim=1))
+    return reduce(divergence(t2i, target, eps) + divergence(i2t, target, eps), reduction, sample_weight)
+
+
+class CMPMLoss(Module):
+    """Pulls the distribution of a feature's projections on the other modality to the distribution of its labels.
+
+        L = mean_i KL(softmax_j(t_i . v_j / |v_j|) || q_i + eps)    over texts, plus the same over images
+
+    Args:
+        normalize: labels are divided by their "sum", or by their L2 norm as IRRA's code does ("released").
+        eps: added to the target inside the logarithm.
+        reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
+
+    Inputs:
+        image_features, text_features: [B, D], any float dtype, not normalised: their length is part of the loss.
+        pids: [B] integer identities.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
+
+    Returns:
+        Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
+        vector projects to 0. With "released" a sample with n > 1 positives may pay less than 0, -log(n)/2 a
+        direction at best, as its target sums to sqrt(n). Memory: a few [B, B].
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
+
+    Example:
+        >>> image, text = torch.randn(4, 8), torch.randn(4, 8)
+        >>> CMPMLoss()(image, text, torch.arange(4)).shape
+        torch.Size([])
+
+    Reference: Zhang and Lu, Deep Cross-Modal Projection Learning for Image-Text Matching, ECCV 2018, Eq. 1-4.
+    """
+
+    normalize: Normalize
+    eps: float
+    reduction: Reduction
+
+    def __init__(self, *, normalize: Normalize = "sum", eps: float = 1e-8, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        check_option("normalize", normalize, NORMALIZE)
+        check_option("reduction", reduction, REDUCTIONS)
+        self.normalize, self.eps, self.reduction = normalize, check_positive("eps", eps), reduction
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        pids: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        return cmpm_loss(
+            image_features,
+            text_features,
+            pids,
+            normalize=self.normalize,
+            eps=self.eps,
+            reduction=self.reduction,
+            sample_weight=sample_weight,
+        )

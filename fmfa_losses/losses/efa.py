@@ -1,0 +1,421 @@
+"""EFA: explicit fine-grained alignment, Eq. 5-12 (parameter-free).
+
+    e_i  = sparse aggregation of the image's patches for every text token               Eq. 5-8   ops/aggregation.py
+    S_ij = (1/lambda) log sum_l exp(lambda max_k cos(x_il, e_jk)),  x = text, image     Eq. 9-10  ops/hard_similarity.py
+    L_x2e = mean_i log sum_{j != i} exp((S_ij - S_ii + margin) / tau2)                  Eq. 11
+    L    = L_t2e + L_e2t + L_i2e + L_e2i, the e2x terms on the transposed S             Eq. 12
+
+What the released code does instead is `ranking="released"`: each row of S is L2-normalised, the diagonal stays in the
+sum as exp(0), both directions are summed over the rows of S, and a patch must lie strictly above the threshold. It
+leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant. Its two versions:
+
+    2025-08: margin_text=0.1, margin_image=0.9, pool_scale=1
+    2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
+"""
+
+# torch.compile of 2.6 cannot make the types of a nested function.
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.peers import Gathering, Peers, meet
+from ..ops.aggregation import aggregate
+from ..ops.backend import select_backend
+from ..ops.checks import (
+    check_divisor,
+    check_finite,
+    check_flag,
+    check_float,
+    check_fraction,
+    check_ids,
+    check_mask,
+    check_option,
+    check_same,
+    check_unused_ids,
+)
+from ..ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, unit_similarity
+from ..ops.options import (
+    BACKENDS,
+    GATHER,
+    NEGATIVES,
+    RANKINGS,
+    REDUCTIONS,
+    Backend,
+    Gather,
+    Negatives,
+    Ranking,
+    Reduction,
+)
+from ..ops.padding import longest
+from ..ops.precision import accumulation_dtype, unit_rows
+
+__all__ = ["EFALoss", "efa_loss"]
+
+# Attributes of EFALoss that must be the same on all ranks.
+SETTINGS = (
+    *("margin_text", "margin_image", "temperature", "pool_scale"),
+    *("sparsity", "ranking", "negatives", "reduction"),
+)
+
+
+def efa_loss(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    *,
+    margin_text: float = 0.1,
+    margin_image: float = 0.1,
+    temperature: float = 1.0,
+    pool_scale: float = 1.0,
+    sparsity: float | None = None,
+    ranking: Ranking = "paper",
+    negatives: Negatives = "all",
+    reduction: Reduction = "mean",
+    image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    pids: Tensor | None = None,
+    gather: Gather = False,
+    process_group: Any = None,
+    equal_batches: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Functional form of `EFALoss`, which documents every argument.
+
+    Example:
+        >>> tokens = torch.eye(4).unsqueeze(1)           # four pairs of one patch and one token, all orthogonal
+        >>> efa_loss(tokens, tokens)                     # 4 (log 3 + 0 - 1 + 0.1)
+        tensor(0.7944)
+    """
+
+    def checked() -> tuple[tuple[float, float, float, float, float | None], Tensor | None]:
+        _check_options(ranking, negatives, reduction)
+        inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
+        numbers = _check_numbers(margin_text, margin_image, temperature, pool_scale, sparsity)
+        return numbers, check_efa_inputs(*inputs, negatives=negatives, gather=gather, backend=backend)
+
+    peers, ((margin_text, margin_image, temperature, pool_scale, sparsity), pids) = meet(
+        gather,
+        process_group,
+        {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids},
+        loss="efa_loss",
+        settings={
+            "margin_text": margin_text,
+            "margin_image": margin_image,
+            "temperature": temperature,
+            "pool_scale": pool_scale,
+            "sparsity": sparsity,
+            "ranking": ranking,
+            "negatives": negatives,
+            "reduction": reduction,
+            "dtype of image_tokens": getattr(image_tokens, "dtype", None),  # that of the joint embeddings follows
+        },
+        equal_batches=equal_batches,
+        check=checked,
+    )
+    if text_mask is not None:
+        if not gather:  # what travels has the same L everywhere
+            L = longest(text_mask)
+            text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
+        text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
+    joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend, strict=ranking == "released")
+    flat = ranking == "paper" and pool_scale < FLAT
+    text_sim, image_sim = _similarities(
+        joint, image_tokens, text_tokens, image_mask, text_mask, peers,
+        pool="log_mean" if flat else "lse", pool_scale=pool_scale, backend=backend,
+    )  # fmt: skip
+    if ranking == "released":
+        of_text = _released_ranking(text_sim, margin_text, temperature, peers, backend)
+        per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers, backend)
+    else:
+        everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
+        own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
+        excluded = own[:, None] == everyone
+        if pids is not None:
+            excluded = pids[:, None] == peers.gather(pids)
+        # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
+        # of the margins in each.
+        sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
+        margin = (margin_text + margin_image) / 2
+        levels = None
+        if flat:
+            levels = (
+                _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype) / pool_scale
+            )
+        per_sample = _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
+    if reduction == "mean":
+        return peers.mean(per_sample)
+    return per_sample.sum() if reduction == "sum" else per_sample
+
+
+def _similarities(
+    joint: Tensor,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    peers: Peers,
+    *,
+    pool: str,
+    pool_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each."""
+    chosen = select_backend(backend, image_tokens, text_tokens, joint)
+    joint_mask = None if text_mask is None else peers.gather(text_mask)
+    text_lists, image_lists = token_lists(text_mask, chosen), token_lists(image_mask, chosen)
+
+    def both(
+        text: Tensor, image: Tensor, joint: Tensor, joint_mask: Tensor | None, joint_lists: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(text, image, joint)
+        text_product, image_product = (product_dtype(x, joint, chosen) for x in (text, image))
+        # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
+        joint = unit_rows(joint, dtype=dtype, backend=chosen)
+        text = unit_rows(text, dtype=dtype, backend=chosen).to(text_product)
+        image = unit_rows(image, image_mask, dtype=dtype, backend=chosen).to(image_product)
+        texts, images = UnitTokens(text, text_mask, text_lists), UnitTokens(image, image_mask, image_lists)
+        joints = UnitTokens(joint.to(text_product), joint_mask, joint_lists)
+        of_text = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
+        if image_product != text_product:
+            joints = joints._replace(rows=joint.to(image_product))
+        return of_text, unit_similarity(images, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
+
+    if not peers.ring:
+        joint_lists = text_lists if peers.group is None else token_lists(joint_mask, chosen)
+        return both(text_tokens, image_tokens, peers.gather(joint), joint_mask, joint_lists)
+    masks = [None] * len(peers.sizes) if joint_mask is None else peers.blocks(joint_mask)
+    lists = [token_lists(mask, chosen) for mask in masks]
+
+    def with_block(q: int, text: Tensor, image: Tensor, joint: Tensor) -> Tensor:
+        return torch.stack(both(text, image, joint, masks[q], lists[q]))
+
+    text_sim, image_sim = torch.cat(peers.around(with_block, (text_tokens, image_tokens), joint), dim=2)
+    return text_sim, image_sim
+
+
+def _level_differences(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    peers: Peers,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What a log mean leaves out of S, times lambda: log n of S_ij less that of S_ii, [4, b, B], in the order of sims.
+
+    S_ij = (1/lambda) log n_i + log mean where text j, and so e_j, has a token; 0 elsewhere. Of rows that are equally
+    long and not empty the differences are 0, exactly.
+    """
+    counts = torch.stack(
+        [
+            text_tokens.new_full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64)
+            if mask is None
+            else mask.sum(dim=1)
+            for tokens, mask in ((text_tokens, text_mask), (image_tokens, image_mask))
+        ],
+        dim=1,
+    )  # [b, 2]
+    everyone = peers.gather(counts)
+    own, level = (c.clamp(min=1).to(dtype).log().T for c in (counts, everyone))  # [2, b], [2, B]
+    own_any, any_ = ((c[:, 0] > 0).to(dtype) for c in (counts, everyone))
+    of_rows = own.unsqueeze(2) * (any_ - own_any.unsqueeze(1))
+    of_columns = own_any.unsqueeze(1) * (level.unsqueeze(1) - own.unsqueeze(2))
+    return torch.cat([of_rows, of_columns])
+
+
+def _ranking(
+    sim: Tensor, excluded: Tensor, margin: float, temperature: float, offset: int, levels: Tensor | None = None
+) -> Tensor:
+    """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [..., b]; 0 for a row without negatives.
+
+    Row i of sim [..., b, B] belongs to column offset + i; excluded [b, B]. `levels` [..., b, B] are added to the
+    differences; the largest one of a row, which may leave the others no digits, after the sum.
+    """
+    logits = sim - sim.diagonal(offset, -2, -1).unsqueeze(-1) + margin
+    lowest, top = torch.finfo(sim.dtype).min, None
+    if levels is not None:
+        top = levels.masked_fill(excluded, lowest).amax(dim=-1, keepdim=True)
+        logits = logits + (levels - top)
+    # Finite, so that a row without negatives has a finite gradient for its last fill to stop.
+    terms = (logits / temperature).masked_fill(excluded, lowest).logsumexp(dim=-1)
+    if top is not None:
+        terms = terms + top.squeeze(-1) / temperature
+    return terms.masked_fill(excluded.all(dim=1), 0)
+
+
+def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Peers, backend: str = "auto") -> Tensor:
+    """Both directions as released: rows of S normalised, the positive pair counted as exp(0), sums over a column."""
+    sim = unit_rows(sim, backend=backend)
+    positive = sim.diagonal(peers.offset)
+    columns = peers.transpose(sim)  # row j: the own column j
+
+    def column_sums(against: Tensor) -> Tensor:
+        logits = (columns - against + margin) / temperature
+        logits.diagonal(peers.offset).zero_()
+        return logits.logsumexp(dim=1)
+
+    return column_sums(peers.gather(positive)) + column_sums(positive[:, None])
+
+
+class EFALoss(Gathering):
+    """Pulls each image's patches and each text's tokens to their joint embeddings, away from the other pairs' ones.
+
+        L = mean_i sum_x log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2)    x in {text, image}, S and transposed S
+
+    Args:
+        margin_text, margin_image: margins of the text and the image terms. The paper: CUHK-PEDES 0.1, 0.1; ICFG-PEDES
+            0.2, 1.0; RSTPReid 0.2, 0.8.
+        temperature: tau2 > 0 of the ranking.
+        pool_scale: lambda > 0 of the pooling over tokens.
+        sparsity: a patch counts for a token from this min-max-normalised similarity on, in [0, 1]; 1/N when None.
+        ranking: "paper", or "released" for the released code (see the head of fmfa_losses/losses/efa.py).
+        negatives: "all" other pairs (the paper) or only those of a "different_identity", which needs pids.
+        reduction: "mean", "sum", or "none" for the per-sample sum of the four terms, [B].
+        gather: False ranks within this process's batch. True and "ring" rank its pairs within the batch of all
+            processes: joint embeddings and similarities are exchanged, never patches. See docs/distributed.md.
+        process_group, equal_batches: as in ASDMLoss.
+        backend: "auto", "triton" or "torch".
+
+    Inputs:
+        image_tokens: [B, N, D] patches without [CLS], any float dtype; need not be normalised.
+        text_tokens: [B, L, D].
+        image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
+        pids: [B] integer identities, for negatives="different_identity"; "all" does not use them and warns once.
+        peers: as in ASDMLoss.
+
+    Returns:
+        Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
+        all of one identity) counts 0; a fully masked sample has similarity 0 to everything. The [B, B, N, L]
+        similarities never exist: memory beyond inputs and gradients is O(B B (N + L)).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices, masks or hyperparameters that do not fit, here or between
+            processes.
+        RuntimeError: gather without torch.distributed, or a process that died or did not arrive in time.
+
+    Example:
+        >>> loss = EFALoss(margin_text=0.2, margin_image=0.8)         # RSTPReid
+        >>> image, text = torch.randn(4, 192, 64), torch.randn(4, 77, 64)
+        >>> loss(image, text).shape
+        torch.Size([])
+
+    Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-12.
+    """
+
+    margin_text: float
+    margin_image: float
+    temperature: float
+    pool_scale: float
+    sparsity: float | None
+    ranking: Ranking
+    negatives: Negatives
+    reduction: Reduction
+    gather: Gather
+    equal_batches: bool
+    backend: Backend
+
+    def __init__(
+        self,
+        margin_text: float = 0.1,
+        margin_image: float = 0.1,
+        *,
+        temperature: float = 1.0,
+        pool_scale: float = 1.0,
+        sparsity: float | None = None,
+        ranking: Ranking = "paper",
+        negatives: Negatives = "all",
+        reduction: Reduction = "mean",
+        gather: Gather = False,
+        process_group: Any = None,
+        equal_batches: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        _check_options(ranking, negatives, reduction)
+        self.margin_text, self.margin_image, self.temperature, self.pool_scale, self.sparsity = _check_numbers(
+            margin_text, margin_image, temperature, pool_scale, sparsity
+        )
+        check_option("gather", gather, GATHER)
+        check_option("backend", backend, BACKENDS)
+        self.ranking, self.negatives, self.reduction, self.backend = ranking, negatives, reduction, backend
+        self.gather, self.process_group = gather, process_group
+        self.equal_batches = check_flag("equal_batches", equal_batches)
+
+    def forward(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        pids: Tensor | None = None,
+        peers: Peers | None = None,
+    ) -> Tensor:
+        return efa_loss(
+            image_tokens,
+            text_tokens,
+            margin_text=self.margin_text,
+            margin_image=self.margin_image,
+            temperature=self.temperature,
+            pool_scale=self.pool_scale,
+            sparsity=self.sparsity,
+            ranking=self.ranking,
+            negatives=self.negatives,
+            reduction=self.reduction,
+            image_mask=image_mask,
+            text_mask=text_mask,
+            pids=pids,
+            gather=self.gather,
+            process_group=self.process_group if peers is None else peers,
+            equal_batches=self.equal_batches,
+            backend=self.backend,
+        )
+
+
+def _check_numbers(
+    margin_text: float, margin_image: float, temperature: float, pool_scale: float, sparsity: float | None
+) -> tuple[float, float, float, float, float | None]:
+    return (
+        check_finite("margin_text", margin_text),
+        check_finite("margin_image", margin_image),
+        check_divisor("temperature", temperature),
+        check_divisor("pool_scale", pool_scale),
+        None if sparsity is None else check_fraction("sparsity", sparsity),
+    )
+
+
+def _check_options(ranking: Ranking, negatives: Negatives, reduction: Reduction) -> None:
+    check_option("ranking", ranking, RANKINGS)
+    check_option("negatives", negatives, NEGATIVES)
+    check_option("reduction", reduction, REDUCTIONS)
+    if ranking == "released" and negatives != "all":
+        raise ValueError('ranking="released" knows only negatives="all"; use ranking="paper"')
+
+
+def check_efa_inputs(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    pids: Tensor | None,
+    *,
+    negatives: Negatives,
+    gather: Gather,
+    backend: Backend,
+) -> Tensor | None:
+    """The pids to go on with; None where nothing asks for them."""
+    check_float("image_tokens", image_tokens, "B N D")
+    check_float("text_tokens", text_tokens, "B L D")
+    check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
+    check_mask("image_mask", image_mask, image_tokens)
+    check_mask("text_mask", text_mask, text_tokens)
+    if gather:  # what cannot run here must be known before the others wait for it
+        select_backend(backend, image_tokens, text_tokens)
+    if negatives == "all":
+        check_unused_ids("EFA", pids, image_tokens, 'negatives="all"', 'negatives="different_identity" to spare them')
+        return None
+    if pids is None:
+        raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
+    return check_ids("pids", pids, image_tokens.shape[0], image_tokens.device)

@@ -1,0 +1,186 @@
+"""SDM: similarity distribution matching, IRRA (parameter-free).
+
+    z_ij = cos(t_i, v_j) / tau,   p_i = softmax_j z_ij,   q_ij = y_ij / sum_k y_ik,   y_ij = [pid_i == pid_j]
+    L    = mean_i KL(p_i || q_i + eps) over texts (t2i)  +  the same over images (i2t)
+
+It is A-SDM (asdm.py) with alpha = 0. IRRA's code divides soft labels by the sum of their column's label row:
+`target="column"`; for hard labels that is the same.
+"""
+
+from torch import Tensor
+
+from ..ops.checks import check_divisor, check_fraction, check_option, check_positive
+from ..ops.module import Module
+from ..ops.options import BACKENDS, REDUCTIONS, TARGETS, Backend, Reduction, Target
+from .asdm import asdm_loss
+from .scores import (
+    check_features,
+    check_scores,
+    divergence,
+    reduce,
+    resolve_scale,
+    same_identity,
+    soft_targets,
+)
+
+__all__ = ["SDMLoss", "sdm_loss", "sdm_loss_from_scores"]
+
+
+def sdm_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    pids: Tensor,
+    *,
+    temperature: float = 0.02,
+    eps: float = 1e-8,
+    reduction: Reduction = "mean",
+    image_ids: Tensor | None = None,
+    image_id_factor: float = 0.3,
+    target: Target = "row",
+    logit_scale: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Functional form of `SDMLoss`, which documents every argument.
+
+    Example:
+        >>> import torch
+        >>> features = torch.eye(4)
+        >>> sdm_loss(features, features, torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    check_features(image_features, text_features)
+    per_sample = asdm_loss(
+        image_features,
+        text_features,
+        pids,
+        temperature=temperature,
+        alpha=0.0,
+        eps=eps,
+        reduction="none",
+        image_ids=image_ids,
+        image_id_factor=image_id_factor,
+        target=target,
+        logit_scale=logit_scale,
+        backend=backend,
+    )
+    return reduce(per_sample, reduction, sample_weight)
+
+
+def sdm_loss_from_scores(
+    scores: Tensor,
+    pids: Tensor,
+    *,
+    temperature: float = 0.02,
+    eps: float = 1e-8,
+    reduction: Reduction = "mean",
+    image_ids: Tensor | None = None,
+    image_id_factor: float = 0.3,
+    target: Target = "row",
+    logit_scale: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """`SDMLoss` on scores that exist already, [B, B] text x image, before the logit scale.
+
+    Example:
+        >>> import torch
+        >>> sdm_loss_from_scores(torch.eye(4), torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    eps, image_id_factor = _check_hyperparameters(eps, image_id_factor, target)
+    scores = check_scores(scores)
+    logits = resolve_scale(logit_scale, temperature, scores) * scores
+    targets = soft_targets(same_identity(pids, scores), image_ids, image_id_factor, target, scores)
+    per_sample = divergence(logits, targets, eps) + divergence(logits.T, targets, eps)
+    return reduce(per_sample, reduction, sample_weight)
+
+
+class SDMLoss(Module):
+    """Pulls each text's and image's similarity distribution to the distribution of its labels.
+
+        L = mean_i KL(p_i || q_i + eps)    over texts, plus the same over images
+
+    Args:
+        temperature: tau > 0; logits are cos / tau.
+        eps: added to the target inside the logarithm.
+        reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
+        image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
+        target: soft labels are normalised over their "row", or by the "column" as IRRA's code does.
+        backend: "auto", "triton" or "torch".
+
+    Inputs:
+        image_features, text_features: [B, D], any float dtype; need not be normalised.
+        pids: [B] integer identities.
+        image_ids: [B] integer ids of the images, for soft labels y = factor [same pid] + (1 - factor) [same image].
+        logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
+
+    Returns:
+        Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
+        vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
+
+    Example:
+        >>> import torch
+        >>> image, text = torch.eye(3), torch.eye(3).roll(1, 0)       # every pair mismatched
+        >>> round(SDMLoss()(image, text, torch.arange(3)).item(), 1)
+        36.8
+
+    Reference: Jiang and Ye, arXiv 2303.12501, Eq. 2-4.
+    """
+
+    temperature: float
+    eps: float
+    reduction: Reduction
+    image_id_factor: float
+    target: Target
+    backend: Backend
+
+    def __init__(
+        self,
+        temperature: float = 0.02,
+        *,
+        eps: float = 1e-8,
+        reduction: Reduction = "mean",
+        image_id_factor: float = 0.3,
+        target: Target = "row",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_option("reduction", reduction, REDUCTIONS)
+        check_option("backend", backend, BACKENDS)
+        self.eps, self.image_id_factor = _check_hyperparameters(eps, image_id_factor, target)
+        self.temperature, self.reduction = check_divisor("temperature", temperature), reduction
+        self.target, self.backend = target, backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        pids: Tensor,
+        *,
+        image_ids: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        return sdm_loss(
+            image_features,
+            text_features,
+            pids,
+            temperature=self.temperature,
+            eps=self.eps,
+            reduction=self.reduction,
+            image_ids=image_ids,
+            image_id_factor=self.image_id_factor,
+            target=self.target,
+            logit_scale=logit_scale,
+            sample_weight=sample_weight,
+            backend=self.backend,
+        )
+
+
+def _check_hyperparameters(eps: float, image_id_factor: float, target: Target) -> tuple[float, float]:
+    check_option("target", target, TARGETS)
+    return check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)

@@ -1,0 +1,359 @@
+"""What a row of the similarity distribution p_i = softmax_j(s cos(q_i, k_j)) pays against its labels, Eq. 1-4.
+
+    divergence      w_i KL_i,   KL_i = sum_j p_ij (log p_ij - log(t_ij + eps)),   w_i = 1 + alpha gap_i    (A-SDM)
+                    alpha = 0 is SDM
+    cross_entropy   -sum_j t_ij log p_ij;   with ids that are all different InfoNCE, lse_i - z_ii           (ITC)
+
+A row needs a handful of numbers that one pass over its logits finds, and the gradient in the logits is a formula in
+those numbers; so the [R, C] matrix is only ever there in blocks or tiles, and the backward recomputes them. Blocks of
+rows are in `_row_blocks.py`; on a GPU, kernels take small batches and half precision in one piece.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backend import select_backend
+from ..checks import (
+    check_flag,
+    check_float,
+    check_fraction,
+    check_ids,
+    check_integer,
+    check_nonnegative,
+    check_option,
+    check_positive,
+    check_same,
+    check_scale,
+)
+from ..operator import differentiable_once, operator
+from ..options import (
+    GAPS,
+    OBJECTIVES,
+    POSITIVES,
+    REDUCTIONS,
+    TARGETS,
+    Backend,
+    Gap,
+    Objective,
+    Positive,
+    Reduction,
+    Target,
+)
+from ..precision import accumulation_dtype, full_precision, unit_rows
+from . import blocks as _row_blocks
+
+__all__ = ["RowLoss", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
+
+
+class RowLoss(NamedTuple):
+    """What a row pays, in plain Python values, in the order of the operator's schema."""
+
+    objective: Objective = "divergence"
+    alpha: float = 0.0
+    gap: Gap = "probability"
+    positive: Positive = "paired"
+    detach_weight: bool = False
+    eps: float = 1e-8
+    image_id_factor: float = 0.3
+    target: Target = "row"
+    offset: int = 0
+    both: bool = True
+    reduction: Reduction = "mean"
+
+    def checked(self) -> "RowLoss":
+        check_option("objective", self.objective, OBJECTIVES)
+        check_option("gap", self.gap, GAPS)
+        check_option("positive", self.positive, POSITIVES)
+        check_option("target", self.target, TARGETS)
+        check_option("reduction", self.reduction, REDUCTIONS)
+        return RowLoss(  # torch.compile of torch 2.6 does not take _replace
+            objective=self.objective,
+            alpha=check_nonnegative("alpha", self.alpha),
+            gap=self.gap,
+            positive=self.positive,
+            detach_weight=check_flag("detach_weight", self.detach_weight),
+            eps=check_positive("eps", self.eps),
+            image_id_factor=check_fraction("image_id_factor", self.image_id_factor),
+            target=self.target,
+            offset=check_integer("offset", self.offset),
+            both=check_flag("both", self.both),
+            reduction=self.reduction,
+        )
+
+    @property
+    def weighted(self) -> bool:
+        return self.objective == "divergence" and self.alpha > 0
+
+    @property
+    def cosine_gap(self) -> bool:
+        return self.weighted and self.gap == "cosine"
+
+    @property
+    def sides(self) -> int:
+        return 2 if self.both else 1
+
+
+def similarity_distribution_loss_reference(
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    image_ids: Tensor | None = None,
+    **row_loss: object,
+) -> Tensor:
+    """The specification of `similarity_distribution_loss`: whole [R, C] matrices, and autograd."""
+    spec = RowLoss(**row_loss)  # type: ignore[arg-type]
+    dtype = accumulation_dtype(queries, keys)
+    q, k = (unit_rows(x, dtype=dtype, backend="torch") for x in (queries, keys))
+    cos = q @ k.T
+    rows = torch.arange(queries.shape[0], device=pids.device) + spec.offset
+
+    same = pids[rows, None] == pids
+    y = same.to(dtype)
+    column_sum = (pids[:, None] == pids).to(dtype).sum(dim=1)
+    if image_ids is not None:
+        f = spec.image_id_factor
+        y = f * y + (1 - f) * (image_ids[rows, None] == image_ids).to(dtype)
+        column_sum = f * column_sum + (1 - f) * (image_ids[:, None] == image_ids).to(dtype).sum(dim=1)
+    target = y / (y.sum(dim=1, keepdim=True) if spec.target == "row" else column_sum)
+
+    def per_row(cos: Tensor) -> Tensor:
+        z = logit_scale * cos
+        log_p = z.log_softmax(dim=1)
+        if spec.objective == "cross_entropy":
+            return -(target * log_p).sum(dim=1)
+        p = log_p.exp()
+        divergence = (p * (log_p - (target + spec.eps).log())).sum(dim=1)
+        if spec.positive == "paired":
+            positive = rows
+        elif spec.positive == "first":
+            positive = same.to(torch.uint8).argmax(dim=1)
+        else:
+            positive = z.masked_fill(~same, -torch.inf).argmax(dim=1)
+        score = p if spec.gap == "probability" else cos
+        gap = score.max(dim=1).values - score.gather(1, positive[:, None]).squeeze(1)
+        weight = 1 + spec.alpha * gap
+        return (weight.detach() if spec.detach_weight else weight) * divergence
+
+    per_sample = per_row(cos) + per_row(cos.T) if spec.both else per_row(cos)
+    return per_sample if spec.reduction == "none" else getattr(per_sample, spec.reduction)()
+
+
+def similarity_distribution_loss(
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    image_ids: Tensor | None = None,
+    objective: Objective = "divergence",
+    alpha: float = 0.0,
+    gap: Gap = "probability",
+    positive: Positive = "paired",
+    detach_weight: bool = False,
+    eps: float = 1e-8,
+    image_id_factor: float = 0.3,
+    target: Target = "row",
+    offset: int = 0,
+    both: bool = True,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Pulls every row's similarity distribution to its labels, from raw features to the reduced loss.
+
+        z_ij = logit_scale cos(q_i, k_j),   p_i = softmax_j z_ij,   t_ij = y_ij / sum_k y_ik,   y_ij = [same pid]
+
+    Args:
+        queries: [R, D], any float dtype; need not be normalised.
+        keys: [C, D], any float dtype. Query i is the pair of key `offset` + i.
+        pids: [C] integer identities of the pairs, for queries and keys alike.
+        logit_scale: a number, or a tensor with one element on any device, which receives its gradient.
+        image_ids: [C] integer ids of the images, for y = factor [same pid] + (1 - factor) [same image].
+        objective: "divergence", sum_j p (log p - log(t + eps)), or "cross_entropy", -sum_j t log p.
+        alpha: weight of the gap in the divergence's factor 1 + alpha gap, >= 0.
+        gap: distance from the row's top to its positive as "probability" or "cosine".
+        positive: the "paired" key, the best of "any" key of the same pid, or the "first" of them.
+        detach_weight: keep the factor out of the graph.
+        eps: added to the target inside the logarithm.
+        image_id_factor: weight of a shared identity against a shared image, in [0, 1].
+        target: y is divided by the sum of its "row", or by that of its "column"'s labels as IRRA's code does.
+        offset: the key that query 0 is paired with; the queries may be a slice of the batch that the keys hold.
+        both: add what the keys pay as rows; needs R == C.
+        reduction: "mean", "sum", or "none" for [R].
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        Scalar, or [R] with reduction="none"; float32 (float64 when an input is). Memory beyond inputs and gradients:
+        O(R + C) and one tile of logits. A zero vector has cosine 0 with everything. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or options that do not fit.
+        RuntimeError: backend="triton" cannot run, or a CUDA graph is being captured and logit_scale is a tensor on the
+            CPU; the message says why.
+
+    Example:
+        >>> image = text = torch.eye(4)
+        >>> pairs = torch.arange(4)                                        # all different: InfoNCE, both directions
+        >>> loss = similarity_distribution_loss(image, text, pairs, logit_scale=1.0, objective="cross_entropy")
+        >>> round(loss.item(), 4)
+        1.4873
+
+    Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM, ITC).
+    """
+    spec = RowLoss(
+        objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
+    ).checked()
+    pids, image_ids = _check_inputs(queries, keys, pids, image_ids, spec)
+    scale = check_scale(logit_scale)
+    tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    chosen = select_backend(backend, queries, keys)
+    loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
+    return loss
+
+
+def _check_inputs(
+    queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor | None, spec: RowLoss
+) -> tuple[Tensor, Tensor | None]:
+    check_float("queries", queries, "R D")
+    check_float("keys", keys, "C D")
+    check_same("queries and keys", queries, keys, dims=[("D", 1)])
+    R, C = queries.shape[0], keys.shape[0]
+    pids = check_ids("pids", pids, C, keys.device)
+    if image_ids is not None:
+        image_ids = check_ids("image_ids", image_ids, C, keys.device)
+    if spec.both and (spec.offset != 0 or R != C):
+        raise ValueError(
+            f"both=True needs as many queries as keys and offset 0, got {R} queries, {C} keys, offset {spec.offset}; "
+            "pass both=False and call once a direction"
+        )
+    if spec.offset < 0 or spec.offset + R > C:
+        raise ValueError(
+            f"queries must be paired with keys offset ... offset + R - 1 < C, got offset {spec.offset}, R {R}, C {C}"
+        )
+    return pids, image_ids
+
+
+# The operator: one schema, one fake kernel, one gradient formula for both backends. S sides: queries as rows, and with
+# `both` keys as rows. What the backward needs of the forward, besides the inputs:
+#   statistics [S, 3 or 4, R]  top; log sum_j e^(z - top); the divergence, or the mass of a cross-entropy's target;
+#                              the gap, where it weighs
+#   places     [S, 2, R]       columns of the top and of the positive, where the gap weighs
+#   norms      [2, R + C]      |f x| and f of the queries, then of the keys (`row_norms`)
+#   label_sum  [R] or [C]      sum_k y_ik of the queries, or of the keys with target="column"
+
+_ROW_LOSS = (
+    "str objective, float alpha, str gap, str positive, bool detach_weight, float eps, float image_id_factor,"
+    " str target, SymInt offset, bool both, str reduction"
+)
+
+
+@operator(
+    "similarity_distribution(Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale,"
+    f" float scale, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def similarity_distribution_op(  # type: ignore[no-untyped-def]
+    queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
+):
+    _refuse_capture(logit_scale, queries)
+    spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
+    if tiles is not None:
+        return tiles.forward(queries, keys, pids, image_ids, logit_scale, scale, spec)
+    with full_precision(queries):
+        scale = scale if logit_scale is None else logit_scale.to(accumulation_dtype(queries, keys))
+        return _row_blocks.forward(queries, keys, pids, image_ids, scale, spec, reader)
+
+
+@operator(
+    "similarity_distribution_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms,"
+    " Tensor label_sum, Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale,"
+    f" bool scale_gradient, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor)",
+)
+def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
+    dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale, scale_gradient,
+    backend, *row_loss
+):  # fmt: skip
+    _refuse_capture(logit_scale, queries)
+    spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
+    arguments = (dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids)
+    if tiles is not None:
+        return tiles.backward(*arguments, logit_scale, scale, scale_gradient, spec)
+    with full_precision(queries):
+        scale = scale if logit_scale is None else logit_scale.to(norms.dtype)
+        return _row_blocks.backward(*arguments, scale, scale_gradient, spec, reader)
+
+
+def _refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
+    """The host reads a scale on the CPU while it launches: a CUDA graph would keep the number that it was then."""
+    if logit_scale is None or not queries.is_cuda or not logit_scale.is_cpu:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "logit_scale must be on the device of the features, or a number, while a CUDA graph is being captured, got "
+            f"a tensor on the CPU and features on {queries.device}: every replay would use the value that it has now; "
+            f"call logit_scale.to({str(queries.device)!r}) before capturing"
+        )
+
+
+def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, Any]:
+    """Kernels that do all of it in tiles, or None; and who reads blocks of rows."""
+    if backend == "torch":
+        return None, _row_blocks.torch_reader
+    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
+
+    return similarity_distribution if similarity_distribution.takes(queries, keys) else None, distribution_blocks
+
+
+@torch.library.register_fake(similarity_distribution_op)
+def _fake(queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss):  # type: ignore[no-untyped-def]
+    spec, R, C = RowLoss(*row_loss), queries.shape[0], keys.shape[0]
+    dtype = accumulation_dtype(queries, keys)
+    return (
+        queries.new_empty((R,) if spec.reduction == "none" else (), dtype=dtype),
+        queries.new_empty((spec.sides, 4 if spec.weighted else 3, R), dtype=dtype),
+        queries.new_empty((spec.sides, 2, R) if spec.weighted else (0,), dtype=torch.int32),
+        queries.new_empty((2, R + C), dtype=dtype),
+        queries.new_empty((R if spec.target == "row" else C,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake(similarity_distribution_backward_op)
+def _backward_fake(dloss, statistics, places, norms, label_sum, queries, keys, *arguments):  # type: ignore[no-untyped-def]
+    scale_gradient = arguments[4]
+    return (
+        torch.empty_like(queries, memory_format=torch.contiguous_format),
+        torch.empty_like(keys, memory_format=torch.contiguous_format),
+        norms.new_empty(() if scale_gradient else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    queries, keys, pids, image_ids, logit_scale, *ctx.plain = inputs
+    ctx.save_for_backward(*output[1:], queries, keys, pids, image_ids, logit_scale)
+    ctx.set_materialize_grads(False)  # no zeros for the statistics, of which nobody takes a gradient
+
+
+def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
+    *saved, logit_scale = ctx.saved_tensors
+    scale, backend, *row_loss = ctx.plain
+    if dloss is None:
+        return (None,) * (7 + len(row_loss))
+    scale_gradient = ctx.needs_input_grad[4]
+    dqueries, dkeys, dscale = similarity_distribution_backward_op(
+        dloss, *saved, logit_scale, scale, scale_gradient, backend, *row_loss
+    )
+    # A scale that the user keeps on the CPU gets its gradient there.
+    dscale = dscale.to(logit_scale.device, logit_scale.dtype) if scale_gradient else None
+    return dqueries, dkeys, None, None, dscale, *[None] * (2 + len(row_loss))
+
+
+differentiable_once(
+    similarity_distribution_op,
+    similarity_distribution_backward_op,
+    _backward,
+    _setup_context,
+    "similarity_distribution_loss",
+    "A-SDM, SDM and ITC",
+)
