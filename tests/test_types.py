@@ -10,6 +10,7 @@ import torch
 
 import fmfa_losses
 from fmfa_losses import ASDMLoss, EFALoss, FMFALoss, IDHead, IRRHead, TRLLoss
+from fmfa_losses.losses._loss import ScoreLoss
 from fmfa_losses.ops import options as _options
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,8 @@ def test_repr_shows_every_argument_that_is_not_at_its_default(module):
         elif name == "negatives":
             value = {"TRLLoss": "released", "TripletLoss": "all"}.get(module.__name__, "different_identity")
             shown = f"negatives={value!r}"
+        elif name == "gather" and issubclass(module, ScoreLoss):  # which has no ring
+            value, shown = True, "gather=True"
         else:
             value = OTHER.get(name)
             shown = BY_PARTS.get((module, name), f"{name}={value!r}")

@@ -27,14 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.checks import check_option, describe
-from ..ops.module import Module
 from ..ops.operator import refusals
 from ..ops.options import GATHER, Gather
 from ..ops.precision import accumulation_dtype
 from .collectives import gather_op, named_errors, transpose_op
 from .handshake import batch_size, common_dtype, handshake
 
-__all__ = ["GATHER", "Gathering", "Peers", "meet"]
+__all__ = ["GATHER", "Peers", "meet"]
 
 
 @dataclass(frozen=True)
@@ -296,39 +295,3 @@ def _remember(key: tuple[Any, ...], group: Any) -> None:
         for old in of_group:
             del _agreed[old]
     _agreed[key[:2]] = _agreed[key] = weakref.ref(group)
-
-
-class SharedGroup:
-    """What a module keeps its process group in: copies of the module share the group, which cannot be copied."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: object) -> "SharedGroup":
-        return self
-
-    def __repr__(self) -> str:
-        return "..."
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a loss with a process_group cannot be pickled, because the group belongs to the running processes; save "
-            "its state_dict(), or set process_group = None before and the new group after loading"
-        )
-
-
-class Gathering(Module):
-    """A module with process_group as a keyword: the attribute is a ProcessGroup or None."""
-
-    _process_group: SharedGroup | None = None
-
-    @property
-    def process_group(self) -> Any:
-        return None if self._process_group is None else self._process_group.group
-
-    @process_group.setter
-    def process_group(self, group: Any) -> None:
-        self._process_group = None if group is None else SharedGroup(group)
-
-    def _shown(self, name: str) -> object:
-        return self._process_group if name == "process_group" else super()._shown(name)

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.peers import Gathering, Peers, meet
+from ..distributed.peers import Peers, meet
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_scale
+from ..ops.module import Module
 from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gap, Gather, Positive, Reduction, Target
 from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss
 from ._asdm_ring import asdm_rows_round_the_ring
@@ -126,7 +127,7 @@ def asdm_loss(
     return per_sample.sum() if reduction == "sum" else per_sample
 
 
-class ASDMLoss(Gathering):
+class ASDMLoss(Module):
     """Pulls each text's and image's similarity distribution to its labels, harder where a wrong match leads.
 
         L = mean_i (1 + alpha gap_i) KL(p_i || q_i + eps)    over texts, plus the same over images

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.peers import Gathering, Peers, meet
+from ..distributed.peers import Peers, meet
 from ..ops.aggregation import aggregate
 from ..ops.backend import select_backend
 from ..ops.checks import (
@@ -37,6 +37,7 @@ from ..ops.checks import (
     check_unused_ids,
 )
 from ..ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, unit_similarity
+from ..ops.module import Module
 from ..ops.options import (
     BACKENDS,
     GATHER,
@@ -259,7 +260,7 @@ def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Pee
     return column_sums(peers.gather(positive)) + column_sums(positive[:, None])
 
 
-class EFALoss(Gathering):
+class EFALoss(Module):
     """Pulls each image's patches and each text's tokens to their joint embeddings, away from the other pairs' ones.
 
         L = mean_i sum_x log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2)    x in {text, image}, S and transposed S
