@@ -16,9 +16,6 @@ GOLDEN = {
     "asdm_paper_alpha1": {"alpha": 1.0},
     "asdm_paper_alpha10": {},
     "asdm_any_positive_alpha10": {"positive": "any"},
-    "asdm_released_2025_08": {"alpha": 0.1, "gap": "cosine", "positive": "first"},
-    "asdm_released_2025_04": {"gap": "cosine", "positive": "first"},
-    "sdm_released_image_id": {"alpha": 0.0, "target": "column"},
 }
 
 

@@ -38,8 +38,7 @@ EQUAL, UNEQUAL = (3, 3, 3, 3), (2, 5, 1, 4)
 ASDM = [
     {},
     {"alpha": 0.0, "image_ids": True},
-    {"positive": "any", "gap": "cosine"},
-    {"positive": "first", "gap": "cosine", "target": "column", "image_ids": True},
+    {"positive": "any"},
     {"positive": "any", "detach_weight": True, "image_ids": True},
 ]
 EFA = [
@@ -436,12 +435,10 @@ def different_settings() -> dict[str, str]:
     pairs = {
         "alpha": (asdm, {"alpha": (10.0, 1)}),
         "temperature": (asdm, {"temperature": (0.02, 0.05)}),
-        "gap": (asdm, {"gap": ("probability", "cosine")}),
-        "positive": (asdm, {"positive": ("any", "first")}),
+        "positive": (asdm, {"positive": ("any", "paired")}),
         "detach_weight": (asdm, {"detach_weight": (False, True)}),
         "eps": (asdm, {"eps": (1e-8, 1e-6)}),
         "image_id_factor": (asdm, {"image_id_factor": (0.3, 0.5)}),
-        "target": (asdm, {"target": ("row", "column")}),
         "reduction": (asdm, {"reduction": ("mean", "none")}),
         "gather": (asdm, {"gather": (True, "ring")}),
         "equal_batches": (asdm, {"equal_batches": (False, True)}),
