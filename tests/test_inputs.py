@@ -16,7 +16,7 @@ from fmfa_losses.heads.identity import id_loss
 from fmfa_losses.ops import checks as _checks
 from fmfa_losses.ops.checks import check_flag, check_integer, check_nonnegative, check_positive
 from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
-from fmfa_losses.retrieval.metrics import Evaluator, ranking_metrics, retrieval_metrics, search, similarity_metrics
+from fmfa_losses.retrieval import Evaluator, ranking_metrics, retrieval_metrics, search, similarity_metrics
 
 B, N, L, D, C, V = 6, 5, 4, 64, 7, 30
 g = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from pitfall_batch import BATCH, END, VOCABULARY, B, Batch, D, L, N, make
 from fmfa_losses import ASDMLoss, CMPMLoss, EFALoss, FMFALoss, SDMLoss
 from fmfa_losses.doctor.diagnosis import check_batch
 from fmfa_losses.ops.aggregation import sparse_aggregate
-from fmfa_losses.retrieval.metrics import retrieval_metrics
+from fmfa_losses.retrieval import retrieval_metrics
 
 PAGE = (Path(__file__).parents[1] / "docs" / "pitfalls.md").read_text(encoding="utf-8")
 
