@@ -20,7 +20,6 @@ import torch.distributed as dist
 from PIL import Image
 
 from benchmarks.person_retrieval.__main__ import main
-from benchmarks.person_retrieval.captions import caption
 from benchmarks.person_retrieval.datasets import (
     LAYOUTS,
     Batches,
@@ -31,7 +30,7 @@ from benchmarks.person_retrieval.datasets import (
     rendered_splits,
 )
 from benchmarks.person_retrieval.model import Neck, TwoStream
-from benchmarks.person_retrieval.pedestrians import HEIGHT, WIDTH, make_identities, render
+from benchmarks.person_retrieval.pedestrians import HEIGHT, WIDTH, caption, make_identities, render
 from benchmarks.person_retrieval.tokenizer import WordTokenizer
 from benchmarks.person_retrieval.train import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
 from fmfa_losses import FMFALoss
