@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_close, default_dtype, value_and_grads
-from distribution_cases import (
+from fmfa_losses.kernels import distribution_blocks
+from fmfa_losses.kernels import similarity_distribution as kernels
+from fmfa_losses.kernels._launch import launch
+from helpers.compare import assert_close, default_dtype, value_and_grads
+from helpers.distribution import (
     GOLDEN,
     assert_differentiable_once,
     assert_within_budget,
@@ -16,10 +19,7 @@ from distribution_cases import (
     ties,
     value_and_gradients,
 )
-from fmfa_losses.kernels import distribution_blocks
-from fmfa_losses.kernels import similarity_distribution as kernels
-from fmfa_losses.kernels._launch import launch
-from golden import golden
+from helpers.golden import golden
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from compare import value_and_grads
 from torch import Tensor
+
+from helpers.compare import value_and_grads
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

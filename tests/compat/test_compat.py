@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from compare import assert_close, assert_finite, value_and_grads
-from golden import golden, load
+from helpers.compare import assert_close, assert_finite, value_and_grads
+from helpers.golden import golden, load
 
 from fmfa_losses.compat import fmfa, fmfa_2025_04, irra, rde
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from pitfall_batch import BATCH, END, VOCABULARY, B, Batch, D, L, N, make
+from helpers.pitfall_batch import BATCH, END, VOCABULARY, B, Batch, D, L, N, make
 
 from fmfa_losses import ASDMLoss, CMPMLoss, EFALoss, FMFALoss, SDMLoss
 from fmfa_losses.doctor.diagnosis import check_batch
 from fmfa_losses.ops.aggregation import sparse_aggregate
 from fmfa_losses.retrieval import retrieval_metrics
 
-PAGE = (Path(__file__).parents[1] / "docs" / "pitfalls.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "pitfalls.md").read_text(encoding="utf-8")
 
 
 def own_probability(scores: torch.Tensor, scale: float) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import value_and_grads
+from helpers.compare import value_and_grads
 
 from fmfa_losses import EFALoss, IRRHead
 from fmfa_losses.ops.padding import longest

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import default_dtype, value_and_grads
-from distribution_cases import (
+from helpers.compare import default_dtype, value_and_grads
+from helpers.distribution import (
     GOLDEN,
     assert_differentiable_once,
     assert_within_budget,
@@ -17,7 +17,7 @@ from distribution_cases import (
     ties,
     value_and_gradients,
 )
-from golden import golden
+from helpers.golden import golden
 from torch import Tensor
 
 from fmfa_losses import ASDMLoss
@@ -37,7 +37,7 @@ from fmfa_losses.ops.similarity_distribution.api import (
 from fmfa_losses.ops.similarity_distribution.block_distribution import block_statistics, label_sums, merge_blocks
 from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

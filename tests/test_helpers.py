@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import value_and_grads
-from distribution_cases import value_and_gradients
+from helpers import gpu
+from helpers.compare import value_and_grads
+from helpers.distribution import value_and_gradients
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def device(monkeypatch):
-    monkeypatch.syspath_prepend(HERE / "gpu")
-    import device
-
-    return device
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
@@ -45,12 +38,12 @@ class Cuda:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_debug_mode_is_what_it_was(fails, device, monkeypatch):
+def test_the_debug_mode_is_what_it_was(fails, monkeypatch):
     cuda = Cuda()
     for name in ("set_sync_debug_mode", "get_sync_debug_mode"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     try:
-        with device.waiting_raises():
+        with gpu.waiting_raises():
             assert cuda.mode == 2
             if fails:
                 raise RuntimeError("called a synchronizing operation")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from compare import assert_close, assert_finite, relative_error, value_and_grads
-from golden import golden
+from helpers.compare import assert_close, assert_finite, relative_error, value_and_grads
+from helpers.golden import golden
 from torch import nn
 
 from fmfa_losses.losses.asdm import ASDMLoss

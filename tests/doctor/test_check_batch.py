@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pitfall_batch import BATCH, END, START, VOCABULARY, B, Batch, D, L, N, make
+from helpers.pitfall_batch import BATCH, END, START, VOCABULARY, B, Batch, D, L, N, make
 
 from fmfa_losses import (
     ASDMLoss,

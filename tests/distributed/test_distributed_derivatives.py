@@ -3,10 +3,10 @@
 import contextlib
 import warnings
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import processes
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
 

@@ -3,10 +3,10 @@
 import copy
 import math
 
-import processes
 import pytest
 import torch
-from golden import golden
+from helpers import processes
+from helpers.golden import golden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune

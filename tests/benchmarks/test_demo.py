@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import processes
 from PIL import Image
 
 from benchmarks.person_retrieval.__main__ import main
@@ -35,7 +35,7 @@ from benchmarks.person_retrieval.tokenizer import WordTokenizer
 from benchmarks.person_retrieval.train import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
 from fmfa_losses import FMFALoss
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY_RUN = [
     "--identities",
     "12",

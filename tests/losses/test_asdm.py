@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from compare import assert_close, assert_finite, assert_within_budget, value_and_grads
-from golden import golden
+from helpers.compare import assert_close, assert_finite, assert_within_budget, value_and_grads
+from helpers.golden import golden
+from helpers.plain_asdm import plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_asdm import plain
 
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss

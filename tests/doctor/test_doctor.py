@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import codebases
 import pytest
 import torch
+from helpers import codebases
 
 import fmfa_losses
 from fmfa_losses.__main__ import main
@@ -19,7 +19,7 @@ from fmfa_losses.compat import scan as compat_scan
 from fmfa_losses.doctor import diagnosis as doctor
 from fmfa_losses.doctor.diagnosis import Finding, Unreadable, scan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 MODEL = """
 from model import objectives

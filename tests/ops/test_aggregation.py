@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compare import assert_close, assert_finite, assert_within_budget, default_dtype, value_and_grads
-from golden import golden
+from helpers.compare import assert_close, assert_finite, assert_within_budget, default_dtype, value_and_grads
+from helpers.golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,10 +6,10 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
-import codebases
 import pytest
 import torch
-from compare import assert_close, assert_finite
+from helpers import codebases
+from helpers.compare import assert_close, assert_finite
 from torch import nn
 
 from fmfa_losses import IRRHead, mask_tokens
@@ -18,7 +18,7 @@ from fmfa_losses.losses.itc import ITCLoss
 from fmfa_losses.losses.sdm import SDMLoss
 from fmfa_losses.retrieval import Evaluator
 
-RECIPES = Path(__file__).parents[1] / "docs/recipes"
+RECIPES = Path(__file__).parents[2] / "docs/recipes"
 B, N, L, D, P, V, IDENTITIES = 6, 8, 10, 64, 12, 60, 5
 MASK, START, END = V - 3, V - 2, V - 1
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load
+from helpers.golden import load
 from torch import Tensor, nn
 
 from fmfa_losses.heads import irr

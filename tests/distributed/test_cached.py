@@ -1,9 +1,9 @@
 """Chunks against the whole batch."""
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

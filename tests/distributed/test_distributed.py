@@ -13,10 +13,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import processes
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import processes
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel

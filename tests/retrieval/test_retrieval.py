@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import load
+from helpers.golden import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -400,7 +400,7 @@ def test_search_among_many_nan_gives_the_lowest_indices(k, small_blocks):
 # --- the documentation's code runs
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/retrieval.md").read_text(), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/retrieval.md").read_text(), re.S)
 
 
 def document(tmp_path, monkeypatch, containing: str) -> dict[str, object]:

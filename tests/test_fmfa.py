@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import processes
 import pytest
 import torch
 import torch.distributed as dist
-from compare import assert_finite
+from helpers import processes
+from helpers.compare import assert_finite
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which has no whee
 
 from benchmarks import launches
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from compare import value_and_grads
+from helpers.compare import value_and_grads
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
