@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmfa_losses.retrieval.metrics import retrieval_metrics
+from fmfa_losses.retrieval import retrieval_metrics
 
 from .measure import peak_process_bytes
 

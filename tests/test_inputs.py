@@ -16,7 +16,7 @@ from fmfa_losses.heads.identity import id_loss
 from fmfa_losses.ops import checks as _checks
 from fmfa_losses.ops.checks import check_flag, check_integer, check_nonnegative, check_positive
 from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
-from fmfa_losses.retrieval.metrics import Evaluator, ranking_metrics, retrieval_metrics, search, similarity_metrics
+from fmfa_losses.retrieval import Evaluator, ranking_metrics, retrieval_metrics, search, similarity_metrics
 
 B, N, L, D, C, V = 6, 5, 4, 64, 7, 30
 g = torch.Generator().manual_seed(0)
@@ -326,9 +326,9 @@ def test_nested_tokens_are_refused():
 
 
 def test_an_option_that_is_no_text_is_refused():
-    for option in (np.array(["a", "b"]), ["probability"], None, torch.zeros(2)):
-        with pytest.raises(ValueError, match="gap must be one of 'probability', 'cosine', got"):
-            fl.ASDMLoss(gap=option)
+    for option in (np.array(["a", "b"]), ["paired"], None, torch.zeros(2)):
+        with pytest.raises(ValueError, match="positive must be one of 'paired', 'any', got"):
+            fl.ASDMLoss(positive=option)
 
 
 TEMPERED = [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.SigmoidLoss, fl.EFALoss]
