@@ -236,7 +236,7 @@ def line(r: Report) -> str:
 def main(argv: list[str] | None = None) -> int:
     import triton
 
-    parser = argparse.ArgumentParser(prog="compile-check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compile-check", description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
