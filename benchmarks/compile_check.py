@@ -107,7 +107,7 @@ def record(chip: str, kind: str) -> list[Any]:
             # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One
             # pair of one number, on one chip: an argument of 1 is a constant to the compiler.
             paper = RowLoss(alpha=10.0)
-            full = RowLoss(alpha=0.1, gap="cosine", positive="any", target="column", both=False, offset=16)
+            full = RowLoss(alpha=0.1, positive="any", both=False, offset=16)
             cases = [(128, 128, 512, paper), (2048, 2048, 512, paper), (4096, 4096, 512, paper)]
             cases += [(2048, 4096, 512, full)]
             if chip == CHIPS[0]:

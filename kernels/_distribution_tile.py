@@ -6,8 +6,6 @@ Rows are along axis 0 in `absorb_tile`; `add_dlogits` takes either axis, its vec
 import triton
 import triton.language as tl
 
-from ._tile import BIG
-
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
 
 
@@ -47,55 +45,34 @@ def absorb_tile(
     paid,  # sum e (z - top - log(t + eps)), or for the cross-entropy sum t (z - top)
     mass,  # sum t
     top_place,
-    positive,  # z there; with the cosine gap, which wants any real scale, the cosine there
+    positive,  # z there
     positive_place,
-    best,  # with the cosine gap the largest cosine
     z,  # [BLOCK_M, BLOCK_N], -inf outside
-    cos,  # likewise; with the cosine gap alone
     columns,  # their places, [BLOCK_N]
     inside,  # [1, BLOCK_N]
     same,  # [BLOCK_M, BLOCK_N]; nothing is the same outside
     same_image,
-    total,  # what y is divided by, [BLOCK_M, 1] or [1, BLOCK_N]
-    scale,
+    total,  # sum of the row's labels, [BLOCK_M, 1]
     factor,
     eps,
     HAS_IMAGES: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
     POSITIVE: tl.constexpr,
 ):
     """The running numbers after one more tile. Ties go to the lowest column."""
     if WEIGHTED:
         first_column = tl.min(columns, 0)
-        score = z
-        if COSINE_GAP:
-            score = cos
-        tile_best, tile_place = tl.max(score, 1, return_indices=True)
-        if COSINE_GAP:
-            top_place = tl.where(tile_best > best, first_column + tile_place, top_place)
-            best = tl.maximum(best, tile_best)
-            tile_top = tl.max(z, 1)
-        else:
-            top_place = tl.where(tile_best > top, first_column + tile_place, top_place)
-            tile_top = tile_best
+        tile_top, tile_place = tl.max(z, 1, return_indices=True)
+        top_place = tl.where(tile_top > top, first_column + tile_place, top_place)
         if POSITIVE == "any":
             tile_positive, tile_place = tl.max(tl.where(same, z, -float("inf")), 1, return_indices=True)
-            if COSINE_GAP:
-                better = tile_positive > tl.where(positive == LOWEST, LOWEST, scale * positive)
-                found = columns[None, :] == (first_column + tile_place)[:, None]
-                tile_positive = tl.max(tl.where(found, cos, LOWEST), 1)
-            else:
-                better = tile_positive > positive
+            better = tile_positive > positive
             positive_place = tl.where(better, first_column + tile_place, positive_place)
             positive = tl.where(better, tile_positive, positive)
         else:
-            if POSITIVE == "first":
-                first = tl.min(tl.where(same, columns[None, :], BIG), 1)
-                positive_place = tl.where(positive == LOWEST, first, positive_place)
             found = (columns[None, :] == positive_place[:, None]) & inside
-            tile_positive = tl.max(tl.where(found, score, LOWEST), 1)
+            tile_positive = tl.max(tl.where(found, z, LOWEST), 1)
             positive = tl.where(positive == LOWEST, tile_positive, positive)
     else:
         tile_top = tl.max(z, 1)
@@ -112,7 +89,7 @@ def absorb_tile(
         excess = below - log_target(same, same_image, total, factor, eps, HAS_IMAGES)
         paid = shrink * (paid + (top - new_top) * sum_e) + tl.sum(e * excess, 1)
     sum_e = shrink * sum_e + tl.sum(e, 1)
-    return new_top, sum_e, paid, mass, top_place, positive, positive_place, best
+    return new_top, sum_e, paid, mass, top_place, positive, positive_place
 
 
 @triton.jit
@@ -130,12 +107,10 @@ def conclude(
     top_place,
     positive,
     positive_place,
-    best,
     alpha,
     loss_weight,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
 ):
     """Stores what the rows pay after all tiles so far, and their statistics."""
     # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
@@ -150,11 +125,8 @@ def conclude(
         tl.store(statistics_ptr + 2 * R + at, divergence, mask=live)
         loss = divergence
         if WEIGHTED:
-            if COSINE_GAP:
-                gap = tl.where(live, best - positive, 0.0)  # a row beyond the end has no positive
-            else:
-                positive = tl.where(live, positive, top)
-                gap = 1 / sum_e - tl.exp(positive - top - log_sum)
+            positive = tl.where(live, positive, top)  # a row beyond the end has no positive
+            gap = 1 / sum_e - tl.exp(positive - top - log_sum)
             loss = (1 + alpha * gap) * divergence
             tl.store(statistics_ptr + 3 * R + at, gap, mask=live)
             tl.store(places_ptr + at, top_place, mask=live)
@@ -190,12 +162,11 @@ def load_paid(
 @triton.jit
 def add_dlogits(
     dz,  # [BLOCK_M, BLOCK_N] so far
-    dgap,  # [BLOCK_M, BLOCK_N] so far, in the cosines, of the cosine gap
     z,  # [BLOCK_M, BLOCK_N]
     same,
     same_image,
     columns,  # who stands where in the paying row, [1, BLOCK_N] or [BLOCK_M, 1]
-    total,  # what y is divided by, [BLOCK_M, 1] or [1, BLOCK_N]
+    total,  # sum of the paying row's labels, [BLOCK_M, 1] or [1, BLOCK_N]
     g,  # gradient of the paying rows' losses, [BLOCK_M, 1] or [1, BLOCK_N], as the next six
     top,
     log_sum,
@@ -210,13 +181,11 @@ def add_dlogits(
     HAS_IMAGES: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
 ):
     """Adds the gradient in the logits of what the tile's rows pay, or, with everything transposed, its columns.
 
-    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
-    g p w (log p - log(t + eps) - KL), and in the cosines g alpha KL ([top] - [positive])     with the cosine gap
-    g (mass p - t)                                                                  cross-entropy
+    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     divergence
+    g (mass p - t)                                                                cross-entropy
     """
     log_p = z - top - log_sum
     p = tl.exp(log_p)
@@ -228,9 +197,6 @@ def add_dlogits(
             excess *= 1 + alpha * gap
             push = push_alpha * third
             ends = (columns == top_place).to(tl.float32) - (columns == positive_place).to(tl.float32)
-            if COSINE_GAP:
-                dgap += g * push * ends
-            else:
-                excess += push * (ends - gap)
+            excess += push * (ends - gap)
         dz += g * p * excess
-    return dz, dgap
+    return dz

@@ -48,11 +48,11 @@ OF_A_SIDE = ("running_ptr", "loss_ptr", "statistics_ptr", "places_ptr")
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_A_SIDE, "R", "X", "Y", "x_first", "y_first", "offset"])
 def _absorb_kernel(
     cos_ptr,  # [X, Y], or with DOWN [Y, X]
-    running_ptr,  # [6, R]: top, sum_e, paid, mass, positive, best; or anything
+    running_ptr,  # [5, R]: top, sum_e, paid, mass, positive; or anything
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
     scale_ptr,  # [], or anything
-    label_sum_ptr,  # [R], or [C] by columns
+    label_sum_ptr,  # [R]
     loss_ptr,  # [R]
     statistics_ptr,  # [STATISTICS, R]
     places_ptr,  # [2, R], or anything
@@ -72,9 +72,7 @@ def _absorb_kernel(
     HAS_SCALE: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
     POSITIVE: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -88,11 +86,9 @@ def _absorb_kernel(
     own_image = own_pid
     if HAS_IMAGES:
         own_image = tl.load(image_ids_ptr + offset + at, mask=live, other=0)[:, None]
-    if not BY_COLUMN:
-        total = tl.load(label_sum_ptr + at, mask=live, other=1.0)[:, None]
+    total = tl.load(label_sum_ptr + at, mask=live, other=1.0)[:, None]
 
     top, positive = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
-    best = tl.full((BLOCK_M,), LOWEST, tl.float32)
     sum_e, paid, mass = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     top_place, positive_place = tl.zeros((BLOCK_M,), tl.int32), offset + at
     if DOWN:
@@ -102,8 +98,6 @@ def _absorb_kernel(
         mass = tl.load(running_ptr + 3 * R + at, mask=live, other=0.0)
         if WEIGHTED:
             positive = tl.load(running_ptr + 4 * R + at, mask=live, other=LOWEST)
-            if COSINE_GAP:
-                best = tl.load(running_ptr + 5 * R + at, mask=live, other=LOWEST)
             top_place = tl.load(places_ptr + at, mask=live, other=0)
             if POSITIVE != "paired":
                 positive_place = tl.load(places_ptr + R + at, mask=live, other=0)
@@ -118,16 +112,13 @@ def _absorb_kernel(
             entries = cos_ptr + x.to(tl.int64)[:, None] * cos_stride + y[None, :]
         cos = tl.load(entries, mask=live[:, None] & inside, other=0.0)
         z = tl.where(inside, scale * cos, -float("inf"))
-        cos = tl.where(inside, cos, -float("inf"))
         same = (own_pid == tl.load(pids_ptr + columns, mask=y < Y, other=0)[None, :]) & inside
         same_image = same
         if HAS_IMAGES:
             same_image = (own_image == tl.load(image_ids_ptr + columns, mask=y < Y, other=0)[None, :]) & inside
-        if BY_COLUMN:
-            total = tl.load(label_sum_ptr + columns, mask=y < Y, other=1.0)[None, :]
-        top, sum_e, paid, mass, top_place, positive, positive_place, best = absorb_tile(
-            top, sum_e, paid, mass, top_place, positive, positive_place, best, z, cos, columns, inside, same,
-            same_image, total, scale, factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP, POSITIVE,
+        top, sum_e, paid, mass, top_place, positive, positive_place = absorb_tile(
+            top, sum_e, paid, mass, top_place, positive, positive_place, z, columns, inside, same,
+            same_image, total, factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, POSITIVE,
         )  # fmt: skip
 
     if DOWN:
@@ -137,26 +128,23 @@ def _absorb_kernel(
         tl.store(running_ptr + 3 * R + at, mass, mask=live)
         if WEIGHTED:
             tl.store(running_ptr + 4 * R + at, positive, mask=live)
-            if COSINE_GAP:
-                tl.store(running_ptr + 5 * R + at, best, mask=live)
     conclude(
         loss_ptr, statistics_ptr, places_ptr, at, live, R,
-        top, sum_e, paid, mass, top_place, positive, positive_place, best,
-        alpha, 1.0, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+        top, sum_e, paid, mass, top_place, positive, positive_place,
+        alpha, 1.0, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_A_SIDE, "R", "X", "C", "x_first", "offset", "g_stride"])
 def _dlogits_kernel(
-    cos_ptr,  # [X, C]; the gradient takes its place: in the logits, or with the cosine gap in the cosines
+    cos_ptr,  # [X, C]; the gradient in the logits takes its place
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
     scale_ptr,  # [], or anything
-    label_sum_ptr,  # [R], or [C] by columns
+    label_sum_ptr,  # [R]
     statistics_ptr,  # [S, STATISTICS, R]
     places_ptr,  # [S, 2, R], or anything
     g_ptr,  # [R], any stride
-    dscale_ptr,  # [programs]: sums of cosines times gradients in the logits; or anything
     R,
     X,  # rows in this block
     C,
@@ -175,9 +163,6 @@ def _dlogits_kernel(
     HAS_SCALE: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
-    SCALE_GRADIENT: tl.constexpr,  # with the cosine gap alone
-    BY_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -197,39 +182,29 @@ def _dlogits_kernel(
     if HAS_IMAGES:
         own_image = tl.load(image_ids_ptr + offset + at, mask=live, other=0)
         same_image = own_image[:, None] == tl.load(image_ids_ptr + columns, mask=here, other=0)[None, :]
-    # What divides the labels of the rows, and with BOTH those of the columns as rows of the other side.
-    column_total = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if BY_COLUMN or BOTH:
-        column_total = tl.load(label_sum_ptr + columns, mask=here, other=1.0)
-    row_total = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if (not BY_COLUMN) or BOTH:
-        row_total = tl.load(label_sum_ptr + at, mask=live, other=1.0)
+    row_total = tl.load(label_sum_ptr + at, mask=live, other=1.0)
 
-    dz, dgap = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     g, top, log_sum, third, gap, top_place, positive_place = load_paid(
         g_ptr, statistics_ptr, places_ptr, at, live, R, g_stride, 1.0, WEIGHTED
     )
-    dz, dgap = add_dlogits(
-        dz, dgap, z, same, same_image, columns[None, :], column_total[None, :] if BY_COLUMN else row_total[:, None],
+    dz = add_dlogits(
+        dz, z, same, same_image, columns[None, :], row_total[:, None],
         g[:, None], top[:, None], log_sum[:, None], third[:, None], gap[:, None],
         top_place[:, None], positive_place[:, None],
-        alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+        alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
     if BOTH:
+        column_total = tl.load(label_sum_ptr + columns, mask=here, other=1.0)
         g, top, log_sum, third, gap, top_place, positive_place = load_paid(
             g_ptr, statistics_ptr + STATISTICS * R, places_ptr + 2 * R, columns, here, R, g_stride, 1.0, WEIGHTED
         )
-        dz, dgap = add_dlogits(
-            dz, dgap, z, same, same_image, at[:, None], row_total[:, None] if BY_COLUMN else column_total[None, :],
+        dz = add_dlogits(
+            dz, z, same, same_image, at[:, None], column_total[None, :],
             g[None, :], top[None, :], log_sum[None, :], third[None, :], gap[None, :],
             top_place[None, :], positive_place[None, :],
-            alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+            alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
         )  # fmt: skip
-    if SCALE_GRADIENT:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(dscale_ptr + program, tl.sum(tl.where(inside, cos * dz, 0.0)))
-    if COSINE_GAP:
-        dz = scale * dz + dgap
     tl.store(entries, dz, mask=inside)
 
 
@@ -263,28 +238,21 @@ def absorb(cos: Tensor, rows: slice, batch: Any, out: Any) -> None:
             )  # fmt: skip
 
 
-def dlogits(cos: Tensor, rows: slice, g: Tensor, batch: Any, out: Any, dscale: Tensor | None) -> Tensor:
-    """Gradient in the logits of sum_i g_i (what row i pays), both sides together, in place of the cosines; g [R].
-
-    With the cosine gap in the cosines, and `dscale` receives what the scale then lacks.
-    """
+def dlogits(cos: Tensor, rows: slice, g: Tensor, batch: Any, out: Any) -> Tensor:
+    """Gradient in the logits of sum_i g_i (what row i pays), both sides together, in place of the cosines; g [R]."""
     (m, C), R, spec = cos.shape, out.statistics.shape[2], batch.spec
     scale_ptr, scale = by_device(batch.scale, cos)
     M, N = TILE
     grid = triton.cdiv(C, N), triton.cdiv(m, M)
-    partial = dscale.new_empty(grid[0] * grid[1]) if spec.cosine_gap and dscale is not None else None
     with on_device(cos):
         launch(
             _dlogits_kernel, grid,
             Strided(cos), *contiguous_ids(batch.pids, batch.image_ids),
             out.statistics if scale_ptr is None else scale_ptr, batch.label_sum,
             out.statistics, out.places if spec.weighted else out.statistics, Strided(g),
-            out.statistics if partial is None else partial,
             R, m, C, rows.start, spec.offset, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
             spec.eps, spec.image_id_factor, cos.stride(0), g.stride(0),
-            BOTH=spec.both, SCALE_GRADIENT=partial is not None, **flags(batch.image_ids, scale_ptr, spec),
+            BOTH=spec.both, **flags(batch.image_ids, scale_ptr, spec),
             BLOCK_M=M, BLOCK_N=N, **launch_options(cos, 4, 2),
         )  # fmt: skip
-    if dscale is not None and partial is not None:
-        dscale.add_(partial.sum())
     return cos

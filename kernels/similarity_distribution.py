@@ -141,7 +141,7 @@ def _prepare_kernel(
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
     norms_ptr,  # [2, R + C]: |f x| and f
-    label_sum_ptr,  # [R] by rows, [C] by columns
+    label_sum_ptr,  # [R]
     R,
     C,
     D,
@@ -150,13 +150,12 @@ def _prepare_kernel(
     q_stride,
     k_stride,
     HAS_IMAGES: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (row blocks, 2): |q_i| and |k_j|; with COUNT, one of the two sides also counts labels."""
+    """Grid (row blocks, 2): |q_i| and |k_j|; with COUNT, side 0 also counts labels."""
     side = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     X, _ = _by_side(side, R, C)
@@ -186,8 +185,8 @@ def _prepare_kernel(
     tl.store(norms_ptr + x_norm + rows, tl.where(zero, 1.0, norm), mask=rows < X)
     tl.store(norms_ptr + R + C + x_norm + rows, tl.where(zero, 1.0, power), mask=rows < X)
 
-    if COUNT and side == (1 if BY_COLUMN else 0):
-        samples = rows if BY_COLUMN else rows + offset
+    if COUNT and side == 0:
+        samples = rows + offset
         own_pid = tl.load(pids_ptr + samples, mask=rows < X, other=0)
         same = tl.zeros((BLOCK_M,), tl.int32)
         if HAS_IMAGES:
@@ -214,7 +213,7 @@ def _row_loss_kernel(
     image_ids_ptr,  # [C], or anything
     scale_ptr,  # [], or anything
     norms_ptr,  # [2, R + C]: |f x| and f
-    label_sum_ptr,  # [X] by rows, [Y] by columns
+    label_sum_ptr,  # [X]
     loss_ptr,  # [S, X]
     statistics_ptr,  # [S, STATISTICS, X]
     places_ptr,  # [S, 2, X], or anything
@@ -234,9 +233,7 @@ def _row_loss_kernel(
     HAS_SCALE: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
     POSITIVE: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -259,11 +256,9 @@ def _row_loss_kernel(
     own_image = own_pid
     if HAS_IMAGES:
         own_image = tl.load(image_ids_ptr + offset + rows, mask=live, other=0)[:, None]
-    if not BY_COLUMN:
-        total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
+    total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
 
     top, positive = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
-    best = tl.full((BLOCK_M,), LOWEST, tl.float32)
     sum_e, paid, mass = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     top_place, positive_place = tl.zeros((BLOCK_M,), tl.int32), offset + rows
     for start in range(0, Y, BLOCK_N):
@@ -275,24 +270,21 @@ def _row_loss_kernel(
             x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         z = tl.where(inside, scale * cos, -float("inf"))
-        cos = tl.where(inside, cos, -float("inf"))
         same = (own_pid == tl.load(pids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
         same_image = same
         if HAS_IMAGES:
             same_image = (own_image == tl.load(image_ids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
-        if BY_COLUMN:
-            total = tl.load(label_sum_ptr + cols, mask=cols < Y, other=1.0)[None, :]
 
-        top, sum_e, paid, mass, top_place, positive, positive_place, best = absorb_tile(
-            top, sum_e, paid, mass, top_place, positive, positive_place, best, z, cos, cols, inside, same, same_image,
-            total, scale, factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP, POSITIVE,
+        top, sum_e, paid, mass, top_place, positive, positive_place = absorb_tile(
+            top, sum_e, paid, mass, top_place, positive, positive_place, z, cols, inside, same, same_image,
+            total, factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, POSITIVE,
         )  # fmt: skip
 
     conclude(
         loss_ptr + side.to(tl.int64) * X, statistics_ptr + side.to(tl.int64) * STATISTICS * X,
         places_ptr + side.to(tl.int64) * 2 * X, rows, live, X,
-        top, sum_e, paid, mass, top_place, positive, positive_place, best,
-        alpha, loss_weight, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+        top, sum_e, paid, mass, top_place, positive, positive_place,
+        alpha, loss_weight, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
 
 
@@ -304,7 +296,7 @@ def _gradient_kernel(
     image_ids_ptr,  # [C], or anything
     scale_ptr,  # [], or anything
     norms_ptr,  # [2, R + C]: |f x| and f
-    label_sum_ptr,  # [R] by rows, [C] by columns
+    label_sum_ptr,  # [R]
     statistics_ptr,  # [S, STATISTICS, R]
     places_ptr,  # [S, 2, R], or anything
     dloss_ptr,  # [R], any stride
@@ -335,8 +327,6 @@ def _gradient_kernel(
     SCALE_GRADIENT: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    COSINE_GAP: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -370,14 +360,13 @@ def _gradient_kernel(
             dloss_ptr, statistics_ptr + STATISTICS * as_rows, places_ptr + 2 * as_rows, rows, live, X,
             dloss_stride, loss_weight, WEIGHTED,
         )  # fmt: skip
-    if AS_COLUMNS if BY_COLUMN else AS_ROWS:
+    if AS_ROWS:
         own_total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
 
     d_out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dx = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     # Along x_i its gradient is sum_j cos_ij dcos_ij, which normalising takes out; the scale receives sum cos_ij dz_ij.
     along = tl.zeros((BLOCK_M,), tl.float32)
-    along_gap = tl.zeros((BLOCK_M,), tl.float32)
 
     for start in range(0, Y, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -393,35 +382,30 @@ def _gradient_kernel(
         if HAS_IMAGES:
             same_image = own_image == tl.load(image_ids_ptr + y_sample + cols, mask=here, other=0)[None, :]
 
-        if AS_ROWS if BY_COLUMN else AS_COLUMNS:
+        if AS_COLUMNS:
             other_total = tl.load(label_sum_ptr + cols, mask=here, other=1.0)[None, :]
 
         dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        dgap = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if AS_ROWS:
-            dz, dgap = add_dlogits(
-                dz, dgap, z, same, same_image, cols[None, :], other_total if BY_COLUMN else own_total, row_g[:, None],
+            dz = add_dlogits(
+                dz, z, same, same_image, cols[None, :], own_total, row_g[:, None],
                 row_max[:, None], row_log_sum[:, None], row_third[:, None], row_gap[:, None],
                 row_top[:, None], row_positive[:, None],
-                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
             )  # fmt: skip
         if AS_COLUMNS:
             col_g, col_max, col_log_sum, col_third, col_gap, col_top, col_positive = load_paid(
                 dloss_ptr, statistics_ptr + STATISTICS * as_columns, places_ptr + 2 * as_columns, cols, here, Y,
                 dloss_stride, loss_weight, WEIGHTED,
             )  # fmt: skip
-            dz, dgap = add_dlogits(
-                dz, dgap, z, same, same_image, rows[:, None], own_total if BY_COLUMN else other_total, col_g[None, :],
+            dz = add_dlogits(
+                dz, z, same, same_image, rows[:, None], other_total, col_g[None, :],
                 col_max[None, :], col_log_sum[None, :], col_third[None, :], col_gap[None, :],
                 col_top[None, :], col_positive[None, :],
-                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, COSINE_GAP,
+                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
             )  # fmt: skip
         dz = tl.where(here[None, :], dz, 0.0)
         along += tl.sum(dz * cos, 1)
-        if COSINE_GAP:
-            dgap = tl.where(here[None, :], dgap, 0.0)
-            along_gap += tl.sum(dgap * cos, 1)
-            dz = scale * dz + dgap  # from here on in the cosines
 
         y = tl.load(
             y_ptr + cols.to(tl.int64)[:, None] * y_stride + d_out[None, :],
@@ -441,9 +425,7 @@ def _gradient_kernel(
     edge = live[:, None] & (d_out < D)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d_out[None, :], mask=edge, other=0.0).to(tl.float32)
     x_factor = tl.load(norms_ptr + X + Y + x_norm + rows, mask=live, other=1.0)[:, None]
-    if not COSINE_GAP:
-        dx = scale * dx
-    dx -= ((scale * along + along_gap) * x_inverse)[:, None] * (x * x_factor)
+    dx = scale * dx - (scale * along * x_inverse)[:, None] * (x * x_factor)
     dx = dx * x_inverse[:, None] * x_factor
     out = out_ptr + rows.to(tl.int64)[:, None] * D + d_out[None, :]
     tl.store(out, dx.to(out_ptr.dtype.element_ty), mask=edge)
@@ -452,8 +434,8 @@ def _gradient_kernel(
             tl.store(dscale_ptr + rows, along, mask=live)
 
 
-# Launchers. `spec` is what a row pays: objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target,
-# offset, both, reduction.
+# Launchers. `spec` is what a row pays: objective, alpha, positive, detach_weight, eps, image_id_factor, offset,
+# both, reduction.
 
 
 def takes(queries: Tensor, keys: Tensor) -> bool:
@@ -506,17 +488,17 @@ def prepare(
     (R, D), C, count = queries.shape, 0 if keys is None else keys.shape[0], pids is not None
     sides, keys = (1, queries) if keys is None else (2, keys)
     norms = torch.empty(2, R + C, dtype=torch.float32, device=keys.device)
-    label_sum, ids, by_column, offset, factor = norms, (norms, norms), False, 0, 0.0
+    label_sum, ids, offset, factor = norms, (norms, norms), 0, 0.0
     if count:
-        by_column, offset, factor = spec.target == "column", spec.offset, spec.image_id_factor
-        label_sum = torch.empty(C if by_column else R, dtype=torch.float32, device=keys.device)
+        offset, factor = spec.offset, spec.image_id_factor
+        label_sum = torch.empty(R, dtype=torch.float32, device=keys.device)
         ids = contiguous_ids(pids, image_ids)
     with on_device(keys):
         launch(
             _prepare_kernel, (triton.cdiv(max(R, C), 16), sides),
             Strided(queries), Strided(keys), *ids, norms, label_sum, R, C, D, offset, factor,
             queries.stride(0), keys.stride(0),
-            HAS_IMAGES=image_ids is not None, BY_COLUMN=by_column, COUNT=count,
+            HAS_IMAGES=image_ids is not None, COUNT=count,
             BLOCK_M=16, BLOCK_N=128, BLOCK_D=128, **launch_options(keys, 4, 2),
         )  # fmt: skip
     return norms, label_sum
@@ -600,6 +582,4 @@ def flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec: Any) -> dict
         "HAS_SCALE": scale_ptr is not None,
         "CROSS_ENTROPY": spec.objective == "cross_entropy",
         "WEIGHTED": spec.weighted,
-        "COSINE_GAP": spec.weighted and spec.gap == "cosine",
-        "BY_COLUMN": spec.target == "column",
     }

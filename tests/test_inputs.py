@@ -326,9 +326,9 @@ def test_nested_tokens_are_refused():
 
 
 def test_an_option_that_is_no_text_is_refused():
-    for option in (np.array(["a", "b"]), ["probability"], None, torch.zeros(2)):
-        with pytest.raises(ValueError, match="gap must be one of 'probability', 'cosine', got"):
-            fl.ASDMLoss(gap=option)
+    for option in (np.array(["a", "b"]), ["paired"], None, torch.zeros(2)):
+        with pytest.raises(ValueError, match="positive must be one of 'paired', 'any', got"):
+            fl.ASDMLoss(positive=option)
 
 
 TEMPERED = [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.SigmoidLoss, fl.EFALoss]

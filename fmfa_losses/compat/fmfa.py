@@ -33,7 +33,7 @@ def compute_sdm(
     epsilon: float = 1e-8,
     use_weight: bool = False,
 ) -> Tensor:
-    """SDM, and with `use_weight` A-SDM: `ASDMLoss(alpha=0.1, gap="cosine", positive="first")`.
+    """SDM, and with `use_weight` A-SDM as released.
 
     Quirks with `use_weight`: the gap is a difference of cosines and not of probabilities, it is measured to the first
     sample of the identity in the batch and not to the pair's own, and alpha is 0.1. Without them: `ASDMLoss()`, Eq. 2.

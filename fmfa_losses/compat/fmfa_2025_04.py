@@ -33,7 +33,7 @@ def compute_a_sdm(
     factor: float = 0.3,
     epsilon: float = 1e-8,
 ) -> Tensor:
-    """A-SDM: `ASDMLoss(alpha, gap="cosine", positive="first")`, with an alpha a direction (both 10 in its options).
+    """A-SDM as released, with an alpha a direction (both 10 in its options).
 
     Quirks: the gap is a difference of cosines and not of probabilities, and it is measured to the first sample of the
     identity in the batch and not to the pair's own. Without them: `ASDMLoss(alpha=10.0)`, Eq. 2.

@@ -1,11 +1,16 @@
-"""What the published modules have in common: ids [B] or [B, 1]; A-SDM with the cosine gap; EFA of joint embeddings."""
+"""What released code does otherwise than the papers say, on whole [B, B] matrices and by autograd.
+
+SDM, A-SDM    t_ij = y_ij / sum_k y_jk: soft labels divided by the sum of their column's label row
+A-SDM         gap_i = max_k cos_ik - cos_i,f(i): in cosines, to the first column f(i) of the largest target
+EFA           its ranking, of joint embeddings that the caller has made
+ids           [B] or [B, 1]
+"""
 
 from torch import Tensor
 
 from ..distributed.peers import Peers
-from ..losses.asdm import asdm_loss
 from ..losses.efa import _released_ranking
-from ..losses.scores import check_features, cosine_scores, divergence, resolve_scale, same_identity, soft_targets
+from ..losses.scores import check_features, cosine_scores, divergence, resolve_scale, same_identity
 from ..ops.checks import (
     check_finite,
     check_float,
@@ -35,26 +40,17 @@ def released_asdm(
     factor: float,
     epsilon: float,
 ) -> Tensor:
-    """mean_i (1 + alpha gap_i) KL_i of both directions; gap in cosines, to the first column of the largest target."""
+    """mean_i (1 + alpha gap_i) KL_i of both directions, a scalar; SDM where both alphas are 0."""
     check_features(image_features, text_features, ("image_fetures", "text_fetures"))
     pids = flat_ids("pid", pid, image_features)
     image_ids = None if image_id is None else flat_ids("image_id", image_id, image_features)
     alpha_i2t, alpha_t2i = check_nonnegative("alpha_i2t", alpha_i2t), check_nonnegative("alpha_t2i", alpha_t2i)
     factor, epsilon = check_fraction("factor", factor), check_positive("epsilon", epsilon)
-    if image_ids is None and alpha_i2t == alpha_t2i:
-        return asdm_loss(
-            image_features,
-            text_features,
-            pids,
-            logit_scale=logit_scale,
-            alpha=alpha_t2i,
-            gap="cosine",
-            positive="first",
-            eps=epsilon,
-        )
-    # Two alphas, or a positive that soft labels choose: too rare for a place in the fused path.
     cos = cosine_scores(image_features, text_features)
-    target = soft_targets(same_identity(pids, cos), image_ids, factor, "column", cos)
+    y = same_identity(pids, cos).to(cos.dtype)
+    if image_ids is not None:
+        y = factor * y + (1 - factor) * same_identity(image_ids, cos).to(cos.dtype)
+    target = y / y.sum(dim=1)
     positive = target.argmax(dim=1, keepdim=True)
     scale = resolve_scale(logit_scale, 1.0, cos)
 

@@ -28,9 +28,8 @@ def asdm_rows_round_the_ring(
     scale = torch.as_tensor(resolve_scale(logit_scale, 1.0, image), dtype=acc)
 
     def with_block(q: int, text: Tensor, image: Tensor, scale: Tensor, block: Tensor) -> Tensor:
-        """[2, 4 or 6, b]: own texts against rank q's images and own images against its texts, block [b_q, 2, D]."""
+        """[2, 4, b]: own texts against rank q's images and own images against its texts, block [b_q, 2, D]."""
         every_image, every_text = unit_rows(block, dtype=acc).unbind(dim=1)
-        divisor = sums[peers.rank][:, None] if spec.target == "row" else sums[q]
 
         def say(queries: Tensor, keys: Tensor) -> Tensor:
             return block_statistics(
@@ -38,10 +37,9 @@ def asdm_rows_round_the_ring(
                 keys,
                 ids[peers.rank],
                 ids[q],
-                divisor,
+                sums[peers.rank][:, None],
                 scale=scale,
                 factor=spec.image_id_factor,
-                gap=spec.gap,
                 positive=spec.positive,
                 paired=q == peers.rank,
                 eps=spec.eps,
@@ -52,13 +50,6 @@ def asdm_rows_round_the_ring(
     raw = torch.stack([image_features, text_features], dim=1)
     statistics = torch.stack(peers.around(with_block, (text, image, scale), raw))
     t2i, i2t = (
-        merge_blocks(
-            side,
-            alpha=spec.alpha,
-            gap=spec.gap,
-            positive=spec.positive,
-            detach_weight=spec.detach_weight,
-        )
-        for side in statistics.unbind(dim=1)
+        merge_blocks(side, alpha=spec.alpha, detach_weight=spec.detach_weight) for side in statistics.unbind(dim=1)
     )
     return t2i + i2t

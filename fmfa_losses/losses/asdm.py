@@ -4,11 +4,8 @@
     KL_i = sum_j p_ij (log p_ij - log(q_ij + eps)),       w_i = 1 + alpha (max_k p_ik - p_ii)
     L    = mean_i w_i KL_i over texts (t2i)  +  the same over images (i2t)
 
-alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachable by name:
-
-    gap="cosine", positive="first"   the gap is taken in cosines, against the first positive of the batch;
-                                     alpha 0.1 in the 2025-08 version, 10 in the 2025-04 version
-    target="column"                  soft labels are divided by the sum of their column's label row instead of their own
+alpha = 0 is IRRA's SDM loss. The released code measures the gap in cosines, to the first positive of the batch:
+`fmfa_losses.compat`.
 """
 
 # torch.compile of 2.6 cannot make the types of a nested function.
@@ -22,7 +19,7 @@ from torch import Tensor
 from ..distributed.peers import Gathering, Peers, meet
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_scale
-from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gap, Gather, Positive, Reduction, Target
+from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gather, Positive, Reduction
 from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss
 from ._asdm_ring import asdm_rows_round_the_ring
 from .scores import check_features
@@ -30,7 +27,7 @@ from .scores import check_features
 __all__ = ["ASDMLoss", "asdm_loss"]
 
 # Attributes of ASDMLoss that must be the same on all ranks.
-SETTINGS = ("temperature", "reduction", "alpha", "gap", "positive", "detach_weight", "eps", "image_id_factor", "target")
+SETTINGS = ("temperature", "reduction", "alpha", "positive", "detach_weight", "eps", "image_id_factor")
 
 
 def asdm_loss(
@@ -40,14 +37,12 @@ def asdm_loss(
     *,
     temperature: float = 0.02,
     alpha: float = 10.0,
-    gap: Gap = "probability",
     positive: Positive = "paired",
     detach_weight: bool = False,
     eps: float = 1e-8,
     reduction: Reduction = "mean",
     image_ids: Tensor | None = None,
     image_id_factor: float = 0.3,
-    target: Target = "row",
     logit_scale: float | Tensor | None = None,
     gather: Gather = False,
     process_group: Any = None,
@@ -63,12 +58,10 @@ def asdm_loss(
     """
     row_loss: dict[str, Any] = {
         "alpha": alpha,
-        "gap": gap,
         "positive": positive,
         "detach_weight": detach_weight,
         "eps": eps,
         "image_id_factor": image_id_factor,
-        "target": target,
     }
 
     def checked() -> tuple[float | Tensor, Tensor, Tensor | None]:
@@ -133,15 +126,13 @@ class ASDMLoss(Gathering):
 
     Args:
         temperature: tau > 0; logits are cos / tau.
-        alpha: weight of the gap, >= 0; 0 is SDM. The paper: 10, RSTPReid 1.
-        gap: "probability" (max_k p_ik - p_i,positive, the paper) or "cosine" (the released code).
-        positive: which positive the gap is measured to: the "paired" sample (the paper), the best of "any" sample of
-            the same identity, or the "first" of them in the batch (the released code).
+        alpha: weight of the gap max_k p_ik - p_i,positive, >= 0; 0 is SDM. The paper: 10, RSTPReid 1.
+        positive: which positive the gap is measured to: the "paired" sample (the paper), or the best of "any" sample
+            of the same identity.
         detach_weight: keep the weight out of the graph.
         eps: added to the target inside the logarithm.
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
-        target: soft labels are normalised over their "row", or by the "column" as the released code does.
         gather: False matches within this process's batch. True matches its pairs against the batch of all processes,
             whose features are gathered; "ring" does so without any process holding all of them, through PyTorch on
             every device. The mean over the ranks is the loss of one process on the concatenated batch, and so is the
@@ -178,13 +169,11 @@ class ASDMLoss(Gathering):
 
     temperature: float
     alpha: float
-    gap: Gap
     positive: Positive
     detach_weight: bool
     eps: float
     reduction: Reduction
     image_id_factor: float
-    target: Target
     gather: Gather
     equal_batches: bool
     backend: Backend
@@ -194,13 +183,11 @@ class ASDMLoss(Gathering):
         temperature: float = 0.02,
         alpha: float = 10.0,
         *,
-        gap: Gap = "probability",
         positive: Positive = "paired",
         detach_weight: bool = False,
         eps: float = 1e-8,
         reduction: Reduction = "mean",
         image_id_factor: float = 0.3,
-        target: Target = "row",
         gather: Gather = False,
         process_group: Any = None,
         equal_batches: bool = False,
@@ -212,17 +199,15 @@ class ASDMLoss(Gathering):
         check_option("gather", gather, GATHER)
         spec = RowLoss(
             alpha=alpha,
-            gap=gap,
             positive=positive,
             detach_weight=detach_weight,
             eps=eps,
             image_id_factor=image_id_factor,
-            target=target,
             reduction=reduction,
         ).checked()
-        self.temperature, self.alpha, self.gap, self.positive = temperature, spec.alpha, gap, positive
+        self.temperature, self.alpha, self.positive = temperature, spec.alpha, positive
         self.detach_weight, self.eps, self.reduction = spec.detach_weight, spec.eps, reduction
-        self.image_id_factor, self.target, self.backend = spec.image_id_factor, target, backend
+        self.image_id_factor, self.backend = spec.image_id_factor, backend
         self.gather, self.process_group = gather, process_group
         self.equal_batches = check_flag("equal_batches", equal_batches)
 
@@ -242,14 +227,12 @@ class ASDMLoss(Gathering):
             pids,
             temperature=self.temperature,
             alpha=self.alpha,
-            gap=self.gap,
             positive=self.positive,
             detach_weight=self.detach_weight,
             eps=self.eps,
             reduction=self.reduction,
             image_ids=image_ids,
             image_id_factor=self.image_id_factor,
-            target=self.target,
             logit_scale=logit_scale,
             gather=self.gather,
             process_group=self.process_group if peers is None else peers,

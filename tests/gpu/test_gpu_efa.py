@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compare import default_dtype, value_and_grads
-from device import (
+from helpers.compare import default_dtype, value_and_grads
+from helpers.gpu import (
     DTYPES,
     assert_within_budget,
     clear_tokens,

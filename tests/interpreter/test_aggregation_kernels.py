@@ -2,9 +2,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compare import default_dtype
 from fmfa_losses.kernels import aggregation
-from reference import aggregate_reference, within_budget
+from helpers.compare import default_dtype
+from helpers.reference import aggregate_reference, within_budget
 
 from fmfa_losses.functional import sparse_aggregate
 from fmfa_losses.ops.aggregation import (

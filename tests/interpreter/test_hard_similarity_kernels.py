@@ -3,11 +3,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from compare import assert_close, default_dtype, value_and_grads
 from fmfa_losses.kernels import hard_similarity
 from fmfa_losses.kernels._launch import recording
 from fmfa_losses.kernels._tile import max_or_nan, row_max
-from reference import hard_similarity_reference, within_budget
+from helpers.compare import assert_close, default_dtype, value_and_grads
+from helpers.reference import hard_similarity_reference, within_budget
 
 from fmfa_losses import functional
 from fmfa_losses.ops.hard_similarity import (

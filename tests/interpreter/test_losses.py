@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import relative_error, value_and_grads
+from helpers.compare import relative_error, value_and_grads
 
 from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, itc_loss, sparse_aggregate
 from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compare import assert_close, value_and_grads
 from fmfa_losses.kernels import hard_similarity, token_lists
+from helpers.compare import assert_close, value_and_grads
 
 from fmfa_losses import functional
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op, token_lists_op

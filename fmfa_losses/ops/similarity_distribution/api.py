@@ -29,17 +29,13 @@ from ..checks import (
 )
 from ..operator import differentiable_once, operator
 from ..options import (
-    GAPS,
     OBJECTIVES,
     POSITIVES,
     REDUCTIONS,
-    TARGETS,
     Backend,
-    Gap,
     Objective,
     Positive,
     Reduction,
-    Target,
 )
 from ..precision import accumulation_dtype, full_precision, unit_rows
 from . import blocks as _row_blocks
@@ -52,31 +48,25 @@ class RowLoss(NamedTuple):
 
     objective: Objective = "divergence"
     alpha: float = 0.0
-    gap: Gap = "probability"
     positive: Positive = "paired"
     detach_weight: bool = False
     eps: float = 1e-8
     image_id_factor: float = 0.3
-    target: Target = "row"
     offset: int = 0
     both: bool = True
     reduction: Reduction = "mean"
 
     def checked(self) -> "RowLoss":
         check_option("objective", self.objective, OBJECTIVES)
-        check_option("gap", self.gap, GAPS)
         check_option("positive", self.positive, POSITIVES)
-        check_option("target", self.target, TARGETS)
         check_option("reduction", self.reduction, REDUCTIONS)
         return RowLoss(  # torch.compile of torch 2.6 does not take _replace
             objective=self.objective,
             alpha=check_nonnegative("alpha", self.alpha),
-            gap=self.gap,
             positive=self.positive,
             detach_weight=check_flag("detach_weight", self.detach_weight),
             eps=check_positive("eps", self.eps),
             image_id_factor=check_fraction("image_id_factor", self.image_id_factor),
-            target=self.target,
             offset=check_integer("offset", self.offset),
             both=check_flag("both", self.both),
             reduction=self.reduction,
@@ -85,10 +75,6 @@ class RowLoss(NamedTuple):
     @property
     def weighted(self) -> bool:
         return self.objective == "divergence" and self.alpha > 0
-
-    @property
-    def cosine_gap(self) -> bool:
-        return self.weighted and self.gap == "cosine"
 
     @property
     def sides(self) -> int:
@@ -113,12 +99,10 @@ def similarity_distribution_loss_reference(
 
     same = pids[rows, None] == pids
     y = same.to(dtype)
-    column_sum = (pids[:, None] == pids).to(dtype).sum(dim=1)
     if image_ids is not None:
         f = spec.image_id_factor
         y = f * y + (1 - f) * (image_ids[rows, None] == image_ids).to(dtype)
-        column_sum = f * column_sum + (1 - f) * (image_ids[:, None] == image_ids).to(dtype).sum(dim=1)
-    target = y / (y.sum(dim=1, keepdim=True) if spec.target == "row" else column_sum)
+    target = y / y.sum(dim=1, keepdim=True)
 
     def per_row(cos: Tensor) -> Tensor:
         z = logit_scale * cos
@@ -129,12 +113,9 @@ def similarity_distribution_loss_reference(
         divergence = (p * (log_p - (target + spec.eps).log())).sum(dim=1)
         if spec.positive == "paired":
             positive = rows
-        elif spec.positive == "first":
-            positive = same.to(torch.uint8).argmax(dim=1)
         else:
             positive = z.masked_fill(~same, -torch.inf).argmax(dim=1)
-        score = p if spec.gap == "probability" else cos
-        gap = score.max(dim=1).values - score.gather(1, positive[:, None]).squeeze(1)
+        gap = p.max(dim=1).values - p.gather(1, positive[:, None]).squeeze(1)
         weight = 1 + spec.alpha * gap
         return (weight.detach() if spec.detach_weight else weight) * divergence
 
@@ -151,12 +132,10 @@ def similarity_distribution_loss(
     image_ids: Tensor | None = None,
     objective: Objective = "divergence",
     alpha: float = 0.0,
-    gap: Gap = "probability",
     positive: Positive = "paired",
     detach_weight: bool = False,
     eps: float = 1e-8,
     image_id_factor: float = 0.3,
-    target: Target = "row",
     offset: int = 0,
     both: bool = True,
     reduction: Reduction = "mean",
@@ -174,12 +153,10 @@ def similarity_distribution_loss(
         image_ids: [C] integer ids of the images, for y = factor [same pid] + (1 - factor) [same image].
         objective: "divergence", sum_j p (log p - log(t + eps)), or "cross_entropy", -sum_j t log p.
         alpha: weight of the gap in the divergence's factor 1 + alpha gap, >= 0.
-        gap: distance from the row's top to its positive as "probability" or "cosine".
-        positive: the "paired" key, the best of "any" key of the same pid, or the "first" of them.
+        positive: what the gap p_i,top - p_i,positive is measured to, the "paired" key or the best of "any" of its pid.
         detach_weight: keep the factor out of the graph.
         eps: added to the target inside the logarithm.
         image_id_factor: weight of a shared identity against a shared image, in [0, 1].
-        target: y is divided by the sum of its "row", or by that of its "column"'s labels as IRRA's code does.
         offset: the key that query 0 is paired with; the queries may be a slice of the batch that the keys hold.
         both: add what the keys pay as rows; needs R == C.
         reduction: "mean", "sum", or "none" for [R].
@@ -203,9 +180,7 @@ def similarity_distribution_loss(
 
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM, ITC).
     """
-    spec = RowLoss(
-        objective, alpha, gap, positive, detach_weight, eps, image_id_factor, target, offset, both, reduction
-    ).checked()
+    spec = RowLoss(objective, alpha, positive, detach_weight, eps, image_id_factor, offset, both, reduction).checked()
     pids, image_ids = _check_inputs(queries, keys, pids, image_ids, spec)
     scale = check_scale(logit_scale)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
@@ -242,11 +217,11 @@ def _check_inputs(
 #                              the gap, where it weighs
 #   places     [S, 2, R]       columns of the top and of the positive, where the gap weighs
 #   norms      [2, R + C]      |f x| and f of the queries, then of the keys (`row_norms`)
-#   label_sum  [R] or [C]      sum_k y_ik of the queries, or of the keys with target="column"
+#   label_sum  [R]             sum_k y_ik of the queries
 
 _ROW_LOSS = (
-    "str objective, float alpha, str gap, str positive, bool detach_weight, float eps, float image_id_factor,"
-    " str target, SymInt offset, bool both, str reduction"
+    "str objective, float alpha, str positive, bool detach_weight, float eps, float image_id_factor,"
+    " SymInt offset, bool both, str reduction"
 )
 
 
@@ -315,7 +290,7 @@ def _fake(queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
         queries.new_empty((spec.sides, 4 if spec.weighted else 3, R), dtype=dtype),
         queries.new_empty((spec.sides, 2, R) if spec.weighted else (0,), dtype=torch.int32),
         queries.new_empty((2, R + C), dtype=dtype),
-        queries.new_empty((R if spec.target == "row" else C,), dtype=dtype),
+        queries.new_empty((R,), dtype=dtype),
     )
 
 

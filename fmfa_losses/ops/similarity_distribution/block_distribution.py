@@ -5,14 +5,13 @@ Let p^b be a row's distribution within block b, and w_b the block's share of the
     KL = sum_j p_j (log p_j - log(t_j + eps)) = sum_b w_b (KL_b + log w_b)
 
 with KL_b of p^b against the same target t; top and positive are a maximum and a pick over blocks. So a block leaves
-four numbers a row, whatever its width, and the result is exact although the blocks are never in one place. The cosine
-gap adds two: with a scale below 0 the largest cosine is not the top's.
+four numbers a row, whatever its width, and the result is exact although the blocks are never in one place.
 """
 
 import torch
 from torch import Tensor
 
-from ..options import Gap, Positive
+from ..options import Positive
 from ..precision import product
 
 __all__ = ["block_statistics", "label_sums", "merge_blocks"]
@@ -27,7 +26,6 @@ def block_statistics(
     *,
     scale: float | Tensor,
     factor: float,
-    gap: Gap,
     positive: Positive,
     paired: bool,
     eps: float,
@@ -37,23 +35,20 @@ def block_statistics(
     Args:
         queries, keys: [R, D] and [C, D] unit rows.
         row_ids, column_ids: [1, R] and [1, C] identities, or [2, R] and [2, C] identities and images.
-        label_sum: [R, 1] or [C], what the labels y = factor [same pid] + (1 - factor) [same image] are divided by.
+        label_sum: [R, 1], what the labels y = factor [same pid] + (1 - factor) [same image] are divided by.
         scale: of the logits, a number or a 0-dim tensor.
-        gap: "probability" or "cosine".
-        positive: "paired", "any" or "first".
+        positive: "paired" or "any".
         paired: row i was sampled with column i of this block.
         eps: added to the target inside the logarithm.
 
     Returns:
-        [4, R]: top = max z, log sum e^(z - top), KL_b, and z at the positive (-inf where this block has none);
-        with the cosine gap [6, R]: then the largest cosine, and the cosine at the positive.
+        [4, R]: top = max z, log sum e^(z - top), KL_b, and z at the positive (-inf where this block has none).
     """
     same, *same_image = row_ids[:, :, None] == column_ids[:, None, :]
     y = same.to(queries.dtype)
     if same_image:
         y = factor * y + (1 - factor) * same_image[0].to(queries.dtype)
-    cos = product(queries, keys)
-    z = scale * cos
+    z = scale * product(queries, keys)
     top = z.max(dim=1).values
     log_p = z - top[:, None]
     log_sum = log_p.logsumexp(dim=1)
@@ -63,31 +58,23 @@ def block_statistics(
         chosen = torch.arange(len(z), device=z.device)
         candidates = same if paired else torch.zeros_like(same)
     else:
-        chosen = (z.masked_fill(~same, -torch.inf) if positive == "any" else same.to(torch.uint8)).argmax(dim=1)
+        chosen = z.masked_fill(~same, -torch.inf).argmax(dim=1)
         candidates = same
-
-    def at_positive(x: Tensor) -> Tensor:
-        return x.masked_fill(~candidates, -torch.inf).gather(1, chosen[:, None].clamp(max=x.shape[1] - 1)).squeeze(1)
-
-    of_cosines = [cos.max(dim=1).values, at_positive(cos)] if gap == "cosine" else []
-    return torch.stack([top, log_sum, divergence, at_positive(z), *of_cosines])
+    chosen = chosen.clamp(max=z.shape[1] - 1)[:, None]
+    at_positive = z.masked_fill(~candidates, -torch.inf).gather(1, chosen).squeeze(1)
+    return torch.stack([top, log_sum, divergence, at_positive])
 
 
-def merge_blocks(blocks: Tensor, *, alpha: float, gap: Gap, positive: Positive, detach_weight: bool) -> Tensor:
-    """w_i KL_i of every row, [R], from what all blocks in order say of it, [W, 4 or 6, R]."""
-    top, log_sum, divergence, chosen, *of_cosines = blocks.unbind(dim=1)
+def merge_blocks(blocks: Tensor, *, alpha: float, detach_weight: bool) -> Tensor:
+    """w_i KL_i of every row, [R], from what all blocks in order say of it, [W, 4, R]."""
+    top, log_sum, divergence, chosen = blocks.unbind(dim=1)
     highest = top.max(dim=0).values
     relative = top - highest + log_sum
     log_sum = relative.logsumexp(dim=0)
     log_share = relative - log_sum
     divergence = (log_share.exp() * (divergence + log_share)).sum(dim=0)
-    block = ((chosen > -torch.inf).to(torch.uint8) if positive == "first" else chosen).argmax(dim=0, keepdim=True)
-    if gap == "cosine":
-        best, cos = of_cosines
-        distance = best.max(dim=0).values - cos.gather(0, block).squeeze(0)
-    else:
-        distance = (-log_sum).exp() - (chosen.gather(0, block).squeeze(0) - highest - log_sum).exp()
-    weight = 1 + alpha * distance
+    gap = (-log_sum).exp() - (chosen.max(dim=0).values - highest - log_sum).exp()
+    weight = 1 + alpha * gap
     return (weight.detach() if detach_weight else weight) * divergence
 
 

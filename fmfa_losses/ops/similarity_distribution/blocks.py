@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     pids: Tensor  # [C], contiguous
     image_ids: Tensor | None  # [C], contiguous
-    label_sum: Tensor  # [R], or [C] with target="column": what the labels are divided by
+    label_sum: Tensor  # [R], sum_k y_ik
     scale: float | Tensor
     spec: "RowLoss"
 
@@ -42,8 +42,7 @@ class Statistics(NamedTuple):
     loss: Tensor  # [S, R]
     statistics: Tensor  # [S, 3 or 4, R]
     places: Tensor  # [S, 2, R], or [0]
-    # [6, C] of side 1: top, sum e, paid, mass, positive, best; e = exp(z - top). [6, 0] for one side.
-    # The last two are logits, or with the cosine gap cosines, whose best is the top's only where the scale is above 0.
+    # [5, C] of side 1: top, sum e, paid, mass, positive; e = exp(z - top). [5, 0] for one side.
     running: Tensor
 
     @classmethod
@@ -65,14 +64,8 @@ class Reader(Protocol):
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
         """Writes what the rows pay and their statistics; those of the columns as far as the blocks have come."""
 
-    def dlogits(
-        self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics, dscale: Tensor | None
-    ) -> Tensor:
-        """Gradient in the logits [m, C] of sum_i g_i (what row i pays), both sides together; g [R].
-
-        With the cosine gap, which is no function of the logits, the gradient in the cosines; their sum with the
-        gradient in the logits is then added to `dscale`, where there is one.
-        """
+    def dlogits(self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics) -> Tensor:
+        """Gradient in the logits [m, C] of sum_i g_i (what row i pays), both sides together; g [R]."""
 
 
 def forward(
@@ -121,21 +114,18 @@ def backward(
     q, k = divide_by_norms(queries, norms[:, :R, None]), divide_by_norms(keys, norms[:, R:, None])
     g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
-    dscale = norms.new_zeros(()) if scale_gradient else None
     for rows in _blocks(R, C, reader):
-        dz = reader.dlogits(_cosines(q[rows], k, reader), rows, g, batch, known, dscale)
+        dz = reader.dlogits(_cosines(q[rows], k, reader), rows, g, batch, known)
         torch.mm(dz, k, out=dq[rows])
         dk.addmm_(dz.T, q[rows])
 
     # Along a unit vector its gradient is sum_j cos_ij dz_ij: normalising takes it out, and the scale receives it.
     dq_along, dk_along = (q * dq).sum(dim=1, keepdim=True), (k * dk).sum(dim=1, keepdim=True)
-    if scale_gradient and not spec.cosine_gap:
-        dscale = dq_along.sum()
-    times = 1.0 if spec.cosine_gap else scale
+    dscale = dq_along.sum() if scale_gradient else norms.new_empty(0)
     for unit, along, dx, samples in ((q, dq_along, dq, slice(R)), (k, dk_along, dk, slice(R, None))):
         norm, factor = norms[:, samples].unsqueeze(-1)
-        dx.sub_(unit.mul_(along)).mul_(times * (factor / norm))
-    return dq.to(queries.dtype), dk.to(keys.dtype), norms.new_empty(0) if dscale is None else dscale
+        dx.sub_(unit.mul_(along)).mul_(scale * (factor / norm))
+    return dq.to(queries.dtype), dk.to(keys.dtype), dscale
 
 
 def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -144,9 +134,9 @@ def _contiguous(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def _start(n: int, like: Tensor) -> Tensor:
-    """Running numbers [6, n] of payers that have seen nothing."""
-    running = like.new_zeros(6, n)
-    running[0], running[4:] = LOWEST, LOWEST
+    """Running numbers [5, n] of payers that have seen nothing."""
+    running = like.new_zeros(5, n)
+    running[0], running[4] = LOWEST, LOWEST
     return running
 
 
@@ -164,8 +154,8 @@ def _cosines(q: Tensor, k: Tensor, reader: Reader) -> Tensor:
 
 
 def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: "RowLoss", dtype: torch.dtype) -> Tensor:
-    """sum_k y_ik of the queries, or of the keys where the target is divided by columns."""
-    samples = slice(spec.offset, spec.offset + R) if spec.target == "row" else slice(None)
+    """sum_k y_ik of the queries."""
+    samples = slice(spec.offset, spec.offset + R)
 
     def count(ids: Tensor) -> Tensor:
         """How often the sample's id occurs among all."""
@@ -187,20 +177,18 @@ class _TorchReader:
         return torch.cat([row_norms(x, dtype, backend="torch") for x in (queries, keys)], dim=1).squeeze(-1)
 
     def absorb(self, cos: Tensor, rows: slice, batch: Batch, out: Statistics) -> None:
-        spec, z = batch.spec, _logits(cos, batch)
+        spec, z = batch.spec, cos.mul_(batch.scale)
         labels = _Labels.of(rows, batch)
         for side in range(spec.sides):
             payers = slice(None) if side else rows
             running = out.running if side else _start(z.shape[0], z)
             places = out.places[side, :, payers] if spec.weighted else out.places
-            _walk(z, cos, labels, labels.totals[side], running, places, 1 - side, rows.start, batch)
+            _walk(z, labels, labels.totals[side], running, places, 1 - side, rows.start, batch)
             _conclude(running, out.loss[side, payers], out.statistics[side, :, payers], batch)
 
-    def dlogits(
-        self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics, dscale: Tensor | None
-    ) -> Tensor:
-        z, labels, spec = _logits(cos, batch), _Labels.of(rows, batch), batch.spec
-        gradients, ends = [], []
+    def dlogits(self, cos: Tensor, rows: slice, g: Tensor, batch: Batch, out: Statistics) -> Tensor:
+        z, labels, spec = cos.mul_(batch.scale), _Labels.of(rows, batch), batch.spec
+        gradients = []
         for side in range(spec.sides):
             payers, dim = (slice(None), 0) if side else (rows, 1)
             statistics = out.statistics[side, :, payers].unsqueeze(1 + dim)
@@ -208,23 +196,10 @@ class _TorchReader:
             first = rows.start if side else 0  # the block's first place along dim
             side_g, total = g[payers].unsqueeze(dim), labels.totals[side]
             gradients.append(_dlogits(z, labels, total, statistics, places, side_g, batch, dim, first))
-            ends.append((places, spec.alpha * side_g * statistics[2] * (not spec.detach_weight), dim, first))
-        dz = gradients[0].add_(gradients[1]) if spec.both else gradients[0]
-        if spec.cosine_gap:
-            if dscale is not None:
-                dscale.add_((cos * dz).sum())
-            dz.mul_(batch.scale)
-            for arguments in ends:
-                _add_ends(dz, *arguments)
-        return dz
+        return gradients[0].add_(gradients[1]) if spec.both else gradients[0]
 
 
 torch_reader = _TorchReader()
-
-
-def _logits(cos: Tensor, batch: Batch) -> Tensor:
-    """In place of the cosines, unless a cosine gap needs them."""
-    return cos * batch.scale if batch.spec.cosine_gap else cos.mul_(batch.scale)
 
 
 class _Labels(NamedTuple):
@@ -242,13 +217,7 @@ class _Labels(NamedTuple):
         samples = slice(rows.start + spec.offset, rows.stop + spec.offset)
         same_image = None if image_ids is None else image_ids[samples, None] == image_ids
         totals = (label_sum[rows, None], label_sum)
-        return cls(
-            pids[samples, None] == pids,
-            same_image,
-            totals if spec.target == "row" else totals[::-1],
-            spec.image_id_factor,
-            spec.eps,
-        )
+        return cls(pids[samples, None] == pids, same_image, totals, spec.image_id_factor, spec.eps)
 
     def pick(self, both: Tensor, pid: Tensor, image: Tensor, neither: Tensor) -> Tensor:
         """One of four values an entry, by what its row and column share."""
@@ -269,7 +238,6 @@ class _Labels(NamedTuple):
 
 def _walk(
     z: Tensor,
-    cos: Tensor,
     labels: _Labels,
     total: Tensor,
     running: Tensor,
@@ -278,37 +246,27 @@ def _walk(
     start: int,
     batch: Batch,
 ) -> None:
-    """Takes a block into the running numbers [6, n] of the payers, which stand along the other dimension than `dim`.
+    """Takes a block into the running numbers [5, n] of the payers, which stand along the other dimension than `dim`.
 
     paid is sum e (z - top - log(t + eps)), or for the cross-entropy sum t (z - top); mass is sum t.
     """
-    spec, score = batch.spec, cos if batch.spec.cosine_gap else z
-    top, sum_e, paid, mass, positive, best = running.unbind()
+    spec = batch.spec
+    top, sum_e, paid, mass, positive = running.unbind()
     first = start if dim == 0 else 0  # a place is one in the whole [R, C]; only columns meet blocks that begin later
     new_top = torch.maximum(top, z.amax(dim))
     below = z - new_top.unsqueeze(dim)
     if spec.weighted:
-        new_best = torch.maximum(best, score.amax(dim)) if spec.cosine_gap else new_top
-        below_best = score - new_best.unsqueeze(dim) if spec.cosine_gap else below
-        places[0] = torch.where(new_best > best, _lowest_zero(below_best, dim) + first, places[0])
-        best.copy_(new_best)
+        places[0] = torch.where(new_top > top, _lowest_zero(below, dim) + first, places[0])
         if spec.positive == "paired":
             pairs = slice(start, start + z.shape[0]) if dim == 0 else slice(None)
-            positive[pairs] = score.diagonal(start + spec.offset)
+            positive[pairs] = z.diagonal(start + spec.offset)
             places[1, pairs] = torch.arange(start, start + z.shape[0], dtype=torch.int32, device=z.device) + spec.offset
         else:
-            if spec.positive == "any":
-                among = z.masked_fill(~labels.same, LOWEST)
-                highest = among.amax(dim)
-                place = _lowest_zero(among.sub_(highest.unsqueeze(dim)), dim)
-                known = torch.where(positive == LOWEST, LOWEST, positive * (batch.scale if spec.cosine_gap else 1))
-                better = highest > known
-            else:
-                place = _lowest_zero(labels.same.to(z.dtype).sub_(1), dim)
-                better = (positive == LOWEST) & (place < NOWHERE)
-            value = score.gather(dim, place.long().clamp(0, z.shape[dim] - 1).unsqueeze(dim)).squeeze(dim)
-            places[1] = torch.where(better, place + first, places[1])
-            positive.copy_(torch.where(better, value, positive))
+            among = z.masked_fill(~labels.same, LOWEST)
+            highest = among.amax(dim)
+            place = _lowest_zero(among.sub_(highest.unsqueeze(dim)), dim)
+            places[1] = torch.where(highest > positive, place + first, places[1])
+            positive.copy_(torch.maximum(highest, positive))
     e = below.exp()
     shrink = (top - new_top).exp_()
     if spec.objective == "cross_entropy":
@@ -333,7 +291,7 @@ def _lowest_zero(x: Tensor, dim: int) -> Tensor:
 
 def _conclude(running: Tensor, loss: Tensor, statistics: Tensor, batch: Batch) -> None:
     """What the payers pay after the blocks so far, [n], and their statistics [3 or 4, n]."""
-    top, sum_e, paid, mass, positive, best = running.unbind()
+    top, sum_e, paid, mass, positive = running.unbind()
     spec = batch.spec
     # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
     log_sum = sum_e.log()
@@ -345,7 +303,7 @@ def _conclude(running: Tensor, loss: Tensor, statistics: Tensor, batch: Batch) -
     divergence = paid / sum_e - log_sum
     statistics[2] = divergence
     if spec.weighted:
-        gap = best - positive if spec.cosine_gap else (-log_sum).exp() - (positive - top - log_sum).exp()
+        gap = (-log_sum).exp() - (positive - top - log_sum).exp()
         statistics[3] = gap
         divergence = divergence * (1 + spec.alpha * gap)
     loss.copy_(divergence)
@@ -364,9 +322,8 @@ def _dlogits(
 ) -> Tensor:
     """Gradient in a block of logits of what the payers pay; the others stand along `dim`, from place `first` on.
 
-    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     with the probability gap
-    g p w (log p - log(t + eps) - KL)                                               with the cosine gap, see `_add_ends`
-    g (mass p - t)                                                                  cross-entropy
+    g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     divergence
+    g (mass p - t)                                                                cross-entropy
     """
     spec = batch.spec
     top, log_sum, third, *gap = statistics.unbind()
@@ -378,9 +335,8 @@ def _dlogits(
     if not spec.weighted:
         return excess.mul_(p).mul_(g)
     excess.mul_(g * (1 + spec.alpha * gap[0]))
-    if not spec.cosine_gap:
-        of_gap = spec.alpha * g * third * (not spec.detach_weight)
-        _add_ends(excess.sub_(of_gap * gap[0]), places, of_gap, dim, first)
+    of_gap = spec.alpha * g * third * (not spec.detach_weight)
+    _add_ends(excess.sub_(of_gap * gap[0]), places, of_gap, dim, first)
     return excess.mul_(p)
 
 

@@ -1,0 +1,128 @@
+"""Inputs, golden cases and the error budget that the tests of the similarity distribution share."""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
+from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
+
+# Golden case: hyperparameters of asdm_loss.
+GOLDEN = {
+    "sdm": {"alpha": 0.0},
+    "asdm_paper_alpha1": {"alpha": 1.0},
+    "asdm_paper_alpha10": {},
+    "asdm_any_positive_alpha10": {"positive": "any"},
+}
+
+
+def features(
+    R: int, C: int, D: int, *, offset: int = 0, dtype: torch.dtype = torch.float32, images: bool = True
+) -> dict[str, Tensor]:
+    """Queries that resemble keys offset ... offset + R - 1, with repeated pids and some repeated images."""
+    generator = torch.Generator().manual_seed(1000 * R + 10 * C + D)
+    keys = torch.randn(C, D, generator=generator, dtype=torch.float64)
+    queries = keys[offset : offset + R] + 2 * torch.randn(R, D, generator=generator, dtype=torch.float64)
+    pids = torch.randint(0, max(1, C // 3), (C,), generator=generator)
+    image_ids = 2 * pids + torch.randint(0, 2, (C,), generator=generator)
+    scale = torch.tensor(12.0, dtype=torch.float64)
+    inputs = {"queries": queries.to(dtype), "keys": keys.to(dtype), "logit_scale": scale.to(dtype), "pids": pids}
+    return inputs | {"image_ids": image_ids} if images else inputs
+
+
+def ties(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows whose best keys tie exactly: vectors of +-1, of norm 2, and products without rounding."""
+    keys = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, 1, 1], [1, 1, -1, -1]]).repeat(3, 1).to(dtype)
+    pids = torch.tensor([0, 1, 2, 3, 4, 1, 0, 3, 2, 5, 4, 5])
+    return {"queries": keys.roll(1, 0), "keys": keys, "logit_scale": torch.tensor(2.0, dtype=dtype), "pids": pids}
+
+
+def powers(n: int) -> Tensor:
+    """[n, 1] powers of two, most of which leave float32's range when a row that they multiply is squared."""
+    return 2.0 ** torch.tensor([66, -83, 0, 120, -120, 3, -70], dtype=torch.float64).repeat(n // 7 + 1)[:n, None]
+
+
+def far(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, rows multiplied with powers of two: cosines stay what they are to the last bit."""
+    return inputs | {
+        name: (inputs[name].double() * powers(len(inputs[name])).roll(shift, 0)).to(inputs[name].dtype)
+        for name, shift in (("queries", 0), ("keys", 2))
+    }
+
+
+def back(got: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of `far` inputs as those of the inputs."""
+    return got | {
+        name: got[name].double() * powers(len(got[name])).roll(shift, 0)
+        for name, shift in (("dqueries", 0), ("dkeys", 2))
+    }
+
+
+def value_and_gradients(loss: Callable[..., Tensor], inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+    """The loss, weighted by row where it has rows, and its gradients."""
+    leaves = {
+        name: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+    value = loss(**leaves, **options)
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device)
+    (value * weights.reshape(value.shape)).sum().backward()
+    return {"value": value.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+
+
+def rounded_twice(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+    """Value and gradients in float64, but for one float32 rounding between the cosines of forward and backward.
+
+    The backward makes p = exp(z - top - log sum e) from its own z and the forward's statistics. Where it adds the D
+    products of a cosine in another order than the forward did, the two cosines differ by a rounding, p by the logit
+    scale times that, and so does the gradient, even where p - t is small.
+    """
+    generator, plain_dlogits = torch.Generator().manual_seed(0), torch_reader.dlogits
+
+    def dlogits(cos: Tensor, *arguments: object) -> Tensor:
+        sign = 2 * torch.randint(2, cos.shape, generator=generator) - 1
+        return plain_dlogits(cos + 2**-24 * sign, *arguments)
+
+    with patch.object(torch_reader, "dlogits", dlogits):
+        return value_and_gradients(similarity_distribution_loss, inputs, backend="torch", **options)
+
+
+def assert_within_budget(
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    slack: float,
+    rounded: dict[str, Tensor] | None = None,
+) -> None:
+    """Error against float64 at most twice plain PyTorch's in the same dtype, plus `slack` of the natural size.
+
+    `rounded` is what `rounded_twice` gives, where forward and backward may add products in different orders.
+    """
+    for name, want in exact.items():
+        size = want.norm()
+        if name == "dlogit_scale":  # a sum with both signs: measured by the size of its terms
+            size = (exact["dqueries"].norm(dim=1) * inputs["queries"].double().norm(dim=1)).sum()
+        error, allowed = (got[name].double() - want).norm(), 2 * (plain[name].double() - want).norm() + slack * size
+        if rounded is not None:
+            allowed += (rounded[name] - want).norm()
+        assert error <= allowed, f"{name}: error {error:.2e}, budget {allowed:.2e}, size {size:.2e}"
+
+
+def assert_differentiable_once(loss: Callable[..., Tensor], backend: str, device: str = "cpu") -> None:
+    """create_graph alone changes nothing; a gradient penalty raises, and is no number."""
+    inputs = {name: tensor.to(device) for name, tensor in features(6, 6, 16, images=False).items()}
+    leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")]
+    value = loss(*leaves[:2], inputs["pids"], logit_scale=leaves[2], backend=backend)
+    plain = torch.autograd.grad(value, leaves, retain_graph=True)
+    graph = torch.autograd.grad(value, leaves, create_graph=True)
+    for a, b in zip(plain, graph, strict=True):
+        assert torch.equal(a, b)
+    for gradient in graph:
+        penalty = value + gradient.square().sum()
+        with pytest.raises(RuntimeError, match="similarity_distribution_loss is differentiable once"):
+            penalty.backward(retain_graph=True)
+    assert all(leaf.grad is None for leaf in leaves)

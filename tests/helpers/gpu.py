@@ -1,0 +1,111 @@
+"""What the tests on a CUDA device share: the skip with its reason, token sets with clear winners, the error budget."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.compare import value_and_grads
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Half of the spacing of numbers near 1; tf32 keeps float32's range and 10 bits of its mantissa.
+ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8, "fp16": 2**-11}
+
+
+def needs_memory(gib: int) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of device memory, {free:.0f} are free")
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """float32 products in IEEE arithmetic, or in TF32 for "tf32"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def waiting_raises() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises inside."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode("error")
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # setting it warns of a prototype, after the mode has changed
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def compiled() -> dict[str, int]:
+    """How often each kernel of the library was compiled in this process so far."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("fmfa_losses.kernels.")]
+    kernels = {id(k): k for module in modules for k in vars(module).values() if hasattr(k, "device_caches")}
+    return {k.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels.values()}
+
+
+def clear_tokens(B: int, T: int, D: int, *, directions: Tensor, seed: int) -> Tensor:
+    """[B, T, D]: token t points along direction t modulo their number, the further from it the later its copy.
+
+    The best match of a token has a cosine well apart from the second best, so that no precision picks another winner,
+    and gradients of all precisions can be compared.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    M = len(directions)
+    copy = torch.arange(T) // M
+    noise = torch.randn(B, T, D, generator=generator) / D**0.5
+    return directions[torch.arange(T) % M] + noise * (0.1 + 0.25 * copy)[:, None]
+
+
+def directions(M: int, D: int, seed: int = 0) -> Tensor:
+    """M orthogonal unit vectors [M, D]; M <= D."""
+    return torch.linalg.qr(torch.randn(D, M, generator=torch.Generator().manual_seed(seed)))[0].T
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """|got - exact| / |exact| in the Euclidean norm."""
+    exact = exact.double()
+    return ((got.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def assert_within_budget(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    precision: str,
+    amplification: float = 1.0,
+) -> None:
+    """In this precision ours errs against float64 no more than plain PyTorch, and a quarter, and a few roundings.
+
+    `plain` runs on float64 copies for the truth, and under autocast in the precision for the comparison; where it
+    overflows, only the roundings are left. They are: two of the result in its dtype, and one of float32 as often as
+    the function amplifies it (a logit scale of 50 makes 50 of one).
+    """
+    dtype = DTYPES[precision]
+    rounded = [t.to(dtype) for t in inputs]
+    exact = value_and_grads(plain, [t.double() for t in rounded])
+    with matmul_precision(precision):
+        got = value_and_grads(ours, rounded)
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            theirs = value_and_grads(plain, rounded)
+    for index, (a, b, c) in enumerate(zip(got, theirs, exact, strict=True)):
+        assert torch.isfinite(a).all()
+        plain_error = error(b, c) if torch.isfinite(b).all() else 0.0
+        budget = 1.25 * plain_error + 2 * ROUNDING[precision] + amplification * ROUNDING["fp32"]
+        assert error(a, c) <= budget, f"entry {index}: error {error(a, c):.2e} over the budget {budget:.2e}"
