@@ -68,7 +68,7 @@ def record(chip: str, kind: str) -> list[Any]:
     from fmfa_losses.kernels import distribution_blocks, similarity_distribution
     from fmfa_losses.kernels._launch import recording
 
-    from fmfa_losses.ops.similarity_distribution import blocks as _row_blocks
+    from fmfa_losses.ops.similarity_distribution import blocks
     from fmfa_losses.ops.similarity_distribution.api import RowLoss
 
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
@@ -97,7 +97,7 @@ def record(chip: str, kind: str) -> list[Any]:
                 elif kind == "tf32":  # blocks are read alike, however they were multiplied
                     continue
                 else:
-                    forward, backward = _row_blocks.forward, _row_blocks.backward
+                    forward, backward = blocks.forward, blocks.backward
                     arguments = (queries, keys, pids, image_ids, 50.0 if scale is None else scale)
                     last = (spec, distribution_blocks)
                 loss, *saved = forward(*arguments, *last)

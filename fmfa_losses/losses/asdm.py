@@ -21,8 +21,7 @@ from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_scale
 from ..ops.module import Module
 from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gather, Positive, Reduction
-from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss
-from ._asdm_ring import asdm_rows_round_the_ring
+from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss, similarity_distribution_ring
 from .scores import check_features
 
 __all__ = ["ASDMLoss", "asdm_loss"]
@@ -94,8 +93,13 @@ def asdm_loss(
     ids = torch.stack([x.long() for x in (pids, image_ids) if x is not None], dim=1)
     every_id = peers.gather(ids).T.contiguous()  # [1 or 2, B]
     if peers.ring:
-        per_sample = asdm_rows_round_the_ring(
-            image_features, text_features, every_id, scale, peers, RowLoss(**row_loss).checked()
+        per_sample = similarity_distribution_ring(
+            torch.stack([image_features, text_features], dim=1),
+            *(every_id if image_ids is not None else (every_id[0], None)),
+            logit_scale=scale,
+            ring=peers,
+            backend=select_backend(backend, image_features, text_features),
+            spec=RowLoss(**row_loss).checked(),
         )
     else:
 
@@ -257,7 +261,5 @@ def check_asdm_inputs(
     if image_ids is not None:
         image_ids = check_ids("image_ids", image_ids, image_features.shape[0], image_features.device)
     if gather:  # what cannot run here must be known before the others wait for it
-        if gather == "ring" and backend == "triton":
-            raise RuntimeError('backend="triton" cannot run gather="ring", which has no kernel; use backend="auto"')
         select_backend(backend, image_features, text_features)
     return pids, image_ids
