@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .gpu_tests import FILES
-from .lines import least_ms
+from .gpu.device_tests import FILES
+from .gpu.lines import least_ms
+from .gpu.roofline import share_of_roof
 from .providers import REFERENCE, TRITON
 from .results import ceilings_of, of_kind
-from .roofline import share_of_roof
 from .targets import gpu_targets
 
 __all__ = ["gpu_report", "gpu_tables", "markdown", "micro_table", "milliseconds", "target_table"]

@@ -84,7 +84,7 @@ def gpu_targets(rows: Sequence[dict[str, Any]], ceilings: dict[str, float] | Non
 
 
 def _gpu_targets(rows: Sequence[dict[str, Any]], ceilings: dict[str, float] | None) -> list[dict[str, Any]]:
-    """Eager, unless a target says how; `benchmarks/plan.py` has a job for every figure that is asked for here."""
+    """Eager, unless a target says how; `benchmarks/gpu/plan.py` has a job for every figure that is asked for here."""
 
     def efa(B: int, provider: str, precision: str, **sizes: Any) -> dict[str, Any] | None:
         return find(rows, Case("efa", B, **sizes), provider, dtype=precision, mode="eager")

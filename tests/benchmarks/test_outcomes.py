@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks import ROOT, gpu_tests
+from benchmarks import ROOT
+from benchmarks.gpu import device_tests as gpu_tests
 
 TESTS = {
     "test_broken.py": "import no_such_package\ndef test_never(): pass\n",
@@ -78,5 +79,5 @@ def test_gpu_tests_need_few_packages(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "without", "-p", "no:cacheprovider", "--collect-only", "-q"]
     done = subprocess.run([*command, "tests/gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    modules = "benchmarks.gpu, benchmarks.gpu_worker, benchmarks.tune"
+    modules = "benchmarks.gpu.run, benchmarks.gpu.worker, benchmarks.gpu.tune"
     subprocess.run([sys.executable, "-c", f"import without, {modules}"], cwd=ROOT, env=env, check=True)

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from . import ROOT, preflight, results, stand_in_cuda, triton_cache, wheels
+from .. import ROOT, results
+from ..targets import gpu_targets
+from . import preflight, stand_in_cuda, triton_cache, wheels
 from .book import Book
 from .plan import STAGES, Job, gpu_jobs
 from .supervisor import Worker, run_jobs
-from .targets import gpu_targets
 
 DRY = "dry run: kernels are interpreted in stages a to c, the torch path takes their place in d to f; nothing is timed"
 REPORT_SECONDS = 5.0  # kept for the last plots
@@ -113,7 +114,7 @@ def run(
     prebuilt: bool,
 ) -> None:
     flags = (["--dry-run"] if options.dry_run else []) + (["--stage", *options.stage] if options.stage else [])
-    command = [sys.executable, "-m", "benchmarks.gpu_worker", *flags]
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", *flags]
     current: list[str] = []
 
     def note(job: Job, record: dict[str, Any]) -> None:
