@@ -14,10 +14,10 @@ from typing import Any
 from .. import results
 from ..measure import AGREEMENT, PASSES, disagreement
 from ..providers import REFERENCE, TORCH
-from ..tables import gpu_report
 from . import plots
 from .about import gpu_page
 from .lines import record_line
+from .tables import gpu_report
 
 __all__ = ["Book", "checked", "read_records"]
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from .. import ROOT, results
-from ..targets import gpu_targets
 from . import preflight, stand_in_cuda, triton_cache, wheels
 from .book import Book
 from .plan import STAGES, Job, gpu_jobs
 from .supervisor import Worker, run_jobs
+from .targets import gpu_targets
 
 DRY = "dry run: kernels are interpreted in stages a to c, the torch path takes their place in d to f; nothing is timed"
 REPORT_SECONDS = 5.0  # kept for the last plots

@@ -19,10 +19,12 @@ from benchmarks.gpu.cuda_clock import CaptureError, measure_cuda
 from benchmarks.gpu.lines import record_line
 from benchmarks.gpu.plan import STAGES, Job, gpu_jobs, stage_jobs
 from benchmarks.gpu.predictions import PREDICTIONS, predicted
+from benchmarks.gpu.tables import gpu_report, gpu_tables
+from benchmarks.gpu.targets import gpu_targets
 from benchmarks.measure import DTYPES, disagreement, measure_cpu, spread
 from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON
-from benchmarks.tables import gpu_report, gpu_tables, micro_table
-from benchmarks.targets import gpu_targets, micro_targets
+from benchmarks.tables import micro_table
+from benchmarks.targets import micro_targets
 
 SMALL = {"L": 3, "N": 5, "D": 7}
 MACHINE = {
