@@ -12,6 +12,7 @@ from torch import nn
 import fmfa_losses as fl
 from fmfa_losses import functional as f
 from fmfa_losses.compat import fmfa, fmfa_2025_04, irra, rde
+from fmfa_losses.compat.released import released_efa
 from fmfa_losses.heads.identity import id_loss
 from fmfa_losses.ops import checks as _checks
 from fmfa_losses.ops.checks import check_flag, check_integer, check_nonnegative, check_positive
@@ -356,8 +357,8 @@ def test_a_pool_scale_without_an_inverse_is_named(pool_scale):
     for call in calls:
         with pytest.raises(ValueError, match=f"pool_scale must be large enough .* got {pool_scale!r}"):
             call()
-    for ranking in ("paper", "released"):  # of captions of one length, which all have the same log n / pool_scale
-        assert fl.EFALoss(pool_scale=1e-37, ranking=ranking)(PATCHES, TOKENS).isfinite()
+    for loss in (f.efa_loss, released_efa):  # of captions of one length, which all have the same log n / pool_scale
+        assert loss(PATCHES, TOKENS, pool_scale=1e-37).isfinite()
 
 
 def test_an_additive_mask_is_not_to_be_cast():
@@ -522,7 +523,7 @@ EXPORTED = [
     Call(fl.TALLoss(), lambda m, i, t, v, w, p: m(i, t, p, sample_weight=i[:, 0].abs())),
     Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w)),
     Call(fl.EFALoss(pool_scale=1e-6), lambda m, i, t, v, w, p: m(v, w)),
-    Call(fl.EFALoss(ranking="released"), lambda m, i, t, v, w, p: m(v, w, image_mask=mask(v), text_mask=mask(w))),
+    Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w, image_mask=mask(v), text_mask=mask(w))),
     Call(IRR, lambda m, i, t, v, w, p: m(v, w, p[:, None].expand(-1, L), text_mask=mask(w))),
     Call(
         fl.FMFALoss(D, C, vocab_size=V, irr={"depth": 1}),

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.peers import Gathering, Peers, meet
+from ..distributed.peers import Peers, meet
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_scale
+from ..ops.module import Module
 from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gather, Positive, Reduction
-from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss
-from ._asdm_ring import asdm_rows_round_the_ring
+from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss, similarity_distribution_ring
 from .scores import check_features
 
 __all__ = ["ASDMLoss", "asdm_loss"]
@@ -93,8 +93,13 @@ def asdm_loss(
     ids = torch.stack([x.long() for x in (pids, image_ids) if x is not None], dim=1)
     every_id = peers.gather(ids).T.contiguous()  # [1 or 2, B]
     if peers.ring:
-        per_sample = asdm_rows_round_the_ring(
-            image_features, text_features, every_id, scale, peers, RowLoss(**row_loss).checked()
+        per_sample = similarity_distribution_ring(
+            torch.stack([image_features, text_features], dim=1),
+            *(every_id if image_ids is not None else (every_id[0], None)),
+            logit_scale=scale,
+            ring=peers,
+            backend=select_backend(backend, image_features, text_features),
+            spec=RowLoss(**row_loss).checked(),
         )
     else:
 
@@ -119,7 +124,7 @@ def asdm_loss(
     return per_sample.sum() if reduction == "sum" else per_sample
 
 
-class ASDMLoss(Gathering):
+class ASDMLoss(Module):
     """Pulls each text's and image's similarity distribution to its labels, harder where a wrong match leads.
 
         L = mean_i (1 + alpha gap_i) KL(p_i || q_i + eps)    over texts, plus the same over images
@@ -256,7 +261,5 @@ def check_asdm_inputs(
     if image_ids is not None:
         image_ids = check_ids("image_ids", image_ids, image_features.shape[0], image_features.device)
     if gather:  # what cannot run here must be known before the others wait for it
-        if gather == "ring" and backend == "triton":
-            raise RuntimeError('backend="triton" cannot run gather="ring", which has no kernel; use backend="auto"')
         select_backend(backend, image_features, text_features)
     return pids, image_ids

@@ -14,8 +14,7 @@ Normalize: TypeAlias = Literal["sum", "released"]
 Matching: TypeAlias = Literal["paired", "identity"]
 Negatives: TypeAlias = Literal["all", "different_identity"]
 TRLNegatives: TypeAlias = Literal["different_identity", "released"]
-# Of EFA and its similarity.
-Ranking: TypeAlias = Literal["paper", "released"]
+# Of the hard similarity.
 Pool: TypeAlias = Literal["lse", "sum", "mean"]
 # Of the objective.
 Dataset: TypeAlias = Literal["CUHK-PEDES", "ICFG-PEDES", "RSTPReid"]
@@ -29,5 +28,4 @@ NORMALIZE = get_args(Normalize)
 MATCHINGS = get_args(Matching)
 NEGATIVES = get_args(Negatives)
 TRL_NEGATIVES = get_args(TRLNegatives)
-RANKINGS = get_args(Ranking)
 POOLS = get_args(Pool)

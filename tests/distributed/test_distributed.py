@@ -45,7 +45,6 @@ EFA = [
     {},
     {"margin_text": 0.2, "margin_image": 0.8, "masks": True},
     {"negatives": "different_identity", "masks": True, "pool_scale": 3.0},
-    {"ranking": "released", "pool_scale": 10.0},
 ]
 GROUPS = ((0,), (0, 1), (1, 3), (0, 1, 2), (0, 1, 2, 3))
 
@@ -448,7 +447,6 @@ def different_settings() -> dict[str, str]:
         "margin_image": (efa, {"margin_image": (0.1, 0.9)}),
         "pool_scale": (efa, {"pool_scale": (1.0, 10.0)}),
         "sparsity": (efa, {"sparsity": (None, 0.5)}),
-        "ranking": (efa, {"ranking": ("paper", "released")}),
         "negatives": (efa, {"negatives": ("all", "different_identity")}),
         "efa, temperature": (efa, {"temperature": (1.0, 2)}),
         "efa, reduction": (efa, {"reduction": ("sum", "none")}),
