@@ -454,8 +454,11 @@ def test_weights_under_compile_and_functorch():
 )
 def test_unused_pids_are_said_once(loss, advised, features, monkeypatch):
     monkeypatch.setattr(_checks, "_warned", set())
-    with pytest.warns(UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives|positives)="):
+    with pytest.warns(
+        UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives|positives)="
+    ) as w:
         value = loss(*features, pids=IDS)
+    assert [warning.filename for warning in w] == [__file__]  # the caller's line, not one of the library or of torch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(loss(*features, pids=IDS), value)

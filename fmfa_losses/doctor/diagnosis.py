@@ -1,4 +1,4 @@
-"""`python -m fmfa_losses doctor`: what runs here, whether it is right, and what a codebase can replace. Never edits."""
+"""`python -m fmfa_losses doctor`: versions and backends, a self-test, and what the library replaces in a codebase."""
 
 import os
 import platform
@@ -42,13 +42,13 @@ def diagnose(path: Path | None = None) -> int:
 
 
 def _print(line: str) -> None:
-    """Names of files and lines of code may hold what no terminal should get, or what its encoding lacks."""
+    """Escapes what file names and lines of code may contain: control characters, or ones that the encoding lacks."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
-# What runs here
+# Versions and backends
 
 
 def environment() -> Iterator[str]:
@@ -100,12 +100,12 @@ def _devices() -> list[torch.device]:
     return devices
 
 
-# Whether it is right
+# Self-test
 
 
 def self_test() -> Iterator[tuple[str, bool]]:
     """Two operators and SDM on every device and backend against their specification in float64, with gradients."""
-    # Tensors this small gain nothing from threads, which wait for each other for seconds where cores are busy.
+    # Tensors this small gain nothing from threads, which may wait for each other for seconds on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -169,7 +169,7 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.cpu().double() - expected).abs().max() / expected.abs().max())
 
 
-# What a codebase can replace
+# Migration
 
 
 def migration(path: Path) -> Iterator[str]:
