@@ -514,9 +514,9 @@ def mask(tokens):
     return tokens[..., 0] > -2
 
 
-GLOBAL = (fl.ASDMLoss(), fl.SDMLoss(), fl.ITCLoss(targets="identity"), fl.CMPMLoss(), fl.TALLoss(), fl.TRLLoss())
-GLOBAL += (fl.TripletLoss(), fl.SigmoidLoss(), fl.ITCLoss(), fl.TripletLoss(negatives="all"))
-GLOBAL += (fl.SigmoidLoss(positives="paired"), ID)
+OF_TOKENS = ("EFALoss", "FMFALoss")  # the others are losses of features
+GLOBAL = tuple(getattr(fl, name)() for name in fl.__all__ if name.endswith("Loss") and name not in OF_TOKENS)
+GLOBAL += (fl.ITCLoss(targets="identity"), fl.TripletLoss(negatives="all"), fl.SigmoidLoss(positives="paired"), ID)
 EXPORTED = [
     *(Call(module, lambda m, i, t, v, w, p: m(i, t, p)) for module in GLOBAL),
     Call(fl.ASDMLoss(), lambda m, i, t, v, w, p: m(i, t, p, image_ids=p // 2)),
