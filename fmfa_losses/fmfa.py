@@ -1,15 +1,14 @@
 """The total of FMFA, Eq. 13: L = L_id + L_irr + L_efa + L_asdm."""
 
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from .distributed.peers import Gathering, Peers, meet
+from .distributed.peers import Peers, meet
 from .heads.identity import IDHead
 from .heads.irr import IRRHead
 from .losses.asdm import SETTINGS as ASDM_SETTINGS
@@ -24,7 +23,9 @@ from .ops.checks import (
     check_same,
     check_scale,
     describe,
+    did_you_mean,
 )
+from .ops.module import Module
 from .ops.options import GATHER, Backend, Dataset, Gather
 from .ops.padding import refuse_trace
 
@@ -57,15 +58,8 @@ def check_keywords(name: str, given: Mapping[str, Any], function: Callable[..., 
                 for term, cls in parts.items()
                 if term in known and word in inspect.signature(cls).parameters
             ]
-            hint = f"; pass {' or '.join(pairs)}." if pairs else _did_you_mean(word, known) or "."
+            hint = f"; pass {' or '.join(pairs)}." if pairs else did_you_mean(word, known) or "."
             raise TypeError(f"{name} takes no {word!r}{hint} It takes {', '.join(known)}")
-
-
-def _did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The known word that is near, whatever its case; nothing where none is."""
-    lower = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(str(word).casefold(), lower, n=1, cutoff=cutoff)
-    return f"; did you mean {lower[near[0]]!r}?" if near else ""
 
 
 def keywords_checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -93,7 +87,7 @@ class FMFAOutput(NamedTuple):
 OwnTerms: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
 
 
-class FMFALoss(Gathering):
+class FMFALoss(Module):
     """All four training objectives of FMFA on one batch, and their weighted sum.
 
         L = w_id L_id + w_irr L_irr + w_efa L_efa + w_asdm L_asdm        every weight 1 in the paper
@@ -151,6 +145,7 @@ class FMFALoss(Gathering):
     identity: IDHead | None
     irr: IRRHead | None
     gather: Gather
+    process_group: Any
     equal_batches: bool
 
     @keywords_checked
@@ -198,7 +193,7 @@ class FMFALoss(Gathering):
     def for_dataset(cls, name: Dataset, embed_dim: int, num_identities: int, **kwargs: Any) -> "FMFALoss":
         """The paper's hyperparameters for "CUHK-PEDES", "ICFG-PEDES" or "RSTPReid"; keywords override them."""
         if name not in tuple(DATASETS):
-            near = _did_you_mean(name, DATASETS, cutoff=0.5)  # "cuhk" is one half of "CUHK-PEDES"
+            near = did_you_mean(name, DATASETS, cutoff=0.5)  # "cuhk" is one half of "CUHK-PEDES"
             raise ValueError(f"name must be one of {', '.join(map(repr, DATASETS))}, got {name!r}{near}")
         for term, preset in zip(("asdm", "efa"), DATASETS[name], strict=True):
             given = kwargs.get(term)

@@ -29,7 +29,7 @@ def load_columns(ptr, rows, live, d, D):
 
 @triton.jit
 def nearest_tf32(x):
-    """float32 rounded to the 10 bits that TF32 keeps. Tensor cores cut the others off, so all products would be small."""
+    """float32 rounded to the 10 bits of TF32. Tensor cores cut the others off, so all products would be small."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)

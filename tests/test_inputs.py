@@ -12,11 +12,12 @@ from torch import nn
 import fmfa_losses as fl
 from fmfa_losses import functional as f
 from fmfa_losses.compat import fmfa, fmfa_2025_04, irra, rde
+from fmfa_losses.compat.released import released_efa
 from fmfa_losses.heads.identity import id_loss
 from fmfa_losses.ops import checks as _checks
 from fmfa_losses.ops.checks import check_flag, check_integer, check_nonnegative, check_positive
 from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
-from fmfa_losses.retrieval.metrics import Evaluator, ranking_metrics, retrieval_metrics, search, similarity_metrics
+from fmfa_losses.retrieval import Evaluator, ranking_metrics, retrieval_metrics, search, similarity_metrics
 
 B, N, L, D, C, V = 6, 5, 4, 64, 7, 30
 g = torch.Generator().manual_seed(0)
@@ -326,9 +327,9 @@ def test_nested_tokens_are_refused():
 
 
 def test_an_option_that_is_no_text_is_refused():
-    for option in (np.array(["a", "b"]), ["probability"], None, torch.zeros(2)):
-        with pytest.raises(ValueError, match="gap must be one of 'probability', 'cosine', got"):
-            fl.ASDMLoss(gap=option)
+    for option in (np.array(["a", "b"]), ["paired"], None, torch.zeros(2)):
+        with pytest.raises(ValueError, match="positive must be one of 'paired', 'any', got"):
+            fl.ASDMLoss(positive=option)
 
 
 TEMPERED = [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.SigmoidLoss, fl.EFALoss]
@@ -356,8 +357,8 @@ def test_a_pool_scale_without_an_inverse_is_named(pool_scale):
     for call in calls:
         with pytest.raises(ValueError, match=f"pool_scale must be large enough .* got {pool_scale!r}"):
             call()
-    for ranking in ("paper", "released"):  # of captions of one length, which all have the same log n / pool_scale
-        assert fl.EFALoss(pool_scale=1e-37, ranking=ranking)(PATCHES, TOKENS).isfinite()
+    for loss in (f.efa_loss, released_efa):  # of captions of one length, which all have the same log n / pool_scale
+        assert loss(PATCHES, TOKENS, pool_scale=1e-37).isfinite()
 
 
 def test_an_additive_mask_is_not_to_be_cast():
@@ -519,7 +520,7 @@ EXPORTED = [
     Call(fl.TALLoss(), lambda m, i, t, v, w, p: m(i, t, p, sample_weight=i[:, 0].abs())),
     Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w)),
     Call(fl.EFALoss(pool_scale=1e-6), lambda m, i, t, v, w, p: m(v, w)),
-    Call(fl.EFALoss(ranking="released"), lambda m, i, t, v, w, p: m(v, w, image_mask=mask(v), text_mask=mask(w))),
+    Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w, image_mask=mask(v), text_mask=mask(w))),
     Call(IRR, lambda m, i, t, v, w, p: m(v, w, p[:, None].expand(-1, L), text_mask=mask(w))),
     Call(
         fl.FMFALoss(D, C, vocab_size=V, irr={"depth": 1}),

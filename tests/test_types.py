@@ -10,6 +10,7 @@ import torch
 
 import fmfa_losses
 from fmfa_losses import ASDMLoss, EFALoss, FMFALoss, IDHead, IRRHead, TRLLoss
+from fmfa_losses.losses._loss import ScoreLoss
 from fmfa_losses.ops import options as _options
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +25,9 @@ import fmfa_losses as f
 from fmfa_losses import functional as F
 
 x, tokens, pids = torch.randn(4, 64), torch.randn(4, 3, 64), torch.arange(4)
-assert_type(f.ASDMLoss(gap="cosine", gather="ring")(x, x, pids), Tensor)
-assert_type(f.SDMLoss(target="column")(x, x, pids), Tensor)
-assert_type(f.EFALoss(ranking="released", gather=True)(tokens, tokens), Tensor)
+assert_type(f.ASDMLoss(positive="any", gather="ring")(x, x, pids), Tensor)
+assert_type(f.SDMLoss(eps=1e-6)(x, x, pids), Tensor)
+assert_type(f.EFALoss(negatives="different_identity", gather=True)(tokens, tokens), Tensor)
 assert_type(f.ITCLoss(targets="identity")(x, x, pids), Tensor)
 assert_type(f.CMPMLoss(normalize="released")(x, x, pids), Tensor)
 assert_type(f.TALLoss(reduction="none")(x, x, pids), Tensor)
@@ -48,7 +49,7 @@ import fmfa_losses as f
 from fmfa_losses import functional as F
 
 x, pids, option = torch.randn(4, 64), torch.arange(4), str("mean")
-f.ASDMLoss(gap="cosin")
+f.ASDMLoss(positive="first")
 f.ASDMLoss(reduction=option)
 f.EFALoss(gather="rings")
 f.TRLLoss(negatives="all")
@@ -101,8 +102,8 @@ SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11}
 OTHER = {
     "temperature": 0.5, "alpha": 3.0, "margin": 0.75, "margin_text": 0.75, "margin_image": 0.25, "pool_scale": 2.0,
     "sparsity": 0.125, "bias": -3.0, "eps": 1e-6, "image_id_factor": 0.75, "detach_weight": True, "check_labels": True,
-    "equal_batches": True, "reduction": "sum", "gap": "cosine", "positive": "any", "target": "column",
-    "ranking": "released", "normalize": "released", "targets": "identity", "positives": "paired", "gather": "ring",
+    "equal_batches": True, "reduction": "sum", "positive": "any",
+    "normalize": "released", "targets": "identity", "positives": "paired", "gather": "ring",
     "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "weights": {"efa": 0.5},
     **SIZES,
 }  # fmt: skip
@@ -133,6 +134,8 @@ def test_repr_shows_every_argument_that_is_not_at_its_default(module):
         elif name == "negatives":
             value = {"TRLLoss": "released", "TripletLoss": "all"}.get(module.__name__, "different_identity")
             shown = f"negatives={value!r}"
+        elif name == "gather" and issubclass(module, ScoreLoss):  # which has no ring
+            value, shown = True, "gather=True"
         else:
             value = OTHER.get(name)
             shown = BY_PARTS.get((module, name), f"{name}={value!r}")

@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .captions import caption
-from .pedestrians import make_identities, render
+from .pedestrians import caption, make_identities, render
 
 __all__ = [
     "LAYOUTS",

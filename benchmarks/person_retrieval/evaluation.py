@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fmfa_losses import plot
-from fmfa_losses.retrieval.metrics import RetrievalMetrics, retrieval_metrics, search
+from fmfa_losses.retrieval import RetrievalMetrics, retrieval_metrics, search
 
 from .datasets import Pairs
 

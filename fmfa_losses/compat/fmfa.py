@@ -5,11 +5,9 @@ Source: yinhao1102/FMFA, arXiv 2509.13754v2.
 
 from torch import Tensor
 
-from ..ops.aggregation import aggregate
-from ..ops.checks import check_float, check_same
 from .irra import compute_cmpm, compute_id, compute_itc, compute_mlm, rank
 from .irra import compute_sdm as _compute_sdm
-from .released import released_alignment, released_asdm
+from .released import released_aggregate, released_alignment, released_asdm
 
 __all__ = [
     "compute_agg_v",
@@ -33,7 +31,7 @@ def compute_sdm(
     epsilon: float = 1e-8,
     use_weight: bool = False,
 ) -> Tensor:
-    """SDM, and with `use_weight` A-SDM: `ASDMLoss(alpha=0.1, gap="cosine", positive="first")`.
+    """SDM, and with `use_weight` A-SDM as released.
 
     Quirks with `use_weight`: the gap is a difference of cosines and not of probabilities, it is measured to the first
     sample of the identity in the batch and not to the pair's own, and alpha is 0.1. Without them: `ASDMLoss()`, Eq. 2.
@@ -76,14 +74,11 @@ def compute_agg_v(text_feats: Tensor, patch_feats: Tensor) -> Tensor:
         >>> compute_agg_v(torch.tensor([[[1.0, 0.0]]]), patches)
         tensor([[[3.3333, 0.3333]]])
     """
-    check_float("text_feats", text_feats, "B L D")
-    check_float("patch_feats", patch_feats, "B N D")
-    check_same("text_feats and patch_feats", text_feats, patch_feats, dims=[("B", 0), ("D", 2)])
-    return aggregate(patch_feats, text_feats, None, None, "auto", strict=True)
+    return released_aggregate(patch_feats, text_feats, names=("patch_feats", "text_feats"))
 
 
 def compute_minmax_info_loss(A: Tensor, B: Tensor, C: Tensor, margin: float = 0.1) -> Tensor:
-    """EFA given the joint embeddings: `EFALoss(margin_image=0.9, ranking="released")` without the aggregation.
+    """EFA given the joint embeddings: `released_efa` without the aggregation.
 
     Quirks: `margin` is ignored, the margins are 0.1 for text and 0.9 for images; each row of S is L2-normalised; the
     diagonal stays in the sum as exp(0); both directions are reduced over dim 0. Without them: `EFALoss()`, Eq. 11.

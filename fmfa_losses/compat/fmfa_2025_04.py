@@ -33,7 +33,7 @@ def compute_a_sdm(
     factor: float = 0.3,
     epsilon: float = 1e-8,
 ) -> Tensor:
-    """A-SDM: `ASDMLoss(alpha, gap="cosine", positive="first")`, with an alpha a direction (both 10 in its options).
+    """A-SDM as released, with an alpha a direction (both 10 in its options).
 
     Quirks: the gap is a difference of cosines and not of probabilities, and it is measured to the first sample of the
     identity in the batch and not to the pair's own. Without them: `ASDMLoss(alpha=10.0)`, Eq. 2.
@@ -60,8 +60,7 @@ def compute_a_sdm(
 def compute_efa(
     text_feat: Tensor, image_feat: Tensor, multimodal_feat: Tensor, margin_t2e: float, margin_i2e: float
 ) -> Tensor:
-    """EFA given the joint embeddings: `EFALoss(margin_t2e, margin_i2e, pool_scale=10, ranking="released")` without the
-    aggregation.
+    """EFA given the joint embeddings: `released_efa(pool_scale=10)` without the aggregation.
 
     Quirks: the matches are pooled as log sum exp(max / 0.1) without the factor 0.1 in front; each row of S is
     L2-normalised; the diagonal stays in the sum as exp(0); both directions are reduced over dim 0. Without them:

@@ -12,7 +12,7 @@ from ..losses.sdm import sdm_loss
 from ..ops.checks import check_float, check_fraction, check_ids, check_integer, check_positive
 from ..ops.precision import accumulation_dtype
 from ..retrieval.metrics import similarity_metrics
-from .released import flat_ids
+from .released import flat_ids, released_asdm
 
 __all__ = ["compute_cmpm", "compute_id", "compute_itc", "compute_mlm", "compute_sdm", "rank"]
 
@@ -32,7 +32,7 @@ def compute_sdm(
     """Similarity distribution matching: `SDMLoss`.
 
     Quirk: with `image_id` the soft labels are divided by the sums of their columns' label rows, so that a row of
-    targets need not sum to 1. Without it: `SDMLoss(target="row")`.
+    targets need not sum to 1. Without it: `SDMLoss()`.
 
     Args:
         image_fetures, text_fetures: [B, D].
@@ -46,17 +46,12 @@ def compute_sdm(
         >>> compute_sdm(features, features, torch.arange(4), torch.tensor(50.0)) < 1e-6
         tensor(True)
     """
+    if image_id is not None:
+        return released_asdm(image_fetures, text_fetures, pid, logit_scale, 0.0, 0.0, image_id, factor, epsilon)
     check_features(image_fetures, text_fetures, ("image_fetures", "text_fetures"))
-    return sdm_loss(
-        image_fetures,
-        text_fetures,
-        flat_ids("pid", pid, image_fetures),
-        logit_scale=logit_scale,
-        image_ids=None if image_id is None else flat_ids("image_id", image_id, image_fetures),
-        image_id_factor=check_fraction("factor", factor),
-        eps=check_positive("epsilon", epsilon),
-        target="column",
-    )
+    pids, epsilon = flat_ids("pid", pid, image_fetures), check_positive("epsilon", epsilon)
+    check_fraction("factor", factor)
+    return sdm_loss(image_fetures, text_fetures, pids, logit_scale=logit_scale, eps=epsilon)
 
 
 def compute_mlm(scores: Tensor, labels: Tensor) -> Tensor:

@@ -27,14 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.checks import check_option, describe
-from ..ops.module import Module
 from ..ops.operator import refusals
 from ..ops.options import GATHER, Gather
 from ..ops.precision import accumulation_dtype
 from .collectives import gather_op, named_errors, transpose_op
 from .handshake import batch_size, common_dtype, handshake
 
-__all__ = ["GATHER", "Gathering", "Peers", "meet"]
+__all__ = ["GATHER", "Peers", "meet"]
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,17 @@ class Peers:
         results: tuple[Tensor, ...] = _Around.apply(self, f, block, *rows)  # type: ignore[no-untyped-call]
         return results
 
-    def _rounds(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def rounds(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(owner, block) of every rank, the own one first; the next one is under way meanwhile."""
         world = len(self.sizes)
         for step in range(world):
             owner = (self.rank - step) % world
-            arriving = self._shift(block, self.sizes[owner - 1]) if step + 1 < world else None
+            arriving = self.shift(block, self.sizes[owner - 1]) if step + 1 < world else None
             yield owner, block
             if arriving is not None:
                 block = arriving()
 
-    def _shift(self, x: Tensor, size: int) -> Callable[[], Tensor]:
+    def shift(self, x: Tensor, size: int) -> Callable[[], Tensor]:
         """Starts sending x to the next rank; the result waits for what the previous one sends, [size, ...]."""
         world = len(self.sizes)
         if world == 1:
@@ -160,7 +159,7 @@ class _Around(torch.autograd.Function):
     def forward(ctx, peers, f, block, *rows):  # type: ignore[no-untyped-def]
         ctx.peers, ctx.f = peers, f
         ctx.save_for_backward(block, *rows)
-        results = {owner: f(owner, *rows, held) for owner, held in peers._rounds(block)}
+        results = {owner: f(owner, *rows, held) for owner, held in peers.rounds(block)}
         return tuple(results[q] for q in range(len(peers.sizes)))
 
     @staticmethod
@@ -179,7 +178,7 @@ class _AroundGradient(torch.autograd.Function):
         acc = accumulation_dtype(block)
         totals = [torch.zeros_like(x) if needed else None for x, needed in zip([block, *rows], wanted, strict=True)]
         totals[0] = block.new_zeros(block.shape, dtype=acc) if wanted[0] else None
-        for owner, held in peers._rounds(block):
+        for owner, held in peers.rounds(block):
             with torch.enable_grad():
                 leaves = [
                     x.detach().requires_grad_(needed) for x, needed in zip([held.to(acc), *rows], wanted, strict=True)
@@ -190,7 +189,7 @@ class _AroundGradient(torch.autograd.Function):
             totals = [total if total is None else total + next(grads) for total in totals]
             if wanted[0]:
                 # The gradient follows its block to the next rank, and after the last round comes home.
-                totals[0] = peers._shift(totals[0], peers.sizes[owner - 1])()
+                totals[0] = peers.shift(totals[0], peers.sizes[owner - 1])()
         dblock, *drows = totals
         return None if dblock is None else dblock.to(block.dtype), *drows
 
@@ -296,39 +295,3 @@ def _remember(key: tuple[Any, ...], group: Any) -> None:
         for old in of_group:
             del _agreed[old]
     _agreed[key[:2]] = _agreed[key] = weakref.ref(group)
-
-
-class SharedGroup:
-    """What a module keeps its process group in: copies of the module share the group, which cannot be copied."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: object) -> "SharedGroup":
-        return self
-
-    def __repr__(self) -> str:
-        return "..."
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a loss with a process_group cannot be pickled, because the group belongs to the running processes; save "
-            "its state_dict(), or set process_group = None before and the new group after loading"
-        )
-
-
-class Gathering(Module):
-    """A module with process_group as a keyword: the attribute is a ProcessGroup or None."""
-
-    _process_group: SharedGroup | None = None
-
-    @property
-    def process_group(self) -> Any:
-        return None if self._process_group is None else self._process_group.group
-
-    @process_group.setter
-    def process_group(self, group: Any) -> None:
-        self._process_group = None if group is None else SharedGroup(group)
-
-    def _shown(self, name: str) -> object:
-        return self._process_group if name == "process_group" else super()._shown(name)

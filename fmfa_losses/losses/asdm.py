@@ -4,11 +4,8 @@
     KL_i = sum_j p_ij (log p_ij - log(q_ij + eps)),       w_i = 1 + alpha (max_k p_ik - p_ii)
     L    = mean_i w_i KL_i over texts (t2i)  +  the same over images (i2t)
 
-alpha = 0 is IRRA's SDM loss. The released code differs from the paper, reachable by name:
-
-    gap="cosine", positive="first"   the gap is taken in cosines, against the first positive of the batch;
-                                     alpha 0.1 in the 2025-08 version, 10 in the 2025-04 version
-    target="column"                  soft labels are divided by the sum of their column's label row instead of their own
+alpha = 0 is IRRA's SDM loss. The released code measures the gap in cosines, to the first positive of the batch:
+`fmfa_losses.compat`.
 """
 
 # torch.compile of 2.6 cannot make the types of a nested function.
@@ -19,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.peers import Gathering, Peers, meet
+from ..distributed.peers import Peers, meet
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_scale
-from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gap, Gather, Positive, Reduction, Target
-from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss
-from ._asdm_ring import asdm_rows_round_the_ring
+from ..ops.module import Module
+from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gather, Positive, Reduction
+from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss, similarity_distribution_ring
 from .scores import check_features
 
 __all__ = ["ASDMLoss", "asdm_loss"]
 
 # Attributes of ASDMLoss that must be the same on all ranks.
-SETTINGS = ("temperature", "reduction", "alpha", "gap", "positive", "detach_weight", "eps", "image_id_factor", "target")
+SETTINGS = ("temperature", "reduction", "alpha", "positive", "detach_weight", "eps", "image_id_factor")
 
 
 def asdm_loss(
@@ -40,14 +37,12 @@ def asdm_loss(
     *,
     temperature: float = 0.02,
     alpha: float = 10.0,
-    gap: Gap = "probability",
     positive: Positive = "paired",
     detach_weight: bool = False,
     eps: float = 1e-8,
     reduction: Reduction = "mean",
     image_ids: Tensor | None = None,
     image_id_factor: float = 0.3,
-    target: Target = "row",
     logit_scale: float | Tensor | None = None,
     gather: Gather = False,
     process_group: Any = None,
@@ -63,12 +58,10 @@ def asdm_loss(
     """
     row_loss: dict[str, Any] = {
         "alpha": alpha,
-        "gap": gap,
         "positive": positive,
         "detach_weight": detach_weight,
         "eps": eps,
         "image_id_factor": image_id_factor,
-        "target": target,
     }
 
     def checked() -> tuple[float | Tensor, Tensor, Tensor | None]:
@@ -100,8 +93,13 @@ def asdm_loss(
     ids = torch.stack([x.long() for x in (pids, image_ids) if x is not None], dim=1)
     every_id = peers.gather(ids).T.contiguous()  # [1 or 2, B]
     if peers.ring:
-        per_sample = asdm_rows_round_the_ring(
-            image_features, text_features, every_id, scale, peers, RowLoss(**row_loss).checked()
+        per_sample = similarity_distribution_ring(
+            torch.stack([image_features, text_features], dim=1),
+            *(every_id if image_ids is not None else (every_id[0], None)),
+            logit_scale=scale,
+            ring=peers,
+            backend=select_backend(backend, image_features, text_features),
+            spec=RowLoss(**row_loss).checked(),
         )
     else:
 
@@ -126,22 +124,20 @@ def asdm_loss(
     return per_sample.sum() if reduction == "sum" else per_sample
 
 
-class ASDMLoss(Gathering):
+class ASDMLoss(Module):
     """Pulls each text's and image's similarity distribution to its labels, harder where a wrong match leads.
 
         L = mean_i (1 + alpha gap_i) KL(p_i || q_i + eps)    over texts, plus the same over images
 
     Args:
         temperature: tau > 0; logits are cos / tau.
-        alpha: weight of the gap, >= 0; 0 is SDM. The paper: 10, RSTPReid 1.
-        gap: "probability" (max_k p_ik - p_i,positive, the paper) or "cosine" (the released code).
-        positive: which positive the gap is measured to: the "paired" sample (the paper), the best of "any" sample of
-            the same identity, or the "first" of them in the batch (the released code).
+        alpha: weight of the gap max_k p_ik - p_i,positive, >= 0; 0 is SDM. The paper: 10, RSTPReid 1.
+        positive: which positive the gap is measured to: the "paired" sample (the paper), or the best of "any" sample
+            of the same identity.
         detach_weight: keep the weight out of the graph.
         eps: added to the target inside the logarithm.
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
-        target: soft labels are normalised over their "row", or by the "column" as the released code does.
         gather: False matches within this process's batch. True matches its pairs against the batch of all processes,
             whose features are gathered; "ring" does so without any process holding all of them, through PyTorch on
             every device. The mean over the ranks is the loss of one process on the concatenated batch, and so is the
@@ -178,13 +174,11 @@ class ASDMLoss(Gathering):
 
     temperature: float
     alpha: float
-    gap: Gap
     positive: Positive
     detach_weight: bool
     eps: float
     reduction: Reduction
     image_id_factor: float
-    target: Target
     gather: Gather
     equal_batches: bool
     backend: Backend
@@ -194,13 +188,11 @@ class ASDMLoss(Gathering):
         temperature: float = 0.02,
         alpha: float = 10.0,
         *,
-        gap: Gap = "probability",
         positive: Positive = "paired",
         detach_weight: bool = False,
         eps: float = 1e-8,
         reduction: Reduction = "mean",
         image_id_factor: float = 0.3,
-        target: Target = "row",
         gather: Gather = False,
         process_group: Any = None,
         equal_batches: bool = False,
@@ -212,17 +204,15 @@ class ASDMLoss(Gathering):
         check_option("gather", gather, GATHER)
         spec = RowLoss(
             alpha=alpha,
-            gap=gap,
             positive=positive,
             detach_weight=detach_weight,
             eps=eps,
             image_id_factor=image_id_factor,
-            target=target,
             reduction=reduction,
         ).checked()
-        self.temperature, self.alpha, self.gap, self.positive = temperature, spec.alpha, gap, positive
+        self.temperature, self.alpha, self.positive = temperature, spec.alpha, positive
         self.detach_weight, self.eps, self.reduction = spec.detach_weight, spec.eps, reduction
-        self.image_id_factor, self.target, self.backend = spec.image_id_factor, target, backend
+        self.image_id_factor, self.backend = spec.image_id_factor, backend
         self.gather, self.process_group = gather, process_group
         self.equal_batches = check_flag("equal_batches", equal_batches)
 
@@ -242,14 +232,12 @@ class ASDMLoss(Gathering):
             pids,
             temperature=self.temperature,
             alpha=self.alpha,
-            gap=self.gap,
             positive=self.positive,
             detach_weight=self.detach_weight,
             eps=self.eps,
             reduction=self.reduction,
             image_ids=image_ids,
             image_id_factor=self.image_id_factor,
-            target=self.target,
             logit_scale=logit_scale,
             gather=self.gather,
             process_group=self.process_group if peers is None else peers,
@@ -273,7 +261,5 @@ def check_asdm_inputs(
     if image_ids is not None:
         image_ids = check_ids("image_ids", image_ids, image_features.shape[0], image_features.device)
     if gather:  # what cannot run here must be known before the others wait for it
-        if gather == "ring" and backend == "triton":
-            raise RuntimeError('backend="triton" cannot run gather="ring", which has no kernel; use backend="auto"')
         select_backend(backend, image_features, text_features)
     return pids, image_ids

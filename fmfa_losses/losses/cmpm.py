@@ -7,73 +7,23 @@ A feature is projected on the direction of the other modality's features: its ow
 IRRA's code divides the labels of a row by their L2 norm and not by their sum: `normalize="released"`.
 """
 
+from dataclasses import KW_ONLY
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..ops.checks import check_option, check_positive, check_same
-from ..ops.module import Module
-from ..ops.options import NORMALIZE, REDUCTIONS, Normalize, Reduction
+from ..distributed.peers import Peers
+from ..ops.checks import check_positive, check_same
+from ..ops.options import NORMALIZE, Normalize
 from ..ops.precision import accumulation_dtype, product, unit_rows
-from .scores import check_features, check_scores, divergence, reduce, same_identity
+from ._loss import Options, ScoreLoss, functional, hyperparameter
+from .scores import check_scores, divergence
 
 __all__ = ["CMPMLoss", "cmpm_loss", "cmpm_loss_from_scores"]
 
 
-def cmpm_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    pids: Tensor,
-    *,
-    normalize: Normalize = "sum",
-    eps: float = 1e-8,
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Functional form of `CMPMLoss`, which documents every argument.
-
-    Example:
-        >>> features = 100 * torch.eye(4)
-        >>> cmpm_loss(features, features, torch.arange(4)) < 1e-6
-        tensor(True)
-    """
-    check_features(image_features, text_features)
-    dtype = accumulation_dtype(image_features, text_features)
-    image, text = image_features.to(dtype), text_features.to(dtype)
-    t2i, i2t = product(text, unit_rows(image)), product(image, unit_rows(text))
-    return cmpm_loss_from_scores(
-        t2i, i2t, pids, normalize=normalize, eps=eps, reduction=reduction, sample_weight=sample_weight
-    )
-
-
-def cmpm_loss_from_scores(
-    t2i_scores: Tensor,
-    i2t_scores: Tensor,
-    pids: Tensor,
-    *,
-    normalize: Normalize = "sum",
-    eps: float = 1e-8,
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """`CMPMLoss` on projections that exist already, [B, B] each: texts x images, and images x texts.
-
-    The two are no transposes of each other: a projection is measured along the unit vector of its column.
-
-    Example:
-        >>> scores = 100 * torch.eye(4)
-        >>> cmpm_loss_from_scores(scores, scores, torch.arange(4)) < 1e-6
-        tensor(True)
-    """
-    check_option("normalize", normalize, NORMALIZE)
-    eps = check_positive("eps", eps)
-    t2i, i2t = check_scores(t2i_scores, "t2i_scores"), check_scores(i2t_scores, "i2t_scores")
-    check_same("t2i_scores and i2t_scores", t2i, i2t, dims=[("B", 0)])
-    y = same_identity(pids, t2i).to(t2i.dtype)
-    target = y / (y.sum(dim=1, keepdim=True) if normalize == "sum" else torch.linalg.vector_norm(y, dim=1))
-    return reduce(divergence(t2i, target, eps) + divergence(i2t, target, eps), reduction, sample_weight)
-
-
-class CMPMLoss(Module):
+class CMPMLoss(ScoreLoss):
     """Pulls the distribution of a feature's projections on the other modality to the distribution of its labels.
 
         L = mean_i KL(softmax_j(t_i . v_j / |v_j|) || q_i + eps)    over texts, plus the same over images
@@ -104,30 +54,58 @@ class CMPMLoss(Module):
     Reference: Zhang and Lu, Deep Cross-Modal Projection Learning for Image-Text Matching, ECCV 2018, Eq. 1-4.
     """
 
+    _: KW_ONLY
+    normalize: Normalize = hyperparameter(default="sum", check=NORMALIZE)
+    eps: float = hyperparameter(default=1e-8, check=check_positive)
+
+    def scores(self, image_features: Tensor, text_features: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
+        """Projections, [b, B] each: texts x images, and images x texts."""
+        dtype = accumulation_dtype(image_features, text_features)
+        image, text = image_features.to(dtype), text_features.to(dtype)
+        every_image, every_text = peers.gather(image_features).to(dtype), peers.gather(text_features).to(dtype)
+        return product(text, unit_rows(every_image)), product(image, unit_rows(every_text))
+
+    def rows(self, scores: Tensor, positive: Tensor, offset: int) -> Tensor:
+        y = positive.to(scores.dtype)
+        norm = y.sum(dim=1) if self.normalize == "sum" else torch.linalg.vector_norm(y, dim=1)
+        return divergence(scores, y / norm[:, None], self.eps)
+
+    def from_scores(  # type: ignore[override]
+        self, t2i_scores: Tensor, i2t_scores: Tensor, pids: Tensor, *, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        t2i, i2t = check_scores(t2i_scores, "t2i_scores"), check_scores(i2t_scores, "i2t_scores")
+        check_same("t2i_scores and i2t_scores", t2i, i2t, dims=[("B", 0)])
+        return self._of_scores(t2i, i2t, pids, sample_weight)
+
+
+class CMPMOptions(Options, total=False):
     normalize: Normalize
     eps: float
-    reduction: Reduction
 
-    def __init__(self, *, normalize: Normalize = "sum", eps: float = 1e-8, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        check_option("normalize", normalize, NORMALIZE)
-        check_option("reduction", reduction, REDUCTIONS)
-        self.normalize, self.eps, self.reduction = normalize, check_positive("eps", eps), reduction
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        pids: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        return cmpm_loss(
-            image_features,
-            text_features,
-            pids,
-            normalize=self.normalize,
-            eps=self.eps,
-            reduction=self.reduction,
-            sample_weight=sample_weight,
-        )
+@functional(CMPMLoss)
+def cmpm_loss(image_features: Tensor, text_features: Tensor, pids: Tensor, **options: Unpack[CMPMOptions]) -> Tensor:
+    """Functional form of `CMPMLoss`, which documents every argument.
+
+    Example:
+        >>> features = 100 * torch.eye(4)
+        >>> cmpm_loss(features, features, torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    return CMPMLoss.of(image_features, text_features, pids, **options)
+
+
+@functional(CMPMLoss, "from_scores")
+def cmpm_loss_from_scores(
+    t2i_scores: Tensor, i2t_scores: Tensor, pids: Tensor, **options: Unpack[CMPMOptions]
+) -> Tensor:
+    """`CMPMLoss` on projections that exist already, [B, B] each: texts x images, and images x texts.
+
+    The two are no transposes of each other: a projection is measured along the unit vector of its column.
+
+    Example:
+        >>> scores = 100 * torch.eye(4)
+        >>> cmpm_loss_from_scores(scores, scores, torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    return CMPMLoss.of(t2i_scores, i2t_scores, pids, method="from_scores", **options)

@@ -5,12 +5,7 @@
     L_x2e = mean_i log sum_{j != i} exp((S_ij - S_ii + margin) / tau2)                  Eq. 11
     L    = L_t2e + L_e2t + L_i2e + L_e2i, the e2x terms on the transposed S             Eq. 12
 
-What the released code does instead is `ranking="released"`: each row of S is L2-normalised, the diagonal stays in the
-sum as exp(0), both directions are summed over the rows of S, and a patch must lie strictly above the threshold. It
-leaves out the factor 1/lambda, which the normalisation of rows makes irrelevant. Its two versions:
-
-    2025-08: margin_text=0.1, margin_image=0.9, pool_scale=1
-    2025-04: margin_text=0.1, margin_image=0.1, pool_scale=10
+What the released code does instead: fmfa_losses/compat/released.py.
 """
 
 # torch.compile of 2.6 cannot make the types of a nested function.
@@ -21,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.peers import Gathering, Peers, meet
-from ..ops.aggregation import aggregate
+from ..distributed.peers import Peers, meet
+from ..ops.aggregation import aggregate, thresholds
 from ..ops.backend import select_backend
 from ..ops.checks import (
     check_divisor,
@@ -37,16 +32,15 @@ from ..ops.checks import (
     check_unused_ids,
 )
 from ..ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, unit_similarity
+from ..ops.module import Module
 from ..ops.options import (
     BACKENDS,
     GATHER,
     NEGATIVES,
-    RANKINGS,
     REDUCTIONS,
     Backend,
     Gather,
     Negatives,
-    Ranking,
     Reduction,
 )
 from ..ops.padding import longest
@@ -57,7 +51,7 @@ __all__ = ["EFALoss", "efa_loss"]
 # Attributes of EFALoss that must be the same on all ranks.
 SETTINGS = (
     *("margin_text", "margin_image", "temperature", "pool_scale"),
-    *("sparsity", "ranking", "negatives", "reduction"),
+    *("sparsity", "negatives", "reduction"),
 )
 
 
@@ -70,7 +64,6 @@ def efa_loss(
     temperature: float = 1.0,
     pool_scale: float = 1.0,
     sparsity: float | None = None,
-    ranking: Ranking = "paper",
     negatives: Negatives = "all",
     reduction: Reduction = "mean",
     image_mask: Tensor | None = None,
@@ -90,7 +83,7 @@ def efa_loss(
     """
 
     def checked() -> tuple[tuple[float, float, float, float, float | None], Tensor | None]:
-        _check_options(ranking, negatives, reduction)
+        _check_options(negatives, reduction)
         inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
         numbers = _check_numbers(margin_text, margin_image, temperature, pool_scale, sparsity)
         return numbers, check_efa_inputs(*inputs, negatives=negatives, gather=gather, backend=backend)
@@ -106,7 +99,6 @@ def efa_loss(
             "temperature": temperature,
             "pool_scale": pool_scale,
             "sparsity": sparsity,
-            "ranking": ranking,
             "negatives": negatives,
             "reduction": reduction,
             "dtype of image_tokens": getattr(image_tokens, "dtype", None),  # that of the joint embeddings follows
@@ -119,31 +111,27 @@ def efa_loss(
             L = longest(text_mask)
             text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
         text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
-    joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend, strict=ranking == "released")
-    flat = ranking == "paper" and pool_scale < FLAT
+    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
+    chosen = select_backend(backend, image_tokens, text_tokens)
+    joint = aggregate(image_tokens, text_tokens, image_mask, threshold, chosen)
+    flat = pool_scale < FLAT
     text_sim, image_sim = _similarities(
         joint, image_tokens, text_tokens, image_mask, text_mask, peers,
         pool="log_mean" if flat else "lse", pool_scale=pool_scale, backend=backend,
     )  # fmt: skip
-    if ranking == "released":
-        of_text = _released_ranking(text_sim, margin_text, temperature, peers, backend)
-        per_sample = of_text + _released_ranking(image_sim, margin_image, temperature, peers, backend)
-    else:
-        everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
-        own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
-        excluded = own[:, None] == everyone
-        if pids is not None:
-            excluded = pids[:, None] == peers.gather(pids)
-        # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
-        # of the margins in each.
-        sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
-        margin = (margin_text + margin_image) / 2
-        levels = None
-        if flat:
-            levels = (
-                _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype) / pool_scale
-            )
-        per_sample = _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
+    everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
+    own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
+    excluded = own[:, None] == everyone
+    if pids is not None:
+        excluded = pids[:, None] == peers.gather(pids)
+    # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
+    # of the margins in each.
+    sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
+    margin = (margin_text + margin_image) / 2
+    levels = None
+    if flat:
+        levels = _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype) / pool_scale
+    per_sample = _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
     if reduction == "mean":
         return peers.mean(per_sample)
     return per_sample.sum() if reduction == "sum" else per_sample
@@ -245,21 +233,7 @@ def _ranking(
     return terms.masked_fill(excluded.all(dim=1), 0)
 
 
-def _released_ranking(sim: Tensor, margin: float, temperature: float, peers: Peers, backend: str = "auto") -> Tensor:
-    """Both directions as released: rows of S normalised, the positive pair counted as exp(0), sums over a column."""
-    sim = unit_rows(sim, backend=backend)
-    positive = sim.diagonal(peers.offset)
-    columns = peers.transpose(sim)  # row j: the own column j
-
-    def column_sums(against: Tensor) -> Tensor:
-        logits = (columns - against + margin) / temperature
-        logits.diagonal(peers.offset).zero_()
-        return logits.logsumexp(dim=1)
-
-    return column_sums(peers.gather(positive)) + column_sums(positive[:, None])
-
-
-class EFALoss(Gathering):
+class EFALoss(Module):
     """Pulls each image's patches and each text's tokens to their joint embeddings, away from the other pairs' ones.
 
         L = mean_i sum_x log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2)    x in {text, image}, S and transposed S
@@ -270,7 +244,6 @@ class EFALoss(Gathering):
         temperature: tau2 > 0 of the ranking.
         pool_scale: lambda > 0 of the pooling over tokens.
         sparsity: a patch counts for a token from this min-max-normalised similarity on, in [0, 1]; 1/N when None.
-        ranking: "paper", or "released" for the released code (see the head of fmfa_losses/losses/efa.py).
         negatives: "all" other pairs (the paper) or only those of a "different_identity", which needs pids.
         reduction: "mean", "sum", or "none" for the per-sample sum of the four terms, [B].
         gather: False ranks within this process's batch. True and "ring" rank its pairs within the batch of all
@@ -309,7 +282,6 @@ class EFALoss(Gathering):
     temperature: float
     pool_scale: float
     sparsity: float | None
-    ranking: Ranking
     negatives: Negatives
     reduction: Reduction
     gather: Gather
@@ -324,7 +296,6 @@ class EFALoss(Gathering):
         temperature: float = 1.0,
         pool_scale: float = 1.0,
         sparsity: float | None = None,
-        ranking: Ranking = "paper",
         negatives: Negatives = "all",
         reduction: Reduction = "mean",
         gather: Gather = False,
@@ -333,13 +304,13 @@ class EFALoss(Gathering):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_options(ranking, negatives, reduction)
+        _check_options(negatives, reduction)
         self.margin_text, self.margin_image, self.temperature, self.pool_scale, self.sparsity = _check_numbers(
             margin_text, margin_image, temperature, pool_scale, sparsity
         )
         check_option("gather", gather, GATHER)
         check_option("backend", backend, BACKENDS)
-        self.ranking, self.negatives, self.reduction, self.backend = ranking, negatives, reduction, backend
+        self.negatives, self.reduction, self.backend = negatives, reduction, backend
         self.gather, self.process_group = gather, process_group
         self.equal_batches = check_flag("equal_batches", equal_batches)
 
@@ -361,7 +332,6 @@ class EFALoss(Gathering):
             temperature=self.temperature,
             pool_scale=self.pool_scale,
             sparsity=self.sparsity,
-            ranking=self.ranking,
             negatives=self.negatives,
             reduction=self.reduction,
             image_mask=image_mask,
@@ -386,12 +356,9 @@ def _check_numbers(
     )
 
 
-def _check_options(ranking: Ranking, negatives: Negatives, reduction: Reduction) -> None:
-    check_option("ranking", ranking, RANKINGS)
+def _check_options(negatives: Negatives, reduction: Reduction) -> None:
     check_option("negatives", negatives, NEGATIVES)
     check_option("reduction", reduction, REDUCTIONS)
-    if ranking == "released" and negatives != "all":
-        raise ValueError('ranking="released" knows only negatives="all"; use ranking="paper"')
 
 
 def check_efa_inputs(

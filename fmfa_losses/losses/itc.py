@@ -89,7 +89,7 @@ def itc_loss_from_scores(
         log_p = t2i.diagonal() + i2t.diagonal()
     else:
         assert pids is not None
-        log_p = (soft_targets(same_identity(pids, scores), None, 1.0, "row", scores) * (t2i + i2t)).sum(dim=1)
+        log_p = (soft_targets(same_identity(pids, scores), None, 1.0, scores) * (t2i + i2t)).sum(dim=1)
     return reduce(-log_p / 2, reduction, sample_weight)
 
 

@@ -18,7 +18,7 @@ from ..ops.checks import (
     describe,
     on_host,
 )
-from ..ops.options import REDUCTIONS, Reduction, Target
+from ..ops.options import REDUCTIONS, Reduction
 from ..ops.precision import accumulation_dtype, product, unit_rows
 
 __all__ = [
@@ -66,14 +66,13 @@ def same_identity(pids: Tensor, scores: Tensor) -> Tensor:
     return pids[:, None] == pids
 
 
-def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, target: Target, like: Tensor) -> Tensor:
+def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, like: Tensor) -> Tensor:
     """Labels [same pid], or factor [same pid] + (1 - factor) [same image], normalised: [B, B] in `like`'s dtype."""
     y = same.to(like.dtype)
     if image_ids is not None:
         image_ids = check_ids("image_ids", image_ids, like.shape[0], like.device)
         y = factor * y + (1 - factor) * (image_ids[:, None] == image_ids).to(like.dtype)
-    row_sum = y.sum(dim=1)  # at least the sample itself
-    return y / (row_sum[:, None] if target == "row" else row_sum)
+    return y / y.sum(dim=1, keepdim=True)  # at least the sample itself
 
 
 def divergence(logits: Tensor, target: Tensor, eps: float) -> Tensor:

@@ -3,15 +3,15 @@
     z_ij = cos(t_i, v_j) / tau,   p_i = softmax_j z_ij,   q_ij = y_ij / sum_k y_ik,   y_ij = [pid_i == pid_j]
     L    = mean_i KL(p_i || q_i + eps) over texts (t2i)  +  the same over images (i2t)
 
-It is A-SDM (asdm.py) with alpha = 0. IRRA's code divides soft labels by the sum of their column's label row:
-`target="column"`; for hard labels that is the same.
+It is A-SDM (asdm.py) with alpha = 0. IRRA's code divides soft labels by the sum of their column's label row, which is
+the same for hard labels: `fmfa_losses.compat.irra.compute_sdm`.
 """
 
 from torch import Tensor
 
 from ..ops.checks import check_divisor, check_fraction, check_option, check_positive
 from ..ops.module import Module
-from ..ops.options import BACKENDS, REDUCTIONS, TARGETS, Backend, Reduction, Target
+from ..ops.options import BACKENDS, REDUCTIONS, Backend, Reduction
 from .asdm import asdm_loss
 from .scores import (
     check_features,
@@ -36,7 +36,6 @@ def sdm_loss(
     reduction: Reduction = "mean",
     image_ids: Tensor | None = None,
     image_id_factor: float = 0.3,
-    target: Target = "row",
     logit_scale: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
     backend: Backend = "auto",
@@ -60,7 +59,6 @@ def sdm_loss(
         reduction="none",
         image_ids=image_ids,
         image_id_factor=image_id_factor,
-        target=target,
         logit_scale=logit_scale,
         backend=backend,
     )
@@ -76,7 +74,6 @@ def sdm_loss_from_scores(
     reduction: Reduction = "mean",
     image_ids: Tensor | None = None,
     image_id_factor: float = 0.3,
-    target: Target = "row",
     logit_scale: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
@@ -87,10 +84,10 @@ def sdm_loss_from_scores(
         >>> sdm_loss_from_scores(torch.eye(4), torch.arange(4)) < 1e-6
         tensor(True)
     """
-    eps, image_id_factor = _check_hyperparameters(eps, image_id_factor, target)
+    eps, image_id_factor = check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)
     scores = check_scores(scores)
     logits = resolve_scale(logit_scale, temperature, scores) * scores
-    targets = soft_targets(same_identity(pids, scores), image_ids, image_id_factor, target, scores)
+    targets = soft_targets(same_identity(pids, scores), image_ids, image_id_factor, scores)
     per_sample = divergence(logits, targets, eps) + divergence(logits.T, targets, eps)
     return reduce(per_sample, reduction, sample_weight)
 
@@ -105,7 +102,6 @@ class SDMLoss(Module):
         eps: added to the target inside the logarithm.
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
-        target: soft labels are normalised over their "row", or by the "column" as IRRA's code does.
         backend: "auto", "triton" or "torch".
 
     Inputs:
@@ -135,7 +131,6 @@ class SDMLoss(Module):
     eps: float
     reduction: Reduction
     image_id_factor: float
-    target: Target
     backend: Backend
 
     def __init__(
@@ -145,15 +140,14 @@ class SDMLoss(Module):
         eps: float = 1e-8,
         reduction: Reduction = "mean",
         image_id_factor: float = 0.3,
-        target: Target = "row",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         check_option("reduction", reduction, REDUCTIONS)
         check_option("backend", backend, BACKENDS)
-        self.eps, self.image_id_factor = _check_hyperparameters(eps, image_id_factor, target)
+        self.eps, self.image_id_factor = check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)
         self.temperature, self.reduction = check_divisor("temperature", temperature), reduction
-        self.target, self.backend = target, backend
+        self.backend = backend
 
     def forward(
         self,
@@ -174,13 +168,7 @@ class SDMLoss(Module):
             reduction=self.reduction,
             image_ids=image_ids,
             image_id_factor=self.image_id_factor,
-            target=self.target,
             logit_scale=logit_scale,
             sample_weight=sample_weight,
             backend=self.backend,
         )
-
-
-def _check_hyperparameters(eps: float, image_id_factor: float, target: Target) -> tuple[float, float]:
-    check_option("target", target, TARGETS)
-    return check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)

@@ -6,84 +6,23 @@ Every pair is a question of its own, so no softmax ties a row together. SigLIP k
 (`positives="paired"`); by default all pairs of one identity are positive here, as other images of a person are.
 """
 
+from dataclasses import KW_ONLY
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..ops.checks import check_divisor, check_finite, check_option, check_unused_ids
-from ..ops.module import Module
-from ..ops.options import MATCHINGS, REDUCTIONS, Matching, Reduction
-from .scores import check_scores, cosine_scores, reduce, resolve_scale, same_identity, scalar_like
+from ..ops.checks import check_divisor, check_finite
+from ..ops.options import MATCHINGS, Matching
+from ._loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
+from .scores import check_scores, scalar_like
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]
 
 
-def sigmoid_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    pids: Tensor | None = None,
-    *,
-    temperature: float = 0.1,
-    bias: float = -10.0,
-    positives: Matching = "identity",
-    reduction: Reduction = "mean",
-    logit_scale: float | Tensor | None = None,
-    logit_bias: float | Tensor | None = None,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Functional form of `SigmoidLoss`, which documents every argument.
-
-    Example:
-        >>> features = torch.eye(4)
-        >>> sigmoid_loss(features, features, torch.arange(4))         # log 2 + 3 log(1 + e^-10)
-        tensor(0.6933)
-    """
-    return sigmoid_loss_from_scores(
-        cosine_scores(image_features, text_features),
-        pids,
-        temperature=temperature,
-        bias=bias,
-        positives=positives,
-        reduction=reduction,
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        sample_weight=sample_weight,
-    )
-
-
-def sigmoid_loss_from_scores(
-    scores: Tensor,
-    pids: Tensor | None = None,
-    *,
-    temperature: float = 0.1,
-    bias: float = -10.0,
-    positives: Matching = "identity",
-    reduction: Reduction = "mean",
-    logit_scale: float | Tensor | None = None,
-    logit_bias: float | Tensor | None = None,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """`SigmoidLoss` on scores that exist already, [B, B] text x image, before scale and bias.
-
-    Example:
-        >>> sigmoid_loss_from_scores(torch.zeros(2, 2), torch.arange(2), bias=0.0)    # 2 log 2
-        tensor(1.3863)
-    """
-    check_option("positives", positives, MATCHINGS)
-    scores = check_scores(scores)
-    if positives == "paired":
-        check_unused_ids("SigmoidLoss", pids, scores, 'positives="paired"', 'positives="identity" to pull them too')
-        positive = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
-    elif pids is None:
-        raise ValueError('positives="identity" needs the identities: pass pids [B], or positives="paired"')
-    else:
-        positive = same_identity(pids, scores)
-    logits = resolve_scale(logit_scale, temperature, scores) * scores + _resolve_bias(logit_bias, bias, scores)
-    cost = F.softplus(torch.where(positive, -logits, logits))
-    return reduce((cost.sum(dim=1) + cost.sum(dim=0)) / 2, reduction, sample_weight)
-
-
-class SigmoidLoss(Module):
+class SigmoidLoss(ScaledScoreLoss):
     """Pulls positive pairs together and pushes every other pair of the batch apart, each on its own.
 
         L = 1/B sum_ij softplus(-y_ij (s cos(t_i, v_j) + b)),   y_ij = 1 for a positive pair, else -1
@@ -119,24 +58,12 @@ class SigmoidLoss(Module):
     Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv 2303.15343, Eq. 3.
     """
 
-    temperature: float
-    bias: float
-    positives: Matching
-    reduction: Reduction
+    temperature: float = hyperparameter(default=0.1, check=check_divisor)
+    bias: float = hyperparameter(default=-10.0, check=check_finite)
+    _: KW_ONLY
+    positives: Matching = hyperparameter(default="identity", check=MATCHINGS)
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        bias: float = -10.0,
-        *,
-        positives: Matching = "identity",
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        temperature, bias = check_divisor("temperature", temperature), check_finite("bias", bias)
-        check_option("positives", positives, MATCHINGS)
-        check_option("reduction", reduction, REDUCTIONS)
-        self.temperature, self.bias, self.positives, self.reduction = temperature, bias, positives, reduction
+    pids_option = ("positives", "identity", "paired", "to pull them too")
 
     def forward(
         self,
@@ -148,21 +75,68 @@ class SigmoidLoss(Module):
         logit_bias: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        return sigmoid_loss(
-            image_features,
-            text_features,
-            pids,
-            temperature=self.temperature,
-            bias=self.bias,
-            positives=self.positives,
-            reduction=self.reduction,
-            logit_scale=logit_scale,
-            logit_bias=logit_bias,
-            sample_weight=sample_weight,
-        )
+        given = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+        return self._of_features(image_features, text_features, pids, sample_weight, **given)
+
+    def from_scores(
+        self,
+        scores: Tensor,
+        pids: Tensor | None = None,
+        *,
+        logit_scale: float | Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        given = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+        return self._of_scores(check_scores(scores), None, pids, sample_weight, **given)
+
+    def arguments(self, like: Tensor, **given: Any) -> dict[str, Any]:
+        bias = given.pop("logit_bias")
+        if isinstance(bias, Tensor):
+            bias = scalar_like("logit_bias", bias, like)
+        else:
+            bias = self.bias if bias is None else check_finite("logit_bias", bias)
+        return {"bias": bias, **super().arguments(like, **given)}
+
+    def cost(self, scores: Tensor, positive: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+        """-log sigmoid(y_ij z_ij), [b, B]."""
+        logits = scale * scores + bias
+        return F.softplus(torch.where(positive, -logits, logits))
+
+    def per_sample(
+        self, scores: Tensor, transposed: Tensor | None, positive: Tensor, offset: int, **given: Any
+    ) -> Tensor:
+        t2i = self.cost(scores, positive, **given)
+        i2t = t2i.T if transposed is None else self.cost(transposed, positive, **given)
+        return (t2i.sum(dim=1) + i2t.sum(dim=1)) / 2
 
 
-def _resolve_bias(logit_bias: float | Tensor | None, bias: float, like: Tensor) -> float | Tensor:
-    if isinstance(logit_bias, Tensor):
-        return scalar_like("logit_bias", logit_bias, like)
-    return check_finite("bias", bias) if logit_bias is None else check_finite("logit_bias", logit_bias)
+class SigmoidOptions(ScaledOptions, total=False):
+    bias: float
+    logit_bias: float | Tensor | None
+    positives: Matching
+
+
+@functional(SigmoidLoss)
+def sigmoid_loss(
+    image_features: Tensor, text_features: Tensor, pids: Tensor | None = None, **options: Unpack[SigmoidOptions]
+) -> Tensor:
+    """Functional form of `SigmoidLoss`, which documents every argument.
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> sigmoid_loss(features, features, torch.arange(4))         # log 2 + 3 log(1 + e^-10)
+        tensor(0.6933)
+    """
+    return SigmoidLoss.of(image_features, text_features, pids, **options)
+
+
+@functional(SigmoidLoss, "from_scores")
+def sigmoid_loss_from_scores(scores: Tensor, pids: Tensor | None = None, **options: Unpack[SigmoidOptions]) -> Tensor:
+    """`SigmoidLoss` on scores that exist already, [B, B] text x image, before scale and bias.
+
+    Example:
+        >>> sigmoid_loss_from_scores(torch.zeros(2, 2), torch.arange(2), bias=0.0)    # 2 log 2
+        tensor(1.3863)
+    """
+    return SigmoidLoss.of(scores, pids, method="from_scores", **options)

@@ -11,134 +11,27 @@ float32 once S > 88 tau (0.88 at tau 0.01), and sends NaN gradients where all sa
 positives as negatives of similarity 0 in TRL, so that the hardest negative is never below 0: `negatives="released"`.
 """
 
+from dataclasses import KW_ONLY
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..ops.checks import check_divisor, check_nonnegative, check_option
-from ..ops.module import Module
-from ..ops.options import REDUCTIONS, TRL_NEGATIVES, Reduction, TRLNegatives
-from .scores import check_scores, cosine_scores, masked_logsumexp, reduce, same_identity
+from ..ops.checks import check_nonnegative
+from ..ops.options import TRL_NEGATIVES, TRLNegatives
+from ._loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
+from .scores import masked_logsumexp
 
 __all__ = ["TALLoss", "TRLLoss", "tal_loss", "tal_loss_from_scores", "trl_loss", "trl_loss_from_scores"]
 
 
-def tal_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    pids: Tensor,
-    *,
-    temperature: float = 0.02,
-    margin: float = 0.1,
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Functional form of `TALLoss`, which documents every argument.
-
-    Example:
-        >>> features = torch.eye(4)
-        >>> tal_loss(features, features, torch.arange(4))
-        tensor(0.)
-    """
-    return tal_loss_from_scores(
-        cosine_scores(image_features, text_features),
-        pids,
-        temperature=temperature,
-        margin=margin,
-        reduction=reduction,
-        sample_weight=sample_weight,
-    )
-
-
-def tal_loss_from_scores(
-    scores: Tensor,
-    pids: Tensor,
-    *,
-    temperature: float = 0.02,
-    margin: float = 0.1,
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """`TALLoss` on scores that exist already, [B, B] text x image.
-
-    Example:
-        >>> tal_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.1 - 0 + 0)
-        tensor(0.2000)
-    """
-    temperature, margin = _check_hyperparameters(temperature, margin)
-    scores = check_scores(scores)
-    same = same_identity(pids, scores)
-
-    def direction(s: Tensor) -> Tensor:
-        hardness = temperature * masked_logsumexp(s / temperature, ~same)
-        return (margin - _positive(s, same, temperature) + hardness).clamp(min=0)
-
-    return reduce(direction(scores) + direction(scores.T), reduction, sample_weight)
-
-
-def trl_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    pids: Tensor,
-    *,
-    temperature: float = 0.02,
-    margin: float = 0.2,
-    negatives: TRLNegatives = "different_identity",
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Functional form of `TRLLoss`, which documents every argument.
-
-    Example:
-        >>> features = torch.eye(4)
-        >>> trl_loss(features, features, torch.arange(4))
-        tensor(0.)
-    """
-    return trl_loss_from_scores(
-        cosine_scores(image_features, text_features),
-        pids,
-        temperature=temperature,
-        margin=margin,
-        negatives=negatives,
-        reduction=reduction,
-        sample_weight=sample_weight,
-    )
-
-
-def trl_loss_from_scores(
-    scores: Tensor,
-    pids: Tensor,
-    *,
-    temperature: float = 0.02,
-    margin: float = 0.2,
-    negatives: TRLNegatives = "different_identity",
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """`TRLLoss` on scores that exist already, [B, B] text x image.
-
-    Example:
-        >>> trl_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.2 - 0 + 0)
-        tensor(0.4000)
-    """
-    temperature, margin = _check_hyperparameters(temperature, margin)
-    check_option("negatives", negatives, TRL_NEGATIVES)
-    scores = check_scores(scores)
-    same = same_identity(pids, scores)
-
-    def direction(s: Tensor) -> Tensor:
-        hardest = s.masked_fill(same, 0.0 if negatives == "released" else -torch.inf).max(dim=1).values
-        return (margin - _positive(s, same, temperature) + hardest).clamp(min=0)
-
-    return reduce(direction(scores) + direction(scores.T), reduction, sample_weight)
-
-
-def _positive(scores: Tensor, same: Tensor, temperature: float) -> Tensor:
+def _positive(scores: Tensor, same: Tensor, tau: float | Tensor) -> Tensor:
     """S_i+, [B]: the positives of a row, weighted by how similar they are; the weights carry no gradient."""
-    weight = (scores.detach() / temperature).masked_fill(~same, -torch.inf).softmax(dim=1)
+    weight = (scores / tau).detach().masked_fill(~same, -torch.inf).softmax(dim=1)
     return (weight * scores).sum(dim=1)
 
 
-class TALLoss(Module):
+class TALLoss(ScaledScoreLoss):
     """Pulls each text and image to its positives until all negatives together stand a margin behind.
 
         L_i = [ margin - S_i+ + tau log sum_{j: other id} exp(S_ij / tau) ]_+    over texts, plus the same over images
@@ -151,6 +44,7 @@ class TALLoss(Module):
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
         pids: [B] integer identities.
+        logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight: [B] weights >= 0 of the pairs, such as RDE's clean-pair labels; "mean" divides by their sum.
 
     Returns:
@@ -168,36 +62,15 @@ class TALLoss(Module):
     Reference: Qin et al., Noisy-Correspondence Learning for Text-to-Image Person Re-identification, arXiv 2308.09911.
     """
 
-    temperature: float
-    margin: float
-    reduction: Reduction
+    margin: float = hyperparameter(default=0.1, check=check_nonnegative)
 
-    def __init__(self, temperature: float = 0.02, margin: float = 0.1, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        temperature, margin = _check_hyperparameters(temperature, margin)
-        check_option("reduction", reduction, REDUCTIONS)
-        self.temperature, self.margin, self.reduction = temperature, margin, reduction
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        pids: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        return tal_loss(
-            image_features,
-            text_features,
-            pids,
-            temperature=self.temperature,
-            margin=self.margin,
-            reduction=self.reduction,
-            sample_weight=sample_weight,
-        )
+    def rows(self, scores: Tensor, same: Tensor, offset: int, scale: float | Tensor) -> Tensor:
+        tau = 1 / scale
+        hardness = tau * masked_logsumexp(scores / tau, ~same)
+        return (self.margin - _positive(scores, same, tau) + hardness).clamp(min=0)
 
 
-class TRLLoss(Module):
+class TRLLoss(ScaledScoreLoss):
     """Pulls each text and image to its positives until the hardest negative stands a margin behind.
 
         L_i = [ margin - S_i+ + max_{j: other id} S_ij ]_+    over texts, plus the same over images
@@ -211,6 +84,7 @@ class TRLLoss(Module):
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
         pids: [B] integer identities.
+        logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight: [B] weights >= 0 of the pairs, such as RDE's clean-pair labels; "mean" divides by their sum.
 
     Returns:
@@ -229,44 +103,64 @@ class TRLLoss(Module):
     Reference: Qin et al., Noisy-Correspondence Learning for Text-to-Image Person Re-identification, arXiv 2308.09911.
     """
 
-    temperature: float
+    margin: float = hyperparameter(default=0.2, check=check_nonnegative)
+    _: KW_ONLY
+    negatives: TRLNegatives = hyperparameter(default="different_identity", check=TRL_NEGATIVES)
+
+    def rows(self, scores: Tensor, same: Tensor, offset: int, scale: float | Tensor) -> Tensor:
+        hardest = scores.masked_fill(same, 0.0 if self.negatives == "released" else -torch.inf).max(dim=1).values
+        return (self.margin - _positive(scores, same, 1 / scale) + hardest).clamp(min=0)
+
+
+class TALOptions(ScaledOptions, total=False):
     margin: float
+
+
+class TRLOptions(TALOptions, total=False):
     negatives: TRLNegatives
-    reduction: Reduction
-
-    def __init__(
-        self,
-        temperature: float = 0.02,
-        margin: float = 0.2,
-        *,
-        negatives: TRLNegatives = "different_identity",
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        temperature, margin = _check_hyperparameters(temperature, margin)
-        check_option("negatives", negatives, TRL_NEGATIVES)
-        check_option("reduction", reduction, REDUCTIONS)
-        self.temperature, self.margin, self.negatives, self.reduction = temperature, margin, negatives, reduction
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        pids: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        return trl_loss(
-            image_features,
-            text_features,
-            pids,
-            temperature=self.temperature,
-            margin=self.margin,
-            negatives=self.negatives,
-            reduction=self.reduction,
-            sample_weight=sample_weight,
-        )
 
 
-def _check_hyperparameters(temperature: float, margin: float) -> tuple[float, float]:
-    return check_divisor("temperature", temperature), check_nonnegative("margin", margin)
+@functional(TALLoss)
+def tal_loss(image_features: Tensor, text_features: Tensor, pids: Tensor, **options: Unpack[TALOptions]) -> Tensor:
+    """Functional form of `TALLoss`, which documents every argument.
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> tal_loss(features, features, torch.arange(4))
+        tensor(0.)
+    """
+    return TALLoss.of(image_features, text_features, pids, **options)
+
+
+@functional(TALLoss, "from_scores")
+def tal_loss_from_scores(scores: Tensor, pids: Tensor, **options: Unpack[TALOptions]) -> Tensor:
+    """`TALLoss` on scores that exist already, [B, B] text x image.
+
+    Example:
+        >>> tal_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.1 - 0 + 0)
+        tensor(0.2000)
+    """
+    return TALLoss.of(scores, pids, method="from_scores", **options)
+
+
+@functional(TRLLoss)
+def trl_loss(image_features: Tensor, text_features: Tensor, pids: Tensor, **options: Unpack[TRLOptions]) -> Tensor:
+    """Functional form of `TRLLoss`, which documents every argument.
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> trl_loss(features, features, torch.arange(4))
+        tensor(0.)
+    """
+    return TRLLoss.of(image_features, text_features, pids, **options)
+
+
+@functional(TRLLoss, "from_scores")
+def trl_loss_from_scores(scores: Tensor, pids: Tensor, **options: Unpack[TRLOptions]) -> Tensor:
+    """`TRLLoss` on scores that exist already, [B, B] text x image.
+
+    Example:
+        >>> trl_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.2 - 0 + 0)
+        tensor(0.4000)
+    """
+    return TRLLoss.of(scores, pids, method="from_scores", **options)

@@ -6,77 +6,20 @@ VSE++ takes all other pairs as negatives; in a person-retrieval batch other imag
 `negatives="different_identity"` is the default and "all" is VSE++.
 """
 
+from dataclasses import KW_ONLY
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..ops.checks import check_nonnegative, check_option, check_unused_ids
-from ..ops.module import Module
-from ..ops.options import NEGATIVES, REDUCTIONS, Negatives, Reduction
-from .scores import check_scores, cosine_scores, reduce, same_identity
+from ..ops.checks import check_nonnegative
+from ..ops.options import NEGATIVES, Negatives
+from ._loss import Options, ScoreLoss, functional, hyperparameter
 
 __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
 
 
-def triplet_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    pids: Tensor | None = None,
-    *,
-    margin: float = 0.2,
-    negatives: Negatives = "different_identity",
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Functional form of `TripletLoss`, which documents every argument.
-
-    Example:
-        >>> features = torch.eye(4)
-        >>> triplet_loss(features, features, torch.arange(4))
-        tensor(0.)
-    """
-    return triplet_loss_from_scores(
-        cosine_scores(image_features, text_features),
-        pids,
-        margin=margin,
-        negatives=negatives,
-        reduction=reduction,
-        sample_weight=sample_weight,
-    )
-
-
-def triplet_loss_from_scores(
-    scores: Tensor,
-    pids: Tensor | None = None,
-    *,
-    margin: float = 0.2,
-    negatives: Negatives = "different_identity",
-    reduction: Reduction = "mean",
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """`TripletLoss` on scores that exist already, [B, B] text x image.
-
-    Example:
-        >>> triplet_loss_from_scores(torch.zeros(2, 2), torch.arange(2))
-        tensor(0.4000)
-    """
-    margin = _check_hyperparameters(margin, negatives)
-    scores = check_scores(scores)
-    if negatives == "all":
-        check_unused_ids("TripletLoss", pids, scores, 'negatives="all"', 'negatives="different_identity" to spare them')
-        excluded = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
-    elif pids is None:
-        raise ValueError('negatives="different_identity" needs the identities: pass pids [B], or negatives="all"')
-    else:
-        excluded = same_identity(pids, scores)
-
-    def direction(s: Tensor) -> Tensor:
-        hardest = s.masked_fill(excluded, -torch.inf).max(dim=1).values
-        return (margin - s.diagonal() + hardest).clamp(min=0)
-
-    return reduce(direction(scores) + direction(scores.T), reduction, sample_weight)
-
-
-class TripletLoss(Module):
+class TripletLoss(ScoreLoss):
     """Pulls each pair together until the hardest negative of text and image stands a margin behind.
 
         L_i = [ margin - S_ii + max_{j negative} S_ij ]_+    over texts, plus the same over images
@@ -106,37 +49,42 @@ class TripletLoss(Module):
     Reference: Faghri et al., VSE++, arXiv 1707.05612, Eq. 6.
     """
 
+    margin: float = hyperparameter(default=0.2, check=check_nonnegative)
+    _: KW_ONLY
+    negatives: Negatives = hyperparameter(default="different_identity", check=NEGATIVES)
+
+    pids_option = ("negatives", "different_identity", "all", "to spare them")
+
+    def rows(self, scores: Tensor, positive: Tensor, offset: int) -> Tensor:
+        hardest = scores.masked_fill(positive, -torch.inf).max(dim=1).values
+        return (self.margin - scores.diagonal(offset) + hardest).clamp(min=0)
+
+
+class TripletOptions(Options, total=False):
     margin: float
     negatives: Negatives
-    reduction: Reduction
-
-    def __init__(
-        self, margin: float = 0.2, *, negatives: Negatives = "different_identity", reduction: Reduction = "mean"
-    ) -> None:
-        super().__init__()
-        margin = _check_hyperparameters(margin, negatives)
-        check_option("reduction", reduction, REDUCTIONS)
-        self.margin, self.negatives, self.reduction = margin, negatives, reduction
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        pids: Tensor | None = None,
-        *,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        return triplet_loss(
-            image_features,
-            text_features,
-            pids,
-            margin=self.margin,
-            negatives=self.negatives,
-            reduction=self.reduction,
-            sample_weight=sample_weight,
-        )
 
 
-def _check_hyperparameters(margin: float, negatives: Negatives) -> float:
-    check_option("negatives", negatives, NEGATIVES)
-    return check_nonnegative("margin", margin)
+@functional(TripletLoss)
+def triplet_loss(
+    image_features: Tensor, text_features: Tensor, pids: Tensor | None = None, **options: Unpack[TripletOptions]
+) -> Tensor:
+    """Functional form of `TripletLoss`, which documents every argument.
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> triplet_loss(features, features, torch.arange(4))
+        tensor(0.)
+    """
+    return TripletLoss.of(image_features, text_features, pids, **options)
+
+
+@functional(TripletLoss, "from_scores")
+def triplet_loss_from_scores(scores: Tensor, pids: Tensor | None = None, **options: Unpack[TripletOptions]) -> Tensor:
+    """`TripletLoss` on scores that exist already, [B, B] text x image.
+
+    Example:
+        >>> triplet_loss_from_scores(torch.zeros(2, 2), torch.arange(2))
+        tensor(0.4000)
+    """
+    return TripletLoss.of(scores, pids, method="from_scores", **options)

@@ -19,7 +19,7 @@ from .operator import differentiable_once, operator
 from .options import Backend
 from .precision import accumulation_dtype, full_precision
 
-__all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference"]
+__all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference", "thresholds"]
 
 # A row whose range is within this many roundings of its largest entry is constant: its order is noise.
 CONSTANT_ROW_EPS = 8
@@ -31,9 +31,8 @@ def sparse_aggregate_reference(
     *,
     image_mask: Tensor | None = None,
     sparsity: float | None = None,
-    strict: bool = False,
 ) -> Tensor:
-    """The specification of `sparse_aggregate`: Eq. 5-8 one after the other; `strict` as in `aggregate`."""
+    """The specification of `sparse_aggregate`: Eq. 5-8 one after the other."""
     acc = accumulation_dtype(image_tokens, text_tokens)
     image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
     keep = image_tokens.new_ones(image_tokens.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
@@ -41,8 +40,6 @@ def sparse_aggregate_reference(
     keep = rearrange(keep, "b n -> b 1 n")
     count = keep.sum(dim=-1, keepdim=True)
     threshold = 1 / count.clamp(min=1).to(acc) if sparsity is None else torch.full_like(count, sparsity, dtype=acc)
-    if strict:  # the next number, or 1
-        threshold = torch.nextafter(threshold, torch.ones_like(threshold))
 
     s = einsum(text_tokens, image_tokens, "b l d, b n d -> b l n")
     low = s.masked_fill(~keep, torch.inf).min(dim=-1, keepdim=True).values
@@ -93,38 +90,35 @@ def sparse_aggregate(
 
     Reference: SPARC, arXiv 2401.09865; Yin et al., arXiv 2509.13754v2, Eq. 5-8.
     """
-    return aggregate(image_tokens, text_tokens, image_mask, sparsity, backend)
-
-
-def aggregate(
-    image_tokens: Tensor,
-    text_tokens: Tensor,
-    image_mask: Tensor | None,
-    sparsity: float | None,
-    backend: Backend,
-    *,
-    strict: bool = False,
-) -> Tensor:
-    """`sparse_aggregate`; with `strict` a patch must lie above the threshold (one of 1: reach it), as released."""
     check_float("image_tokens", image_tokens, "B N D")
     check_float("text_tokens", text_tokens, "B L D")
     check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
     check_mask("image_mask", image_mask, image_tokens)
     sparsity = None if sparsity is None else check_fraction("sparsity", sparsity)
-    chosen = select_backend(backend, image_tokens, text_tokens)
+    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
+    return aggregate(
+        image_tokens, text_tokens, image_mask, threshold, select_backend(backend, image_tokens, text_tokens)
+    )
+
+
+def thresholds(image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, sparsity: float | None) -> Tensor:
+    """What n of a patch is compared with, [B]: `sparsity`, or one over the number of kept patches."""
     acc = accumulation_dtype(image_tokens, text_tokens)
-    if image_mask is not None:
-        image_tokens = image_tokens.masked_fill(~image_mask.unsqueeze(-1), 0)
-    if chosen == "torch" or image_tokens.dtype != text_tokens.dtype:
-        image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
     B, N, _ = image_tokens.shape
     if image_mask is not None and sparsity is None:
-        threshold = 1 / image_mask.sum(dim=1).clamp(min=1).to(acc)
-    else:
-        threshold = image_tokens.new_full((B,), 1 / N if sparsity is None else sparsity, dtype=acc)
-    if strict:  # from the next number on
-        threshold = torch.nextafter(threshold, torch.ones_like(threshold))
-    joint: Tensor = sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, chosen)[0]
+        return 1 / image_mask.sum(dim=1).clamp(min=1).to(acc)
+    return image_tokens.new_full((B,), 1 / N if sparsity is None else sparsity, dtype=acc)
+
+
+def aggregate(
+    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor, backend: str
+) -> Tensor:
+    """`sparse_aggregate` of inputs that are checked; threshold [B], `backend` is "triton" or "torch"."""
+    if image_mask is not None:
+        image_tokens = image_tokens.masked_fill(~image_mask.unsqueeze(-1), 0)
+    if backend == "torch" or image_tokens.dtype != text_tokens.dtype:
+        image_tokens, text_tokens = image_tokens.to(threshold.dtype), text_tokens.to(threshold.dtype)
+    joint: Tensor = sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, backend)[0]
     return joint
 
 

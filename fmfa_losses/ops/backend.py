@@ -44,7 +44,8 @@ def select_backend(backend: str, *tensors: Tensor) -> str:
     # The interpreter is a debugging tool: "auto" leaves CPU tensors to the torch path.
     elif reason is not None or tensors[0].device.type != "cuda":
         return "torch"
-    if KERNELS not in sys.modules and importlib.util.find_spec(KERNELS) is None:
+    # torch.compile cannot trace a search for a module; there the operator's own import speaks.
+    if not torch.compiler.is_compiling() and KERNELS not in sys.modules and importlib.util.find_spec(KERNELS) is None:
         raise ModuleNotFoundError(f"{KERNELS} is not there: this checkout is not installed; run pip install -e .")
     return "triton"
 
@@ -58,10 +59,7 @@ def why_not_triton(*tensors: Tensor) -> str | None:
             return f"its kernels need a CUDA or ROCm device (or TRITON_INTERPRET=1 on the CPU), got {tensor.device}"
         if tensor.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET", "0") == "1":
             return "under TRITON_INTERPRET=1 Triton multiplies the bits of bfloat16 as integers, got torch.bfloat16"
-    # A missing triton is a reason; a triton that is there and fails to import is an error that the user must see.
-    if importlib.util.find_spec("triton") is None:
-        return 'triton is not installed (pip install "fmfa-losses[triton]"; CUDA and ROCm builds of torch bring theirs)'
-    return WRONG_TRITON
+    return NO_TRITON
 
 
 def interpreting() -> bool:
@@ -78,11 +76,14 @@ def _triton_version() -> str | None:
     return None
 
 
-def _wrong_triton(version: str | None) -> str | None:
-    """The reason why the kernels do not run with this version of Triton, or None when they do."""
+def _no_triton(there: bool, version: str | None) -> str | None:
+    """The reason why the kernels do not run with what is installed of Triton, or None when they do."""
+    # A missing triton is a reason; a triton that is there and fails to import is an error that the user must see.
+    if not there:
+        return 'triton is not installed (pip install "fmfa-losses[triton]"; CUDA and ROCm builds of torch bring theirs)'
     if version is None or tuple(map(int, re.findall(r"\d+", version)[:2])) >= OLDEST_TRITON:
         return None
     return f"its kernels need triton >= {'.'.join(map(str, OLDEST_TRITON))}, got {version} (docs/install.md)"
 
 
-WRONG_TRITON = _wrong_triton(_triton_version())  # once: torch.compile could not trace it
+NO_TRITON = _no_triton(importlib.util.find_spec("triton") is not None, _triton_version())  # once: nothing to trace

@@ -5,6 +5,7 @@ of a tensor that `on_host`. Checks of numbers and ids return what to go on with:
 compared.
 """
 
+import difflib
 import numbers
 import warnings
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ __all__ = [
     "check_shape",
     "check_unused_ids",
     "describe",
+    "did_you_mean",
     "integer_ids",
     "on_host",
     "warn_once",
@@ -270,3 +272,10 @@ def check_option(name: str, value: object, options: Iterable[object]) -> None:
     options = tuple(options)
     if not isinstance(value, (str, bool)) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known word that is near, whatever its case; nothing where none is."""
+    lower = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(str(word).casefold(), lower, n=1, cutoff=cutoff)
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""

@@ -136,7 +136,8 @@ class UnitTokens(NamedTuple):
 def product_dtype(x: Tensor, e: Tensor, backend: str) -> torch.dtype:
     """The tensor cores multiply in the lower of the two precisions and accumulate in float32."""
     if backend == "triton":
-        return next((t.dtype for t in (x, e) if t.dtype != torch.float32), torch.float32)
+        lower = [t.dtype for t in (x, e) if t.dtype != torch.float32]  # torch.compile of torch 2.6 does not take next
+        return lower[0] if lower else torch.float32
     return accumulation_dtype(x, e)
 
 

@@ -1,7 +1,8 @@
-"""What the losses and heads have in common as modules: a repr that shows what they were built with."""
+"""What the losses and heads have in common as modules: their repr, and how they are copied."""
 
+import copy
 import inspect
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
@@ -19,7 +20,8 @@ class _Forward(Protocol[P, R_co]):
 class Module(nn.Module):
     """repr shows every required argument of the constructor, and every one that is not at its default.
 
-    An argument is the attribute of its name. One that has none, or is a module, is shown by the parts below.
+    An argument is the attribute of its name. One that has none, or is a module, is shown by the parts below. A
+    process_group cannot be copied nor pickled: copies share it.
     """
 
     if TYPE_CHECKING:  # nn.Module's own returns Any; a call takes and returns what `forward` does
@@ -33,7 +35,7 @@ class Module(nn.Module):
                 parameters.update(inspect.signature(cls.__init__).parameters)
         shown = {name: self._shown(name) for name in parameters if name != "self" and hasattr(self, name)}
         return ", ".join(
-            f"{name}={value!r}"
+            f"{name}={'...' if name == 'process_group' else repr(value)}"
             for name, value in shown.items()
             if not isinstance(value, nn.Module) and repr(value) != repr(parameters[name].default)
         )
@@ -41,3 +43,23 @@ class Module(nn.Module):
     def _shown(self, name: str) -> object:
         """The value of an argument, as repr has it."""
         return getattr(self, name)
+
+    def __copy__(self) -> Any:
+        copied = self.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = self.__new__(type(self))
+        group = self.__dict__.get("process_group")
+        memo[id(group)] = group
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.__dict__.get("process_group") is not None:
+            raise TypeError(
+                "a loss with a process_group cannot be pickled, because the group belongs to the running processes; "
+                "save its state_dict(), or set process_group = None before and the new group after loading"
+            )
+        return self.__dict__

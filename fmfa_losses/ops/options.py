@@ -8,16 +8,13 @@ Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Gather: TypeAlias = bool | Literal["ring"]
 # Of a similarity distribution.
 Objective: TypeAlias = Literal["divergence", "cross_entropy"]
-Gap: TypeAlias = Literal["probability", "cosine"]
-Positive: TypeAlias = Literal["paired", "any", "first"]
-Target: TypeAlias = Literal["row", "column"]
+Positive: TypeAlias = Literal["paired", "any"]
 Normalize: TypeAlias = Literal["sum", "released"]
 # Of pairs: which count as positive (ITC, sigmoid), which as negative (EFA, triplet; TRL).
 Matching: TypeAlias = Literal["paired", "identity"]
 Negatives: TypeAlias = Literal["all", "different_identity"]
 TRLNegatives: TypeAlias = Literal["different_identity", "released"]
-# Of EFA and its similarity.
-Ranking: TypeAlias = Literal["paper", "released"]
+# Of the hard similarity.
 Pool: TypeAlias = Literal["lse", "sum", "mean"]
 # Of the objective.
 Dataset: TypeAlias = Literal["CUHK-PEDES", "ICFG-PEDES", "RSTPReid"]
@@ -26,12 +23,9 @@ REDUCTIONS = get_args(Reduction)
 BACKENDS = get_args(Backend)
 GATHER = (False, True, "ring")
 OBJECTIVES = get_args(Objective)
-GAPS = get_args(Gap)
 POSITIVES = get_args(Positive)
-TARGETS = get_args(Target)
 NORMALIZE = get_args(Normalize)
 MATCHINGS = get_args(Matching)
 NEGATIVES = get_args(Negatives)
 TRL_NEGATIVES = get_args(TRLNegatives)
-RANKINGS = get_args(Ranking)
 POOLS = get_args(Pool)

@@ -1,14 +1,8 @@
 """Evaluation and search, without a [Q, G] matrix in memory."""
 
-from .metrics import (
-    Evaluator,
-    RankingMetrics,
-    RetrievalMetrics,
-    ranking_metrics,
-    retrieval_metrics,
-    search,
-    similarity_metrics,
-)
+from .evaluator import Evaluator
+from .metrics import RankingMetrics, RetrievalMetrics, ranking_metrics, retrieval_metrics, similarity_metrics
+from .search import search
 
 __all__ = [
     "Evaluator",

@@ -38,15 +38,13 @@ EQUAL, UNEQUAL = (3, 3, 3, 3), (2, 5, 1, 4)
 ASDM = [
     {},
     {"alpha": 0.0, "image_ids": True},
-    {"positive": "any", "gap": "cosine"},
-    {"positive": "first", "gap": "cosine", "target": "column", "image_ids": True},
+    {"positive": "any"},
     {"positive": "any", "detach_weight": True, "image_ids": True},
 ]
 EFA = [
     {},
     {"margin_text": 0.2, "margin_image": 0.8, "masks": True},
     {"negatives": "different_identity", "masks": True, "pool_scale": 3.0},
-    {"ranking": "released", "pool_scale": 10.0},
 ]
 GROUPS = ((0,), (0, 1), (1, 3), (0, 1, 2), (0, 1, 2, 3))
 
@@ -436,12 +434,10 @@ def different_settings() -> dict[str, str]:
     pairs = {
         "alpha": (asdm, {"alpha": (10.0, 1)}),
         "temperature": (asdm, {"temperature": (0.02, 0.05)}),
-        "gap": (asdm, {"gap": ("probability", "cosine")}),
-        "positive": (asdm, {"positive": ("any", "first")}),
+        "positive": (asdm, {"positive": ("any", "paired")}),
         "detach_weight": (asdm, {"detach_weight": (False, True)}),
         "eps": (asdm, {"eps": (1e-8, 1e-6)}),
         "image_id_factor": (asdm, {"image_id_factor": (0.3, 0.5)}),
-        "target": (asdm, {"target": ("row", "column")}),
         "reduction": (asdm, {"reduction": ("mean", "none")}),
         "gather": (asdm, {"gather": (True, "ring")}),
         "equal_batches": (asdm, {"equal_batches": (False, True)}),
@@ -451,7 +447,6 @@ def different_settings() -> dict[str, str]:
         "margin_image": (efa, {"margin_image": (0.1, 0.9)}),
         "pool_scale": (efa, {"pool_scale": (1.0, 10.0)}),
         "sparsity": (efa, {"sparsity": (None, 0.5)}),
-        "ranking": (efa, {"ranking": ("paper", "released")}),
         "negatives": (efa, {"negatives": ("all", "different_identity")}),
         "efa, temperature": (efa, {"temperature": (1.0, 2)}),
         "efa, reduction": (efa, {"reduction": ("sum", "none")}),

@@ -16,7 +16,7 @@ from fmfa_losses import IRRHead, mask_tokens
 from fmfa_losses.compat.irra import rank
 from fmfa_losses.losses.itc import ITCLoss
 from fmfa_losses.losses.sdm import SDMLoss
-from fmfa_losses.retrieval.metrics import Evaluator
+from fmfa_losses.retrieval import Evaluator
 
 RECIPES = Path(__file__).parents[2] / "docs/recipes"
 B, N, L, D, P, V, IDENTITIES = 6, 8, 10, 64, 12, 60, 5

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def plain(image, text, pids, *, temperature=0.02, alpha=10.0, gap="probability", positive="paired",
+def plain(image, text, pids, *, temperature=0.02, alpha=10.0, positive="paired",
           detach_weight=False, eps=1e-8, image_ids=None, factor=0.3):  # fmt: skip
     """Eq. 1-4 with everything in memory."""
     sim = F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
@@ -17,12 +17,8 @@ def plain(image, text, pids, *, temperature=0.02, alpha=10.0, gap="probability",
     for s in (sim, sim.T):
         log_p = (s / temperature).log_softmax(1)
         kl = (log_p.exp() * (log_p - (q + eps).log())).sum(1)
-        score = log_p.exp() if gap == "probability" else s
-        at = {
-            "paired": score.diagonal(),
-            "any": score.masked_fill(~same, -torch.inf).max(1).values,
-            "first": score[torch.arange(len(s)), same.int().argmax(1)],
-        }[positive]
-        weight = 1 + alpha * (score.max(1).values - at)
+        p = log_p.exp()
+        at = p.diagonal() if positive == "paired" else p.masked_fill(~same, -torch.inf).max(1).values
+        weight = 1 + alpha * (p.max(1).values - at)
         total = total + (weight.detach() if detach_weight else weight) * kl
     return total

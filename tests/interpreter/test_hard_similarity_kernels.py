@@ -11,6 +11,7 @@ from helpers.compare import assert_close, default_dtype, value_and_grads
 from helpers.reference import unit_similarity_reference
 
 from fmfa_losses import functional
+from fmfa_losses.compat.released import released_efa
 from fmfa_losses.ops.hard_similarity import (
     FLAT,
     UnitTokens,
@@ -159,16 +160,16 @@ def test_a_cotangent_that_is_not_finite_shows_in_its_own_pairs(pool):
     assert [de[j].isfinite().all().item() for j in range(4)] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("ranking", ["paper", "released"])
+@pytest.mark.parametrize("loss", [functional.efa_loss, released_efa])
 @pytest.mark.parametrize("empty", [None, "caption", "image"])
-def test_efa_in_float16_with_an_empty_sample(empty, ranking):
+def test_efa_in_float16_with_an_empty_sample(empty, loss):
     image, text = torch.randn(4, 12, 16).half(), torch.randn(4, 6, 16).half()
     masks = {"image_mask": torch.ones(4, 12, dtype=torch.bool), "text_mask": torch.ones(4, 6, dtype=torch.bool)}
     if empty is not None:
         masks["image_mask" if empty == "image" else "text_mask"][2] = False
     exact, got = (
         value_and_grads(
-            lambda i, t, b=backend: functional.efa_loss(i, t, ranking=ranking, backend=b, **masks),
+            lambda i, t, b=backend: loss(i, t, backend=b, **masks),
             [t.to(dtype) for t in (image, text)],
         )
         for backend, dtype in (("torch", torch.float64), ("triton", torch.float16))

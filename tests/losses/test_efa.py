@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 
 from fmfa_losses import EFALoss
 from fmfa_losses.functional import efa_loss
-from fmfa_losses.ops.aggregation import aggregate, sparse_aggregate_reference
+from fmfa_losses.ops.aggregation import sparse_aggregate_reference
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 
 GOLDEN = {
-    "efa_released_2025_08": {"margin_image": 0.9, "ranking": "released"},
-    "efa_released_2025_04": {"pool_scale": 10.0, "ranking": "released"},
     "efa_paper_cuhk": {},
     "efa_paper_icfg": {"margin_text": 0.2, "margin_image": 1.0},
     "efa_paper_lambda4_tau05": {"margin_text": 0.2, "margin_image": 0.8, "pool_scale": 4.0, "temperature": 0.5},
@@ -94,17 +92,6 @@ def test_every_scale_of_the_pooling(pool_scale, lengths):
     assert_close(got, exact, 2e-6 if pool_scale <= 1 else 1e-4)
 
 
-def test_released_rows_whose_squares_overflow():
-    """log n / pool_scale is 1e19 and more; an empty caption has 0."""
-    image, text = (t.float().double() for t in draw(4, 5, 3, 8))
-    lengths = torch.tensor([3, 0, 2, 3])
-    masks = {"text_mask": torch.arange(3) < lengths[:, None]}
-    options = {"ranking": "released", "pool_scale": 1e-19}
-    exact = value_and_grads(lambda i, t: efa_loss(i, t, **masks, **options), (image, text))
-    got = value_and_grads(lambda i, t: efa_loss(i, t, **masks, **options), (image.float(), text.float()))
-    assert_close(got, exact, 1e-6)
-
-
 def test_negatives_of_a_different_identity():
     image, text = draw(5, 6, 4, 8)
     pids = torch.tensor([1, 2, 1, 3, 1])
@@ -115,41 +102,18 @@ def test_negatives_of_a_different_identity():
     )
 
 
-@pytest.mark.parametrize("ranking", ["paper", "released"])
-def test_gradcheck(ranking):
+def test_gradcheck():
     image, text = (t.requires_grad_() for t in draw(3, 5, 4, 3))
     masks = {"image_mask": torch.rand(3, 5) > 0.3, "text_mask": torch.rand(3, 4) > 0.3}
-    masks = {} if ranking == "released" else masks
-    assert torch.autograd.gradcheck(
-        lambda i, t: efa_loss(i, t, ranking=ranking, pool_scale=2.0, **masks), (image, text)
-    )
-
-
-def test_released_threshold_is_strict():
-    """A patch that lies exactly at 1/N counts in the paper and not in the released code."""
-    s = torch.tensor([[0.0, 1.0, 2.0, 4.0]])  # normalised: 0, 1/4, 1/2, 1
-    image = torch.stack([s.squeeze(0), torch.tensor([3.0, 7.0, 1.0, 2.0])], dim=-1)[None].repeat(2, 1, 1)
-    image = image + torch.tensor([0.0, 1.0])[:, None, None] * torch.tensor([0.0, 1.0])
-    text = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
-    paper = torch.autograd.functional.jacobian(lambda i: efa_loss(i, text), image)
-    released = torch.autograd.functional.jacobian(lambda i: efa_loss(i, text, ranking="released"), image)
-    # Patch 1 sits at the threshold: the released aggregation ignores it.
-    joint = sparse_aggregate_reference(image, text)
-    strict = sparse_aggregate_reference(image, text, strict=True)
-    torch.testing.assert_close(strict, sparse_aggregate_reference(image, text, sparsity=0.25 + 1e-6))
-    assert not torch.allclose(joint, strict)
-    torch.testing.assert_close(aggregate(image, text, None, None, "torch", strict=True), strict)
-    assert paper.isfinite().all()
-    assert released.isfinite().all()
+    assert torch.autograd.gradcheck(lambda i, t: efa_loss(i, t, pool_scale=2.0, **masks), (image, text))
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.0, 0.25, 0.6, 1.0])
-@pytest.mark.parametrize("ranking", ["paper", "released"])
-def test_masks_that_keep_everything_change_nothing(ranking, sparsity):
+def test_masks_that_keep_everything_change_nothing(sparsity):
     image, text = (torch.randint(-3, 4, (4, tokens, 6)).float() for tokens in (8, 5))  # many at the threshold
     masks = {name: torch.ones(t.shape[:2], dtype=torch.bool) for name, t in (("image", image), ("text", text))}
     results = [
-        value_and_grads(lambda i, t, given=given: efa_loss(i, t, ranking=ranking, sparsity=sparsity, **given), inputs)
+        value_and_grads(lambda i, t, given=given: efa_loss(i, t, sparsity=sparsity, **given), inputs)
         for inputs in [(image, text)]
         for given in ({}, {"image_mask": masks["image"]}, {"text_mask": masks["text"]})
     ]
@@ -204,11 +168,10 @@ def test_properties(B, N, L, seed):
     assert got[2][~masks["text_mask"]].abs().sum() == 0
 
 
-@pytest.mark.parametrize("ranking", ["paper", "released"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_degenerate_input_is_finite(dtype, ranking):
+def test_degenerate_input_is_finite(dtype):
     def run(image, text, **kwargs):
-        return value_and_grads(lambda i, t: efa_loss(i, t, ranking=ranking, **kwargs), (image, text))
+        return value_and_grads(lambda i, t: efa_loss(i, t, **kwargs), (image, text))
 
     image, text = draw(4, 6, 5, 8, dtype)
     assert_finite(run(image[:1], text[:1]))
@@ -253,9 +216,7 @@ BAD = [
     (lambda: EFALoss(temperature=-1.0), ValueError, "temperature must be a finite number > 0"),
     (lambda: EFALoss(pool_scale=0), ValueError, "pool_scale must be a finite number > 0"),
     (lambda: EFALoss(margin_text=float("nan")), ValueError, "margin_text must be a finite number"),
-    (lambda: EFALoss(ranking="best"), ValueError, "ranking must be one of 'paper', 'released', got 'best'"),
     (lambda: EFALoss(negatives="hard"), ValueError, "negatives must be one of"),
-    (lambda: EFALoss(ranking="released", negatives="different_identity"), ValueError, 'use ranking="paper"'),
     (lambda: efa_loss(IMAGE, TEXT[:2]), ValueError, "agree in B"),
     (lambda: efa_loss(IMAGE, TEXT[..., :3]), ValueError, "agree in D"),
     (lambda: efa_loss(IMAGE, TEXT[0]), ValueError, r"text_tokens must have shape \[B L D\]"),

@@ -119,7 +119,6 @@ def test_matches_the_naive_formula(name, ids):
     ("case", "loss"),
     [
         ("sdm", SDMLoss()),
-        ("sdm_released_image_id", SDMLoss(target="column")),
         ("itc", ITCLoss()),
         ("cmpm_released", CMPMLoss(normalize="released")),
     ],
@@ -176,9 +175,8 @@ def test_soft_labels_from_scores():
     image, text, pids = draw(9)
     image_ids = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 8])
     scores = torch.nn.functional.normalize(text, dim=1) @ torch.nn.functional.normalize(image, dim=1).T
-    for target in ("row", "column"):
-        kwargs = {"image_ids": image_ids, "target": target, "image_id_factor": 0.4}
-        torch.testing.assert_close(sdm_loss_from_scores(scores, pids, **kwargs), sdm_loss(image, text, pids, **kwargs))
+    kwargs = {"image_ids": image_ids, "image_id_factor": 0.4}
+    torch.testing.assert_close(sdm_loss_from_scores(scores, pids, **kwargs), sdm_loss(image, text, pids, **kwargs))
 
 
 @EVERY
@@ -444,7 +442,6 @@ def test_bad_hyperparameters_are_named():
     for make, match in [
         (lambda: SDMLoss(temperature=0), "temperature must be"),
         (lambda: SDMLoss(eps=0.0), "eps must be"),
-        (lambda: SDMLoss(target="rows"), "target must be one of 'row', 'column'"),
         (lambda: SDMLoss(image_id_factor=2), "image_id_factor must lie in"),
         (lambda: ITCLoss(targets="pid"), "targets must be one of"),
         (lambda: CMPMLoss(normalize="l2"), "normalize must be one of"),

@@ -12,6 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from fmfa_losses import IDHead
 from fmfa_losses.compat import fmfa, rde
+from fmfa_losses.compat.released import released_efa
 from fmfa_losses.functional import (
     asdm_loss,
     cmpm_loss,
@@ -65,7 +66,7 @@ TOKENS = {
     "hard_similarity": lambda x, y: hard_similarity(x, y).square().sum(),
     "efa": lambda x, y: efa_loss(x, y),
     "efa masked": lambda x, y: efa_loss(x, y, text_mask=MASK),
-    "efa released": lambda x, y: efa_loss(x, y, ranking="released"),
+    "efa released": released_efa,
     "fmfa alignment": lambda x, y: fmfa.compute_minmax_info_loss(y, x, y + 1),
 }
 LOSSES = {**TWICE, **ONCE, **TOKENS}

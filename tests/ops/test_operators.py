@@ -6,10 +6,22 @@ import sys
 import pytest
 import torch
 from helpers.compare import value_and_grads
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, sparse_aggregate
+from fmfa_losses.functional import (
+    asdm_loss,
+    cmpm_loss,
+    efa_loss,
+    hard_similarity,
+    itc_loss,
+    sdm_loss,
+    sigmoid_loss,
+    sparse_aggregate,
+    tal_loss,
+    triplet_loss,
+    trl_loss,
+)
 from fmfa_losses.ops import backend as _backend
 from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
 from fmfa_losses.ops.backend import select_backend, why_not_triton
@@ -146,6 +158,60 @@ def test_compile_fullgraph_equals_eager(name, dynamic):
         torch.testing.assert_close(a, b)
 
 
+def getitem(x, index):
+    """x[index], whose own code wants the device of x to be there."""
+    dim = 0
+    for part in index if isinstance(index, tuple) else (index,):
+        if isinstance(part, int):
+            x = torch.ops.aten.select.int(x, dim, part)
+            continue
+        if part is None:
+            x = torch.ops.aten.unsqueeze.default(x, dim)
+        elif isinstance(part, slice):
+            x = torch.ops.aten.slice.Tensor(x, dim, part.start, part.stop)
+        else:
+            raise NotImplementedError(part)
+        dim += 1
+    return x
+
+
+LOSSES = {
+    "asdm": asdm_loss, "cmpm": cmpm_loss, "itc": lambda v, t, pids: itc_loss(v, t, pids, targets="identity"),
+    "sdm": sdm_loss, "sigmoid": sigmoid_loss, "tal": tal_loss, "triplet": triplet_loss, "trl": trl_loss,
+}  # fmt: skip
+OF_TOKENS = {
+    "efa": lambda v, t, mask: efa_loss(v, t, text_mask=mask),
+    "hard_similarity": lambda v, t, mask: hard_similarity(v, t, e_mask=mask),
+    "sparse_aggregate": lambda v, t, mask: sparse_aggregate(v, t),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*LOSSES, *OF_TOKENS])
+@pytest.mark.filterwarnings("ignore")
+def test_compile_traces_what_only_an_accelerator_runs(monkeypatch, name, dtype):
+    """Fake tensors on a CUDA device: all that chooses the kernels is traced, none of them runs."""
+
+    def search(name):
+        raise AssertionError(f"torch.compile (2.6 to 2.11) does not trace the search for {name}")
+
+    torch._dynamo.reset()
+    compiled = torch.compile({**LOSSES, **OF_TOKENS}[name], fullgraph=True, backend="eager")
+    monkeypatch.delenv("FMFA_LOSSES_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "NO_TRITON", None)
+    lists = importlib.util.find_spec("triton") is not None  # the kernels' module knows the size of a mask's lists
+    with FakeTensorMode(), monkeypatch.context() as patch:
+        patch.setattr(FakeTensor, "__getitem__", getitem)
+        patch.setattr(FakeTensor, "__invert__", lambda x: torch.bitwise_not(x))
+        image, text = (torch.empty(4, T, 8, device="cuda", dtype=dtype) for T in (6, 5))
+        third = torch.empty(4, 5, dtype=torch.bool, device="cuda") if lists else None
+        if name in LOSSES:
+            image, text, third = image[:, 0], text[:, 0], torch.empty(4, dtype=torch.int64, device="cuda")
+        assert select_backend("auto", image) == "triton"
+        patch.setattr(importlib.util, "find_spec", search)
+        assert compiled(image, text, third).device.type == "cuda"
+
+
 def test_explicit_triton_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(2, 3, 4)
@@ -191,7 +257,7 @@ def test_the_interpreter_does_not_get_bfloat16(monkeypatch, variable):
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(_backend, "NO_TRITON", _backend._no_triton(False, None))
     assert "not installed" in why_not_triton(torch.randn(2))
 
 
@@ -201,9 +267,9 @@ def test_a_checkout_without_its_kernels_says_so(monkeypatch):
     monkeypatch.delitem(sys.modules, "fmfa_losses.kernels", raising=False)
     monkeypatch.setattr(
         "importlib.util.find_spec",
-        lambda name: None if name == "fmfa_losses.kernels" else find_spec("torch" if name == "triton" else name),
+        lambda name: None if name == "fmfa_losses.kernels" else find_spec(name),
     )
-    monkeypatch.setattr(_backend, "WRONG_TRITON", None)
+    monkeypatch.setattr(_backend, "NO_TRITON", None)
     with pytest.raises(ModuleNotFoundError, match="this checkout is not installed; run pip install -e"):
         select_backend("triton", torch.randn(2))
     assert select_backend("auto", torch.randn(2)) == "torch"
@@ -225,7 +291,7 @@ def test_an_operator_with_other_outputs_has_another_name(name):
     """A graph that a compiler left on disk knows an operator by its name, and not what it returned when it was kept."""
     if name == "token_lists":
         pytest.importorskip("triton", reason="lists of tokens are for the kernels alone")
-    row_loss = ("divergence", 1.0, "probability", "paired", False, 1e-8, 0.3, "row", 0, True, "mean")
+    row_loss = ("divergence", 1.0, "paired", False, 1e-8, 0.3, 0, True, "mean")
     with FakeTensorMode():
         x, e, ids = torch.randn(2, 4, 5), torch.randn(3, 6, 5), torch.arange(2)
         arguments = {

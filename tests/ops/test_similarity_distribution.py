@@ -23,28 +23,22 @@ from torch import Tensor
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
 from fmfa_losses.ops import checks as _checks
-from fmfa_losses.ops.precision import unit_rows
+from fmfa_losses.ops.options import OBJECTIVES, POSITIVES, REDUCTIONS
 from fmfa_losses.ops.similarity_distribution.api import (
-    GAPS,
-    OBJECTIVES,
-    POSITIVES,
-    REDUCTIONS,
-    TARGETS,
     RowLoss,
     similarity_distribution_backward_op,
     similarity_distribution_loss,
     similarity_distribution_loss_reference,
     similarity_distribution_op,
 )
-from fmfa_losses.ops.similarity_distribution.block_distribution import block_statistics, label_sums, merge_blocks
-from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
+from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_reader, "block_elements", 64)
+    monkeypatch.setattr(torch_blocks, "block_elements", 64)
 
 
 def same(inputs: dict[str, Tensor], **options: object) -> None:
@@ -67,29 +61,26 @@ def test_golden(case: str) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("positive", POSITIVES)
 @pytest.mark.parametrize("detach_weight", [False, True])
-def test_weights(gap: str, positive: str, detach_weight: bool) -> None:
-    options = {"alpha": 3.0, "gap": gap, "positive": positive, "detach_weight": detach_weight}
+def test_weights(positive: str, detach_weight: bool) -> None:
+    options = {"alpha": 3.0, "positive": positive, "detach_weight": detach_weight}
     same(features(23, 23, 5, dtype=torch.float64, images=False), reduction="none", **options)
     same(features(9, 23, 5, offset=11, dtype=torch.float64), both=False, offset=11, **options)
 
 
 @pytest.mark.parametrize("elements", [12, 40, 1000])
-@pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("positive", POSITIVES)
-def test_ties_go_to_the_lowest_column(gap: str, positive: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_reader, "block_elements", elements)
-    same(ties(torch.float64), alpha=3.0, gap=gap, positive=positive)
+def test_ties_go_to_the_lowest_column(positive: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_blocks, "block_elements", elements)
+    same(ties(torch.float64), alpha=3.0, positive=positive)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
-def test_labels(objective: str, target: str, factor: float) -> None:
-    options = {"objective": objective, "target": target, "image_id_factor": factor}
+def test_labels(objective: str, factor: float) -> None:
+    options = {"objective": objective, "image_id_factor": factor}
     same(features(23, 23, 5, dtype=torch.float64), **options)
     same(features(9, 23, 5, offset=3, dtype=torch.float64), both=False, offset=3, reduction="sum", **options)
 
@@ -121,7 +112,7 @@ def test_slices_of_the_batch_add_up() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("options", [{"alpha": 2.0}, {"alpha": 2.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+@pytest.mark.parametrize("options", [{"alpha": 2.0}, {"alpha": 2.0, "positive": "any"}, {"objective": "cross_entropy"}])
 def test_gradcheck(options: dict[str, object]) -> None:
     inputs = features(6, 6, 3, dtype=torch.float64)
     leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")]
@@ -266,12 +257,12 @@ def test_what_changes_with_the_batch_is_not_specialised() -> None:
 
     fixed = {"D", "q_stride", "k_stride", "x_stride", "y_stride"}  # of the features
     fixed |= {"cos_stride"}  # always a multiple of 16, and never 1
-    fixed |= {"scale", "alpha", "push_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
+    fixed |= {"scale", "alpha", "gap_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
     kernels = (
         similarity_distribution._prepare_kernel,
         similarity_distribution._row_loss_kernel,
         similarity_distribution._gradient_kernel,
-        distribution_blocks._absorb_kernel,
+        distribution_blocks._update_kernel,
         distribution_blocks._dlogits_kernel,
     )
     for kernel in kernels:
@@ -303,7 +294,9 @@ DEGENERATE = ["one pair", "zero vectors", "one identity", "temperature 0.01", "l
 
 
 @pytest.mark.parametrize("case", DEGENERATE)
-@pytest.mark.parametrize("options", [{"alpha": 10.0}, {"alpha": 10.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": 10.0}, {"alpha": 10.0, "positive": "any"}, {"objective": "cross_entropy"}]
+)
 def test_degenerate_inputs_are_finite(case: str, options: dict[str, object]) -> None:
     q, k, pids, scale = degenerate(case)
     inputs = {"queries": q, "keys": k, "pids": pids, "logit_scale": torch.tensor(scale)}
@@ -331,11 +324,10 @@ SCALES = [0.0, -3.0, -60.0]
 
 @pytest.mark.usefixtures("small_blocks", "any_scale")
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("positive", POSITIVES)
 @pytest.mark.parametrize("detach_weight", [False, True])
-def test_any_scale(scale: float, gap: str, positive: str, detach_weight: bool) -> None:
-    options = {"alpha": 3.0, "gap": gap, "positive": positive, "detach_weight": detach_weight}
+def test_any_scale(scale: float, positive: str, detach_weight: bool) -> None:
+    options = {"alpha": 3.0, "positive": positive, "detach_weight": detach_weight}
     number = {"logit_scale": torch.tensor(scale, dtype=torch.float64)}
     same(features(23, 23, 5, dtype=torch.float64, images=False) | number, reduction="none", **options)
     same(features(9, 23, 5, offset=11, dtype=torch.float64) | number, both=False, offset=11, **options)
@@ -350,79 +342,25 @@ def test_any_scale_without_weights(scale: float, options: dict[str, object]) -> 
     )
 
 
-@pytest.mark.usefixtures("any_scale")
-def test_the_cosine_gap_of_a_scale_of_zero_is_not_negative() -> None:
-    inputs = features(9, 9, 6, dtype=torch.float64, images=False)
-    options = {"gap": "cosine", "alpha": 1.0, "reduction": "none", "both": False}
-    for scale in SCALES:
-        inputs["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
-        weighted = similarity_distribution_loss(**inputs, **options)
-        assert (weighted >= similarity_distribution_loss(**inputs, **options | {"alpha": 0.0})).all()
-
-
-@pytest.mark.parametrize("scale", [7.0, *SCALES])
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("positive", POSITIVES)
-def test_blocks_of_columns(scale: float, gap: str, positive: str) -> None:
-    """What a ring does: columns come in blocks, and four or six numbers a row are what they leave."""
-    inputs = features(13, 13, 6, dtype=torch.float64) | {"logit_scale": torch.tensor(scale, dtype=torch.float64)}
-    options = {"gap": gap, "positive": positive}
-
-    def in_blocks(
-        queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor, logit_scale: Tensor, *, offset: int
-    ) -> Tensor:
-        ids = torch.stack([pids, image_ids])
-        sums, rows, k = label_sums(ids, 0.3, torch.float64), slice(offset, offset + len(queries)), unit_rows(keys)
-        blocks = [
-            block_statistics(
-                unit_rows(queries),
-                k[columns],
-                ids[:, rows],
-                ids[:, columns],
-                sums[rows, None],
-                scale=logit_scale,
-                factor=0.3,
-                paired=columns == rows,
-                eps=1e-8,
-                **options,
-            )
-            for columns in (slice(0, 3), slice(3, 8), slice(8, 13))
-        ]
-        return merge_blocks(torch.stack(blocks), alpha=3.0, detach_weight=False, **options)
-
-    inputs["queries"] = inputs["queries"][3:8]
-    got = value_and_gradients(in_blocks, inputs, offset=3)
-    want = value_and_gradients(
-        similarity_distribution_loss_reference,
-        inputs,
-        alpha=3.0,
-        both=False,
-        reduction="none",
-        offset=3,
-        **options,
-    )
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("scale", [0.0, -2.0])
-@pytest.mark.parametrize("gap", GAPS)
-def test_compiled_any_scale(scale: float, gap: str) -> None:
+def test_compiled_any_scale(scale: float) -> None:
     inputs = features(6, 6, 4, dtype=torch.float64, images=False)
     inputs["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(queries: Tensor, keys: Tensor, pids: Tensor, logit_scale: Tensor) -> Tensor:
-        return asdm_loss(keys, queries, pids, logit_scale=logit_scale, alpha=2.0, gap=gap)
+        return asdm_loss(keys, queries, pids, logit_scale=logit_scale, alpha=2.0)
 
     got = value_and_gradients(loss, inputs)
-    want = value_and_gradients(similarity_distribution_loss_reference, inputs, alpha=2.0, gap=gap)
+    want = value_and_gradients(similarity_distribution_loss_reference, inputs, alpha=2.0)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("options", [{"alpha": 10.0}, {"alpha": 1.0, "gap": "cosine"}, {"objective": "cross_entropy"}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": 10.0}, {"alpha": 1.0, "positive": "any"}, {"objective": "cross_entropy"}]
+)
 def test_rows_of_any_length(options: dict[str, object]) -> None:
     """Squares of float32 and bfloat16 overflow from 1e19 on and vanish below 1e-23; float64 holds them."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -477,7 +415,7 @@ def test_opcheck(objective: str, reduction: str) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_breaks(dynamic: bool) -> None:
-    loss = ASDMLoss(gap="cosine", positive="any")
+    loss = ASDMLoss(positive="any")
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for B in (6, 9) if dynamic else (6,):
         inputs = features(B, B, 4)
@@ -495,8 +433,8 @@ MEMORY = """
 import torch
 from benchmarks.measure import peak_process_bytes
 from fmfa_losses.functional import asdm_loss
-from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
-torch_reader.block_elements = 2**18
+from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
+torch_blocks.block_elements = 2**18
 def step(B):
     image, text = (torch.randn(B, 8).requires_grad_() for _ in "it")
     asdm_loss(image, text, torch.arange(B), backend="torch").backward()

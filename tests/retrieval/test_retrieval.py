@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fmfa_losses.retrieval import metrics as retrieval
-from fmfa_losses.retrieval.metrics import (
+from fmfa_losses.retrieval import (
     Evaluator,
+    RankingMetrics,
     ranking_metrics,
     retrieval_metrics,
     search,
     similarity_metrics,
 )
+from fmfa_losses.retrieval import ranks as counting
+from fmfa_losses.retrieval.scores import GALLERY_IN_ONE_BLOCK, SCORES_PER_BLOCK
 
 RANKS = (1, 3, 5, 10)
 
@@ -42,7 +44,7 @@ def by_definition(similarity: Tensor, query_pids: Tensor, gallery_pids: Tensor) 
     return {f"R{k}": value for k, value in zip(RANKS, cmc, strict=True)} | mean
 
 
-def numbers(metrics: retrieval.RankingMetrics) -> dict[str, float]:
+def numbers(metrics: RankingMetrics) -> dict[str, float]:
     return {f"R{k}": v for k, v in metrics.cmc.items()} | {"mAP": metrics.mAP, "mINP": metrics.mINP}
 
 
@@ -65,9 +67,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Galleries of 40 come in several blocks, and several tiles a block."""
-    monkeypatch.setattr(retrieval, "GALLERY_IN_ONE_BLOCK", 8)
-    monkeypatch.setattr(retrieval, "SCORES_IN_CACHE", 64)
-    monkeypatch.setattr(retrieval, "_block_sizes", lambda q, g, b, most_matches=0: (b or 10, 13))
+    monkeypatch.setattr("fmfa_losses.retrieval.scores.GALLERY_IN_ONE_BLOCK", 8)
+    monkeypatch.setattr(counting, "SCORES_IN_CACHE", 64)
+    for user in ("metrics", "search"):
+        sizes = lambda q, g, b, most_matches=0: (b or 10, 13)  # noqa: E731
+        monkeypatch.setattr(sys.modules[f"fmfa_losses.retrieval.{user}"], "block_sizes", sizes)
 
 
 # --- the numbers
@@ -84,7 +88,7 @@ def test_golden_numbers_of_irra():
 
 @pytest.mark.parametrize("compared", [0, 64])
 def test_both_directions_match_the_definition(monkeypatch, compared):
-    monkeypatch.setattr(retrieval, "COMPARED_MATCHES", compared)  # either way of counting
+    monkeypatch.setattr(counting, "COMPARED_MATCHES", compared)  # either way of counting
     text, image, text_pids, image_pids = features(dtype=torch.float64)
     metrics = retrieval_metrics(text, image, text_pids, image_pids, ranks=RANKS)
     sim = cosine(text, image)
@@ -102,7 +106,7 @@ def test_query_blocks_change_nothing(block_size):
 
 @pytest.mark.parametrize("compared", [0, 64])
 def test_gallery_blocks_change_nothing(monkeypatch, small_blocks, compared):
-    monkeypatch.setattr(retrieval, "COMPARED_MATCHES", compared)
+    monkeypatch.setattr(counting, "COMPARED_MATCHES", compared)
     text, image, text_pids, image_pids = features(dtype=torch.float64)
     # Rounded scores tie within and across the blocks.
     similarity = (4 * cosine(text, image)).round()
@@ -123,13 +127,13 @@ def test_any_scores_ties_and_infinities(data):
     query_pids = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=queries, max_size=queries)))
     query_pids[0] = gallery_pids[0]
     expected = by_definition(similarity, query_pids, gallery_pids)
-    before = retrieval.COMPARED_MATCHES
+    before = counting.COMPARED_MATCHES
     for compared in (0, 64):
-        retrieval.COMPARED_MATCHES = compared
+        counting.COMPARED_MATCHES = compared
         try:
             metrics = similarity_metrics(similarity, query_pids, gallery_pids, ranks=RANKS)
         finally:
-            retrieval.COMPARED_MATCHES = before
+            counting.COMPARED_MATCHES = before
         assert numbers(metrics) == pytest.approx(expected, rel=1e-12)
 
 
@@ -211,6 +215,7 @@ def test_zero_features_score_zero():
         ({"query_pids": list(range(4000))}, TypeError, "query_pids must be an integer .*, got list of length 4000;"),
         ({"query_features": (0.5,) * 99}, TypeError, "query_features must be .*, got tuple of length 99;"),
         ({"ranks": ()}, ValueError, "ranks must hold at least one k"),
+        ({"ranks": 7}, TypeError, r"ranks must be a sequence of k, .*, got int 7; pass \(7,\)"),
         ({"ranks": (0,)}, ValueError, "ranks must be an integer >= 1, got 0"),
         ({"block_size": 0}, ValueError, "block_size must be an integer"),
     ],
@@ -224,6 +229,17 @@ def test_bad_input_says_what_to_mend(change, error, message):
     }
     with pytest.raises(error, match=message):
         ranking_metrics(**(arguments | change))
+
+
+def test_pids_that_are_swapped_are_named():
+    text, image, text_pids, image_pids = features(texts=57, images=40)
+    message = r"text_pids must have shape \[57\], .*, got int64 \[40\] .*; swap text_pids and image_pids"
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(text, image, image_pids, text_pids)
+    with pytest.raises(ValueError, match="; swap query_pids and gallery_pids"):
+        similarity_metrics(text @ image.T, image_pids, text_pids)
+    with pytest.raises(ValueError, match=r"image_pids must have shape \[40\], .*; pass the person of each"):
+        retrieval_metrics(text, image, text_pids, text_pids)
 
 
 def test_features_on_two_devices_are_refused():
@@ -301,12 +317,12 @@ def test_a_large_gallery_is_read_in_blocks():
                 reads.append((key[0].start, key[0].stop))
             return super().__getitem__(key)
 
-    size = retrieval.GALLERY_IN_ONE_BLOCK + 5000
+    size = GALLERY_IN_ONE_BLOCK + 5000
     gallery = np.random.default_rng(0).standard_normal((size, 2), dtype=np.float32).view(Counted)
     pids = torch.arange(size)
     ranking_metrics(torch.randn(8, 2), gallery, torch.arange(8), pids, block_size=1024)
     covered = [row for start, stop in reads if stop - start > 1 for row in (start, stop)]
-    assert max(stop - start for start, stop in reads) == retrieval.GALLERY_IN_ONE_BLOCK
+    assert max(stop - start for start, stop in reads) == GALLERY_IN_ONE_BLOCK
     assert covered.count(0) == covered.count(size) == 2
 
 
@@ -317,7 +333,7 @@ def test_memory_is_two_blocks(size, persons):
     code = f"""
 import torch
 from benchmarks.measure import peak_process_bytes
-from fmfa_losses.retrieval.metrics import retrieval_metrics
+from fmfa_losses.retrieval import retrieval_metrics
 def metrics(n):
     pids = torch.arange(n) % {persons}
     return retrieval_metrics(torch.randn(n, 8), torch.randn(n, 8), pids, pids)
@@ -327,7 +343,7 @@ metrics({size})
 print((peak_process_bytes() - before) / 2**20)
 """
     grown = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-    assert grown < 2 * retrieval.SCORES_PER_BLOCK * 4 / 2**20 + 16
+    assert grown < 2 * SCORES_PER_BLOCK * 4 / 2**20 + 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -355,9 +371,7 @@ def test_many_matches_among_the_smallest_and_largest_numbers(dtype):
     generator = torch.Generator().manual_seed(0)
     scores = torch.stack(numbers)[torch.randint(len(numbers), (5, 300), generator=generator)]
     thresholds = scores[:, :200]
-    binned, compared = (
-        count(scores, thresholds) for count in (retrieval._count_by_bins, retrieval._count_by_comparing)
-    )
+    binned, compared = (count(scores, thresholds) for count in (counting._count_by_bins, counting._count_by_comparing))
     assert all(torch.equal(a, b) for a, b in zip(binned, compared, strict=True))
 
 
@@ -517,6 +531,35 @@ def test_evaluator_names_what_is_missing():
         Evaluator([], [], progress=False).eval(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="at least one batch"):
         Evaluator([], [], progress=False).eval(Towers(2))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.ones(2, 3), torch.tensor([1, 2])),
+        (torch.ones(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([1, 2])),
+        (["a man", "a woman"], torch.tensor([1, 2])),
+        {"pids": torch.tensor([1, 2]), "images": torch.ones(2, 3)},
+        (torch.tensor([1, 2]), torch.ones(2, 3), torch.tensor([0, 1])),
+    ],
+)
+def test_evaluator_names_a_loader_whose_batches_are_turned_round(batch):
+    good = [(torch.tensor([1, 2]), torch.ones(2, 3))]
+    with pytest.raises(TypeError, match=r"image_loader must give batches \(pids.*, images\).*, got .*; "):
+        Evaluator([batch], good, progress=False).eval(Towers(3))
+    with pytest.raises(TypeError, match=r"text_loader must give batches \(pids.*, captions\).*, got .*; "):
+        Evaluator(good, [batch], progress=False).eval(Towers(3))
+
+
+def test_evaluator_takes_pids_as_lists_and_columns():
+    columns = [(torch.tensor([[1], [2]]), torch.ones(2, 3)), ([3], torch.ones(1, 3))]
+    assert Evaluator(columns, columns, progress=False).metrics(Towers(3)).t2i.unmatched_queries.tolist() == []
+
+
+def test_evaluator_names_an_encoder_that_gives_no_features():
+    batches = [(torch.tensor([1, 2]), torch.ones(2, 3))]
+    with pytest.raises(ValueError, match=r"encode_text must return features \[b, D\], .* 2 pids .*, got .*\[2, 3, 1\]"):
+        Evaluator(batches, batches, encode_text=lambda model, batch: batch[..., None], progress=False).eval(Towers(3))
 
 
 def test_a_failing_encoder_leaves_the_model_as_it_was():

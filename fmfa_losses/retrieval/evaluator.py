@@ -1,0 +1,141 @@
+"""A model and its loaders, evaluated: what a training loop calls after each epoch."""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import describe
+from .metrics import RetrievalMetrics, check_ranks, retrieval_metrics
+
+__all__ = ["Evaluator"]
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Evaluator:
+    """Runs a model over an image and a text loader and ranks: the shape that TIPR training loops expect.
+
+    Args:
+        imageloader: batches of (pids [b], images).
+        textloader: batches of (pids [b], captions).
+        encode_image: (model, images) -> features [b, D]; default: `model.encode_image(images)`.
+        encode_text: (model, captions) -> features [b, D]; default: `model.encode_text(captions)`.
+        ranks: the k of CMC@k.
+        block_size: queries compared at a time.
+        progress: a tqdm bar for each loader, where tqdm is installed.
+    Example:
+        >>> class Model(nn.Module):
+        ...     encode_image = encode_text = staticmethod(nn.functional.normalize)
+        >>> batches = [(torch.tensor([1, 2]), torch.eye(2)), (torch.tensor([3]), torch.tensor([[1.0, 1.0]]))]
+        >>> Evaluator(batches, batches, progress=False).eval(Model())
+        100.0
+    """
+
+    def __init__(
+        self,
+        imageloader: Iterable[Any],
+        textloader: Iterable[Any],
+        *,
+        encode_image: Callable[[Any, Any], Tensor] | None = None,
+        encode_text: Callable[[Any, Any], Tensor] | None = None,
+        ranks: Sequence[int] = (1, 5, 10),
+        block_size: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.imageloader = imageloader
+        self.textloader = textloader
+        self.encode_image = encode_image
+        self.encode_text = encode_text
+        self.ranks: tuple[int, ...] = check_ranks(ranks)
+        self.block_size = block_size
+        self.progress = progress
+        self.logger: logging.Logger = logging.getLogger("fmfa_losses.retrieval")
+
+    def eval(self, model: Any) -> float:
+        """Rank-1 of text-to-image retrieval in percent, which picks the best epoch; logs the table."""
+        metrics = self.metrics(model, ranks=sorted({1, *self.ranks}))
+        self.logger.info("\n%s", metrics)
+        return metrics.t2i.cmc[1]
+
+    def metrics(self, model: Any, *, ranks: Sequence[int] | None = None) -> RetrievalMetrics:
+        """Everything, both directions. The model's train and eval modes are as before afterwards."""
+        texts, text_pids = self._features(model, "encode_text", self.encode_text, self.textloader)
+        images, image_pids = self._features(model, "encode_image", self.encode_image, self.imageloader)
+        return retrieval_metrics(
+            texts, images, text_pids, image_pids, ranks=ranks or self.ranks, block_size=self.block_size
+        )
+
+    @torch.no_grad()
+    def _features(
+        self, model: Any, name: str, encode: Callable[[Any, Any], Tensor] | None, loader: Iterable[Any]
+    ) -> tuple[Tensor, Tensor]:
+        if encode is None and not hasattr(model, name):
+            raise TypeError(
+                f"model must have {name}(batch), got {type(model).__name__}; "
+                f"pass Evaluator(..., {name}=lambda model, batch: ...)"
+            )
+        modes: dict[nn.Module, bool] = {}
+        parameter = None
+        if isinstance(model, nn.Module):
+            modes = {module: module.training for module in model.modules()}
+            parameter = next(model.parameters(), None)
+            model.eval()
+        features, pids = [], []
+        try:
+            for item in _progress(loader, name, self.progress):
+                batch_pids, batch = _checked_batch(item, name)
+                if parameter is not None and hasattr(batch, "to"):
+                    batch = batch.to(parameter.device)
+                encoded = getattr(model, name)(batch) if encode is None else encode(model, batch)
+                _check_encoded(encoded, batch_pids, name)
+                features.append(encoded)
+                pids.append(batch_pids)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if not features:
+            raise ValueError(f"the loader for {name} must give at least one batch, got none; check its data set")
+        return torch.cat(features), torch.cat(pids)
+
+
+def _checked_batch(item: Any, name: str) -> tuple[Tensor, Any]:
+    """Pids [b] and the images or captions of one batch."""
+    loader, what = ("image_loader", "images") if name == "encode_image" else ("text_loader", "captions")
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise TypeError(
+            f"{loader} must give batches (pids, {what}), got {describe(item)}; wrap it in a generator that yields them"
+        )
+    given, batch = item
+    try:
+        pids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):  # of captions that are strings, pictures that are no arrays
+        pids = None
+    if pids is None or pids.ndim == 0 or pids.numel() != len(pids) or pids.dtype not in INTEGERS:
+        raise TypeError(
+            f"{loader} must give batches (pids [b], {what}) with integer pids, got {describe(given)} first; put the "
+            f"pids before the {what}"
+        )
+    return pids.reshape(-1), batch
+
+
+def _check_encoded(encoded: object, pids: Tensor, name: str) -> None:
+    if not isinstance(encoded, Tensor) or encoded.ndim != 2 or len(encoded) != len(pids):
+        raise ValueError(
+            f"{name} must return features [b, D], one row for each of the {len(pids)} pids of the batch, got "
+            f"{describe(encoded)}; pool them, or pass Evaluator(..., {name}=lambda model, batch: ...)"
+        )
+
+
+def _progress(loader: Iterable[Any], name: str, show: bool) -> Iterable[Any]:
+    if not show:
+        return loader
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        return loader
+    bar: Iterable[Any] = tqdm(loader, desc=name.replace("_", " "), leave=False)
+    return bar
