@@ -125,6 +125,16 @@ class Loss(_Declared):
 
     # An option that decides whether pids are used: its name, the values with and without, what using them is good for.
     pids_option: ClassVar[tuple[str, str, str, str] | None] = None
+    has_ring: ClassVar[bool] = True
+    has_kernel: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.gather == "ring" and not self.has_ring:
+            raise ValueError(f'gather must be False or True, got "ring", which {name} does not have; pass gather=True')
+        if self.backend == "triton" and not self.has_kernel:
+            raise ValueError(f'backend must be "auto" or "torch", got "triton": {name} has no kernel; pass "auto"')
 
     @classmethod
     def of(cls, *tensors: Tensor | None, method: str = "forward", **options: Any) -> Tensor:
@@ -169,6 +179,12 @@ class Loss(_Declared):
                 )
         return check_ids("pids", pids, like.shape[0], like.device)
 
+    def alone(self) -> Peers:
+        """The peers of scores that exist already: none."""
+        if self.gather:
+            raise ValueError(f"gather must be False for scores, which are one process's, got {self.gather!r}")
+        return Peers(sizes=(1,))
+
     def reduce(self, per_sample: Tensor, sample_weight: Tensor | None, peers: Peers) -> Tensor:
         """[b] of the own pairs to this rank's part of the loss.
 
@@ -201,15 +217,8 @@ class ScoreLoss(Loss):
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
     """
 
+    has_ring = has_kernel = False
     rows: ClassVar[Callable[..., Tensor]]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = type(self).__name__
-        if self.gather == "ring":
-            raise ValueError(f'{name} needs whole rows of scores, got gather="ring"; pass gather=True')
-        if self.backend == "triton":
-            raise ValueError(f'{name} has no kernel, got backend="triton"; pass backend="auto"')
 
     def forward(
         self,
@@ -271,9 +280,7 @@ class ScoreLoss(Loss):
         sample_weight: Tensor | None,
         **given: Any,
     ) -> Tensor:
-        if self.gather:
-            raise ValueError(f"scores that exist are those of one process: gather must be False, got {self.gather!r}")
-        ids, arguments, alone = self.check_pids(pids, scores), self.arguments(scores, **given), Peers(scores.shape[:1])
+        alone, ids, arguments = self.alone(), self.check_pids(pids, scores), self.arguments(scores, **given)
         positive = _positives(ids, scores, alone)
         return self.reduce(self.per_sample(scores, transposed, positive, 0, **arguments), sample_weight, alone)
 
