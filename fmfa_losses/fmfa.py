@@ -11,6 +11,7 @@ from torch import Tensor
 from .distributed.peers import Peers, meet
 from .heads.identity import IDHead
 from .heads.irr import IRRHead
+from .losses._loss import MOVED
 from .losses.asdm import ASDMLoss
 from .losses.efa import EFALoss
 from .ops.checks import (
@@ -55,7 +56,9 @@ def check_keywords(name: str, given: Mapping[str, Any], function: Callable[..., 
                 for term, cls in parts.items()
                 if term in known and word in inspect.signature(cls).parameters
             ]
-            hint = f"; pass {' or '.join(pairs)}." if pairs else did_you_mean(word, known) or "."
+            hint = f"; use {MOVED[word]}." if word in MOVED else did_you_mean(word, known) or "."
+            if pairs:
+                hint = f"; pass {' or '.join(pairs)}."
             raise TypeError(f"{name} takes no {word!r}{hint} It takes {', '.join(known)}")
 
 

@@ -27,6 +27,12 @@ __all__ = ["Loss", "Options", "ScaledOptions", "ScaledScoreLoss", "ScoreLoss", "
 F = TypeVar("F", bound=Callable[..., Tensor])
 # Of the whole batch; the first three are compared by every handshake, the last one is the rank's own choice.
 OF_FEATURES = ("gather", "process_group", "equal_batches", "backend")
+# Options of the code released with the papers, which `compat` computes.
+MOVED = {
+    "gap": "fmfa_losses.compat.fmfa.compute_sdm",
+    "target": "fmfa_losses.compat.irra.compute_sdm",
+    "ranking": "fmfa_losses.compat.released.released_efa",
+}
 
 
 class Options(TypedDict, total=False):
@@ -46,7 +52,10 @@ class ScaledOptions(Options, total=False):
 
 
 def hyperparameter(
-    *, default: Any = dataclasses.MISSING, check: Callable[[str, Any], Any] | tuple[object, ...], kw_only: bool = False
+    *,
+    default: Any = dataclasses.MISSING,
+    check: Callable[[str, Any], Any] | tuple[object, ...],
+    kw_only: Any = dataclasses.MISSING,
 ) -> Any:
     """An argument of a loss; `check` takes name and value and returns what is kept, or holds the values allowed."""
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"check": check})
@@ -77,7 +86,7 @@ def _unknown(cls: Any, word: str, known: list[str]) -> str:
     of_call = sorted({name for names in cls._of_call.values() for name in names})
     if word in of_call:
         return f"{cls.__name__} is built without {word!r}, which belongs to the call: loss(..., {word}=...)"
-    near = did_you_mean(word, [*known, *of_call]) or "."
+    near = f"; use {MOVED[word]}." if word in MOVED else did_you_mean(word, [*known, *of_call]) or "."
     return f"{cls.__name__} takes no {word!r}{near} It takes {', '.join(known)}; its call {', '.join(of_call)}"
 
 
