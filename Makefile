@@ -57,7 +57,7 @@ test-oldest: .venv-oldest/installed
 test-versions: $(VERSIONS:%=test-triton-%) test-oldest
 
 demo: .venv/installed
-	$(RUN) -m benchmarks.person_retrieval --out runs/demo
+	$(RUN) -m benchmarks person-retrieval --out runs/demo
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
-"""What stands above the figures of a run: where they come from, and what the columns say."""
+"""What the columns of a GPU run say, and its page."""
 
 from typing import Any
 
-__all__ = ["LEGEND", "described", "gpu_page"]
+from .results import described
+
+__all__ = ["LEGEND", "gpu_page"]
 
 LEGEND = """- Times are milliseconds between CUDA events, median with the 20th and 80th percentile in brackets; inputs
   rotate past L2. *eager*: as a training loop calls it. *graph*: forward and backward replayed as one CUDA graph.
@@ -19,25 +21,8 @@ LEGEND = """- Times are milliseconds between CUDA events, median with the 20th a
 - Targets are goals; *predicted*: what was expected before any run on a GPU."""
 
 
-def described(result: dict[str, Any], source: str) -> str:
-    """Lines that name command, time, commit, machine and versions."""
-    machine, versions = result["machine"], result["versions"]
-    what = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB"
-    if machine.get("load", 0) >= 1:
-        what += f"; {machine['load']:.0f} other processes at work, so that times are noise"
-    if "gpu" in machine:
-        what = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {machine['cuda']}; {what}"
-    lines = [f"Source: {source}`{result['command']}`, {result['date']}."]
-    lines += [f"Commit: {result['commit']}."] if "commit" in result else []
-    lines.append(f"Machine: {what}.")
-    if "gpu_driver" in machine:
-        lines.append(f"GPU, driver, clocks of multiprocessors and memory before the run: {machine['gpu_driver']}.")
-    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return "\n".join([*lines, f"Versions: {packages}.", *([result["note"]] if "note" in result else [])])
-
-
 def gpu_page(result: dict[str, Any], tables: str) -> str:
     """gpu.md of a run."""
     setup = "\n".join(f"- {line}" for line in result.get("setup", []))
     head = f"# `benchmarks gpu` on {result['machine'].get('gpu', 'no GPU')}"
-    return "\n\n".join(part for part in (head, described(result, ""), setup, LEGEND, tables) if part) + "\n"
+    return "\n\n".join(part for part in (head, described(result), setup, LEGEND, tables) if part) + "\n"

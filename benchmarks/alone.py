@@ -44,7 +44,11 @@ class Launched:
 
 @contextmanager
 def captured() -> Iterator[list[Launched]]:
-    """Launches are made and collected."""
+    """Launches are made and collected.
+
+    Collected are other tensors of the same memory: a result of the step would keep its graph alive, whose leaves belong
+    to the stream of that step, and no later step could be captured.
+    """
     import fmfa_losses.kernels as package
 
     collected: list[Launched] = []
@@ -54,6 +58,7 @@ def captured() -> Iterator[list[Launched]]:
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         door(kernel, grid, *args, **options)
+        args = tuple(map(_without_graph, args))
         collected.append(Launched(kernel, args, options, lambda: door(kernel, grid, *args, **options)))
 
     try:
@@ -63,6 +68,12 @@ def captured() -> Iterator[list[Launched]]:
     finally:
         for module in modules:
             module.launch = door
+
+
+def _without_graph(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return arg.detach()
+    return arg._replace(tensor=arg.tensor.detach()) if hasattr(arg, "tensor") else arg  # Strided
 
 
 def kernels_of(step: Callable[[], Any]) -> tuple[dict[str, list[Launched]], Any]:

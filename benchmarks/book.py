@@ -17,14 +17,9 @@ from .lines import record_line
 from .measure import AGREEMENT, PASSES, disagreement
 from .providers import REFERENCE, TORCH
 from .tables import gpu_report
-from .targets import gpu_targets
 
-__all__ = ["KINDS", "Book", "checked", "read_records"]
+__all__ = ["Book", "checked", "read_records"]
 
-# Kind of a record -> its list in gpu.json.
-KINDS = {
-    "exact": "exact", "kernels": "kernels", "alternative": "alternatives", "figure": "measurements", "tests": "tests",
-}  # fmt: skip
 UNSEEN = "a record that cannot be shown:"
 DRAW_SECONDS = 5.0  # between two drawings at least
 
@@ -94,9 +89,7 @@ class Book:
             self.say(f"{UNSEEN} {type(error).__name__}: {error}, of {record}")
 
     def result(self) -> dict[str, Any]:
-        lists = {name: [r for r in self.records if r["kind"] == kind] for kind, name in KINDS.items()}
-        targets = gpu_targets(lists["measurements"], self.ceilings) if lists["measurements"] else []
-        return self.head | {"ceilings": self.ceilings, "targets": targets} | lists
+        return self.head | {"records": self.records}
 
     def write(self) -> None:
         result = self.result()

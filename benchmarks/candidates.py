@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from . import results
 from .alternatives import EFA, HALF, Alternative
 
-__all__ = ["TABLES", "Table", "tables"]
+__all__ = ["TABLES", "Table", "survivors", "tables"]
 
 
 class Table(NamedTuple):
@@ -24,6 +26,11 @@ class Table(NamedTuple):
 
 def _entry(module: str, table: str, key: tuple[str, str] | None, kernels: tuple[str, ...]) -> Alternative:
     return Alternative(module, table, key, None, EFA, "bf16", kernels, 1.0)
+
+
+def survivors(file: Path) -> list[dict[str, Any]]:
+    """What is worth timing in a file of `tune --compile`, in the order in which it is timed."""
+    return [row for row in results.read(file)["records"] if "dropped" not in row]
 
 
 def tables() -> dict[str, "Table"]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,10 @@ class Report:
 
 def record(chip: str, kind: str) -> list[Any]:
     """The launches of every operation at the shapes that pick every entry of the block tables."""
-    from fmfa_losses.kernels import aggregation, distribution_blocks, hard_similarity, similarity_distribution
+    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
     from fmfa_losses.kernels._launch import recording
 
-    from fmfa_losses.ops.similarity_distribution import blocks as _row_blocks
+    from fmfa_losses.ops.similarity_distribution import blocks
     from fmfa_losses.ops.similarity_distribution.api import RowLoss
 
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
@@ -76,34 +77,9 @@ def record(chip: str, kind: str) -> list[Any]:
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     try:
         with recording(chip) as launches:
-            # Tokens of the paper without and with masks, and samples of e of the wider classes.
-            # Pools whose scale is small or large have kernels of their own; their dx and de are those of "lse".
-            for P, Q, masked, pool, scale, gathers in (
-                (192, 77, False, "lse", 1.0, (True, False)),
-                (77, 77, True, "lse", 1.0, (True,)),
-                (77, 100, False, "lse", 1.0, ()),
-                (77, 192, False, "sum", 1.0, (True,)),
-                (77, 301, True, "lse", 1.0, ()),
-                (77, 77, False, "log_mean", 0.1, (True,)),
-                (77, 77, True, "log_mean", 0.1, ()),
-                (77, 77, False, "lse", 100.0, (True,)),
-                (77, 77, True, "lse", 100.0, (True,)),
-            ):
-                x, e = empty(128, P, 512), empty(128, Q, 512)
-                masks = (empty(128, P, dtype=torch.bool), empty(128, Q, dtype=torch.bool)) if masked else (None, None)
-                sim, maxima, winners = hard_similarity.forward(x, e, *masks, pool, scale, True)
-                for gather in gathers:
-                    hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, pool, scale, gather)
-            # Whole rows of scores at the paper's size and at ViT-L/14's, and rows too long for one tile. float16 has no
-            # code of its own there: it compiles to what bfloat16 compiles to.
-            paper, long = ((192, True), (192, False)), ((432, False), (1025, False), (1025, True))
-            for N, masked in () if kind == "float16" else (*paper, *long):
-                image, text, djoint = empty(128, N, 512), empty(128, 77, 512), empty(128, 77, 512, dtype=torch.float32)
-                mask = empty(128, N, dtype=torch.bool) if masked else None
-                threshold, row = empty(128, dtype=torch.float32), empty(128, 77, dtype=torch.float32)
-                aggregation.forward(image, text, mask, threshold)
-                if N == 192:
-                    aggregation.backward(djoint, image, text, mask, threshold, row, row)
+            _hard_similarity(empty)
+            if kind != "float16":  # compiles to what bfloat16 compiles to
+                _aggregation(empty)
             # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One
             # pair of one number, on one chip: an argument of 1 is a constant to the compiler.
             paper = RowLoss(alpha=10.0)
@@ -121,7 +97,7 @@ def record(chip: str, kind: str) -> list[Any]:
                 elif kind == "tf32":  # blocks are read alike, however they were multiplied
                     continue
                 else:
-                    forward, backward = _row_blocks.forward, _row_blocks.backward
+                    forward, backward = blocks.forward, blocks.backward
                     arguments = (queries, keys, pids, image_ids, 50.0 if scale is None else scale)
                     last = (spec, distribution_blocks)
                 loss, *saved = forward(*arguments, *last)
@@ -129,6 +105,44 @@ def record(chip: str, kind: str) -> list[Any]:
         return launches
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _hard_similarity(empty: Callable[..., torch.Tensor]) -> None:
+    """Tokens of the paper without and with masks, and samples of e of the wider classes.
+
+    Pools whose scale is small or large have kernels of their own; their dx and de are those of "lse".
+    """
+    from fmfa_losses.kernels import hard_similarity
+
+    for P, Q, masked, pool, scale, gathers in (
+        (192, 77, False, "lse", 1.0, (True, False)),
+        (77, 77, True, "lse", 1.0, (True,)),
+        (77, 100, False, "lse", 1.0, ()),
+        (77, 192, False, "sum", 1.0, (True,)),
+        (77, 301, True, "lse", 1.0, ()),
+        (77, 77, False, "log_mean", 0.1, (True,)),
+        (77, 77, True, "log_mean", 0.1, ()),
+        (77, 77, False, "lse", 100.0, (True,)),
+        (77, 77, True, "lse", 100.0, (True,)),
+    ):
+        x, e = empty(128, P, 512), empty(128, Q, 512)
+        masks = (empty(128, P, dtype=torch.bool), empty(128, Q, dtype=torch.bool)) if masked else (None, None)
+        sim, maxima, winners = hard_similarity.forward(x, e, *masks, pool, scale, True)
+        for gather in gathers:
+            hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, pool, scale, gather)
+
+
+def _aggregation(empty: Callable[..., torch.Tensor]) -> None:
+    """Whole rows of scores at the paper's size and at ViT-L/14's, and rows too long for one tile."""
+    from fmfa_losses.kernels import aggregation
+
+    for N, masked in ((192, True), (192, False), (432, False), (1025, False), (1025, True)):
+        image, text, djoint = empty(128, N, 512), empty(128, 77, 512), empty(128, 77, 512, dtype=torch.float32)
+        mask = empty(128, N, dtype=torch.bool) if masked else None
+        threshold, row = empty(128, dtype=torch.float32), empty(128, 77, dtype=torch.float32)
+        aggregation.forward(image, text, mask, threshold)
+        if N == 192:
+            aggregation.backward(djoint, image, text, mask, threshold, row, row)
 
 
 def specialised(chip: str, launches: list[Any]) -> list[tuple[Any, Any]]:
@@ -236,7 +250,7 @@ def line(r: Report) -> str:
 def main(argv: list[str] | None = None) -> int:
     import triton
 
-    parser = argparse.ArgumentParser(prog="compile-check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compile-check", description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))

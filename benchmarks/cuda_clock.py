@@ -72,6 +72,9 @@ def measure_cuda(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(mode, measurement) for each of "eager" and "graph" that is asked for, as soon as it is there.
 
+    A figure is refused when a kernel was compiled while it was timed, and when an input has a gradient of zeros: random
+    inputs have none, so a backward was left out, or came too late to be timed.
+
     Input sets rotate, so many that none is still in L2 when its turn comes. `above_mib` is the peak of allocated memory
     above inputs and their gradients. `first_call_s` is all of the first call, `compiled` what Triton did in warming up.
     """
@@ -106,16 +109,18 @@ def measure_cuda(
             if compiles.kernels == before:
                 break
         # Of a step as it is timed: a compiler that tries its kernels out in the first call can spoil what that returns.
-        found = fingerprint(*step(sets[0]))
+        value, grads = step(sets[0])
+        found, zeros = fingerprint(value, grads), _zeros(grads)
+        del value, grads
         warm |= {"compiled": compiles.kernels, "compile_s": round(compiles.seconds, 2), "input_sets": len(sets)}
         before = compiles.kernels
         if "eager" in modes:
             figure = _eager(step, sets, base + gradient_bytes, seconds, least)
-            yield "eager", _refused(found | warm | figure, compiles.kernels - before)
+            yield "eager", _refused(found | warm | figure, compiles.kernels - before, zeros)
         if "graph" in modes:
             before = compiles.kernels
             figure = _graph(step, sets, seconds, least)
-            yield "graph", _refused(warm | figure, compiles.kernels - before)
+            yield "graph", _refused(warm | figure, compiles.kernels - before, zeros)
 
 
 def input_sets(make_inputs: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,10 +132,18 @@ def input_sets(make_inputs: Callable[[int], dict[str, Any]]) -> list[dict[str, A
     return sets + [make_inputs(seed) for seed in range(1, count)]
 
 
-def _refused(figure: dict[str, Any], compiled: int) -> dict[str, Any]:
-    if not compiled:
+def _zeros(grads: Sequence[Tensor]) -> int:
+    """How many gradients are zero everywhere."""
+    return sum(not bool(grad.any()) for grad in grads)
+
+
+def _refused(figure: dict[str, Any], compiled: int, zeros: int) -> dict[str, Any]:
+    zeros = max(zeros, figure.pop("zeros", 0))
+    if not compiled and not zeros:
         return figure
     kept = {name: value for name, value in figure.items() if name not in PASSES}
+    if zeros:
+        return kept | {"status": f"failed: {zeros} gradients are zero everywhere"}
     return kept | {"status": f"failed: {compiled} kernels were compiled while it was timed"}
 
 
@@ -158,7 +171,7 @@ def _graph(step: Callable[..., Any], sets: list[Any], seconds: float, least: int
     first, result = graph_of(lambda: step(sets[0]))
     first.replay()
     torch.cuda.synchronize()
-    found = fingerprint(*result)  # before another graph uses the memory
+    found = fingerprint(*result) | {"zeros": _zeros(result[1])}  # before another graph uses the memory
     graphs = [first] + [graph_of(lambda s=s: step(s), first.pool())[0] for s in sets[1:4]]
     for graph in graphs:
         graph.replay()

@@ -1,6 +1,6 @@
 """The global batch on this machine's processes over Gloo: bytes that a rank receives, seconds, peak memory.
 
-    python -m benchmarks.distributed [--out benchmarks/results/distributed_cpu.json]
+    python -m benchmarks distributed [--out benchmarks/results/distributed_cpu.json]
 
 `received` says on paper what the counters find; docs/distributed.md is made from it, and every run compares the two.
 Every case runs in fresh processes, one thread each; where they outnumber the cores, seconds measure the queue as well.
@@ -8,8 +8,6 @@ Every case runs in fresh processes, one thread each; where they outnumber the co
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from fmfa_losses.distributed.peers import GATHER
 from fmfa_losses.losses.asdm import ASDMLoss
 from fmfa_losses.losses.efa import EFALoss
 
+from . import ROOT, results
 from .measure import peak_process_bytes
 
 BATCH, N, L, D = 16, 192, 77, 512
@@ -125,10 +124,15 @@ def measure(rank: int, world: int, folder: str, term: str, gather: bool | str) -
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distributed_cpu.json"))
-    arguments = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks distributed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/distributed_cpu.json")
+    arguments = parser.parse_args(argv)
+    head = results.head("distributed", "python -m benchmarks distributed", threads=1)  # of each process
     cases = []
     for term in ("asdm", "efa"):
         for world in WORLDS:
@@ -139,14 +143,5 @@ def main() -> None:
                 assert case["received_bytes"] == case["received_bytes_on_paper"], case
                 cases.append(case)
                 print(json.dumps(case))
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads_per_rank": 1}
     shape = {"pairs_per_rank": BATCH, "N": N, "L": L, "D": D, "dtype": "float32"}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        json.dumps({"machine": machine, "versions": versions, "shape": shape, "cases": cases}, indent=2) + "\n"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    results.write(arguments.out, head | {"shape": shape, "records": cases})

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from . import ROOT, preflight, stand_in_cuda, triton_cache, wheels
+from . import ROOT, preflight, results, stand_in_cuda, triton_cache, wheels
 from .book import Book
-from .machine import commit, describe_machine, describe_versions, now
 from .plan import STAGES, Job, gpu_jobs
 from .supervisor import Worker, run_jobs
+from .targets import gpu_targets
 
 DRY = "dry run: kernels are interpreted in stages a to c, the torch path takes their place in d to f; nothing is timed"
 REPORT_SECONDS = 5.0  # kept for the last plots
@@ -87,10 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     env, said, prebuilt = environment(options)
     command = "python -m benchmarks gpu" + (f" --stage {' '.join(options.stage)}" if options.stage else "")
-    head: dict[str, Any] = {
-        "kind": "gpu", "command": command, "date": now(), "commit": commit(), "machine": describe_machine(),
-        "versions": describe_versions(), "minutes": options.minutes, "setup": said,
-    }  # fmt: skip
+    head = results.head("gpu", command) | {"minutes": options.minutes, "setup": said}
     if options.dry_run:
         head["dry_run"] = True
     with closing(Book(options.out, head)) as book:
@@ -100,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             book.say(line)
         jobs = gpu_jobs(options.stage, dry=options.dry_run)
         run(book, jobs, options, env, began + 60 * options.minutes - REPORT_SECONDS, prebuilt)
-        for entry in book.result()["targets"]:
+        for entry in gpu_targets(results.of_kind(book.result(), "figure"), book.ceilings):
             verdict = {True: "met", False: "MISSED", None: "not measured"}[entry["met"]]
             book.say(f"target {verdict:12} {entry['goal']}: {entry['measured']}")
         book.say(f"{time.monotonic() - began:.0f} s; written to {options.out}")

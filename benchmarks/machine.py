@@ -15,9 +15,17 @@ import torch
 
 from . import ROOT
 
-__all__ = ["commit", "describe_machine", "describe_versions", "now", "today"]
+__all__ = ["commit", "describe_machine", "describe_versions", "now"]
 
-PACKAGES = ("torch", "triton", "numpy", "einops", "late-interaction-kernels", "flash-maxsim")
+PACKAGES = {
+    "torch": "torch",
+    "triton": "triton",
+    "numpy": "numpy",
+    "einops": "einops",
+    "pillow": "PIL",
+    "late-interaction-kernels": "late_interaction_kernels",
+    "flash-maxsim": "flash_maxsim",
+}  # by name, the module
 
 
 def describe_machine() -> dict[str, Any]:
@@ -49,8 +57,8 @@ def describe_versions() -> dict[str, str]:
     import fmfa_losses
 
     versions = {"python": platform.python_version(), "fmfa-losses": fmfa_losses.__version__}
-    for package in PACKAGES:
-        if importlib.util.find_spec(package.replace("-", "_")) is not None:
+    for package, module in PACKAGES.items():
+        if importlib.util.find_spec(module) is not None:
             try:
                 versions[package] = importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError:  # put on the path by hand
@@ -83,10 +91,6 @@ def _nvidia_smi() -> str | None:
 
 def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def today() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
 
 def _cpu_model() -> str:

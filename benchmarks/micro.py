@@ -19,12 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import providers
+from . import providers, results
 from .cases import SIZES, Case, inputs
-from .machine import describe_machine, describe_versions, today
 from .measure import disagreement, measure_cpu
 from .providers import REFERENCE, RELEASED, TORCH
-from .results import write
 from .tables import micro_table, target_table
 from .targets import micro_targets
 
@@ -118,17 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     plan = QUICK if options.quick else FULL
     plan = [(case, names) for case, names in plan if options.only is None or case.op in options.only]
 
-    head = {
-        "kind": "micro",
-        "command": "python -m benchmarks micro" + " --quick" * options.quick,
-        "date": today(),
-        "machine": describe_machine() | {"threads": options.threads},
-        "versions": describe_versions(),
-        "seconds_of_repeats": seconds,
-    }
+    command = "python -m benchmarks micro" + " --quick" * options.quick
+    head = results.head("micro", command, threads=options.threads) | {"seconds_of_repeats": seconds}
 
     def save(measurements: list[dict[str, Any]]) -> None:
-        write(out, head | {"targets": micro_targets(measurements), "measurements": measurements})
+        results.write(out, head | {"records": measurements})
 
     measurements = run(plan, seconds, options.threads, save)
     print(micro_table(measurements))

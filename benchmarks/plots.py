@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from .cases import Case
 from .plan import toy
 from .providers import AUTOTUNED, PEERS, REFERENCE, TORCH, TRITON
+from .results import ceilings_of, of_kind
 from .roofline import share_of_roof
 
 __all__ = ["draw_gpu", "gpu_figures"]
@@ -30,7 +31,7 @@ PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 def gpu_figures(result: dict[str, Any]) -> dict[str, Figure]:
     """ "time", "memory" and "roof"; those that have something to show."""
     shown = toy(PAPER) if result.get("dry_run") else PAPER
-    rows = [row for row in result["measurements"] if row["status"] == "ok" and row["mode"] == "eager"]
+    rows = [row for row in of_kind(result, "figure") if row["status"] == "ok" and row["mode"] == "eager"]
     efa = [row for row in rows if row["op"] == "efa" and (row["L"], row["N"], row["D"]) == (shown.L, shown.N, shown.D)]
     efa = [row for row in efa if "mean_length" not in row]
     device = result["machine"].get("gpu", "no GPU")
@@ -39,7 +40,7 @@ def gpu_figures(result: dict[str, Any]) -> dict[str, Figure]:
     figures = {
         "time": _against_batch(efa, title, "forward and backward, ms", lambda row: row["both"]["median"]),
         "memory": _against_batch(efa, title, "peak above inputs and gradients, MiB", lambda row: row["above_mib"]),
-        "roof": _roof(same, device, result["ceilings"]) if result["ceilings"] else None,
+        "roof": _roof(same, device, ceilings) if (ceilings := ceilings_of(result)) else None,
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

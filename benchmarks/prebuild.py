@@ -42,9 +42,9 @@ from unittest import mock
 
 import torch
 
-from . import ROOT, exact, results, stand_in
+from . import ROOT, exact, stand_in
 from .alternatives import ALTERNATIVES, Alternative, swapped
-from .candidates import tables
+from .candidates import survivors, tables
 from .cases import Case, inputs, leaves
 from .measure import DTYPES
 from .plan import Job, gpu_jobs
@@ -91,7 +91,7 @@ def candidates(file: Path | None, precision: str) -> list[tuple[Alternative, Any
     """Entries of the block tables that `benchmarks tune --compile` found worth timing."""
     if file is None:
         return []
-    rows = [(tables()[row["table"]].entry, tuple(row["candidate"])) for row in results.read(file)["survivors"]]
+    rows = [(tables()[row["table"]].entry, tuple(row["candidate"])) for row in survivors(file)]
     return [(entry, candidate) for entry, candidate in rows if entry.precision == precision]
 
 

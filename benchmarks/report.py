@@ -7,12 +7,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import plots
-from .about import LEGEND, described
-from .results import load_all
+from . import ROOT, plots
+from .about import LEGEND
+from .results import described, load_all
 from .tables import gpu_report, micro_table, target_table
-
-ROOT = Path(__file__).parents[1]
+from .targets import micro_targets
 
 HEAD = """# Benchmarks
 
@@ -35,6 +34,14 @@ NOT_MEASURED = """## On a GPU
 Not measured: no result of `python -m benchmarks gpu` on a CUDA device is in `benchmarks/results/`. No claim is made
 about the speed or memory of the kernels there."""
 
+# Kind of a result -> the page of docs/ that shows its figures, and what they are.
+PAGES = {
+    "ablation": ("demo.md", "Ablation on rendered pedestrians"),
+    "torchrun": ("distributed.md", "Training in one process and in two"),
+    "distributed": ("distributed.md", "The global batch over processes"),
+    "retrieval-metrics": ("retrieval.md", "Retrieval metrics"),
+}
+
 
 def describe(name: str, result: dict[str, Any]) -> str:
     """Where the figures come from."""
@@ -43,7 +50,7 @@ def describe(name: str, result: dict[str, Any]) -> str:
 
 def cpu_section(name: str, result: dict[str, Any]) -> str:
     parts = [f"## On the CPU: {result['machine']['cpu']}", CPU, describe(name, result)]
-    return "\n\n".join([*parts, micro_table(result["measurements"]), target_table(result["targets"])])
+    return "\n\n".join([*parts, micro_table(result["records"]), target_table(micro_targets(result["records"]))])
 
 
 def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
@@ -59,21 +66,24 @@ def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def other_section(name: str, result: dict[str, Any]) -> str:
+    """Where the figures of another page come from."""
+    page, what = PAGES[result["kind"]]
+    return f"### [{what}]({page})\n\n{describe(name, result)}"
+
+
 def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     """The report as Markdown; `folder` is where the plots go."""
-    kinds: dict[str | None, dict[str, dict[str, Any]]] = {}
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
     for name, result in results.items():
-        kinds.setdefault(result.get("kind"), {})[name] = result
+        kinds.setdefault(result["kind"], {})[name] = result
+    micro, gpu = kinds.pop("micro", {}), kinds.pop("gpu", {})
     parts = [HEAD.strip()]
-    parts += [cpu_section(name, result) for name, result in kinds.get("micro", {}).items()]
-    parts += [gpu_section(name, result, folder) for name, result in kinds.get("gpu", {}).items()] or [NOT_MEASURED]
-    others = [
-        f"- `benchmarks/results/{name}`"
-        for name, result in results.items()
-        if result.get("kind") not in ("micro", "gpu")
-    ]
+    parts += [cpu_section(name, result) for name, result in micro.items()]
+    parts += [gpu_section(name, result, folder) for name, result in gpu.items()] or [NOT_MEASURED]
+    others = [other_section(name, result) for kind in kinds.values() for name, result in kind.items()]
     if others:
-        parts.append("## Other results\n\n" + "\n".join(others))
+        parts += ["## Other results", *others]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,6 +1,6 @@
 """`retrieval_metrics` against the argsort evaluator: seconds, CPU seconds, peak memory of the process.
 
-    python -m benchmarks.retrieval_metrics [--out benchmarks/results/retrieval_metrics_cpu.json]
+    python -m benchmarks retrieval-metrics [--out benchmarks/results/retrieval_metrics_cpu.json]
 
 Every case runs in a process of its own, so that one case's memory does not count for the next. Features are
 drawn around one centre an identity, 946 identities as in the test split of ICFG-PEDES.
@@ -8,8 +8,6 @@ drawn around one centre an identity, 946 identities as in the test split of ICFG
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from fmfa_losses.retrieval import retrieval_metrics
 
+from . import ROOT, results
 from .measure import peak_process_bytes
 
 IDENTITIES, WIDTH, NOISE = 946, 512, 4.0
@@ -92,27 +91,21 @@ def run(evaluator: str, size: int, repeats: int) -> dict[str, object]:
     }
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/retrieval_metrics_cpu.json"))
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks retrieval-metrics", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/retrieval_metrics_cpu.json")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", nargs=2, metavar=("EVALUATOR", "SIZE"), help="one case, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.case:
         print(json.dumps(run(options.case[0], int(options.case[1]), options.repeats)))
         return
 
-    cases = []
+    head, cases = results.head("retrieval-metrics", "python -m benchmarks retrieval-metrics"), []
     for evaluator, size in CASES:
-        command = [sys.executable, "-m", "benchmarks.retrieval_metrics", "--case", evaluator, str(size)]
+        command = [sys.executable, "-m", "benchmarks", "retrieval-metrics", "--case", evaluator, str(size)]
         command += ["--repeats", str(options.repeats)]
-        case = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        case = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
         cases.append(case)
         print(f"{evaluator:8} {size:6}  {min(case['seconds']):7.2f} s  {case['peak_process_mib']:6} MiB")
 
@@ -120,17 +113,6 @@ def main() -> None:
         best = {(case["evaluator"], case["texts"]): min(case[clock]) for case in cases}
         return {str(n): round(best["argsort", n] / best["ours", n], 2) for n in (3000, 6000)}
 
-    result = {
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "cases": cases,
-        "speedup": speedup("seconds"),
-        "cpu_speedup": speedup("cpu_seconds"),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print("speedup", result["speedup"], "in CPU time", result["cpu_speedup"])
-
-
-if __name__ == "__main__":
-    main()
+    faster = {"speedup": speedup("seconds"), "cpu_speedup": speedup("cpu_seconds")}
+    results.write(options.out, head | faster | {"records": cases})
+    print("speedup", faster["speedup"], "in CPU time", faster["cpu_speedup"])

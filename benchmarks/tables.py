@@ -6,7 +6,9 @@ from typing import Any
 from .gpu_tests import FILES
 from .lines import least_ms
 from .providers import REFERENCE, TRITON
+from .results import ceilings_of, of_kind
 from .roofline import share_of_roof
+from .targets import gpu_targets
 
 __all__ = ["gpu_report", "gpu_tables", "markdown", "micro_table", "milliseconds", "target_table"]
 
@@ -71,8 +73,9 @@ def target_table(targets: Sequence[dict[str, Any]]) -> str:
 
 def gpu_report(result: dict[str, Any]) -> str:
     """All of a GPU run: figures, verdicts, single kernels, alternatives, exactness, tests."""
+    figures = of_kind(result, "figure")
     parts = [gpu_tables(result)]
-    parts += [target_table(result["targets"])] if result["targets"] else []
+    parts += [target_table(gpu_targets(figures, ceilings_of(result)))] if figures else []
     for title, table in (
         ("Each kernel alone", _kernel_table),
         ("Entries of the block tables", _alternative_table),
@@ -86,7 +89,7 @@ def gpu_report(result: dict[str, Any]) -> str:
 
 def gpu_tables(result: dict[str, Any]) -> str:
     """Ceilings, one table of what was measured, and a list of what was not."""
-    parts, ceilings = [], result["ceilings"]
+    parts, ceilings, figures = [], ceilings_of(result), of_kind(result, "figure")
     if result.get("dry_run"):
         parts.append(
             "**A dry run at toy sizes on the CPU: no time here means anything. Figures of the kernels, fmfa-losses "
@@ -95,10 +98,10 @@ def gpu_tables(result: dict[str, Any]) -> str:
     if ceilings:
         rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in ceilings.items() if name != "copy")
         parts.append(f"Ceilings: copy {ceilings['copy'] / 1e12:.2f} TB/s; large product in TFLOP/s: {rates}.")
-    measured = [row for row in result["measurements"] if row["status"] == "ok"]
+    measured = [row for row in figures if row["status"] == "ok"]
     if measured:
-        parts.append(_gpu_table(measured, ceilings, outcomes(result["tests"])))
-    others = [row for row in result["measurements"] if row["status"] != "ok"]
+        parts.append(_gpu_table(measured, ceilings, outcomes(of_kind(result, "tests"))))
+    others = [row for row in figures if row["status"] != "ok"]
     if others:
         parts.append(
             "Without a figure:\n\n"
@@ -145,25 +148,15 @@ def _gpu_table(rows: Sequence[dict[str, Any]], ceilings: dict[str, float] | None
 
 def _kernel_table(result: dict[str, Any]) -> str:
     head = (
-        "case",
-        "kernel",
-        "dtype",
-        "launches",
-        "ms",
-        "predicted ms",
-        "before the change",
-        "GFLOP",
-        "MB",
-        "least ms",
-        "roof",
-        "blocks",
-    )
+        "case", "kernel", "dtype", "launches", "ms", "predicted ms", "before the change", "GFLOP", "MB", "least ms",
+        "roof", "blocks",
+    )  # fmt: skip
     rows = []
-    for row in result["kernels"]:
+    for row in of_kind(result, "kernels"):
         if row["status"] != "ok":
             rows.append((row["case"], row.get("kernel", "all"), row["dtype"], "-", row["status"], *["-"] * 7))
             continue
-        least = least_ms(row, result["ceilings"])
+        least = least_ms(row, ceilings_of(result))
         changed = row.get("after")
         spans = [
             "-" if not bounds else "-".join(f"{ms:.2f}" for ms in dict.fromkeys(bounds))
@@ -180,7 +173,7 @@ def _kernel_table(result: dict[str, Any]) -> str:
 def _alternative_table(result: dict[str, Any]) -> str:
     head = ("table", "case", "entry", "ms", "other", "ms", "other / entry", "predicted")
     rows = []
-    for row in result["alternatives"]:
+    for row in of_kind(result, "alternative"):
         if row["status"] != "ok":
             rows.append((row["table"], row["case"], row["status"], *["-"] * 5))
             continue
@@ -194,15 +187,15 @@ def _alternative_table(result: dict[str, Any]) -> str:
 
 def _exact_table(result: dict[str, Any]) -> str:
     rows = []
-    for row in result["exact"]:
+    for row in of_kind(result, "exact"):
         errors = [f"{name} {error:.1e} of {row['budgets'][name]:.1e}" for name, error in row.get("errors", {}).items()]
         rows.append((row["case"], row["status"], row["dtype"], "; ".join(errors) or "-"))
     return markdown(("case", "outcome", "dtype", "error of its budget"), rows) if rows else ""
 
 
 def _test_list(result: dict[str, Any]) -> str:
-    tests = [row for row in result["tests"] if "test" in row]
-    ends = [row for row in result["tests"] if "test" not in row]
+    rows = of_kind(result, "tests")
+    tests, ends = [row for row in rows if "test" in row], [row for row in rows if "test" not in row]
     counts = {outcome: sum(row["outcome"] == outcome for row in tests) for outcome in {row["outcome"] for row in tests}}
     parts = [", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))] if tests else []
     parts += [f"- {row['summary'] if row['status'] == 'ok' else row['status']}" for row in ends]

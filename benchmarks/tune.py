@@ -22,9 +22,8 @@ import torch
 
 from . import alone, device, results, stand_in_cuda, triton_cache
 from .alternatives import swapped, value
-from .candidates import TABLES, Table, tables
+from .candidates import TABLES, Table, survivors, tables
 from .gpu_worker import step_of
-from .machine import describe_machine, describe_versions, today
 from .measure import AGREEMENT, disagreement, fingerprint, matmul_precision
 from .plan import Job, toy
 
@@ -89,7 +88,7 @@ def in_order(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compile_all(options: argparse.Namespace) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
     plan = [(name, candidate) for name in options.table for candidate in _table(name).candidates()[: options.limit]]
-    head = {"kind": "candidates", "chip": options.chip, "date": today(), "versions": describe_versions()}
+    head = results.head("candidates", "python -m benchmarks tune --compile") | {"chip": options.chip}
     began = time.monotonic()
     print(f"{len(plan)} candidates for {options.chip}", flush=True)
     found: list[dict[str, Any]] = []
@@ -102,11 +101,11 @@ def compile_all(options: argparse.Namespace) -> int:
                 f"{name} {row[name]}" for name in ("registers", "shared", "programs")
             )
             print(f"{row['table']:8} {tuple(row['candidate'])!s:28} {said}", flush=True)
-            survivors, dropped = in_order(found), [row for row in found if "dropped" in row]
-            results.write(options.out, head | {"survivors": survivors, "dropped": dropped})
+            kept, dropped = in_order(found), [row for row in found if "dropped" in row]
+            results.write(options.out, head | {"records": kept + dropped})
     took = time.monotonic() - began
     print(
-        f"{len(survivors)} survive, {len(dropped)} dropped, in {took:.0f} s: {took / len(plan):.1f} s each in "
+        f"{len(kept)} survive, {len(dropped)} dropped, in {took:.0f} s: {took / len(plan):.1f} s each in "
         f"{options.workers} processes; written to {options.out}"
     )
     return 0
@@ -172,13 +171,13 @@ def time_all(options: argparse.Namespace) -> int:
             os.environ["TRITON_CACHE_DIR"] = str(cache)
         print(f"sha256 of triton_key: {triton_cache.triton_key_sha256()}\n{sentence}", flush=True)
     left = lambda: 60 * options.minutes - (time.monotonic() - began)  # noqa: E731
-    rows = [row for row in results.read(options.time)["survivors"] if row["table"] in options.table][: options.limit]
-    head = {"kind": "tuned", "date": today(), "machine": describe_machine(), "versions": describe_versions()}
+    rows = [row for row in survivors(options.time) if row["table"] in options.table][: options.limit]
+    head = results.head("tuned", "python -m benchmarks tune --time")
     outcomes: list[dict[str, Any]] = []
     for outcome in timed(rows, left, dry=options.dry_run):
         outcomes.append(outcome)
         print(_line(outcome, outcomes), flush=True)
-        results.write(options.out, head | {"outcomes": outcomes})
+        results.write(options.out, head | {"records": outcomes})
     for table in TABLES:
         best = sorted((o for o in outcomes if o["table"] == table.name and "ms" in o), key=lambda o: o["ms"])[:5]
         for outcome in best:

@@ -11,7 +11,6 @@ from torch import Tensor
 from .distributed.peers import Peers, meet
 from .heads.identity import IDHead
 from .heads.irr import IRRHead
-from .losses._loss import MOVED
 from .losses.asdm import ASDMLoss
 from .losses.efa import EFALoss
 from .ops.checks import (
@@ -24,7 +23,7 @@ from .ops.checks import (
     did_you_mean,
 )
 from .ops.module import Module
-from .ops.options import GATHER, Backend, Dataset, Gather
+from .ops.options import GATHER, MOVED, Backend, Dataset, Gather
 from .ops.padding import refuse_trace
 
 __all__ = ["FMFALoss", "FMFAOutput"]

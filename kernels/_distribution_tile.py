@@ -1,6 +1,7 @@
-"""What a tile of logits says of the rows that it belongs to, and what they pay sends back into it: Eq. 1-4 in Triton.
+"""Triton helpers shared by the A-SDM kernels: running statistics of the rows of a tile of logits, and their gradient.
 
-Rows are along axis 0 in `absorb_tile`; `add_dlogits` takes either axis, its vectors being [BLOCK_M, 1] or [1, BLOCK_N].
+The algebra is that of fmfa_losses/ops/similarity_distribution/statistics.py: `update_tile` is merge(running, of(tile)).
+Rows are along axis 0 there; `add_dlogits` takes either axis, its vectors being [BLOCK_M, 1] or [1, BLOCK_N].
 """
 
 import triton
@@ -39,16 +40,16 @@ def log_target(same, same_image, total, factor, eps, HAS_IMAGES: tl.constexpr):
 
 
 @triton.jit
-def absorb_tile(
-    top,  # running numbers of the rows, [BLOCK_M] each, as the next six; e = exp(z - top)
+def update_tile(
+    top,  # running statistics of the rows, [BLOCK_M] each, as the next six; e = exp(z - top)
     sum_e,
-    paid,  # sum e (z - top - log(t + eps)), or for the cross-entropy sum t (z - top)
-    mass,  # sum t
-    top_place,
+    excess,  # sum e (z - top - log(t + eps)), or for the cross-entropy sum t (z - top)
+    sum_t,  # sum t
+    top_index,
     positive,  # z there
-    positive_place,
+    positive_index,
     z,  # [BLOCK_M, BLOCK_N], -inf outside
-    columns,  # their places, [BLOCK_N]
+    columns,  # their indices, [BLOCK_N]
     inside,  # [1, BLOCK_N]
     same,  # [BLOCK_M, BLOCK_N]; nothing is the same outside
     same_image,
@@ -60,18 +61,21 @@ def absorb_tile(
     WEIGHTED: tl.constexpr,
     POSITIVE: tl.constexpr,
 ):
-    """The running numbers after one more tile. Ties go to the lowest column."""
+    """The running statistics after one more tile. Ties go to the lowest column, in whatever order tiles come."""
     if WEIGHTED:
         first_column = tl.min(columns, 0)
-        tile_top, tile_place = tl.max(z, 1, return_indices=True)
-        top_place = tl.where(tile_top > top, first_column + tile_place, top_place)
+        tile_top, tile_index = tl.max(z, 1, return_indices=True)
+        tile_index += first_column
+        higher = (tile_top > top) | ((tile_top == top) & (tile_index < top_index))
+        top_index = tl.where(higher, tile_index, top_index)
         if POSITIVE == "any":
-            tile_positive, tile_place = tl.max(tl.where(same, z, -float("inf")), 1, return_indices=True)
-            better = tile_positive > positive
-            positive_place = tl.where(better, first_column + tile_place, positive_place)
-            positive = tl.where(better, tile_positive, positive)
+            tile_positive, tile_index = tl.max(tl.where(same, z, -float("inf")), 1, return_indices=True)
+            tile_index += first_column
+            higher = (tile_positive > positive) | ((tile_positive == positive) & (tile_index < positive_index))
+            positive_index = tl.where(higher, tile_index, positive_index)
+            positive = tl.where(higher, tile_positive, positive)
         else:
-            found = (columns[None, :] == positive_place[:, None]) & inside
+            found = (columns[None, :] == positive_index[:, None]) & inside
             tile_positive = tl.max(tl.where(found, z, LOWEST), 1)
             positive = tl.where(positive == LOWEST, tile_positive, positive)
     else:
@@ -83,80 +87,80 @@ def absorb_tile(
     shrink = tl.exp(top - new_top)
     if CROSS_ENTROPY:
         t = target(same, same_image, total, factor, HAS_IMAGES)
-        paid += (top - new_top) * mass + tl.sum(tl.where(t > 0, t * below, 0.0), 1)
-        mass += tl.sum(t, 1)
+        excess += (top - new_top) * sum_t + tl.sum(tl.where(t > 0, t * below, 0.0), 1)
+        sum_t += tl.sum(t, 1)
     else:
-        excess = below - log_target(same, same_image, total, factor, eps, HAS_IMAGES)
-        paid = shrink * (paid + (top - new_top) * sum_e) + tl.sum(e * excess, 1)
+        log_t = log_target(same, same_image, total, factor, eps, HAS_IMAGES)
+        excess = shrink * (excess + (top - new_top) * sum_e) + tl.sum(e * (below - log_t), 1)
     sum_e = shrink * sum_e + tl.sum(e, 1)
-    return new_top, sum_e, paid, mass, top_place, positive, positive_place
+    return new_top, sum_e, excess, sum_t, top_index, positive, positive_index
 
 
 @triton.jit
-def conclude(
+def finalize(
     loss_ptr,  # of the rows, as the next two
     statistics_ptr,  # [STATISTICS, R]
-    places_ptr,  # [2, R], or anything
+    index_ptr,  # [2, R], or anything
     at,  # [BLOCK_M]
-    live,  # [BLOCK_M]
+    row_mask,  # [BLOCK_M]
     R,
     top,
     sum_e,
-    paid,
-    mass,
-    top_place,
+    excess,
+    sum_t,
+    top_index,
     positive,
-    positive_place,
+    positive_index,
     alpha,
     loss_weight,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Stores what the rows pay after all tiles so far, and their statistics."""
+    """Stores the losses of the rows after all tiles so far, and what their gradient needs."""
     # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
     log_sum = tl.log(sum_e)
-    tl.store(statistics_ptr + at, top, mask=live)
-    tl.store(statistics_ptr + R + at, log_sum, mask=live)
+    tl.store(statistics_ptr + at, top, mask=row_mask)
+    tl.store(statistics_ptr + R + at, log_sum, mask=row_mask)
     if CROSS_ENTROPY:
-        loss = mass * log_sum - paid
-        tl.store(statistics_ptr + 2 * R + at, mass, mask=live)
+        loss = sum_t * log_sum - excess
+        tl.store(statistics_ptr + 2 * R + at, sum_t, mask=row_mask)
     else:
-        divergence = paid / sum_e - log_sum
-        tl.store(statistics_ptr + 2 * R + at, divergence, mask=live)
+        divergence = excess / sum_e - log_sum
+        tl.store(statistics_ptr + 2 * R + at, divergence, mask=row_mask)
         loss = divergence
         if WEIGHTED:
-            positive = tl.where(live, positive, top)  # a row beyond the end has no positive
+            positive = tl.where(row_mask, positive, top)  # a row beyond the end has no positive
             gap = 1 / sum_e - tl.exp(positive - top - log_sum)
             loss = (1 + alpha * gap) * divergence
-            tl.store(statistics_ptr + 3 * R + at, gap, mask=live)
-            tl.store(places_ptr + at, top_place, mask=live)
-            tl.store(places_ptr + R + at, positive_place, mask=live)
-    tl.store(loss_ptr + at, loss * loss_weight, mask=live)
+            tl.store(statistics_ptr + 3 * R + at, gap, mask=row_mask)
+            tl.store(index_ptr + at, top_index, mask=row_mask)
+            tl.store(index_ptr + R + at, positive_index, mask=row_mask)
+    tl.store(loss_ptr + at, loss * loss_weight, mask=row_mask)
 
 
 @triton.jit
-def load_paid(
+def load_final(
     dloss_ptr,  # [R], any stride
     statistics_ptr,  # [STATISTICS, R]
-    places_ptr,  # [2, R], or anything
+    index_ptr,  # [2, R], or anything
     at,  # [BLOCK]
-    live,  # [BLOCK]
+    row_mask,  # [BLOCK]
     R,
     dloss_stride,
     loss_weight,
     WEIGHTED: tl.constexpr,
 ):
-    """What `add_dlogits` needs of the paying rows, [BLOCK] each: gradient, top, log_sum, third, gap and two places."""
-    g = loss_weight * tl.load(dloss_ptr + at.to(tl.int64) * dloss_stride, mask=live, other=0.0)
-    top = tl.load(statistics_ptr + at, mask=live, other=0.0)
-    log_sum = tl.load(statistics_ptr + R + at, mask=live, other=0.0)
-    third = tl.load(statistics_ptr + 2 * R + at, mask=live, other=0.0)
-    gap, top_place, positive_place = top, at, at
+    """What `add_dlogits` needs of the rows, [BLOCK] each: gradient, top, log_sum, third, gap and two indices."""
+    g = loss_weight * tl.load(dloss_ptr + at.to(tl.int64) * dloss_stride, mask=row_mask, other=0.0)
+    top = tl.load(statistics_ptr + at, mask=row_mask, other=0.0)
+    log_sum = tl.load(statistics_ptr + R + at, mask=row_mask, other=0.0)
+    third = tl.load(statistics_ptr + 2 * R + at, mask=row_mask, other=0.0)
+    gap, top_index, positive_index = top, at, at
     if WEIGHTED:
-        gap = tl.load(statistics_ptr + 3 * R + at, mask=live, other=0.0)
-        top_place = tl.load(places_ptr + at, mask=live, other=0)
-        positive_place = tl.load(places_ptr + R + at, mask=live, other=0)
-    return g, top, log_sum, third, gap, top_place, positive_place
+        gap = tl.load(statistics_ptr + 3 * R + at, mask=row_mask, other=0.0)
+        top_index = tl.load(index_ptr + at, mask=row_mask, other=0)
+        positive_index = tl.load(index_ptr + R + at, mask=row_mask, other=0)
+    return g, top, log_sum, third, gap, top_index, positive_index
 
 
 @triton.jit
@@ -165,27 +169,27 @@ def add_dlogits(
     z,  # [BLOCK_M, BLOCK_N]
     same,
     same_image,
-    columns,  # who stands where in the paying row, [1, BLOCK_N] or [BLOCK_M, 1]
-    total,  # sum of the paying row's labels, [BLOCK_M, 1] or [1, BLOCK_N]
-    g,  # gradient of the paying rows' losses, [BLOCK_M, 1] or [1, BLOCK_N], as the next six
+    columns,  # index of every entry in its row, [1, BLOCK_N] or [BLOCK_M, 1]
+    total,  # sum of the row's labels, [BLOCK_M, 1] or [1, BLOCK_N]
+    g,  # gradient of the rows' losses, [BLOCK_M, 1] or [1, BLOCK_N], as the next six
     top,
     log_sum,
-    third,  # divergence, or mass
+    third,  # divergence, or sum t
     gap,
-    top_place,
-    positive_place,
+    top_index,
+    positive_index,
     alpha,
-    push_alpha,  # alpha, or 0 where the weight is detached
+    gap_alpha,  # alpha, or 0 where the weight is detached
     eps,
     factor,
     HAS_IMAGES: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Adds the gradient in the logits of what the tile's rows pay, or, with everything transposed, its columns.
+    """Adds the gradient in the logits of the losses of the tile's rows, or, with everything transposed, its columns.
 
     g p [w (log p - log(t + eps) - KL) + alpha KL ([top] - [positive] - gap)]     divergence
-    g (mass p - t)                                                                cross-entropy
+    g (p sum_t - t)                                                                cross-entropy
     """
     log_p = z - top - log_sum
     p = tl.exp(log_p)
@@ -195,8 +199,8 @@ def add_dlogits(
         excess = log_p - log_target(same, same_image, total, factor, eps, HAS_IMAGES) - third
         if WEIGHTED:
             excess *= 1 + alpha * gap
-            push = push_alpha * third
-            ends = (columns == top_place).to(tl.float32) - (columns == positive_place).to(tl.float32)
-            excess += push * (ends - gap)
+            of_gap = gap_alpha * third
+            ends = (columns == top_index).to(tl.float32) - (columns == positive_index).to(tl.float32)
+            excess += of_gap * (ends - gap)
         dz += g * p * excess
     return dz

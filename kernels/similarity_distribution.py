@@ -1,21 +1,22 @@
-"""Rows of a similarity distribution against their labels, from raw features to per-row losses and input gradients.
+"""A-SDM in tiles: from raw features to row losses and input gradients, the row statistics of Eq. 1-4 in registers.
 
 The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in registers; memory is O(R + C).
 
-    prepare      norms of both inputs, and sum_k y_ik of every sample: D and the ids are read once. A row whose
-                 squares leave float32's range gets a factor, a power of two; where there is one, products are redone
-    row loss     one program a block of rows, walking over all columns with running sums relative to the running maximum
+    prepare      norms of both inputs, and sum_k y_ik of every query: D and the ids are read once. A row whose squares
+                 leave float32's range gets a factor, a power of two; where there is one, products are redone
+    row loss     one program a block of rows, over all columns with running statistics relative to the running maximum
 
                      y_0   y_1   y_2 ...
             x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top - log(t + eps)), positive  ->  loss
 
-    gradient     one program a block of rows of the input that it owns, and a chunk of D: recomputes each tile, adds
-                 what the tile's rows pay and what its columns pay (as rows of the other side), multiplies with y, and
-                 leaves through the normalisation
+    gradient     one program a block of rows of the input that it owns, and a chunk of D: computes each tile again, adds
+                 the gradients of the losses of its rows and of its columns (which are rows of the other direction),
+                 multiplies with y, and leaves through the normalisation
 
-With `both` sides the second grid axis is the side: rows and columns change places. Every number has one owner: no
-atomics, bitwise equal reruns. A tile of logits is computed once a side, and in the gradient once a chunk of D, which a
-small batch does not feel; a large one in float32 goes through `distribution_blocks`.
+With `both` the second grid axis is the direction: rows and columns are exchanged. Each output element is accumulated by
+one program, in a fixed order: no atomics, bitwise equal reruns. A tile of logits is computed once a direction, and in
+the gradient once a chunk of D, which a small batch does not feel; a large one in float32 goes through
+`distribution_blocks`.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._distribution_tile import LOWEST, absorb_tile, add_dlogits, conclude, load_paid
+from ._distribution_tile import LOWEST, add_dlogits, finalize, load_final, update_tile
 from ._launch import LDS, Strided, chip_class, dot_precision, launch, on_device, precision
 from ._tile import dot_nearest, dot_wide
 
@@ -34,7 +35,7 @@ LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
 
 
 # Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
-# Small batches want many programs; large ones tiles that pay for their loads. BLOCK_D is the same in both kernels: the
+# Small batches want many programs; large ones tiles worth their loads. BLOCK_D is the same in both kernels: the
 # gradient of a peaked row is a small difference that needs the very logits of the forward.
 # SMALL: pairs of a small batch. In IEEE float32 each 64 columns of the gradient compute all logits anew: more pairs go
 # through `distribution_blocks`, as they do in TF32.
@@ -67,9 +68,9 @@ def launch_options(like: Tensor, warps: int, stages: int) -> dict[str, int]:
 
 
 @triton.jit
-def _by_side(side, first, second):
-    """The two numbers in the order of the side. (A stride of 1 is a constant to the compiler, so no `if`.)"""
-    return tl.where(side == 0, first, second), tl.where(side == 0, second, first)
+def _by_direction(direction, first, second):
+    """The two numbers in the order of the direction. (A stride of 1 is a constant to the compiler, so no `if`.)"""
+    return tl.where(direction == 0, first, second), tl.where(direction == 0, second, first)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _cosines(
     cols,  # [BLOCK_N]
     x_inverse,  # [BLOCK_M]
     y_inverse,  # [BLOCK_N]
-    x_norm,  # place of x_0 among the factors
+    x_norm,  # index of x_0 among the factors
     y_norm,
     X,
     Y,
@@ -125,7 +126,7 @@ def _cosines(
                 x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0)
                 y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
                 dots = dot_nearest((x * x_factor).to(x.dtype), (y * y_factor).to(y.dtype), dots, PRECISION)
-    # One product of the inverses: both sides, rows and columns exchanged, get the same number to the last bit.
+    # One product of the inverses: both directions, rows and columns exchanged, get the same number to the last bit.
     return dots * (x_inverse[:, None] * y_inverse[None, :])
 
 
@@ -155,14 +156,14 @@ def _prepare_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (row blocks, 2): |q_i| and |k_j|; with COUNT, side 0 also counts labels."""
-    side = tl.program_id(1)
+    """Grid (row blocks, 2): |q_i| and |k_j|; with COUNT, direction 0 also counts labels."""
+    direction = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    X, _ = _by_side(side, R, C)
-    x_norm, _ = _by_side(side, 0, R)
-    stride, _ = _by_side(side, q_stride, k_stride)
+    X, _ = _by_direction(direction, R, C)
+    x_norm, _ = _by_direction(direction, 0, R)
+    stride, _ = _by_direction(direction, q_stride, k_stride)
     x_ptr = q_ptr
-    if side == 1:
+    if direction == 1:
         x_ptr = k_ptr
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride
     squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -185,7 +186,7 @@ def _prepare_kernel(
     tl.store(norms_ptr + x_norm + rows, tl.where(zero, 1.0, norm), mask=rows < X)
     tl.store(norms_ptr + R + C + x_norm + rows, tl.where(zero, 1.0, power), mask=rows < X)
 
-    if COUNT and side == 0:
+    if COUNT and direction == 0:
         samples = rows + offset
         own_pid = tl.load(pids_ptr + samples, mask=rows < X, other=0)
         same = tl.zeros((BLOCK_M,), tl.int32)
@@ -207,7 +208,7 @@ def _prepare_kernel(
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, "X", "Y", "offset"])
 def _row_loss_kernel(
-    x_ptr,  # [X, D] queries; on side 1 the keys, as every pair below
+    x_ptr,  # [X, D] queries; in direction 1 the keys, as every pair below
     y_ptr,  # [Y, D]
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
@@ -216,7 +217,7 @@ def _row_loss_kernel(
     label_sum_ptr,  # [X]
     loss_ptr,  # [S, X]
     statistics_ptr,  # [S, STATISTICS, X]
-    places_ptr,  # [S, 2, X], or anything
+    index_ptr,  # [S, 2, X], or anything
     X,
     Y,
     D,
@@ -239,28 +240,28 @@ def _row_loss_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (row blocks, S): what every row pays, and its statistics."""
-    side = tl.program_id(1)
-    x_norm, y_norm = _by_side(side, 0, X)
-    x_stride, y_stride = _by_side(side, x_stride, y_stride)
-    if side == 1:
+    """Grid (row blocks, S): the loss of every row, and what its gradient needs."""
+    direction = tl.program_id(1)
+    x_norm, y_norm = _by_direction(direction, 0, X)
+    x_stride, y_stride = _by_direction(direction, x_stride, y_stride)
+    if direction == 1:
         x_ptr, y_ptr = y_ptr, x_ptr
     if HAS_SCALE:
         scale = tl.load(scale_ptr).to(tl.float32)
 
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = rows < X
-    x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0)
+    row_mask = rows < X
+    x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
     far = _any_factor(norms_ptr + X + Y, X + Y)
-    own_pid = tl.load(pids_ptr + offset + rows, mask=live, other=0)[:, None]
+    own_pid = tl.load(pids_ptr + offset + rows, mask=row_mask, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
-        own_image = tl.load(image_ids_ptr + offset + rows, mask=live, other=0)[:, None]
-    total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
+        own_image = tl.load(image_ids_ptr + offset + rows, mask=row_mask, other=0)[:, None]
+    total = tl.load(label_sum_ptr + rows, mask=row_mask, other=1.0)[:, None]
 
     top, positive = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
-    sum_e, paid, mass = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
-    top_place, positive_place = tl.zeros((BLOCK_M,), tl.int32), offset + rows
+    sum_e, excess, sum_t = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    top_index, positive_index = tl.zeros((BLOCK_M,), tl.int32), offset + rows
     for start in range(0, Y, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         inside = (cols < Y)[None, :]
@@ -275,22 +276,22 @@ def _row_loss_kernel(
         if HAS_IMAGES:
             same_image = (own_image == tl.load(image_ids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
 
-        top, sum_e, paid, mass, top_place, positive, positive_place = absorb_tile(
-            top, sum_e, paid, mass, top_place, positive, positive_place, z, cols, inside, same, same_image,
+        top, sum_e, excess, sum_t, top_index, positive, positive_index = update_tile(
+            top, sum_e, excess, sum_t, top_index, positive, positive_index, z, cols, inside, same, same_image,
             total, factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, POSITIVE,
         )  # fmt: skip
 
-    conclude(
-        loss_ptr + side.to(tl.int64) * X, statistics_ptr + side.to(tl.int64) * STATISTICS * X,
-        places_ptr + side.to(tl.int64) * 2 * X, rows, live, X,
-        top, sum_e, paid, mass, top_place, positive, positive_place,
+    finalize(
+        loss_ptr + direction.to(tl.int64) * X, statistics_ptr + direction.to(tl.int64) * STATISTICS * X,
+        index_ptr + direction.to(tl.int64) * 2 * X, rows, row_mask, X,
+        top, sum_e, excess, sum_t, top_index, positive, positive_index,
         alpha, loss_weight, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, "X", "Y", "x_sample", "y_sample", "x_norm", "y_norm", "dloss_stride"])
 def _gradient_kernel(
-    x_ptr,  # [X, D] the owned input; on side 1 the other one, as every pair below
+    x_ptr,  # [X, D] the owned input; in direction 1 the other one, as every pair below
     y_ptr,  # [Y, D]
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
@@ -298,21 +299,21 @@ def _gradient_kernel(
     norms_ptr,  # [2, R + C]: |f x| and f
     label_sum_ptr,  # [R]
     statistics_ptr,  # [S, STATISTICS, R]
-    places_ptr,  # [S, 2, R], or anything
+    index_ptr,  # [S, 2, R], or anything
     dloss_ptr,  # [R], any stride
     dx_ptr,  # [X, D]
-    dy_ptr,  # [Y, D]; untouched unless there are two sides
+    dy_ptr,  # [Y, D]; untouched unless there are two directions
     dscale_ptr,  # [X], or anything
     X,
     Y,
     D,
     x_sample,  # sample of x_0
     y_sample,
-    x_norm,  # place of x_0 among the norms
+    x_norm,  # index of x_0 among the norms
     y_norm,
     scale,
     alpha,
-    push_alpha,  # alpha, or 0 where the weight is detached
+    gap_alpha,  # alpha, or 0 where the weight is detached
     eps,
     factor,
     loss_weight,
@@ -320,8 +321,8 @@ def _gradient_kernel(
     y_stride,
     dloss_stride,
     STATISTICS: tl.constexpr,
-    AS_ROWS: tl.constexpr,  # x pays as rows
-    AS_COLUMNS: tl.constexpr,  # x is among the columns of rows y that pay
+    AS_ROWS: tl.constexpr,  # x are rows
+    AS_COLUMNS: tl.constexpr,  # x are columns of rows y
     HAS_IMAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     SCALE_GRADIENT: tl.constexpr,
@@ -333,35 +334,35 @@ def _gradient_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Grid (row blocks, sides, chunks of D): gradient of the owned rows, through the normalisation."""
-    side = tl.program_id(1)
-    x_norm, y_norm = _by_side(side, x_norm, y_norm)
-    x_stride, y_stride = _by_side(side, x_stride, y_stride)
+    """Grid (row blocks, directions, chunks of D): gradient of the owned rows, through the normalisation."""
+    direction = tl.program_id(1)
+    x_norm, y_norm = _by_direction(direction, x_norm, y_norm)
+    x_stride, y_stride = _by_direction(direction, x_stride, y_stride)
     out_ptr = dx_ptr
-    if side == 1:
+    if direction == 1:
         x_ptr, y_ptr = y_ptr, x_ptr
         out_ptr = dy_ptr
     if HAS_SCALE:
         scale = tl.load(scale_ptr).to(tl.float32)
-    # Statistics of the side whose rows are x, and of the one whose rows are y.
-    as_rows = side.to(tl.int64) * X
-    as_columns = (1 - side if AS_ROWS else side).to(tl.int64) * Y
+    # Statistics of the direction whose rows are x, and of the one whose rows are y.
+    as_rows = direction.to(tl.int64) * X
+    as_columns = (1 - direction if AS_ROWS else direction).to(tl.int64) * Y
 
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = rows < X
-    x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=live, other=1.0)
+    row_mask = rows < X
+    x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
     far = _any_factor(norms_ptr + X + Y, X + Y)
-    own_pid = tl.load(pids_ptr + x_sample + rows, mask=live, other=0)[:, None]
+    own_pid = tl.load(pids_ptr + x_sample + rows, mask=row_mask, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
-        own_image = tl.load(image_ids_ptr + x_sample + rows, mask=live, other=0)[:, None]
+        own_image = tl.load(image_ids_ptr + x_sample + rows, mask=row_mask, other=0)[:, None]
     if AS_ROWS:
-        row_g, row_max, row_log_sum, row_third, row_gap, row_top, row_positive = load_paid(
-            dloss_ptr, statistics_ptr + STATISTICS * as_rows, places_ptr + 2 * as_rows, rows, live, X,
+        row_g, row_max, row_log_sum, row_third, row_gap, row_top, row_positive = load_final(
+            dloss_ptr, statistics_ptr + STATISTICS * as_rows, index_ptr + 2 * as_rows, rows, row_mask, X,
             dloss_stride, loss_weight, WEIGHTED,
         )  # fmt: skip
     if AS_ROWS:
-        own_total = tl.load(label_sum_ptr + rows, mask=live, other=1.0)[:, None]
+        own_total = tl.load(label_sum_ptr + rows, mask=row_mask, other=1.0)[:, None]
 
     d_out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dx = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
@@ -370,20 +371,20 @@ def _gradient_kernel(
 
     for start in range(0, Y, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        here = cols < Y
-        y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=here, other=1.0)
+        col_mask = cols < Y
+        y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=col_mask, other=1.0)
         cos = _cosines(
             x_ptr, y_ptr, norms_ptr + X + Y, rows, cols, x_inverse, y_inverse, x_norm, y_norm, X, Y, D,
             x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         z = scale * cos
-        same = own_pid == tl.load(pids_ptr + y_sample + cols, mask=here, other=0)[None, :]
+        same = own_pid == tl.load(pids_ptr + y_sample + cols, mask=col_mask, other=0)[None, :]
         same_image = same
         if HAS_IMAGES:
-            same_image = own_image == tl.load(image_ids_ptr + y_sample + cols, mask=here, other=0)[None, :]
+            same_image = own_image == tl.load(image_ids_ptr + y_sample + cols, mask=col_mask, other=0)[None, :]
 
         if AS_COLUMNS:
-            other_total = tl.load(label_sum_ptr + cols, mask=here, other=1.0)[None, :]
+            other_total = tl.load(label_sum_ptr + cols, mask=col_mask, other=1.0)[None, :]
 
         dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if AS_ROWS:
@@ -391,30 +392,30 @@ def _gradient_kernel(
                 dz, z, same, same_image, cols[None, :], own_total, row_g[:, None],
                 row_max[:, None], row_log_sum[:, None], row_third[:, None], row_gap[:, None],
                 row_top[:, None], row_positive[:, None],
-                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
+                alpha, gap_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
             )  # fmt: skip
         if AS_COLUMNS:
-            col_g, col_max, col_log_sum, col_third, col_gap, col_top, col_positive = load_paid(
-                dloss_ptr, statistics_ptr + STATISTICS * as_columns, places_ptr + 2 * as_columns, cols, here, Y,
+            col_g, col_max, col_log_sum, col_third, col_gap, col_top, col_positive = load_final(
+                dloss_ptr, statistics_ptr + STATISTICS * as_columns, index_ptr + 2 * as_columns, cols, col_mask, Y,
                 dloss_stride, loss_weight, WEIGHTED,
             )  # fmt: skip
             dz = add_dlogits(
                 dz, z, same, same_image, rows[:, None], other_total, col_g[None, :],
                 col_max[None, :], col_log_sum[None, :], col_third[None, :], col_gap[None, :],
                 col_top[None, :], col_positive[None, :],
-                alpha, push_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
+                alpha, gap_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
             )  # fmt: skip
-        dz = tl.where(here[None, :], dz, 0.0)
+        dz = tl.where(col_mask[None, :], dz, 0.0)
         along += tl.sum(dz * cos, 1)
 
         y = tl.load(
             y_ptr + cols.to(tl.int64)[:, None] * y_stride + d_out[None, :],
-            mask=here[:, None] & (d_out < D)[None, :],
+            mask=col_mask[:, None] & (d_out < D)[None, :],
             other=0.0,
         )
         if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
             if far:
-                y_factor = tl.load(norms_ptr + X + Y + y_norm + cols, mask=here, other=1.0)
+                y_factor = tl.load(norms_ptr + X + Y + y_norm + cols, mask=col_mask, other=1.0)
                 y = (y * y_factor[:, None]).to(y.dtype)
         # A gradient may be as small as 1 / B^2, out of float16's range.
         if y_ptr.dtype.element_ty == tl.float32:
@@ -422,19 +423,19 @@ def _gradient_kernel(
         else:
             dx = dot_wide(dz * y_inverse[None, :], y, dx, PRECISION)
 
-    edge = live[:, None] & (d_out < D)[None, :]
+    edge = row_mask[:, None] & (d_out < D)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d_out[None, :], mask=edge, other=0.0).to(tl.float32)
-    x_factor = tl.load(norms_ptr + X + Y + x_norm + rows, mask=live, other=1.0)[:, None]
+    x_factor = tl.load(norms_ptr + X + Y + x_norm + rows, mask=row_mask, other=1.0)[:, None]
     dx = scale * dx - (scale * along * x_inverse)[:, None] * (x * x_factor)
     dx = dx * x_inverse[:, None] * x_factor
     out = out_ptr + rows.to(tl.int64)[:, None] * D + d_out[None, :]
     tl.store(out, dx.to(out_ptr.dtype.element_ty), mask=edge)
     if SCALE_GRADIENT:  # noqa: SIM102, settled when compiled
-        if (side == 0) & (tl.program_id(2) == 0):  # every logit belongs to one row of side 0
-            tl.store(dscale_ptr + rows, along, mask=live)
+        if (direction == 0) & (tl.program_id(2) == 0):  # every logit belongs to one row of direction 0
+            tl.store(dscale_ptr + rows, along, mask=row_mask)
 
 
-# Launchers. `spec` is what a row pays: objective, alpha, positive, detach_weight, eps, image_id_factor, offset,
+# Launchers. `spec` is a `RowLoss`: objective, alpha, positive, detach_weight, eps, image_id_factor, offset,
 # both, reduction.
 
 
@@ -458,12 +459,12 @@ def forward(
     scale: float,
     spec: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics, places, norms and label sums, as the operator declares them."""
+    """Loss, statistics, indices, norms and label sums, as the operator declares them."""
     queries, keys = alike(queries, keys)
-    (R, D), C, S = queries.shape, keys.shape[0], spec.sides
+    (R, D), C, S = queries.shape, keys.shape[0], spec.directions
     numbers = {"dtype": torch.float32, "device": keys.device}
     statistics = torch.empty(S, 4 if spec.weighted else 3, R, **numbers)
-    places = torch.empty((S, 2, R) if spec.weighted else (0,), dtype=torch.int32, device=keys.device)
+    indices = torch.empty((S, 2, R) if spec.weighted else (0,), dtype=torch.int32, device=keys.device)
     norms, label_sum = prepare(queries, keys, pids, image_ids, spec)
     loss = torch.empty(S, R, **numbers)
     scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
@@ -473,12 +474,12 @@ def forward(
         launch(
             _row_loss_kernel, (triton.cdiv(R, block["BLOCK_M"]), S),
             Strided(queries), Strided(keys), *ids, norms if scale_ptr is None else scale_ptr, norms, label_sum,
-            loss, statistics, places if spec.weighted else statistics,
+            loss, statistics, indices if spec.weighted else statistics,
             R, C, D, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,
             1 / R if spec.reduction == "mean" else 1.0, queries.stride(0), keys.stride(0),
             POSITIVE=spec.positive, **flags(image_ids, scale_ptr, spec), PRECISION=dot_precision(keys.dtype), **block,
         )  # fmt: skip
-    return loss.sum(0) if spec.reduction == "none" else loss.sum(), statistics, places, norms, label_sum
+    return loss.sum(0) if spec.reduction == "none" else loss.sum(), statistics, indices, norms, label_sum
 
 
 def prepare(
@@ -486,7 +487,7 @@ def prepare(
 ) -> tuple[Tensor, Tensor]:
     """Norms [2, R + C] and label sums; norms alone without ids, of the queries alone without keys. Both are alike."""
     (R, D), C, count = queries.shape, 0 if keys is None else keys.shape[0], pids is not None
-    sides, keys = (1, queries) if keys is None else (2, keys)
+    directions, keys = (1, queries) if keys is None else (2, keys)
     norms = torch.empty(2, R + C, dtype=torch.float32, device=keys.device)
     label_sum, ids, offset, factor = norms, (norms, norms), 0, 0.0
     if count:
@@ -495,7 +496,7 @@ def prepare(
         ids = contiguous_ids(pids, image_ids)
     with on_device(keys):
         launch(
-            _prepare_kernel, (triton.cdiv(max(R, C), 16), sides),
+            _prepare_kernel, (triton.cdiv(max(R, C), 16), directions),
             Strided(queries), Strided(keys), *ids, norms, label_sum, R, C, D, offset, factor,
             queries.stride(0), keys.stride(0),
             HAS_IMAGES=image_ids is not None, COUNT=count,
@@ -507,7 +508,7 @@ def prepare(
 def backward(
     dloss: Tensor,
     statistics: Tensor,
-    places: Tensor,
+    indices: Tensor,
     norms: Tensor,
     label_sum: Tensor,
     queries: Tensor,
@@ -532,13 +533,13 @@ def backward(
     query = (queries, dqueries, R, spec.offset, 0)
     key = (keys, dkeys, C, 0, R)
 
-    def own_gradient(own: tuple, other: tuple, sides: int, as_rows: bool, as_columns: bool) -> None:
+    def own_gradient(own: tuple, other: tuple, directions: int, as_rows: bool, as_columns: bool) -> None:
         (x, dx, X, x_sample, x_norm), (y, dy, Y, y_sample, y_norm) = own, other
-        grid = (triton.cdiv(X, block["BLOCK_M"]), sides, triton.cdiv(D, block["BLOCK_OUT"]))
+        grid = (triton.cdiv(X, block["BLOCK_M"]), directions, triton.cdiv(D, block["BLOCK_OUT"]))
         launch(
             _gradient_kernel, grid, Strided(x), Strided(y), *ids,
             norms if scale_ptr is None else scale_ptr, norms, label_sum,
-            statistics, places if spec.weighted else statistics, Strided(dloss), dx, dy,
+            statistics, indices if spec.weighted else statistics, Strided(dloss), dx, dy,
             dscale if scale_gradient else norms,
             X, Y, D, x_sample, y_sample, x_norm, y_norm, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
             spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,

@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from fmfa_losses import FMFALoss, plot
+from fmfa_losses.plot._figure import BLUE, GREEN, ORANGE, VERMILION
 
 GRID = (6, 2)
 LONG_TOKEN = "incomprehensibilities</w>"
@@ -167,7 +168,7 @@ def test_asdm_weights_are_those_of_the_equation():
         colours = [to_hex(bar.get_facecolor()).upper() for bar in axes.patches]
         harder = sum(w > 1 for w in expected)
         assert 0 < harder < 16
-        assert colours == [plot.ORANGE] * harder + [plot.BLUE] * (16 - harder)
+        assert colours == [ORANGE] * harder + [BLUE] * (16 - harder)
         heaviest = sorted(range(16), key=lambda i: -expected[i])[:2]
         assert axes.get_title() == (
             f"{name}: {harder} of 16 pairs pulled harder\nheaviest: {heaviest[0]}, {heaviest[1]}"
@@ -206,7 +207,7 @@ def test_strips_frame_right_green_and_wrong_red():
         "0.400",
     ]
     for axes, right, picture in zip(figure.axes, [*correct[0], *correct[1]], images.flatten(0, 1), strict=True):
-        assert to_hex(frame(axes).get_edgecolor()).upper() == (plot.GREEN if right else plot.VERMILION)
+        assert to_hex(frame(axes).get_edgecolor()).upper() == (GREEN if right else VERMILION)
         assert (frame(axes).get_linestyle() in ("-", "solid")) == right
         assert [text.get_text() for text in axes.texts] == ["✓" if right else "✗"]
         np.testing.assert_allclose(axes.images[0].get_array(), picture.permute(1, 2, 0), atol=1e-7)
@@ -263,7 +264,7 @@ def test_curves_do_not_hide_a_nan():
     figure = plot.loss_curves({"efa": [1.0, float("nan"), 3.0, float("inf")]}, smoothing=0.5)
     (axes,) = figure.axes
     assert axes.get_title() == "efa (2 of 4 steps not finite)"
-    marks = [line.get_xdata()[0] for line in axes.lines if to_hex(line.get_color()).upper() == plot.VERMILION]
+    marks = [line.get_xdata()[0] for line in axes.lines if to_hex(line.get_color()).upper() == VERMILION]
     assert marks == [2, 4]
     assert axes.lines[1].get_ydata().tolist() == pytest.approx([1.0, 1.0, 3.5 / 1.5, 3.5 / 1.5])
 

@@ -1,8 +1,7 @@
-"""`python -m benchmarks.person_retrieval`: train with all four objectives, then find people by their description."""
+"""`python -m benchmarks person-retrieval`: train with all four objectives, then find people by their description."""
 
 import argparse
-import json
-import platform
+import shlex
 import statistics
 import sys
 import time
@@ -13,15 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import fmfa_losses
 from fmfa_losses import FMFALoss
 
+from .. import results
 from .datasets import LAYOUTS, Pairs, Split, read_dataset, rendered_splits
 from .evaluation import as_dict, chance, draw, encode, evaluate
 from .model import TwoStream
@@ -42,7 +39,7 @@ BEGINNING_SHARE = 0.58  # of --minutes
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks person-retrieval", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)"
     )
@@ -80,7 +77,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--weights", type=Path, help="folder of a saved CLIPModel; without it weights are random: a dry run"
     )
     real.add_argument("--tiny", action="store_true", help="without --weights: a tiny CLIP instead of ViT-B/16")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "-m", "benchmarks", "person-retrieval", *argv])
     if args.dataset and not args.root:
         parser.error("--dataset needs --root, the folder that holds the data set's folder")
     if args.ablation and (args.dataset or args.resume):
@@ -210,7 +209,7 @@ def run(
         "objective": {**variant, "terms": [name for name, weight in trainee.objective.weights.items() if weight]},
         "parameters": sum(p.numel() for p in trainee.model.parameters()),
         "processes": world.size,
-        "versions": versions(world.device),
+        "device": str(world.device),
     }
     if out:
         files = draw(out, trainee.model, task.test, task.tokenizer, (texts, images), trainer.history, world.device)
@@ -231,22 +230,6 @@ def minutes(args: argparse.Namespace, share: float) -> float | None:
     return None if args.dataset or args.ablation or args.resume or not args.minutes else args.minutes * share
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    return {
-        "device": name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "fmfa_losses": fmfa_losses.__version__,
-    }
-
-
 def ablation(args: argparse.Namespace, task: Task, world: World) -> None:
     """Table 6: every variant with every seed; mean and standard deviation, whatever comes out."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
@@ -262,32 +245,35 @@ def ablation(args: argparse.Namespace, task: Task, world: World) -> None:
                 )
     if not world.leads:
         return
-    columns = list(runs["SDM"][0]["t2i"])
-    table = {
-        name: {
-            column: {
-                "mean": statistics.fmean(values := [result["t2i"][column] for result in results]),
-                "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-                "values": values,
-            }
-            for column in columns
-        }
-        for name, results in runs.items()
-    }
+    table = {name: mean_and_spread([result["t2i"] for result in found]) for name, found in runs.items()}
     lines = [
         f"Text to image, {task.test.split}; mean ± standard deviation over {args.seeds} seeds, percent.\n",
-        f"| objectives beside ID and IRR | {' | '.join(columns)} |",
-        f"|---|{'---:|' * len(columns)}",
+        f"| objectives beside ID and IRR | {' | '.join(table['SDM'])} |",
+        f"|---|{'---:|' * len(table['SDM'])}",
     ]
     for name, row in table.items():
         cells = " | ".join("{mean:.2f} ± {std:.2f}".format(**cell) for cell in row.values())
         lines.append(f"| {name} | {cells} |")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "ablation.json").write_text(
-        json.dumps({"table": table, "runs": runs}, indent=2) + "\n", encoding="utf-8"
-    )
+    head = results.head("ablation", args.command)
+    rows = [{"variant": name, **row} for name, row in table.items()]
+    seeds = range(args.seed, args.seed + args.seeds)
+    records = [
+        {"variant": name, "seed": seed, **result}
+        for name, found in runs.items()
+        for seed, result in zip(seeds, found, strict=True)
+    ]
+    results.write(args.out / "ablation.json", head | {"table": rows, "records": records})
     (args.out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n" + "\n".join(lines) + f"\n\nWritten: {args.out / 'ablation.json'}, {args.out / 'ablation.md'}")
+
+
+def mean_and_spread(metrics: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of every metric, over the seeds."""
+    columns = {name: [one[name] for one in metrics] for name in metrics[0]}
+    return {
+        name: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+        for name, values in columns.items()
+    }
 
 
 def _with_seed(task: Task, seed: int) -> Task:
@@ -326,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"error: {error}")
         if world.leads:
             result["seconds"]["total"] = round(time.perf_counter() - start, 1)
-            (args.out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            results.write(args.out / "metrics.json", results.head("training", args.command) | result)
             print(f"{result['seconds']['total']:.0f} s. Written to {args.out}/:")
             for name in ("metrics.json", *result["files"].values(), "checkpoint.pt"):
                 print(f"  {args.out / name}")

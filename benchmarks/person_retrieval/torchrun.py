@@ -1,4 +1,4 @@
-"""`python -m benchmarks.person_retrieval.torchrun`: training in one process and in two under torchrun, compared.
+"""`python -m benchmarks torchrun`: training in one process and in two under torchrun, compared.
 
 Both have the same batch of all processes and the same seed. They differ by the order of sums, and every step builds on
 the ones before, so the difference is told by step: it starts at rounding and grows. Two controls: one process with two
@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from ..machine import describe_machine, describe_versions, today
-from ..results import write
+from .. import ROOT, results
 
 OPTIONS = [
     *("--identities", "200", "--test-identities", "50", "--epochs", "2", "--minutes", "0"),
@@ -37,7 +36,7 @@ PHASES = {"contrastive beginning": "beginning.pt", "FMFA": "checkpoint.pt"}
 
 def train(processes: int, threads: int, gather: str | None, dtype: str, out: Path) -> list[str]:
     """Runs the demo; returns its command line, from "python" or "torchrun" on and without --out."""
-    options = ["-m", "benchmarks.person_retrieval", *OPTIONS, "--batch-size", str(BATCH // processes)]
+    options = ["-m", "benchmarks", "person-retrieval", *OPTIONS, "--batch-size", str(BATCH // processes)]
     options += ["--float64"] if dtype == "float64" else []
     launcher, told = [sys.executable], "python"
     if gather is not None:
@@ -62,11 +61,15 @@ def compare(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> lis
     return [max(abs(a - b) / max(abs(b), 1e-12) for a, b in step) for step in steps]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/demo_torchrun_cpu.json"))
-    args = parser.parse_args()
-    machine, rows = describe_machine(), []
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks torchrun",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/demo_torchrun_cpu.json")
+    args = parser.parse_args(argv)
+    head, rows = results.head("torchrun", "python -m benchmarks torchrun") | {"batch_size": BATCH}, []
     alone: dict[str, dict[str, dict[str, list[float]]]] = {}  # by dtype: what one process with one thread did
     for processes, threads, gather, dtype in RUNS:
         with tempfile.TemporaryDirectory() as folder:
@@ -92,18 +95,4 @@ def main() -> None:
             }
             rows.append(row)
             print(processes, threads, gather, dtype, phase, max(differences), row["retrieval"], flush=True)
-    write(
-        args.out,
-        {
-            "kind": "demo_torchrun",
-            "date": today(),
-            "machine": machine,
-            "versions": describe_versions(),
-            "setting": {"batch_size_of_all_processes": BATCH},
-            "rows": rows,
-        },
-    )
-
-
-if __name__ == "__main__":
-    main()
+    results.write(args.out, head | {"records": rows})

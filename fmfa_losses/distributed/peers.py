@@ -115,17 +115,17 @@ class Peers:
         results: tuple[Tensor, ...] = _Around.apply(self, f, block, *rows)  # type: ignore[no-untyped-call]
         return results
 
-    def _rounds(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def rounds(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(owner, block) of every rank, the own one first; the next one is under way meanwhile."""
         world = len(self.sizes)
         for step in range(world):
             owner = (self.rank - step) % world
-            arriving = self._shift(block, self.sizes[owner - 1]) if step + 1 < world else None
+            arriving = self.shift(block, self.sizes[owner - 1]) if step + 1 < world else None
             yield owner, block
             if arriving is not None:
                 block = arriving()
 
-    def _shift(self, x: Tensor, size: int) -> Callable[[], Tensor]:
+    def shift(self, x: Tensor, size: int) -> Callable[[], Tensor]:
         """Starts sending x to the next rank; the result waits for what the previous one sends, [size, ...]."""
         world = len(self.sizes)
         if world == 1:
@@ -159,7 +159,7 @@ class _Around(torch.autograd.Function):
     def forward(ctx, peers, f, block, *rows):  # type: ignore[no-untyped-def]
         ctx.peers, ctx.f = peers, f
         ctx.save_for_backward(block, *rows)
-        results = {owner: f(owner, *rows, held) for owner, held in peers._rounds(block)}
+        results = {owner: f(owner, *rows, held) for owner, held in peers.rounds(block)}
         return tuple(results[q] for q in range(len(peers.sizes)))
 
     @staticmethod
@@ -178,7 +178,7 @@ class _AroundGradient(torch.autograd.Function):
         acc = accumulation_dtype(block)
         totals = [torch.zeros_like(x) if needed else None for x, needed in zip([block, *rows], wanted, strict=True)]
         totals[0] = block.new_zeros(block.shape, dtype=acc) if wanted[0] else None
-        for owner, held in peers._rounds(block):
+        for owner, held in peers.rounds(block):
             with torch.enable_grad():
                 leaves = [
                     x.detach().requires_grad_(needed) for x, needed in zip([held.to(acc), *rows], wanted, strict=True)
@@ -189,7 +189,7 @@ class _AroundGradient(torch.autograd.Function):
             totals = [total if total is None else total + next(grads) for total in totals]
             if wanted[0]:
                 # The gradient follows its block to the next rank, and after the last round comes home.
-                totals[0] = peers._shift(totals[0], peers.sizes[owner - 1])()
+                totals[0] = peers.shift(totals[0], peers.sizes[owner - 1])()
         dblock, *drows = totals
         return None if dblock is None else dblock.to(block.dtype), *drows
 

@@ -15,7 +15,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before ev
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint gave to a head; `print(report)` reads as a sentence.
+    """What was loaded from a checkpoint into a head; `print(report)` is a sentence.
 
     Attributes:
         loaded: names of the head that were in the checkpoint and are copied.
@@ -51,11 +51,11 @@ def checkpoint_entries(checkpoint: object) -> dict[str, Any]:
     return {_bare(str(name)): value for name, value in checkpoint.items()}
 
 
-def load_entries(head: nn.Module, entries: Mapping[str, Any], mend: str) -> LoadReport:
+def load_entries(head: nn.Module, entries: Mapping[str, Any], remedy: str) -> LoadReport:
     """Copies the entries that `head` names, in the dtype and on the device of the head: all of them, or none.
 
     Raises:
-        ValueError: an entry has another shape than the head; `mend` says which argument to change.
+        ValueError: an entry has another shape than the head; `remedy` says which argument to change.
     """
     own = head.state_dict()
     loaded = [name for name in own if isinstance(entries.get(name), Tensor)]
@@ -64,7 +64,7 @@ def load_entries(head: nn.Module, entries: Mapping[str, Any], mend: str) -> Load
         shapes = "; ".join(
             f"{name}: checkpoint {list(entries[name].shape)}, head {list(own[name].shape)}" for name in wrong
         )
-        raise ValueError(f"the checkpoint must have the shapes of the head, got {shapes}; {mend}")
+        raise ValueError(f"the checkpoint must have the shapes of the head, got {shapes}; {remedy}")
     with torch.no_grad():
         for name in loaded:
             own[name].copy_(entries[name])

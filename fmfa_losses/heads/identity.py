@@ -2,8 +2,8 @@
 
     L_id = ( CE(W v + b, pid) + CE(W t + b, pid) ) / 2,    averaged over the batch
 
-The classifier is shared by both modalities, so the class vectors pull v and t of a person to one place.
-The released code does the same. Source: Zheng et al., arXiv 1711.05535; IRRA, arXiv 2303.12501, section 3.4.
+Both modalities use one classifier, so that v and t of a person are pulled to the same class vector. The released
+code does the same. Source: Zheng et al., arXiv 1711.05535; IRRA, arXiv 2303.12501, section 3.4.
 """
 
 from collections.abc import Mapping
@@ -37,11 +37,11 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     Args:
         image_logits: [B, identities], any float dtype.
         text_logits: [B, identities].
-        pids: [B], integers in [0, identities). Looked at on the CPU alone.
+        pids: [B], integers in [0, identities). Values are checked on the CPU alone.
     Returns:
         Scalar, float32 or better.
     Raises:
-        TypeError, ValueError: rank, shape, dtype or device; the message says how to mend it.
+        TypeError, ValueError: rank, shape, dtype or device; the message says what to do.
     Example:
         >>> id_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 3, 1]))
         tensor(1.3863)
@@ -70,15 +70,15 @@ class IDHead(Module):
     NaN loss.
 
     `classifier` is called once for each modality, images first, so that hooks, adapters, parametrisations and
-    wrappers take part. What stands in its stead gets the features in the dtype of its own first weight, and its
-    logits decide how many identities there are.
+    wrappers work. A module that replaces it gets the features in the dtype of its own first weight, and the width of
+    its logits is the number of identities.
 
     Args:
         embed_dim: D, width of the features.
         num_identities: number of training identities; pids lie in [0, num_identities).
-        check_labels: look at the values of pids on an accelerator too, which makes the host wait for it.
-            On the CPU they are always looked at. torch.compile cannot look: there a pid outside of the range
-            makes the loss NaN, or PyTorch raise.
+        check_labels: check the values of pids on an accelerator too, which makes the host wait for it. On the
+            CPU they are always checked. torch.compile sees no values: there a pid outside the range makes the
+            loss NaN, or PyTorch raises.
     Inputs:
         image_features, text_features: [B, D], any float dtype.
         pids: [B], integers in [0, num_identities).
@@ -99,7 +99,7 @@ class IDHead(Module):
     check_labels: bool
     classifier: WideLinear
 
-    _caller = "IDHead"  # whom messages tell to build
+    _caller = "IDHead"  # as messages name the module; FMFALoss sets its own
 
     def __init__(self, embed_dim: int, num_identities: int, *, check_labels: bool = False) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class IDHead(Module):
         return check_ids("pids", pids, image_features.shape[0], image_features.device)
 
     def _in_range(self, pids: Tensor, identities: int) -> Tensor | None:
-        """Whether all pids are in the range, where nobody can look; None where they were looked at, or need not be."""
+        """Whether all pids are in the range, for compiled code; None where the host has checked them, or need not."""
         if torch.compiler.is_compiling():
             return ((pids >= 0) & (pids < identities)).all()
         if self.check_labels or on_host(pids):

@@ -1,15 +1,15 @@
-"""IRR: the masked words of a caption are told from the image.
+"""IRR: the masked words of a caption are predicted from the image.
 
     h = CrossAttention( query LN_t(text), key = value = LN_i(image) )     text: tokens of the masked caption
     h = LN_post( Transformer_depth(h) )                                   pre-norm blocks, QuickGELU, 4x MLP
     logits = fc( LN( QuickGELU( dense(h) ) ) )                            over the vocabulary
     L_irr = mean over masked positions of CE(logits, original id)
 
-Only masked positions have a label, so only they pass the output side of the last block and meet the vocabulary. The
-result is the same, and the [B, L, V] logits (0.9 GiB in float32 at B = 64) never exist.
+Only masked positions have a label, so the end of the last block and the product with the vocabulary are computed for
+them alone. The loss is the same, and the [B, L, V] logits (0.9 GiB in float32 at B = 64) never exist.
 
-Source: IRRA, arXiv 2303.12501, section 3.2. The released code computes the same through the dense logits, and lets
-padding take part in the self-attention, which is `text_mask=None` here.
+Source: IRRA, arXiv 2303.12501, section 3.2. The released code computes all logits, and its self-attention
+sees the padding, which is `text_mask=None` here.
 """
 
 from collections import OrderedDict
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..ops.checks import (
@@ -35,11 +34,12 @@ from ..ops.checks import (
 from ..ops.module import Module
 from ..ops.padding import longest, refuse_trace
 from .checkpoint import LoadReport, checkpoint_entries, load_entries
+from .cross_modal import Attention, LayerNorm, QuickGELU, Transformer
 from .parts import check_device, nan_unless, to_dtype_of
 
 __all__ = ["IRRHead", "IRROutput"]
 
-CHUNK_ROWS = 1024  # rows [D] that meet the vocabulary at once: 0.2 GB of float32 logits at V = 49408
+CHUNK_ROWS = 1024  # rows [D] multiplied with the vocabulary at once: 0.2 GB of float32 logits at V = 49408
 
 
 class IRROutput(NamedTuple):
@@ -50,7 +50,7 @@ class IRROutput(NamedTuple):
 
 
 class IRRHead(Module):
-    """Tells the masked words of a caption from the image: masked language modelling across modalities.
+    """Predicts the masked words of a caption from the image: masked language modelling across modalities.
 
         h = CrossAttention(LN_t(text), LN_i(image));  h = LN_post(Transformer_depth(h))
         L_irr = mean over masked positions of CE(mlm_head(h), original id)
@@ -59,24 +59,25 @@ class IRRHead(Module):
     `mlm_head`) find them.
 
     Edge cases: without a masked position the loss is 0 with zero gradients for every parameter, and the accuracy 0.
-    A caption that is all padding takes no part, and its gradient is 0. A NaN outside the padding comes out as NaN.
+    A caption that is all padding adds nothing, and its gradient is 0. A NaN outside the padding comes out as NaN.
 
     Dtypes: tokens are cast to the dtype of the attention weights; every LayerNorm and the cross-entropy run in float32
     at least. Works in float32 and float64, with half weights beside float32 LayerNorms (as IRRA trains), with autocast.
 
-    Labels on the CPU or on the accelerator: the host never waits, so where the labels are decides which rows meet the
-    vocabulary. On the CPU, where data loaders make them (the tokens may be elsewhere): exactly the masked rows. On an
-    accelerator the host cannot know how many are masked: with `max_masked` that many rows, and should more be masked,
-    loss, accuracy and gradient are NaN, so that a truncation never passes unseen; without it all B * L rows, exact but
-    slow. More than 1024 rows are projected in chunks of at most that many, which the backward computes again; it keeps
-    their logits where `mlm_head` holds other modules or hooks, which may be random.
+    Labels on the CPU or on the accelerator: the host never waits, so the device of the labels decides which rows are
+    multiplied with the vocabulary. On the CPU, where data loaders make them (the tokens may be elsewhere): exactly the
+    masked rows. On an accelerator the host cannot know how many are masked: with `max_masked` that many rows, and where
+    more are masked, loss, accuracy and gradient are NaN, so that a truncation is always seen; without it all B * L
+    rows, exact but slow. More than 1024 rows are projected in chunks of at most 1024, whose logits the backward
+    computes again; where `mlm_head` holds other modules or hooks, which may be random, the logits are kept.
 
-    Parts are called, never read, so that hooks, adapters and parametrisations take part. The attention's own
-    `in_proj_weight` and `in_proj_bias` have no module to call, as in nn.MultiheadAttention: they can be parametrised,
-    but what replaces a whole attention module has to take (query, context, keep, rows) and give one tensor.
+    Submodules are called and their weights are not read, so that hooks, adapters and parametrisations work. The
+    attention's own `in_proj_weight` and `in_proj_bias` belong to no submodule, as in nn.MultiheadAttention: they can be
+    parametrised, but what replaces a whole attention module has to take (query, context, keep, rows) and return one
+    tensor.
 
-    torch.compile and torch.export look at no values: labels on the CPU count as labels on an accelerator (so set
-    `max_masked`), and one outside of the vocabulary makes the loss NaN, or PyTorch raise. torch.jit.trace is refused.
+    torch.compile and torch.export see no values: labels on the CPU are treated as labels on an accelerator (so set
+    `max_masked`), and a label outside the vocabulary makes the loss NaN, or PyTorch raises. torch.jit.trace is refused.
 
     Args:
         embed_dim: D, width of the tokens.
@@ -91,13 +92,13 @@ class IRRHead(Module):
         masked_text_tokens: [B, L, D], encoded from the masked caption.
         labels: [B, L], any integer dtype: the original id where masked, else ignore_index.
         text_mask: [B, L] bool, True = keep. Padding is not attended to, and a label there is ignored; on a CPU what
-            lies behind the longest caption is not computed. With None, as released, padding is attended to like any
+            follows the longest caption is not computed. With None, as released, padding is attended to like any
             token.
     Returns:
         IRROutput(loss, accuracy): scalars, float32 or better.
     Raises:
         TypeError, ValueError: rank, width, batch, dtype or device of an input, or a label outside the vocabulary; the
-            message says how to mend it.
+            message says what to do.
     Example:
         >>> head = IRRHead(embed_dim=64, vocab_size=100, depth=1)
         >>> labels = torch.tensor([[0, 7, 0], [0, 0, 42]])
@@ -115,14 +116,14 @@ class IRRHead(Module):
     ignore_index: int
     max_masked: int | None
     check_labels: bool
-    cross_attn: "Attention"
-    cross_modal_transformer: "Transformer"
-    ln_pre_t: "LayerNorm"
-    ln_pre_i: "LayerNorm"
-    ln_post: "LayerNorm"
+    cross_attn: Attention
+    cross_modal_transformer: Transformer
+    ln_pre_t: LayerNorm
+    ln_pre_i: LayerNorm
+    ln_post: LayerNorm
     mlm_head: nn.Sequential
 
-    _caller, _labels = "IRRHead", "labels"  # whom messages tell to build, and what the caller calls the labels
+    _caller, _labels = "IRRHead", "labels"  # as messages name the module and the labels; FMFALoss sets its own
 
     def __init__(
         self,
@@ -143,7 +144,8 @@ class IRRHead(Module):
         if num_heads is None:
             if embed_dim % 64:
                 raise ValueError(
-                    f"embed_dim must be divisible by 64 (heads of width 64), got {embed_dim}; pass num_heads"
+                    f"embed_dim must be divisible by 64 (heads of width 64), got {embed_dim}; pass num_heads, through "
+                    'FMFALoss as irr={"num_heads": ...}'
                 )
             num_heads = embed_dim // 64
         if embed_dim % num_heads:
@@ -241,7 +243,7 @@ class IRRHead(Module):
         return (masked if text_mask is None else masked & text_mask).sum()
 
     def _encode(self, image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None, rows: Tensor) -> Tensor:
-        """States [M, D] of the text tokens `rows`, after they have looked at the image and at each other."""
+        """States [M, D] of the text tokens `rows`, after attention to the image and to each other."""
         image, text = (to_dtype_of(self.cross_attn, tokens) for tokens in (image_tokens, text_tokens))
         keep = None
         if text_mask is not None:
@@ -337,93 +339,10 @@ class IRRHead(Module):
         return labels
 
 
-class LayerNorm(nn.LayerNorm):
-    """Statistics in float32 at least, result in the dtype of the input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x) / 1.702  # x sigmoid(1.702 x), in fewer passes over memory
-
-
-class Attention(nn.MultiheadAttention):
-    """nn.MultiheadAttention where key = value, and the output may be asked for at some positions only.
-
-    It is a subclass for the sake of its parameters: CLIP codebases find the weights to cast to half by that type.
-    """
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__(width, num_heads, batch_first=True)
-
-    def forward(  # type: ignore[override]
-        self, query: Tensor, context: Tensor, keep: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        """query [B, L, D], context [B, N, D], keep [B, N] -> [B, L, D], or [M, D] at `rows` [M]."""
-        D, heads = self.embed_dim, "b l (h d) -> b h l d"
-        if query is context:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        else:
-            q_weight, kv_weight = torch.split(self.in_proj_weight, [D, 2 * D])
-            q_bias, kv_bias = torch.split(self.in_proj_bias, [D, 2 * D])
-            q = F.linear(query, q_weight, q_bias)
-            k, v = F.linear(context, kv_weight, kv_bias).chunk(2, dim=-1)
-        q, k, v = (rearrange(x, heads, h=self.num_heads) for x in (q, k, v))
-        mask = None if keep is None else keep[:, None, None, :]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        if query is not context:
-            x = x + 0 * q  # fused kernels may turn a NaN query into zeros; a residual keeps it, here nothing else does
-        out: Tensor = self.out_proj(take(rearrange(x, "b h l d -> b l (h d)"), rows))
-        return out
-
-
-class Block(nn.Module):
-    """x + attention, then x + MLP, each of the normalised x."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.attn: Attention = Attention(width, num_heads)
-        self.ln_1: LayerNorm = LayerNorm(width)
-        self.mlp: nn.Sequential = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
-        )
-        self.ln_2: LayerNorm = LayerNorm(width)
-
-    def forward(self, x: Tensor, keep: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """x [B, L, D] -> [B, L, D], or [M, D] at `rows`: all are attended to, some are needed after."""
-        y = self.ln_1(x)
-        x = take(x, rows) + self.attn(y, y, keep, rows)
-        out: Tensor = x + self.mlp(self.ln_2(x))
-        return out
-
-
-class Transformer(nn.Module):
-    def __init__(self, width: int, num_heads: int, depth: int) -> None:
-        super().__init__()
-        self.resblocks: nn.ModuleList = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
-
-    def forward(self, x: Tensor, keep: Tensor | None, rows: Tensor) -> Tensor:
-        """x [B, L, D] -> [M, D]."""
-        *blocks, last = self.resblocks
-        for block in blocks:
-            x = block(x, keep)
-        states: Tensor = last(x, keep, rows)
-        return states
-
-
 def _recomputable(part: nn.Module) -> bool:
-    """A second forward is the first one again: no hook, adapter or parametrisation has a say, dropout or state."""
+    """Whether a second forward gives the same as the first: no hook, adapter, parametrisation, dropout or state."""
     return all(
         type(module) in (nn.Sequential, nn.Linear, QuickGELU, LayerNorm)
         and not (module._forward_hooks or module._forward_pre_hooks)
         for module in part.modules()
     )
-
-
-def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """[B, L, D] -> [M, D]; all of x, in its shape, where rows is None."""
-    return x if rows is None else x.flatten(0, 1).index_select(0, rows)

@@ -1,6 +1,5 @@
-"""Parts of a head are called, never read: an adapter, a hook, a sharded or a quantised module in their stead runs.
-
-What is read is the dtype and the device of the first weight, and both only where the part cannot tell by itself.
+"""What the heads share. Submodules are called and their weights are not read, so that adapters, hooks and modules that
+are sharded or quantised work in place of them. Of a submodule only the dtype and device of its first weight are read.
 """
 
 import torch
@@ -16,7 +15,7 @@ class WideLinear(nn.Linear):
     """nn.Linear for any pair of dtypes: its product runs in the wider of both, and in float32 at least."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias  # once: a parametrisation computes them anew at every look
+        weight, bias = self.weight, self.bias  # read once: a parametrisation computes them at every access
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
         return F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -44,5 +43,5 @@ def check_device(names: str, x: Tensor, part: nn.Module) -> None:
 
 
 def nan_unless(right: Tensor | None, value: Tensor) -> Tensor:
-    """value, and where `right` is False NaN, with NaN gradients: what the host cannot refuse never passes unseen."""
+    """value, or NaN with NaN gradients where `right` is False, for an error that the host cannot raise."""
     return value if right is None else value * torch.where(right, 1.0, float("nan")).to(value.dtype)

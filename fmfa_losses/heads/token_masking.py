@@ -9,7 +9,7 @@ from ..ops.checks import check_fraction, check_integer, describe, integer_ids, o
 
 __all__ = ["mask_tokens"]
 
-MASKED, REPLACED = 0.8, 0.1  # shares of the chosen tokens; the rest stays as it is
+MASKED, REPLACED = 0.8, 0.1  # of the chosen tokens; the rest stays as it is
 
 
 def mask_tokens(
@@ -31,8 +31,8 @@ def mask_tokens(
     labels). A caption without content gets no mask and no label. The defaults are those of CLIP's vocabulary
     as TIPR codebases use it: 49405 [mask], 49406 start, 49407 end, 0 padding.
 
-    The input is never changed: a data set that keeps its captions finds them whole in the next epoch. Nothing
-    here waits for an accelerator, and the same generator state gives the same mask.
+    The input is never changed, so a data set may pass the captions that it keeps. The host never waits for an
+    accelerator, and the same generator state gives the same mask.
 
     Args:
         token_ids: [B, L] or [L], any integer dtype that holds the ids, on any device.
@@ -71,15 +71,15 @@ def mask_tokens(
     for special in sorted(reserved):
         content &= token_ids != special
 
-    # The smallest draw of a caption is chosen whatever the probability: one token at least, without looking.
+    # The smallest draw of a caption is chosen whatever the probability: at least one token, without a look at values.
     draw = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
     first = draw.masked_fill(~content, 2.0).argmin(dim=-1, keepdim=True)
     chosen = content & (draw < probability).scatter(-1, first, True)
 
-    fate = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
+    outcome = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
     words = _random_words(token_ids, bound, reserved, generator)
-    masked = torch.where(chosen & (fate < MASKED), mask_id, token_ids)
-    masked = torch.where(chosen & (fate >= MASKED) & (fate < MASKED + REPLACED), words, masked)
+    masked = torch.where(chosen & (outcome < MASKED), mask_id, token_ids)
+    masked = torch.where(chosen & (outcome >= MASKED) & (outcome < MASKED + REPLACED), words, masked)
     return masked.to(given.dtype), torch.where(chosen, token_ids, 0).to(given.dtype)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from ..distributed.peers import Peers
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_ids, check_scale
-from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss
-from ._asdm_ring import asdm_rows_round_the_ring
+from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss, similarity_distribution_ring
 from ._loss import Loss, hyperparameter
 from .scores import check_features, check_weight
 
@@ -56,8 +55,6 @@ class DistributionLoss(Loss):
         if sample_weight is not None:
             check_weight("sample_weight", sample_weight, text[:, 0])
         if shared:
-            if self.gather == "ring" and self.backend == "triton":
-                raise RuntimeError('backend="triton" cannot run gather="ring", which has no kernel; use backend="auto"')
             select_backend(self.backend, image, text)
         return check_scale(logit_scale, self.temperature), pids, image_ids
 
@@ -104,7 +101,14 @@ class DistributionLoss(Loss):
         every_id = peers.gather(both_ids).T.contiguous()  # [1 or 2, B]
         row_loss = self.row_loss()
         if peers.ring:
-            return asdm_rows_round_the_ring(image, text, every_id, scale, peers, RowLoss(**row_loss).checked())
+            return similarity_distribution_ring(
+                torch.stack([image, text], dim=1),
+                *(every_id if image_ids is not None else (every_id[0], None)),
+                logit_scale=scale,
+                ring=peers,
+                backend=select_backend(self.backend, image, text),
+                spec=RowLoss(**row_loss).checked(),
+            )
 
         def direction(queries: Tensor, keys: Tensor) -> Tensor:
             """The own queries against everybody's keys, [b]. Raw features travel, in their own dtype."""

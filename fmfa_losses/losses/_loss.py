@@ -18,7 +18,7 @@ from typing_extensions import dataclass_transform  # torch brings it
 from ..distributed.peers import Peers, meet
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_unused_ids, did_you_mean
 from ..ops.module import Module
-from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gather, Reduction
+from ..ops.options import BACKENDS, GATHER, MOVED, REDUCTIONS, Backend, Gather, Reduction
 from ..ops.precision import accumulation_dtype, product, unit_rows
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
@@ -27,12 +27,6 @@ __all__ = ["Loss", "Options", "ScaledOptions", "ScaledScoreLoss", "ScoreLoss", "
 F = TypeVar("F", bound=Callable[..., Tensor])
 # Of the whole batch; the first three are compared by every handshake, the last one is the rank's own choice.
 OF_FEATURES = ("gather", "process_group", "equal_batches", "backend")
-# Options of the code released with the papers, which `compat` computes.
-MOVED = {
-    "gap": "fmfa_losses.compat.fmfa.compute_sdm",
-    "target": "fmfa_losses.compat.irra.compute_sdm",
-    "ranking": "fmfa_losses.compat.released.released_efa",
-}
 
 
 class Options(TypedDict, total=False):

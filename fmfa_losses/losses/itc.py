@@ -59,7 +59,6 @@ class ITCLoss(DistributionLoss):
     targets: Matching = hyperparameter(default="paired", check=MATCHINGS)
 
     pids_option = ("targets", "identity", "paired", "to pull them too")
-    has_ring = False
 
     def row_loss(self) -> dict[str, Any]:
         return {"objective": "cross_entropy"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    ROOT,
     __main__,
     alternatives,
     exact,
@@ -119,13 +120,13 @@ def test_micro_writes_every_field(tmp_path, capsys):
     assert result["kind"] == "micro"
     assert {"cpu", "cores", "threads", "memory_gib"} <= result["machine"].keys()
     assert {"python", "torch", "fmfa-losses"} <= result["versions"].keys()
-    assert {"command", "date", "targets"} <= result.keys()
-    for row in result["measurements"]:
+    assert {*results.HEAD, "records"} <= result.keys()
+    for row in result["records"]:
         assert row["status"] == "ok"
         assert {"case", "op", "B", "D", "provider", "dtype", "repeats", "process_mib", "above_inputs_mib"} <= row.keys()
         for part in ("forward", "backward", "both"):
             assert 0 < row[part]["p20"] <= row[part]["median"] <= row[part]["p80"]
-    table = micro_table(result["measurements"])
+    table = micro_table(result["records"])
     assert table in capsys.readouterr().out
     text = report.render({"micro.json": result}, tmp_path / "plots")
     assert table in text
@@ -334,6 +335,19 @@ def test_a_kernel_compiled_while_timed_costs_the_figure(fake_device, monkeypatch
     assert "both" not in row
 
 
+def test_a_backward_that_was_left_out_costs_the_figure(fake_device):
+    """torch.compile of the reference, on the first GPU run: gradients of zeros, in 3 microseconds."""
+
+    def half(image_features, text_features, pids):
+        return providers.provider(TORCH, "asdm")(image_features, text_features.detach(), pids) + 0 * text_features.sum()
+
+    rows = dict(measure_cuda(half, lambda seed: inputs(Case("asdm", 8, D=16)), modes=("eager", "graph"), seconds=0))
+    for row in rows.values():
+        assert row["status"] == "failed: 1 gradients are zero everywhere"
+        assert "both" not in row
+        assert "zeros" not in row
+
+
 def test_worker_writes_every_record(fake_device, monkeypatch):
     efa = Case("efa", 128, L=3, N=4, D=8)
     jobs = [Job("d", "figure", efa, TORCH, "fp32", ("eager", "graph")), Job("d", "figure", efa, TRITON, "fp32"),
@@ -449,11 +463,29 @@ def test_wheels_without_a_pure_one(tmp_path):
 
 def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
-    results.write(path, {"a": [1]})
+    head = results.head("test", "c")
+    results.write(path, head | {"records": [1]})
     monkeypatch.setattr(results.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        results.write(path, {"a": [2]})
-    assert results.read(path) == {"a": [1]}
+        results.write(path, head | {"records": [2]})
+    assert results.read(path) == head | {"records": [1]}
+
+
+def test_every_result_has_the_same_head(tmp_path):
+    committed = results.load_all(ROOT / "benchmarks/results")
+    assert all(result["records"] for result in committed.values())
+    assert all({"cpu", "cores", "threads"} <= result["machine"].keys() for result in committed.values())
+    text = report.render(committed, tmp_path)
+    assert all(f"`benchmarks/results/{name}`, `{result['command']}`" in text for name, result in committed.items())
+    results.write(tmp_path / "half.json", {"kind": "micro", "records": []})
+    with pytest.raises(ValueError, match=r"half\.json lacks command, date"):
+        results.load_all(tmp_path)
+
+
+def head():
+    """Of an invented GPU run."""
+    values = ("gpu", "python -m benchmarks gpu", "2000-01-01", "abc", MACHINE, {"torch": "0"}, "")
+    return dict(zip(results.HEAD, values, strict=True))
 
 
 def fake_result():
@@ -469,20 +501,18 @@ def fake_result():
         rows += [identity | found | spreads for identity in job.identities]
     rows[-1] = {key: value for key, value in rows[-1].items() if key not in spreads} | {"status": "not run: why"}
     ceilings = {"copy": 4e12, "fp32": 5e13, "tf32": 4e14, "bf16": 8e14, "fp16": 8e14}
-    test = {"test": "tests/gpu/test_gpu_efa.py::test_x", "outcome": "failed", "why": "assert 1 == 2", "status": "ok"}
-    end = {"summary": "1 failed, 1 passed", "status": "failed: exit code 1"}
-    return {
-        "kind": "gpu", "command": "python -m benchmarks gpu", "date": "2000-01-01", "machine": MACHINE,
-        "versions": {"torch": "0"}, "ceilings": ceilings, "targets": gpu_targets(rows, ceilings),
-        "measurements": rows, "exact": [], "kernels": [], "alternatives": [],
-        "tests": [test, {key: test[key] for key in ("test", "status")} | {"outcome": "passed"}, end],
-    }  # fmt: skip
+    test = {"kind": "tests", "test": "tests/gpu/test_gpu_efa.py::test_x", "status": "ok"}
+    failed = test | {"outcome": "failed", "why": "assert 1 == 2"}
+    end = {"kind": "tests", "summary": "1 failed, 1 passed", "status": "failed: exit code 1"}
+    tests = [failed, test | {"outcome": "passed"}, end]
+    return head() | {"records": [{"kind": "ceilings", "ceilings": ceilings}, *rows, *tests]}
 
 
 def test_gpu_report(tmp_path):
     result = fake_result()
     # Every target has its jobs in the plan.
-    assert {entry["met"] for entry in result["targets"]} <= {True, False}
+    targets = gpu_targets(results.of_kind(result, "figure"), results.ceilings_of(result))
+    assert {entry["met"] for entry in targets} <= {True, False}
     results.write(tmp_path / "gpu_fake.json", result)
     out = tmp_path / "docs" / "benchmarks.md"
     assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
@@ -501,7 +531,7 @@ def test_gpu_report(tmp_path):
 
 def test_gpu_targets_without_a_figure():
     assert {(entry["measured"], entry["met"]) for entry in gpu_targets([], None)} == {("not measured", None)}
-    assert plots.gpu_figures({"measurements": [], "machine": MACHINE, "ceilings": None}) == {}
+    assert plots.gpu_figures({"records": [], "machine": MACHINE}) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a CUDA device")
@@ -515,18 +545,18 @@ def test_commands(capsys):
     assert __main__.main([]) == 0
     assert __main__.main(["nonsense"]) == 2
     assert "compile-check" in capsys.readouterr().out
-    for command in ("micro", "gpu", "report", "tune"):
+    for command in __main__.COMMANDS:
         with pytest.raises(SystemExit) as exit:
             __main__.main([command, "--help"])
         assert exit.value.code == 0
-    assert "usage: python -m benchmarks report" in capsys.readouterr().out
+    help = capsys.readouterr().out
+    assert all(f"usage: python -m benchmarks {command} " in help for command in __main__.COMMANDS)
 
 
 def test_a_line_compares_within_a_mode(tmp_path):
     """A replayed graph with the reference's graph; with nothing where there is none."""
-    head = {"kind": "gpu", "command": "c", "date": "d", "machine": MACHINE, "versions": {}}
     said = []
-    with closing(Book(tmp_path, head)) as book:
+    with closing(Book(tmp_path, head())) as book:
         book.say = lambda text, aloud=True: said.append(text)
         for provider, mode, ms in ((REFERENCE, "eager", 8.0), (TRITON, "eager", 4.0), (TRITON, "graph", 1.0),
                                    (REFERENCE, "graph", 3.0), (TORCH, "graph", 1.0)):  # fmt: skip
@@ -544,8 +574,7 @@ def test_predictions_name_the_code_that_is_measured():
               "predicted": [0.75, 0.95], "after": [0.65, 0.8], "change": "four stages"}  # fmt: skip
     assert "predicted 0.65-0.80 (before the change 0.75-0.95)" in record_line(kernel, {}, None)
     assert "predicted 0.75-0.95  [" in record_line(kernel | {"after": None}, {}, None)
-    table = gpu_report({"kernels": [kernel], "ceilings": None, "targets": [], "measurements": [], "alternatives": [],
-                        "exact": [], "tests": []})  # fmt: skip
+    table = gpu_report({"records": [kernel]})
     assert re.search(r"\| +0.65-0.80 \| +0.75-0.95 \|", table)
 
 
@@ -616,10 +645,10 @@ def test_targets_are_goals_with_predictions():
 def test_plots_have_labels_and_a_whole_legend(precisions):
     """Values within one power of ten: the axis has labels all the same, and the legend is inside the picture."""
     result = fake_result()
-    for row in result["measurements"]:
+    for row in result["records"]:
         if "both" in row:
             row["both"] = dict.fromkeys(("median", "p20", "p80"), 2.1 + row["B"] / 1000)
-    result["measurements"] = [row for row in result["measurements"] if row["dtype"] in precisions]
+    result["records"] = [row for row in result["records"] if row.get("dtype") in (None, *precisions)]
     figure = plots.gpu_figures(result)["time"]
     figure.canvas.draw()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from helpers import processes
 from PIL import Image
 
+from benchmarks import results
 from benchmarks.person_retrieval.__main__ import main
 from benchmarks.person_retrieval.datasets import (
     LAYOUTS,
@@ -465,13 +466,15 @@ def test_the_embedded_run_writes_metrics_and_three_pictures(tmp_path: Path) -> N
 
 def test_the_ablation_tells_mean_and_spread_of_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main([*TINY_RUN, "--epochs", "1", "--ablation", "--seeds", "2", "--out", str(tmp_path)])
-    report = json.loads((tmp_path / "ablation.json").read_text())
-    assert list(report["table"]) == ["SDM", "A-SDM", "SDM + EFA", "A-SDM + EFA (FMFA)"]
-    for name, row in report["table"].items():
-        values = row["R1"]["values"]
-        assert len(values) == 2 and row["R1"]["mean"] == pytest.approx(np.mean(values))
+    report = results.read(tmp_path / "ablation.json")
+    assert [row["variant"] for row in report["table"]] == ["SDM", "A-SDM", "SDM + EFA", "A-SDM + EFA (FMFA)"]
+    for row in report["table"]:
+        runs = [record for record in report["records"] if record["variant"] == row["variant"]]
+        assert [run["seed"] for run in runs] == [0, 1]
+        values = [run["t2i"]["R1"] for run in runs]
+        assert row["R1"]["mean"] == pytest.approx(np.mean(values))
         assert row["R1"]["std"] == pytest.approx(np.std(values, ddof=1))
-        assert ("efa" in report["runs"][name][0]["last_epoch"]) == ("EFA" in name)
+        assert ("efa" in runs[0]["last_epoch"]) == ("EFA" in row["variant"])
     written = (tmp_path / "ablation.md").read_text()
     assert "±" in written and written.strip() in capsys.readouterr().out
 
@@ -484,7 +487,7 @@ def test_torchrun_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.Monk
         port = free.getsockname()[1]
     options = ["--identities", "4", "--test-identities", "2", "--epochs", "2", "--quiet", "--device", "cpu"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += ["-m", "benchmarks.person_retrieval", *options, "--batch-size", "8", "--gather", "ring"]
+    command += ["-m", "benchmarks", "person-retrieval", *options, "--batch-size", "8", "--gather", "ring"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two")],

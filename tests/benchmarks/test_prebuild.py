@@ -105,7 +105,8 @@ print(triton_cache.prepare(__import__('pathlib').Path({str(prebuilt)!r}))[1])
 def test_candidates_are_prebuilt_too(tmp_path):
     entry = tables()["DX"].entry
     rows = [{"table": "DX", "candidate": [8, 128, 2, 1]}, {"table": "DX", "candidate": [2, 256, 1, 1]}]
-    results.write(tmp_path / "candidates.json", {"survivors": rows, "dropped": []})
+    dropped = rows[0] | {"dropped": "8 spilled"}
+    results.write(tmp_path / "candidates.json", results.head("candidates", "c") | {"records": [*rows, dropped]})
     others = prebuild.candidates(tmp_path / "candidates.json", entry.precision)
     assert others == [(entry, (8, 128, 2, 1)), (entry, (2, 256, 1, 1))]
     assert prebuild.candidates(tmp_path / "candidates.json", "fp32") == prebuild.candidates(None, "bf16") == []

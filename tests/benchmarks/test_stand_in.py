@@ -13,7 +13,11 @@ import triton
 import triton.language as tl
 from fmfa_losses.kernels import _launch
 
-from benchmarks import stand_in
+from benchmarks import device, stand_in
+from benchmarks.alone import kernels_of
+from benchmarks.cases import Case
+from benchmarks.gpu_worker import step_of
+from benchmarks.plan import Job
 
 
 @triton.jit
@@ -130,6 +134,20 @@ def test_kernels_leave_zeros():
         assert loss == 0
         assert torch.equal(torch.autograd.grad(loss, leaf)[0], torch.zeros(6, 16))
     assert len(device.launches) >= 3
+
+
+def test_a_collected_launch_keeps_no_graph(monkeypatch):
+    """A graph that lives on binds its leaves to the stream it was made on: then no later step can be captured."""
+    monkeypatch.setattr(device, "NAME", "cpu")
+    step = step_of(Job("c", "kernels", Case("asdm", 8, D=16), precision="fp32"))
+    with stand_in.gpu():
+        kernels, (value, _) = kernels_of(step)
+    tensors = [
+        getattr(arg, "tensor", arg) for launches in kernels.values() for launch in launches for arg in launch.args
+    ]
+    tensors = [value, *(arg for arg in tensors if isinstance(arg, torch.Tensor))]
+    assert len(tensors) > 10
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_an_extra_operator_is_seen():

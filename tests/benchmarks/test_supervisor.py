@@ -215,7 +215,7 @@ def test_what_is_worth_having_in_part_is_stopped_at_the_end_of_its_stage():
 
 def test_every_record_is_on_disk_when_the_next_comes(tmp_path, capsys, request):
     """records.jsonl, gpu.json and gpu.md, after each record; what cannot be shown is kept all the same."""
-    head = {"kind": "gpu", "command": "c", "date": "d", "machine": MACHINE, "versions": {}, "minutes": 1}
+    head = {"kind": "gpu", "command": "c", "date": "d", "commit": "abc", "machine": MACHINE, "versions": {}, "note": ""}
     book, seen = Book(tmp_path / "out", head), []
     request.addfinalizer(book.close)
 
@@ -223,7 +223,7 @@ def test_every_record_is_on_disk_when_the_next_comes(tmp_path, capsys, request):
         book.note(record | {"first_call_s": 0.0, "compiled": 0, "op": "asdm", "B": 1, "D": 4, "value": 1.0,
                             "gradient_norm": 1.0, "both": {"median": 1.0, "p20": 1.0, "p80": 1.0}})  # fmt: skip
         on_disk = json.loads((tmp_path / "out" / "gpu.json").read_text())
-        seen.append((len(read_records(tmp_path / "out" / "records.jsonl")), len(on_disk["measurements"])))
+        seen.append((len(read_records(tmp_path / "out" / "records.jsonl")), len(on_disk["records"])))
         assert "| c " in (tmp_path / "out" / "gpu.md").read_text()
 
     run(tmp_path, [job(1), job(2)], "record()", note=note)

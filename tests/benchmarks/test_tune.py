@@ -60,12 +60,12 @@ def test_survivors_are_timed_as_they_come(tmp_path):
     """At toy sizes on the CPU: the entry first, then each candidate; one that cannot run costs itself alone."""
     table = tune._table("DX")
     survivors = [{"table": "DX", "candidate": [*c, *value(table.entry)[2:]]} for c in ((3, 128), (16, 128), (8, 64))]
-    results.write(tmp_path / "candidates.json", {"kind": "candidates", "survivors": survivors})
+    results.write(tmp_path / "candidates.json", results.head("candidates", "c") | {"records": survivors})
     out = tmp_path / "tuned.json"
     command = [sys.executable, "-m", "benchmarks", "tune", "--time", str(tmp_path / "candidates.json"), "--dry-run"]
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    outcomes = json.loads(out.read_text())["outcomes"]
+    outcomes = json.loads(out.read_text())["records"]
     assert [outcome["status"].partition(":")[0] for outcome in outcomes] == ["ok", "failed", "ok", "ok"]
     assert [outcome.get("entry", False) for outcome in outcomes] == [True, False, False, False]
     assert all(outcome["ms"] > 0 for outcome in outcomes if outcome["status"] == "ok")

@@ -41,7 +41,7 @@ def log_scale():
     return {
         "scale": (50, math.log(50), 0.02),
         "A-SDM": (loss, loss_log, loss_tau),
-        "mean probability of the own pair": (p, p_log, p_tau),
+        "mean probability of the right image": (p, p_log, p_tau),
     }, [
         BATCH.arguments(logit_scale=torch.tensor(50.0).log()),
         BATCH.arguments(logit_scale=torch.tensor(0.02)),
@@ -57,7 +57,7 @@ def inverted_mask():
             100 * m[:, 0].double().mean().item() for m in (BATCH.text_mask, wrong)
         ),
         "EFA": (efa(BATCH), efa(BATCH, text_mask=wrong)),
-        "EFA of a model that knows nothing, 4 (log(B - 1) + margin)": (4 * (math.log(B - 1) + 0.1),) * 2,
+        "EFA of an untrained model, 4 (log(B - 1) + margin)": (4 * (math.log(B - 1) + 0.1),) * 2,
     }, [
         BATCH.arguments(text_mask=wrong, masked_labels=None),
         BATCH.arguments(text_mask=wrong, token_ids=None),
@@ -166,7 +166,7 @@ def normalised_features_in_cmpm():
     wrong = b.arguments(image_features=unit[0], text_features=unit[1], loss=CMPMLoss())
     return {
         "length of a text feature": (text.norm(dim=1).mean().item(), 1),
-        "mean probability of the own pair": (own_probability(raw, 1), own_probability(unit[1] @ unit[0].T, 1)),
+        "mean probability of the right image": (own_probability(raw, 1), own_probability(unit[1] @ unit[0].T, 1)),
         "CMPM": (CMPMLoss()(image, text, b.pids).item(), CMPMLoss()(*unit, b.pids).item()),
     }, [wrong]
 
@@ -245,4 +245,4 @@ def test_numbers_and_findings_of_the_page(name):
     quoted = [line.removeprefix("> ") for line in text.splitlines() if line.startswith("> ")]
     assert quoted == [finding for batch in wrong_batches for finding in check_batch(**batch).findings]
     assert ("`check_batch` says one of these" in text) == (len(wrong_batches) > 1)
-    assert bool(quoted) != ("One batch does not tell" in " ".join(text.split()))
+    assert bool(quoted) != ("`check_batch` cannot see this in one batch" in " ".join(text.split()))

@@ -151,7 +151,8 @@ def test_captured_graph_replays():
 
     def step():
         value = loss(image, text)
-        return value, *torch.autograd.grad(value, (image, text))
+        # Without its graph: one that lives on binds the leaves to the stream that it was made on.
+        return value.detach(), *torch.autograd.grad(value, (image, text))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

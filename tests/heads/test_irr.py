@@ -650,7 +650,7 @@ def test_load_of_no_mapping_raises():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"embed_dim": 100}, r"embed_dim must be divisible by 64 .*got 100; pass num_heads"),
+        ({"embed_dim": 100}, r'embed_dim must be divisible by 64 .*got 100; pass num_heads.* irr=\{"num_heads": ...\}'),
         ({"embed_dim": 64, "num_heads": 5}, r"num_heads must divide embed_dim = 64, got 5"),
         ({"embed_dim": 0}, r"embed_dim must be an integer >= 1, got 0"),
         ({"vocab_size": -1}, r"vocab_size must be an integer >= 1, got -1"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
-from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
+from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
 
 # Golden case: hyperparameters of asdm_loss.
 GOLDEN = {
@@ -80,13 +80,13 @@ def rounded_twice(inputs: dict[str, Tensor], **options: object) -> dict[str, Ten
     products of a cosine in another order than the forward did, the two cosines differ by a rounding, p by the logit
     scale times that, and so does the gradient, even where p - t is small.
     """
-    generator, plain_dlogits = torch.Generator().manual_seed(0), torch_reader.dlogits
+    generator, plain_dlogits = torch.Generator().manual_seed(0), torch_blocks.dlogits
 
     def dlogits(cos: Tensor, *arguments: object) -> Tensor:
         sign = 2 * torch.randint(2, cos.shape, generator=generator) - 1
         return plain_dlogits(cos + 2**-24 * sign, *arguments)
 
-    with patch.object(torch_reader, "dlogits", dlogits):
+    with patch.object(torch_blocks, "dlogits", dlogits):
         return value_and_gradients(similarity_distribution_loss, inputs, backend="torch", **options)
 
 

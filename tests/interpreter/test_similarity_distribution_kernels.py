@@ -25,9 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
 from fmfa_losses.ops import checks as _checks
+from fmfa_losses.ops.options import OBJECTIVES, POSITIVES
 from fmfa_losses.ops.similarity_distribution.api import (
-    OBJECTIVES,
-    POSITIVES,
     RowLoss,
     similarity_distribution_loss,
     similarity_distribution_loss_reference,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss
-from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
+from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
 
 GOLDEN = {
     "sdm": {"alpha": 0.0},
@@ -70,7 +70,7 @@ def test_gradcheck(variant):
 def test_row_blocks_do_not_show(monkeypatch):
     image, text, pids = draw(23, 8)
     whole = value_and_grads(lambda i, t: asdm_loss(i, t, pids), (image, text))
-    monkeypatch.setattr(torch_reader, "block_elements", 64)
+    monkeypatch.setattr(torch_blocks, "block_elements", 64)
     assert_close(value_and_grads(lambda i, t: asdm_loss(i, t, pids), (image, text)), whole, 1e-12)
 
 

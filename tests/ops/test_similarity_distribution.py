@@ -23,26 +23,22 @@ from torch import Tensor
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
 from fmfa_losses.ops import checks as _checks
-from fmfa_losses.ops.precision import unit_rows
+from fmfa_losses.ops.options import OBJECTIVES, POSITIVES, REDUCTIONS
 from fmfa_losses.ops.similarity_distribution.api import (
-    OBJECTIVES,
-    POSITIVES,
-    REDUCTIONS,
     RowLoss,
     similarity_distribution_backward_op,
     similarity_distribution_loss,
     similarity_distribution_loss_reference,
     similarity_distribution_op,
 )
-from fmfa_losses.ops.similarity_distribution.block_distribution import block_statistics, label_sums, merge_blocks
-from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
+from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_reader, "block_elements", 64)
+    monkeypatch.setattr(torch_blocks, "block_elements", 64)
 
 
 def same(inputs: dict[str, Tensor], **options: object) -> None:
@@ -76,7 +72,7 @@ def test_weights(positive: str, detach_weight: bool) -> None:
 @pytest.mark.parametrize("elements", [12, 40, 1000])
 @pytest.mark.parametrize("positive", POSITIVES)
 def test_ties_go_to_the_lowest_column(positive: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_reader, "block_elements", elements)
+    monkeypatch.setattr(torch_blocks, "block_elements", elements)
     same(ties(torch.float64), alpha=3.0, positive=positive)
 
 
@@ -261,12 +257,12 @@ def test_what_changes_with_the_batch_is_not_specialised() -> None:
 
     fixed = {"D", "q_stride", "k_stride", "x_stride", "y_stride"}  # of the features
     fixed |= {"cos_stride"}  # always a multiple of 16, and never 1
-    fixed |= {"scale", "alpha", "push_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
+    fixed |= {"scale", "alpha", "gap_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
     kernels = (
         similarity_distribution._prepare_kernel,
         similarity_distribution._row_loss_kernel,
         similarity_distribution._gradient_kernel,
-        distribution_blocks._absorb_kernel,
+        distribution_blocks._update_kernel,
         distribution_blocks._dlogits_kernel,
     )
     for kernel in kernels:
@@ -344,50 +340,6 @@ def test_any_scale_without_weights(scale: float, options: dict[str, object]) -> 
     same(
         features(23, 23, 5, dtype=torch.float64) | {"logit_scale": torch.tensor(scale, dtype=torch.float64)}, **options
     )
-
-
-@pytest.mark.parametrize("scale", [7.0, *SCALES])
-@pytest.mark.parametrize("positive", POSITIVES)
-def test_blocks_of_columns(scale: float, positive: str) -> None:
-    """What a ring does: columns come in blocks, and four numbers a row are what they leave."""
-    inputs = features(13, 13, 6, dtype=torch.float64) | {"logit_scale": torch.tensor(scale, dtype=torch.float64)}
-    options = {"positive": positive}
-
-    def in_blocks(
-        queries: Tensor, keys: Tensor, pids: Tensor, image_ids: Tensor, logit_scale: Tensor, *, offset: int
-    ) -> Tensor:
-        ids = torch.stack([pids, image_ids])
-        sums, rows, k = label_sums(ids, 0.3, torch.float64), slice(offset, offset + len(queries)), unit_rows(keys)
-        blocks = [
-            block_statistics(
-                unit_rows(queries),
-                k[columns],
-                ids[:, rows],
-                ids[:, columns],
-                sums[rows, None],
-                scale=logit_scale,
-                factor=0.3,
-                paired=columns == rows,
-                eps=1e-8,
-                **options,
-            )
-            for columns in (slice(0, 3), slice(3, 8), slice(8, 13))
-        ]
-        return merge_blocks(torch.stack(blocks), alpha=3.0, detach_weight=False)
-
-    inputs["queries"] = inputs["queries"][3:8]
-    got = value_and_gradients(in_blocks, inputs, offset=3)
-    want = value_and_gradients(
-        similarity_distribution_loss_reference,
-        inputs,
-        alpha=3.0,
-        both=False,
-        reduction="none",
-        offset=3,
-        **options,
-    )
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.0])
@@ -481,8 +433,8 @@ MEMORY = """
 import torch
 from benchmarks.measure import peak_process_bytes
 from fmfa_losses.functional import asdm_loss
-from fmfa_losses.ops.similarity_distribution.blocks import torch_reader
-torch_reader.block_elements = 2**18
+from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
+torch_blocks.block_elements = 2**18
 def step(B):
     image, text = (torch.randn(B, 8).requires_grad_() for _ in "it")
     asdm_loss(image, text, torch.arange(B), backend="torch").backward()

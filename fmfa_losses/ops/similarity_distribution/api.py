@@ -1,126 +1,33 @@
-"""What a row of the similarity distribution p_i = softmax_j(s cos(q_i, k_j)) pays against its labels, Eq. 1-4.
+"""Row losses of softmax similarity distributions, Eq. 1-4: public function, checks, operator and choice of backend.
 
     divergence      w_i KL_i,   KL_i = sum_j p_ij (log p_ij - log(t_ij + eps)),   w_i = 1 + alpha gap_i    (A-SDM)
                     alpha = 0 is SDM
     cross_entropy   -sum_j t_ij log p_ij;   with ids that are all different InfoNCE, lse_i - z_ii           (ITC)
 
-A row needs a handful of numbers that one pass over its logits finds, and the gradient in the logits is a formula in
-those numbers; so the [R, C] matrix is only ever there in blocks or tiles, and the backward recomputes them. Blocks of
-rows are in `_row_blocks.py`; on a GPU, kernels take small batches and half precision in one piece.
+with p_i = softmax_j(s cos(q_i, k_j)). A row needs a handful of numbers that one pass over its logits finds, and the
+gradient in the logits is a formula in those numbers (`statistics.py`); so the [R, C] matrix is only ever there in
+blocks (`blocks.py`), or on a GPU in tiles, and the backward recomputes them.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend import select_backend
-from ..checks import (
-    check_flag,
-    check_float,
-    check_fraction,
-    check_ids,
-    check_integer,
-    check_nonnegative,
-    check_option,
-    check_positive,
-    check_same,
-    check_scale,
-)
-from ..operator import differentiable_once, operator
-from ..options import (
-    OBJECTIVES,
-    POSITIVES,
-    REDUCTIONS,
-    Backend,
-    Objective,
-    Positive,
-    Reduction,
-)
-from ..precision import accumulation_dtype, full_precision, unit_rows
-from . import blocks as _row_blocks
+from ..checks import check_float, check_ids, check_same, check_scale
+from ..operator import differentiable_once, operator, refusals
+from ..options import Backend, Objective, Positive, Reduction
+from ..precision import accumulation_dtype, full_precision
+from . import blocks
+from .reference import RowLoss, similarity_distribution_loss_reference
 
-__all__ = ["RowLoss", "similarity_distribution_loss", "similarity_distribution_loss_reference"]
-
-
-class RowLoss(NamedTuple):
-    """What a row pays, in plain Python values, in the order of the operator's schema."""
-
-    objective: Objective = "divergence"
-    alpha: float = 0.0
-    positive: Positive = "paired"
-    detach_weight: bool = False
-    eps: float = 1e-8
-    image_id_factor: float = 0.3
-    offset: int = 0
-    both: bool = True
-    reduction: Reduction = "mean"
-
-    def checked(self) -> "RowLoss":
-        check_option("objective", self.objective, OBJECTIVES)
-        check_option("positive", self.positive, POSITIVES)
-        check_option("reduction", self.reduction, REDUCTIONS)
-        return RowLoss(  # torch.compile of torch 2.6 does not take _replace
-            objective=self.objective,
-            alpha=check_nonnegative("alpha", self.alpha),
-            positive=self.positive,
-            detach_weight=check_flag("detach_weight", self.detach_weight),
-            eps=check_positive("eps", self.eps),
-            image_id_factor=check_fraction("image_id_factor", self.image_id_factor),
-            offset=check_integer("offset", self.offset),
-            both=check_flag("both", self.both),
-            reduction=self.reduction,
-        )
-
-    @property
-    def weighted(self) -> bool:
-        return self.objective == "divergence" and self.alpha > 0
-
-    @property
-    def sides(self) -> int:
-        return 2 if self.both else 1
-
-
-def similarity_distribution_loss_reference(
-    queries: Tensor,
-    keys: Tensor,
-    pids: Tensor,
-    *,
-    logit_scale: float | Tensor,
-    image_ids: Tensor | None = None,
-    **row_loss: object,
-) -> Tensor:
-    """The specification of `similarity_distribution_loss`: whole [R, C] matrices, and autograd."""
-    spec = RowLoss(**row_loss)  # type: ignore[arg-type]
-    dtype = accumulation_dtype(queries, keys)
-    q, k = (unit_rows(x, dtype=dtype, backend="torch") for x in (queries, keys))
-    cos = q @ k.T
-    rows = torch.arange(queries.shape[0], device=pids.device) + spec.offset
-
-    same = pids[rows, None] == pids
-    y = same.to(dtype)
-    if image_ids is not None:
-        f = spec.image_id_factor
-        y = f * y + (1 - f) * (image_ids[rows, None] == image_ids).to(dtype)
-    target = y / y.sum(dim=1, keepdim=True)
-
-    def per_row(cos: Tensor) -> Tensor:
-        z = logit_scale * cos
-        log_p = z.log_softmax(dim=1)
-        if spec.objective == "cross_entropy":
-            return -(target * log_p).sum(dim=1)
-        p = log_p.exp()
-        divergence = (p * (log_p - (target + spec.eps).log())).sum(dim=1)
-        if spec.positive == "paired":
-            positive = rows
-        else:
-            positive = z.masked_fill(~same, -torch.inf).argmax(dim=1)
-        gap = p.max(dim=1).values - p.gather(1, positive[:, None]).squeeze(1)
-        weight = 1 + spec.alpha * gap
-        return (weight.detach() if spec.detach_weight else weight) * divergence
-
-    per_sample = per_row(cos) + per_row(cos.T) if spec.both else per_row(cos)
-    return per_sample if spec.reduction == "none" else getattr(per_sample, spec.reduction)()
+__all__ = [
+    "RowLoss",
+    "similarity_distribution_loss",
+    "similarity_distribution_loss_reference",
+    "similarity_distribution_ring",
+]
 
 
 def similarity_distribution_loss(
@@ -158,7 +65,7 @@ def similarity_distribution_loss(
         eps: added to the target inside the logarithm.
         image_id_factor: weight of a shared identity against a shared image, in [0, 1].
         offset: the key that query 0 is paired with; the queries may be a slice of the batch that the keys hold.
-        both: add what the keys pay as rows; needs R == C.
+        both: add the losses of the keys as rows; needs R == C.
         reduction: "mean", "sum", or "none" for [R].
         backend: "auto", "triton" or "torch".
 
@@ -211,11 +118,10 @@ def _check_inputs(
     return pids, image_ids
 
 
-# The operator: one schema, one fake kernel, one gradient formula for both backends. S sides: queries as rows, and with
-# `both` keys as rows. What the backward needs of the forward, besides the inputs:
-#   statistics [S, 3 or 4, R]  top; log sum_j e^(z - top); the divergence, or the mass of a cross-entropy's target;
-#                              the gap, where it weighs
-#   places     [S, 2, R]       columns of the top and of the positive, where the gap weighs
+# The operator: one schema, one fake kernel, one gradient formula for both backends. S directions: queries as rows, and
+# with `both` keys as rows. What the backward needs of the forward, besides the inputs:
+#   final      [S, 3 or 4, R]  the fields of `statistics.Final`; four where a gap weighs
+#   index      [S, 2, R]       columns of the top and of the positive, where a gap weighs
 #   norms      [2, R + C]      |f x| and f of the queries, then of the keys (`row_norms`)
 #   label_sum  [R]             sum_k y_ik of the queries
 
@@ -233,31 +139,31 @@ def similarity_distribution_op(  # type: ignore[no-untyped-def]
     queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
 ):
     _refuse_capture(logit_scale, queries)
-    spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
+    spec, (tiles, block_backend) = RowLoss(*row_loss), _implementation(backend, queries, keys)
     if tiles is not None:
         return tiles.forward(queries, keys, pids, image_ids, logit_scale, scale, spec)
     with full_precision(queries):
         scale = scale if logit_scale is None else logit_scale.to(accumulation_dtype(queries, keys))
-        return _row_blocks.forward(queries, keys, pids, image_ids, scale, spec, reader)
+        return blocks.forward(queries, keys, pids, image_ids, scale, spec, block_backend)
 
 
 @operator(
-    "similarity_distribution_backward(Tensor dloss, Tensor statistics, Tensor places, Tensor norms,"
+    "similarity_distribution_backward(Tensor dloss, Tensor final, Tensor index, Tensor norms,"
     " Tensor label_sum, Tensor queries, Tensor keys, Tensor pids, Tensor? image_ids, Tensor? logit_scale, float scale,"
     f" bool scale_gradient, str backend, {_ROW_LOSS}) -> (Tensor, Tensor, Tensor)",
 )
 def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
-    dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale, scale_gradient,
+    dloss, final, index, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale, scale_gradient,
     backend, *row_loss
 ):  # fmt: skip
     _refuse_capture(logit_scale, queries)
-    spec, (tiles, reader) = RowLoss(*row_loss), _implementation(backend, queries, keys)
-    arguments = (dloss, statistics, places, norms, label_sum, queries, keys, pids, image_ids)
+    spec, (tiles, block_backend) = RowLoss(*row_loss), _implementation(backend, queries, keys)
+    arguments = (dloss, final, index, norms, label_sum, queries, keys, pids, image_ids)
     if tiles is not None:
         return tiles.backward(*arguments, logit_scale, scale, scale_gradient, spec)
     with full_precision(queries):
         scale = scale if logit_scale is None else logit_scale.to(norms.dtype)
-        return _row_blocks.backward(*arguments, scale, scale_gradient, spec, reader)
+        return blocks.backward(*arguments, scale, scale_gradient, spec, block_backend)
 
 
 def _refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
@@ -273,9 +179,9 @@ def _refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
 
 
 def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, Any]:
-    """Kernels that do all of it in tiles, or None; and who reads blocks of rows."""
+    """Kernels that do all of it in tiles, or None; and the backend of blocks."""
     if backend == "torch":
-        return None, _row_blocks.torch_reader
+        return None, blocks.torch_blocks
     from fmfa_losses.kernels import distribution_blocks, similarity_distribution
 
     return similarity_distribution if similarity_distribution.takes(queries, keys) else None, distribution_blocks
@@ -287,15 +193,15 @@ def _fake(queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
     dtype = accumulation_dtype(queries, keys)
     return (
         queries.new_empty((R,) if spec.reduction == "none" else (), dtype=dtype),
-        queries.new_empty((spec.sides, 4 if spec.weighted else 3, R), dtype=dtype),
-        queries.new_empty((spec.sides, 2, R) if spec.weighted else (0,), dtype=torch.int32),
+        queries.new_empty((spec.directions, 4 if spec.weighted else 3, R), dtype=dtype),
+        queries.new_empty((spec.directions, 2, R) if spec.weighted else (0,), dtype=torch.int32),
         queries.new_empty((2, R + C), dtype=dtype),
         queries.new_empty((R,), dtype=dtype),
     )
 
 
 @torch.library.register_fake(similarity_distribution_backward_op)
-def _backward_fake(dloss, statistics, places, norms, label_sum, queries, keys, *arguments):  # type: ignore[no-untyped-def]
+def _backward_fake(dloss, final, index, norms, label_sum, queries, keys, *arguments):  # type: ignore[no-untyped-def]
     scale_gradient = arguments[4]
     return (
         torch.empty_like(queries, memory_format=torch.contiguous_format),
@@ -332,3 +238,74 @@ differentiable_once(
     "similarity_distribution_loss",
     "A-SDM, SDM and ITC",
 )
+
+
+# The ring: the same row losses of one rank's pairs, while everybody's features travel and are never in one place.
+
+
+def similarity_distribution_ring(
+    features: Tensor,
+    pids: Tensor,
+    image_ids: Tensor | None,
+    *,
+    logit_scale: float | Tensor,
+    ring: blocks.Ring,
+    backend: str,
+    spec: RowLoss,
+) -> Tensor:
+    """w_i KL_i of the own texts and images, [b], differentiable once. Arguments are checked already.
+
+    Args:
+        features: [b, 2, D] own images and texts, in any float dtype, in which they travel.
+        pids, image_ids: [B] of the pairs of all ranks.
+        ring: who they are, and how blocks travel.
+        backend: "triton" or "torch".
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            'gather="ring" cannot run inside of torch.func.grad, vjp, jvp or vmap; use backward() or '
+            "torch.autograd.grad, or gather=True"
+        )
+    spec = RowLoss(**spec._asdict() | {"offset": ring.offset, "both": False})
+    block_backend = _implementation(backend, features, features)[1]
+    loss: Tensor = _Ring.apply(features, logit_scale, pids, image_ids, spec, ring, block_backend)  # type: ignore[no-untyped-call]
+    return loss
+
+
+_refuse_second, _refuse_forward = refusals('gather="ring"', "A-SDM and EFA")
+
+
+class _Ring(torch.autograd.Function):
+    jvp = staticmethod(_refuse_forward)
+
+    @staticmethod
+    def forward(ctx, features, scale, pids, image_ids, *route):  # type: ignore[no-untyped-def]
+        with full_precision(features):
+            loss, *saved = blocks.ring_forward(features, pids, image_ids, _plain(scale, features), *route)
+        ctx.route, ctx.number = route, None if isinstance(scale, Tensor) else scale
+        ctx.save_for_backward(*saved, features, scale if ctx.number is None else None, pids, image_ids)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
+        *saved, scale, pids, image_ids = ctx.saved_tensors
+        scale = scale if ctx.number is None else ctx.number
+        gradients = _RingGradient.apply(dloss, *saved, pids, image_ids, scale, *ctx.route)  # type: ignore[no-untyped-call]
+        return gradients[0], gradients[1] if ctx.needs_input_grad[1] else None, *[None] * 5
+
+
+class _RingGradient(torch.autograd.Function):
+    jvp, backward = staticmethod(_refuse_forward), staticmethod(_refuse_second)
+
+    @staticmethod
+    def forward(ctx, dloss, final, index, norms, label_sum, features, pids, image_ids, scale, *route):  # type: ignore[no-untyped-def]
+        with full_precision(features):
+            dfeatures, dscale = blocks.ring_backward(
+                dloss, final, index, norms, label_sum, features, pids, image_ids, _plain(scale, features), *route
+            )
+        return dfeatures, dscale.to(scale.device, scale.dtype) if isinstance(scale, Tensor) else dscale
+
+
+def _plain(scale: float | Tensor, features: Tensor) -> float | Tensor:
+    """A scale that may multiply float32 or better."""
+    return scale.detach().to(accumulation_dtype(features)) if isinstance(scale, Tensor) else scale
