@@ -37,11 +37,9 @@ LONG_FILES = {
     "kernels/similarity_distribution.py": 605,
 }
 LONG_FUNCTIONS = {
-    "fmfa_losses/distributed/grad_cache.py: cached_backward": 68,
     "fmfa_losses/distributed/peers.py: meet": 68,
-    "fmfa_losses/heads/token_masking.py: mask_tokens": 69,
-    "fmfa_losses/ops/similarity_distribution/api.py: similarity_distribution_loss": 70,
-    "kernels/similarity_distribution.py: _gradient_kernel": 153,
+    "fmfa_losses/ops/similarity_distribution/api.py: similarity_distribution_loss": 64,
+    "kernels/similarity_distribution.py: _gradient_kernel": 143,
 }
 
 
