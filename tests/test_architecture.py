@@ -28,7 +28,7 @@ MAY_IMPORT = {
 MAY_IMPORT["__init__"] = MAY_IMPORT["__main__"] = {*MAY_IMPORT, "__init__"}
 
 # What breaks a rule today. A line that is not needed any more fails, so that the lists only become shorter.
-UPWARD = {"fmfa_losses.doctor.diagnosis -> fmfa_losses"}
+UPWARD: set[str] = set()
 CIRCLES: set[str] = set()
 BORROWED: set[str] = set()
 LONG_FILES = {

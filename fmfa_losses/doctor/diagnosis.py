@@ -11,7 +11,6 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..compat.scan import Finding, Unreadable, scan
 from ..losses.sdm import sdm_loss, sdm_loss_from_scores
 from ..ops.aggregation import sparse_aggregate, sparse_aggregate_reference
@@ -52,7 +51,7 @@ def _print(line: str) -> None:
 
 
 def environment() -> Iterator[str]:
-    yield f"fmfa-losses  {__version__}"
+    yield f"fmfa-losses  {_version('fmfa-losses')}"
     yield f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch        {torch.__version__}"
     yield f"triton       {_version('triton')}"
