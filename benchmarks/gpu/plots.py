@@ -109,13 +109,13 @@ def _roof(rows: Sequence[dict[str, Any]], device: str, ceilings: dict[str, float
     panels[0].set_ylim(len(keys) - 0.4, -0.6)
     for axes, part in zip(panels, ("forward", "backward"), strict=True):
         for offset, provider in ((-0.2, TRITON), (0.2, REFERENCE)):
-            places, shares = [], []
-            for place, key in enumerate(keys):
+            positions, shares = [], []
+            for position, key in enumerate(keys):
                 for row in chosen:
                     if (row["case"], row["dtype"]) == key and row["provider"] == provider:
-                        places.append(place + offset)
+                        positions.append(position + offset)
                         shares.append(100 * (share_of_roof(row, part, ceilings) or 0))
-            bars = axes.barh(places, shares, height=0.38, color=STYLES[provider]["color"], label=provider)
+            bars = axes.barh(positions, shares, height=0.38, color=STYLES[provider]["color"], label=provider)
             axes.bar_label(bars, fmt="%.0f %%", padding=2, fontsize=8)
         axes.set_yticks(range(len(keys)), [f"{case}\n{dtype}" for case, dtype in keys], fontsize=8)
         axes.set_xlim(0, 115)

@@ -44,14 +44,14 @@ def _seconds(fn: Callable[[], Any], repeats: int = 10) -> float:
     return spread([a.elapsed_time(b) / 1e3 for a, b in pairwise(events)])["median"]
 
 
-def floor_seconds(least: Work, precision: str, ceilings: dict[str, float]) -> float:
+def least_seconds(least: Work, precision: str, ceilings: dict[str, float]) -> float:
     return max(least.flops / ceilings[precision], least.bytes / ceilings["copy"])
 
 
 def share_of_roof(row: dict[str, Any], key: str, ceilings: dict[str, float]) -> float | None:
-    """Floor over measured time of a pass, in [0, 1] unless a count is wrong; None where work is not counted."""
+    """Least over measured time of a pass, in [0, 1] unless a count is wrong; None where work is not counted."""
     sizes = {name: row[name] for name in ("op", "B", "L", "N", "D", "V", "mean_length") if name in row}
     least = work(Case(**sizes), DTYPES[row["dtype"]].itemsize)
     if least is None or key not in row:
         return None
-    return floor_seconds(least[key], row["dtype"], ceilings) / (row[key]["median"] / 1e3)
+    return least_seconds(least[key], row["dtype"], ceilings) / (row[key]["median"] / 1e3)

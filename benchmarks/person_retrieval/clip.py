@@ -95,7 +95,7 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x), device=x.device), eot], x
 
     def text_mask(self, token_ids: Tensor) -> Tensor:
-        # Up to EOT: 0 is padding behind it, and an exclamation mark before it.
+        # Up to EOT: 0 is padding after it, and an exclamation mark before it.
         ended = (token_ids == self.eot_id).cumsum(dim=1) - (token_ids == self.eot_id).int()
         return ended == 0
 

@@ -109,8 +109,8 @@ def _similarity(model: nn.Module, pairs: Pairs, caption: int, image: int, device
 
 def _named(words: list[str]) -> list[tuple[str, int]]:
     """(word, position in the caption's ids) of the words that point at something; SOT stands at position 0."""
-    telling = [(word, place + 1) for place, word in enumerate(words) if word not in SILENT]
-    return telling or [(word, place + 1) for place, word in enumerate(words)]
+    telling = [(word, position + 1) for position, word in enumerate(words) if word not in SILENT]
+    return telling or [(word, position + 1) for position, word in enumerate(words)]
 
 
 def _sentence(caption: str) -> str:

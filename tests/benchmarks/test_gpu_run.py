@@ -116,7 +116,7 @@ def test_dry_run_measures_what_it_says(dry_run):
             assert record["bytes"] > 0
     counted = {record["kernel"]: record["flops"] > 0 for record in records if record["kind"] == "kernels"}
     assert {name for name, has in counted.items() if has} == set(FLOPS)
-    assert {"_absorb_kernel", "_dlogits_kernel", "_pool_kernel", "_prepare_kernel"} <= counted.keys()
+    assert {"_update_kernel", "_dlogits_kernel", "_pool_kernel", "_prepare_kernel"} <= counted.keys()
 
 
 def test_killed_in_the_middle_keeps_every_record(tmp_path):
