@@ -11,7 +11,8 @@ What the released code does instead: fmfa_losses/compat/released.py.
 # torch.compile of 2.6 cannot make the types of a nested function.
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,27 +32,15 @@ from ..ops.checks import (
     check_same,
     check_unused_ids,
 )
-from ..ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, unit_similarity
-from ..ops.options import (
-    BACKENDS,
-    GATHER,
-    NEGATIVES,
-    REDUCTIONS,
-    Backend,
-    Gather,
-    Negatives,
-    Reduction,
-)
+from ..ops.hard_similarity import FLAT, UnitTokens, token_lists, unit_similarity
+from ..ops.options import BACKENDS, GATHER, NEGATIVES, REDUCTIONS, Backend, Gather, Negatives, Reduction
 from ..ops.padding import longest
-from ..ops.precision import accumulation_dtype, unit_rows
+from ..ops.precision import unit_rows
 
 __all__ = ["EFALoss", "efa_loss"]
 
 # Attributes of EFALoss that must be the same on all ranks.
-SETTINGS = (
-    *("margin_text", "margin_image", "temperature", "pool_scale"),
-    *("sparsity", "negatives", "reduction"),
-)
+SETTINGS = ("margin_text", "margin_image", "temperature", "pool_scale", "sparsity", "negatives", "reduction")
 
 
 def efa_loss(
@@ -81,47 +70,60 @@ def efa_loss(
         tensor(0.7944)
     """
 
-    def checked() -> tuple[tuple[float, float, float, float, float | None], Tensor | None]:
-        _check_options(negatives, reduction)
-        inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
-        numbers = _check_numbers(margin_text, margin_image, temperature, pool_scale, sparsity)
-        return numbers, check_efa_inputs(*inputs, negatives=negatives, gather=gather, backend=backend)
+    settings = {
+        "margin_text": margin_text,
+        "margin_image": margin_image,
+        "temperature": temperature,
+        "pool_scale": pool_scale,
+        "sparsity": sparsity,
+        "negatives": negatives,
+        "reduction": reduction,
+    }
+    inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
+    return _loss(settings, False, inputs, gather, process_group, equal_batches, backend)
 
-    peers, ((margin_text, margin_image, temperature, pool_scale, sparsity), pids) = meet(
+
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # as check_efa_inputs has them
+
+
+def _loss(
+    settings: dict[str, Any],
+    checked: bool,
+    inputs: Inputs,
+    gather: Gather,
+    process_group: Any,
+    equal_batches: bool,
+    backend: Backend,
+) -> Tensor:
+    """The loss of a call, over the batch of all processes; `checked` says that the hyperparameters are."""
+    image_tokens, text_tokens, image_mask, text_mask, pids = inputs
+    peers, (numbers, pids) = meet(
         gather,
         process_group,
         {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids},
         loss="efa_loss",
-        settings={
-            "margin_text": margin_text,
-            "margin_image": margin_image,
-            "temperature": temperature,
-            "pool_scale": pool_scale,
-            "sparsity": sparsity,
-            "negatives": negatives,
-            "reduction": reduction,
-            "dtype of image_tokens": getattr(image_tokens, "dtype", None),  # that of the joint embeddings follows
-        },
+        # The dtype of the joint embeddings follows from those of both tokens.
+        settings=settings | {"dtype of image_tokens": getattr(image_tokens, "dtype", None)},
         equal_batches=equal_batches,
-        check=checked,
+        check=partial(_check, settings, checked, inputs, gather, backend),
     )
     if text_mask is not None:
         if not gather:  # what travels has the same L everywhere
             L = longest(text_mask)
             text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
         text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
-    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
+    margin_text, margin_image, temperature, pool_scale, sparsity = numbers
     chosen = select_backend(backend, image_tokens, text_tokens)
-    joint = aggregate(image_tokens, text_tokens, image_mask, threshold, chosen)
     flat = pool_scale < FLAT
     text_sim, image_sim = _similarities(
-        joint, image_tokens, text_tokens, image_mask, text_mask, peers,
-        pool="log_mean" if flat else "lse", pool_scale=pool_scale, backend=backend,
+        image_tokens, text_tokens, image_mask, text_mask, peers,
+        sparsity=sparsity, pool="log_mean" if flat else "lse", pool_scale=pool_scale, backend=chosen,
     )  # fmt: skip
-    everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
-    own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
-    excluded = own[:, None] == everyone
-    if pids is not None:
+    b, B, offset = *text_sim.shape, peers.offset
+    if pids is None:
+        own = torch.arange(B, device=text_sim.device)
+        excluded = own[offset : offset + b, None] == own
+    else:
         excluded = pids[:, None] == peers.gather(pids)
     # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
     # of the margins in each.
@@ -130,55 +132,65 @@ def efa_loss(
     levels = None
     if flat:
         levels = _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype) / pool_scale
-    per_sample = _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
-    if reduction == "mean":
+    per_sample = _ranking(sims, excluded, margin, temperature, offset, levels).sum(dim=0)
+    if settings["reduction"] == "mean":
         return peers.mean(per_sample)
-    return per_sample.sum() if reduction == "sum" else per_sample
+    return per_sample.sum() if settings["reduction"] == "sum" else per_sample
 
 
 def _similarities(
-    joint: Tensor,
     image_tokens: Tensor,
     text_tokens: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     peers: Peers,
     *,
+    sparsity: float | None,
     pool: str,
     pool_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each."""
-    chosen = select_backend(backend, image_tokens, text_tokens, joint)
-    joint_mask = None if text_mask is None else peers.gather(text_mask)
-    text_lists, image_lists = token_lists(text_mask, chosen), token_lists(image_mask, chosen)
+    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each; masked-out text is 0.
+
+    Everything is normalised once, before it travels. `joint` serves both similarities, so its gradients from both, and
+    from all ranks, are added up before they pass through the normalisation.
+    """
+    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
+    dtype = threshold.dtype
+    joint = aggregate(image_tokens, text_tokens, image_mask, threshold, backend)
+    # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
+    joint, text = unit_rows(joint, dtype=dtype, backend=backend), unit_rows(text_tokens, dtype=dtype, backend=backend)
+    image = unit_rows(image_tokens, image_mask, dtype=dtype, backend=backend)
+    # The tensor cores multiply in the precision of the tokens.
+    text_dtype, image_dtype = (text_tokens.dtype, image_tokens.dtype) if backend == "triton" else (dtype, dtype)
+    if backend == "triton":
+        text_lists, image_lists = token_lists(text_mask, backend), token_lists(image_mask, backend)
+    else:
+        text_lists = image_lists = None
 
     def both(
-        text: Tensor, image: Tensor, joint: Tensor, joint_mask: Tensor | None, joint_lists: Tensor | None
+        text: Tensor, image: Tensor, joint: Tensor, mask: Tensor | None, lists: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(text, image, joint)
-        text_product, image_product = (product_dtype(x, joint, chosen) for x in (text, image))
-        # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
-        joint = unit_rows(joint, dtype=dtype, backend=chosen)
-        text = unit_rows(text, dtype=dtype, backend=chosen).to(text_product)
-        image = unit_rows(image, image_mask, dtype=dtype, backend=chosen).to(image_product)
-        texts, images = UnitTokens(text, text_mask, text_lists), UnitTokens(image, image_mask, image_lists)
-        joints = UnitTokens(joint.to(text_product), joint_mask, joint_lists)
-        of_text = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
-        if image_product != text_product:
-            joints = joints._replace(rows=joint.to(image_product))
-        return of_text, unit_similarity(images, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
+        joints = UnitTokens(joint.to(text_dtype), mask, lists)
+        texts = UnitTokens(text.to(text_dtype), text_mask, text_lists)
+        text_sim = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=backend)
+        if image_dtype != text_dtype:
+            joints = UnitTokens(joint.to(image_dtype), mask, lists)
+        images = UnitTokens(image.to(image_dtype), image_mask, image_lists)
+        return text_sim, unit_similarity(images, joints, pool=pool, pool_scale=pool_scale, backend=backend)
 
+    if peers.group is None:
+        return both(text, image, joint, text_mask, text_lists)
+    joint_mask = None if text_mask is None else peers.gather(text_mask)
     if not peers.ring:
-        joint_lists = text_lists if peers.group is None else token_lists(joint_mask, chosen)
-        return both(text_tokens, image_tokens, peers.gather(joint), joint_mask, joint_lists)
+        return both(text, image, peers.gather(joint), joint_mask, token_lists(joint_mask, backend))
     masks = [None] * len(peers.sizes) if joint_mask is None else peers.blocks(joint_mask)
-    lists = [token_lists(mask, chosen) for mask in masks]
+    of_blocks = [token_lists(mask, backend) for mask in masks]
 
     def with_block(q: int, text: Tensor, image: Tensor, joint: Tensor) -> Tensor:
-        return torch.stack(both(text, image, joint, masks[q], lists[q]))
+        return torch.stack(both(text, image, joint, masks[q], of_blocks[q]))
 
-    text_sim, image_sim = torch.cat(peers.around(with_block, (text_tokens, image_tokens), joint), dim=2)
+    text_sim, image_sim = torch.cat(peers.around(with_block, (text, image), joint), dim=2)
     return text_sim, image_sim
 
 
@@ -303,9 +315,8 @@ class EFALoss(Gathering):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_options(negatives, reduction)
-        self.margin_text, self.margin_image, self.temperature, self.pool_scale, self.sparsity = _check_numbers(
-            margin_text, margin_image, temperature, pool_scale, sparsity
+        self.margin_text, self.margin_image, self.temperature, self.pool_scale, self.sparsity = _check_settings(
+            margin_text, margin_image, temperature, pool_scale, sparsity, negatives, reduction
         )
         check_option("gather", gather, GATHER)
         check_option("backend", backend, BACKENDS)
@@ -323,29 +334,26 @@ class EFALoss(Gathering):
         pids: Tensor | None = None,
         peers: Peers | None = None,
     ) -> Tensor:
-        return efa_loss(
-            image_tokens,
-            text_tokens,
-            margin_text=self.margin_text,
-            margin_image=self.margin_image,
-            temperature=self.temperature,
-            pool_scale=self.pool_scale,
-            sparsity=self.sparsity,
-            negatives=self.negatives,
-            reduction=self.reduction,
-            image_mask=image_mask,
-            text_mask=text_mask,
-            pids=pids,
-            gather=self.gather,
-            process_group=self.process_group if peers is None else peers,
-            equal_batches=self.equal_batches,
-            backend=self.backend,
-        )
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
+        group = self.process_group if peers is None else peers
+        return _loss(settings, True, inputs, self.gather, group, self.equal_batches, self.backend)
 
 
-def _check_numbers(
-    margin_text: float, margin_image: float, temperature: float, pool_scale: float, sparsity: float | None
-) -> tuple[float, float, float, float, float | None]:
+Numbers: TypeAlias = tuple[float, float, float, float, float | None]
+
+
+def _check_settings(
+    margin_text: float,
+    margin_image: float,
+    temperature: float,
+    pool_scale: float,
+    sparsity: float | None,
+    negatives: Negatives,
+    reduction: Reduction,
+) -> Numbers:
+    check_option("negatives", negatives, NEGATIVES)
+    check_option("reduction", reduction, REDUCTIONS)
     return (
         check_finite("margin_text", margin_text),
         check_finite("margin_image", margin_image),
@@ -355,9 +363,11 @@ def _check_numbers(
     )
 
 
-def _check_options(negatives: Negatives, reduction: Reduction) -> None:
-    check_option("negatives", negatives, NEGATIVES)
-    check_option("reduction", reduction, REDUCTIONS)
+def _check(
+    settings: dict[str, Any], checked: bool, inputs: Inputs, gather: Gather, backend: Backend
+) -> tuple[Numbers, Tensor | None]:
+    numbers: Any = tuple(settings.values())[:5] if checked else _check_settings(**settings)
+    return numbers, check_efa_inputs(*inputs, negatives=settings["negatives"], gather=gather, backend=backend)
 
 
 def check_efa_inputs(
@@ -380,7 +390,9 @@ def check_efa_inputs(
     if gather:  # what cannot run here must be known before the others wait for it
         select_backend(backend, image_tokens, text_tokens)
     if negatives == "all":
-        check_unused_ids("EFA", pids, image_tokens, 'negatives="all"', 'negatives="different_identity" to spare them')
+        if pids is not None:
+            remedy = 'negatives="different_identity" to spare them'
+            check_unused_ids("EFA", pids, image_tokens, 'negatives="all"', remedy)
         return None
     if pids is None:
         raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
