@@ -103,7 +103,7 @@ def _loss(
         {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids},
         loss="efa_loss",
         # The dtype of the joint embeddings follows from those of both tokens.
-        settings=settings | {"dtype of image_tokens": getattr(image_tokens, "dtype", None)},
+        settings={**settings, "dtype of image_tokens": getattr(image_tokens, "dtype", None)},
         equal_batches=equal_batches,
         check=partial(_check, settings, checked, inputs, gather, backend),
     )
