@@ -16,7 +16,10 @@ __all__ = ["batch_size", "common_dtype", "handshake"]
 
 
 def batch_size(tensors: Mapping[str, Tensor | None]) -> int:
-    return next(x for x in tensors.values() if x is not None).shape[0]
+    for x in tensors.values():
+        if x is not None:
+            return x.shape[0]
+    raise ValueError("no tensor to count pairs of")
 
 
 def common_dtype(x: Tensor) -> torch.dtype:

@@ -27,10 +27,10 @@ from ..ops.checks import (
     check_same,
     check_scale,
 )
-from ..ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, unit_similarity
+from ..ops.hard_similarity import FLAT, UnitTokens, token_lists, unit_similarity
 from ..ops.options import NEGATIVES, Negatives
 from ..ops.padding import longest
-from ..ops.precision import accumulation_dtype, unit_rows
+from ..ops.precision import unit_rows
 from ._loss import Loss, ScaledOptions, functional, hyperparameter
 from .scores import check_weight, resolve_scale
 
@@ -38,48 +38,58 @@ __all__ = ["EFALoss", "efa_loss"]
 
 
 def _similarities(
-    joint: Tensor,
     image_tokens: Tensor,
     text_tokens: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     peers: Peers,
     *,
+    sparsity: float | None,
     pool: str,
     pool_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each."""
-    chosen = select_backend(backend, image_tokens, text_tokens, joint)
-    joint_mask = None if text_mask is None else peers.gather(text_mask)
-    text_lists, image_lists = token_lists(text_mask, chosen), token_lists(image_mask, chosen)
+    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each; masked-out text is 0.
+
+    Everything is normalised once, before it travels. `joint` serves both similarities, so its gradients from both, and
+    from all ranks, are added up before they pass through the normalisation.
+    """
+    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
+    dtype = threshold.dtype
+    joint = aggregate(image_tokens, text_tokens, image_mask, threshold, backend)
+    # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
+    joint, text = unit_rows(joint, dtype=dtype, backend=backend), unit_rows(text_tokens, dtype=dtype, backend=backend)
+    image = unit_rows(image_tokens, image_mask, dtype=dtype, backend=backend)
+    # The tensor cores multiply in the precision of the tokens.
+    text_dtype, image_dtype = (text_tokens.dtype, image_tokens.dtype) if backend == "triton" else (dtype, dtype)
+    if backend == "triton":
+        text_lists, image_lists = token_lists(text_mask, backend), token_lists(image_mask, backend)
+    else:
+        text_lists = image_lists = None
 
     def both(
-        text: Tensor, image: Tensor, joint: Tensor, joint_mask: Tensor | None, joint_lists: Tensor | None
+        text: Tensor, image: Tensor, joint: Tensor, mask: Tensor | None, lists: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(text, image, joint)
-        text_product, image_product = (product_dtype(x, joint, chosen) for x in (text, image))
-        # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
-        joint = unit_rows(joint, dtype=dtype, backend=chosen)
-        text = unit_rows(text, dtype=dtype, backend=chosen).to(text_product)
-        image = unit_rows(image, image_mask, dtype=dtype, backend=chosen).to(image_product)
-        texts, images = UnitTokens(text, text_mask, text_lists), UnitTokens(image, image_mask, image_lists)
-        joints = UnitTokens(joint.to(text_product), joint_mask, joint_lists)
-        of_text = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
-        if image_product != text_product:
-            joints = joints._replace(rows=joint.to(image_product))
-        return of_text, unit_similarity(images, joints, pool=pool, pool_scale=pool_scale, backend=chosen)
+        joints = UnitTokens(joint.to(text_dtype), mask, lists)
+        texts = UnitTokens(text.to(text_dtype), text_mask, text_lists)
+        text_sim = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=backend)
+        if image_dtype != text_dtype:
+            joints = UnitTokens(joint.to(image_dtype), mask, lists)
+        images = UnitTokens(image.to(image_dtype), image_mask, image_lists)
+        return text_sim, unit_similarity(images, joints, pool=pool, pool_scale=pool_scale, backend=backend)
 
+    if peers.group is None:
+        return both(text, image, joint, text_mask, text_lists)
+    joint_mask = None if text_mask is None else peers.gather(text_mask)
     if not peers.ring:
-        joint_lists = text_lists if peers.group is None else token_lists(joint_mask, chosen)
-        return both(text_tokens, image_tokens, peers.gather(joint), joint_mask, joint_lists)
+        return both(text, image, peers.gather(joint), joint_mask, token_lists(joint_mask, backend))
     masks = [None] * len(peers.sizes) if joint_mask is None else peers.blocks(joint_mask)
-    lists = [token_lists(mask, chosen) for mask in masks]
+    of_blocks = [token_lists(mask, backend) for mask in masks]
 
     def with_block(q: int, text: Tensor, image: Tensor, joint: Tensor) -> Tensor:
-        return torch.stack(both(text, image, joint, masks[q], lists[q]))
+        return torch.stack(both(text, image, joint, masks[q], of_blocks[q]))
 
-    text_sim, image_sim = torch.cat(peers.around(with_block, (text_tokens, image_tokens), joint), dim=2)
+    text_sim, image_sim = torch.cat(peers.around(with_block, (text, image), joint), dim=2)
     return text_sim, image_sim
 
 
@@ -262,18 +272,17 @@ class EFALoss(Loss):
                 L = longest(text_mask)
                 text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
             text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
-        threshold = thresholds(image_tokens, text_tokens, image_mask, self.sparsity)
         chosen = select_backend(self.backend, image_tokens, text_tokens)
-        joint = aggregate(image_tokens, text_tokens, image_mask, threshold, chosen)
         flat = self.pool_scale < FLAT
         text_sim, image_sim = _similarities(
-            joint, image_tokens, text_tokens, image_mask, text_mask, peers,
-            pool="log_mean" if flat else "lse", pool_scale=self.pool_scale, backend=self.backend,
+            image_tokens, text_tokens, image_mask, text_mask, peers,
+            sparsity=self.sparsity, pool="log_mean" if flat else "lse", pool_scale=self.pool_scale, backend=chosen,
         )  # fmt: skip
-        everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
-        own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
-        excluded = own[:, None] == everyone
-        if pids is not None:
+        b, B, offset = *text_sim.shape, peers.offset
+        if pids is None:
+            everyone = torch.arange(B, device=text_sim.device)
+            excluded = everyone[offset : offset + b, None] == everyone
+        else:
             excluded = pids[:, None] == peers.gather(pids)
         # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
         # of the margins in each.
@@ -283,7 +292,7 @@ class EFALoss(Loss):
             levels = _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype)
             levels = levels / self.pool_scale
         temperature = self.temperature if logit_scale is None else 1 / resolve_scale(logit_scale, 1.0, sims)
-        return _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
+        return _ranking(sims, excluded, margin, temperature, offset, levels).sum(dim=0)
 
 
 class EFAOptions(ScaledOptions, total=False):

@@ -32,17 +32,17 @@ def select_backend(backend: str, *tensors: Tensor) -> str:
         ModuleNotFoundError: the kernels are wanted, from a checkout that is not installed.
     """
     check_option("backend", backend, BACKENDS)
-    if backend == "auto":
-        backend = os.environ.get("FMFA_LOSSES_BACKEND", "auto")
+    if backend == "auto" and "FMFA_LOSSES_BACKEND" in os.environ:
+        backend = os.environ["FMFA_LOSSES_BACKEND"]
         check_option("FMFA_LOSSES_BACKEND", backend, BACKENDS)
-    if backend == "torch":
+    # The interpreter is a debugging tool: "auto" leaves CPU tensors to the torch path.
+    if backend == "torch" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return "torch"
     reason = why_not_triton(*tensors)
     if backend == "triton":
         if reason is not None:
             raise RuntimeError(f'backend="triton" cannot run: {reason}; use backend="auto" or "torch"')
-    # The interpreter is a debugging tool: "auto" leaves CPU tensors to the torch path.
-    elif reason is not None or tensors[0].device.type != "cuda":
+    elif reason is not None:
         return "torch"
     # torch.compile cannot trace a search for a module; there the operator's own import speaks.
     if not torch.compiler.is_compiling() and KERNELS not in sys.modules and importlib.util.find_spec(KERNELS) is None:

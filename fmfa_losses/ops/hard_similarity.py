@@ -38,6 +38,7 @@ __all__ = [
 FLAT = 0.25
 # Beyond, float64 cannot tell "lse" from the maximum, and a log mean from the mean; float32 can still hold the number.
 SCALES = (1e-20, 1e30)
+INT16 = torch.iinfo(torch.int16).max  # the largest index of a token that int16 holds
 EXPONENTIAL = ("lse", "log_mean")  # pools whose weights need the maxima
 
 
@@ -229,7 +230,7 @@ def _fake(  # type: ignore[no-untyped-def]
     return (
         x.new_empty(matches[:2], dtype=acc),
         x.new_empty(matches if save and pool in EXPONENTIAL else (0,), dtype=_maxima_dtype(saved)),
-        x.new_empty(matches if save else (0,), dtype=_winner_dtype(e.shape[1])),
+        x.new_empty(matches if save else (0,), dtype=torch.int16 if e.shape[1] <= INT16 else torch.int32),
     )
 
 
@@ -261,10 +262,6 @@ differentiable_once(
 )
 
 
-def _winner_dtype(Q: int) -> torch.dtype:
-    return torch.int16 if Q <= torch.iinfo(torch.int16).max else torch.int32
-
-
 def _maxima_dtype(dtype: torch.dtype) -> torch.dtype:
     """A cosine lies in [-1, 1]: float16 holds it more exactly than bfloat16."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
@@ -273,9 +270,8 @@ def _maxima_dtype(dtype: torch.dtype) -> torch.dtype:
 # The torch path: one matrix product a tile of x rows and whole e samples, reduced before the next one starts.
 
 
-def _tile_elements(device: torch.device) -> int:
-    """Similarities alive at once: 2 MiB of float32 stay near a CPU's cache; an accelerator wants fewer launches."""
-    return 2**19 if device.type == "cpu" else 2**26
+# Similarities alive at once: 2 MiB of float32 stay near a CPU's cache; an accelerator wants fewer launches.
+TILE_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}
 
 
 def _forward_torch(
@@ -289,13 +285,15 @@ def _forward_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
     step_e = min(Be, max(1, 640 // Q))  # about 640 columns make an efficient product
-    step_x = min(Bx, max(1, _tile_elements(x.device) // (step_e * P * Q)))
+    step_x = min(Bx, max(1, TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "accelerator"] // (step_e * P * Q)))
     sim = x.new_empty(Bx, Be)
     maxima = x.new_empty((Bx, Be, P) if save and pool in EXPONENTIAL else (0,))
-    winners = x.new_empty((Bx, Be, P) if save else (0,), dtype=_winner_dtype(Q))
-    for i in (slice(i, min(i + step_x, Bx)) for i in range(0, Bx, step_x)):
+    winners = x.new_empty((Bx, Be, P) if save else (0,), dtype=torch.int16 if Q <= INT16 else torch.int32)
+    for first_x in range(0, Bx, step_x):
+        i = slice(first_x, min(first_x + step_x, Bx))
         rows = x[i].reshape(-1, D)
-        for j in (slice(j, min(j + step_e, Be)) for j in range(0, Be, step_e)):
+        for first_e in range(0, Be, step_e):
+            j = slice(first_e, min(first_e + step_e, Be))
             cos = (rows @ e[j].reshape(-1, D).T).view(rows.shape[0], -1, Q)  # [i l, j, k]
             if e_mask is not None:
                 cos.masked_fill_(~e_mask[j], -torch.inf)
@@ -360,7 +358,9 @@ def _backward_torch(
         first = torch.arange(winner.shape[1], device=x.device).unsqueeze(-1) * Q
         return weight, winner.clamp(min=0) + first
 
-    entries = _tile_elements(x.device) // 2  # matches alive at once; each costs about 50 bytes
+    entries = (
+        TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "accelerator"] // 2
+    )  # matches alive at once; each costs about 50 bytes
     step = max(1, entries // (Be * P))
     for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
         weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))

@@ -65,20 +65,19 @@ def register_gradient(
         jvp: (ctx, tangents of the inputs) -> tangents of the outputs, or raises.
     """
     schema = op._schema.arguments
-
-    def below(keyset: Any, inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    defaults = tuple(argument.default_value for argument in schema)
 
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
         *inputs, keyset = arguments
         inputs = [True if argument.name == "save" else x for argument, x in zip(schema, inputs, strict=True)]
-        if torch._C._are_functorch_transforms_active():
-            # An autograd.Function turns both modes off, also for the levels of torch.func below its own.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                output = below(keyset, inputs)
-        else:
-            output = below(keyset, inputs)
+        keyset &= torch._C._after_autograd_keyset
+        with torch._C._AutoDispatchBelowAutograd():
+            if torch._C._are_functorch_transforms_active():
+                # An autograd.Function turns both modes off, also for the levels of torch.func below its own.
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    output = op.redispatch(keyset, *inputs)
+            else:
+                output = op.redispatch(keyset, *inputs)
         setup_context(ctx, inputs, output)
         return output
 
@@ -92,14 +91,15 @@ def register_gradient(
     apply = super(torch.autograd.Function, function).apply
 
     def differentiate(keyset: Any, *inputs: Any) -> Any:
-        inputs += tuple(argument.default_value for argument in schema[len(inputs) :])  # the dispatcher drops them
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        inputs += defaults[len(inputs) :]  # the dispatcher drops them
         reverse, nested = torch.is_grad_enabled(), torch._C._are_functorch_transforms_active()
         forward_mode = nested or forward_ad._current_level >= 0
-        if not (reverse and any(x.requires_grad for x in tensors)) and not (
-            forward_mode and any(_has_tangent(x) for x in tensors)
-        ):
-            return below(keyset, inputs)
+        for x in inputs:
+            if isinstance(x, Tensor) and ((reverse and x.requires_grad) or (forward_mode and _has_tangent(x))):
+                break
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
         if not nested:
             return apply(*inputs, keyset)
         allowed = torch._C._functorch.get_single_level_autograd_function_allowed()

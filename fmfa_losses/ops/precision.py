@@ -12,12 +12,19 @@ __all__ = ["accumulation_dtype", "divide_by_norms", "full_precision", "product",
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 when any tensor is float64, float32 otherwise."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
     """Context in which matrix products on the tensor's device keep their inputs' dtype, autocast or not."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+# Norms from one over this to this: their squares are far from the limits of the dtype.
+USUAL = {torch.float32: 2.0**40, torch.float64: 2.0**300}
 
 
 @operator("row_norms(Tensor x, bool double, bool kernel) -> Tensor")
@@ -32,7 +39,7 @@ def row_norms_op(x, double, kernel):  # type: ignore[no-untyped-def]
     one = torch.ones_like(norm)
     if _squares_fit(x.dtype, dtype):
         return torch.stack([torch.where(norm == 0, one, norm), one])
-    limit, power = (2.0**300, 2.0**700) if double else (2.0**40, 2.0**88)
+    limit, power = USUAL[dtype], 2.0**700 if double else 2.0**88
     if on_host(norm) and bool(((norm >= 1 / limit) & (norm <= limit)).all()):
         return torch.stack([norm, one])
     factor = torch.where(norm > limit, 1 / power, torch.where(norm < 1 / limit, power, one))
@@ -168,6 +175,12 @@ class _UnitRows(torch.autograd.Function):
     def forward(x, mask, dtype, backend):  # type: ignore[no-untyped-def]
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        if on_host(x):  # rows of usual length need no operator
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+            if mask is not None:
+                norm.masked_fill_(~mask.unsqueeze(-1), 1)
+            if bool(((norm >= 1 / USUAL[dtype]) & (norm <= USUAL[dtype])).all()):
+                return torch.div(x, norm), torch.stack([norm, torch.ones_like(norm)])
         norms = row_norms(x, dtype, backend=backend)
         return divide_by_norms(x, norms), norms
 

@@ -1,5 +1,9 @@
 """EFA: golden values, the reference operators underneath, properties, degenerate and bad input."""
 
+import sys
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.budget import assert_function_within_budget
@@ -8,6 +12,7 @@ from helpers.golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fmfa_losses
 from fmfa_losses import EFALoss
 from fmfa_losses.functional import efa_loss
 from fmfa_losses.ops.aggregation import sparse_aggregate_reference
@@ -209,6 +214,38 @@ def test_autocast_does_not_lower_the_precision():
     with torch.autocast("cpu", torch.bfloat16):
         for a, b in zip(value_and_grads(efa_loss, (image, text)), expected, strict=True):
             assert torch.equal(a, b)
+
+
+def functions_called(call):
+    """How often each function of the package is called; parts of a comprehension are no functions."""
+    package = Path(fmfa_losses.__file__).parent
+    called = Counter()
+
+    def on_event(frame, event, argument):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and package in file.parents and not frame.f_code.co_name.endswith(("comp>", "genexpr>")):
+            called[file.relative_to(package).as_posix(), frame.f_code.co_name] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(on_event)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return called
+
+
+@pytest.mark.parametrize(("masked", "most", "most_checks"), [(False, 60, 12), (True, 75, 16)])
+def test_checks_are_made_once(masked, most, most_checks):
+    """One forward in training: what the public name has checked is not checked again below."""
+    image, text = (t.requires_grad_() for t in draw(4, 12, 5, 16, torch.float32))
+    masks = {"image_mask": torch.rand(4, 12) > 0.3, "text_mask": torch.rand(4, 5) > 0.3} if masked else {}
+    loss = EFALoss()
+    loss(image, text, **masks)
+    called = functions_called(lambda: loss(image, text, **masks))
+    checks = {name: n for (file, name), n in called.items() if file == "ops/checks.py"}
+    assert 0 < sum(checks.values()) <= most_checks, checks
+    assert sum(called.values()) <= most, called
 
 
 IMAGE, TEXT = torch.randn(3, 5, 4), torch.randn(3, 2, 4)
