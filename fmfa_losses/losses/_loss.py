@@ -89,6 +89,7 @@ class _Declared(Module):
     """A module whose annotated attributes are the arguments of its constructor, which checks them."""
 
     _checks: ClassVar[Mapping[str, Any]]
+    _compared: ClassVar[tuple[str, ...]]  # torch.export of 2.6 reads no dict of a class
     _of_call: ClassVar[Mapping[str, tuple[str, ...]]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,6 +98,7 @@ class _Declared(Module):
         dataclasses.dataclass(eq=False, repr=False, init=generated)(cls)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls._checks = {field.name: field.metadata["check"] for field in fields if field.metadata}
+        cls._compared = tuple(name for name in cls._checks if name not in OF_FEATURES)
         methods = [name for name in ("forward", "from_scores") if hasattr(cls, name)]
         cls._of_call = {name: tuple(one.name for one in _call_options(cls, name)) for name in methods}
         if generated:
@@ -148,7 +150,7 @@ class Loss(_Declared):
 
     def settings(self) -> dict[str, object]:
         """The hyperparameters that must be the same on all ranks."""
-        return {name: getattr(self, name) for name in self._checks if name not in OF_FEATURES}
+        return {name: getattr(self, name) for name in self._compared}
 
     def meet(
         self,

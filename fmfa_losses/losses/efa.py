@@ -8,6 +8,9 @@
 What the released code does instead: fmfa_losses/compat/released.py.
 """
 
+# torch.compile of 2.6 cannot make the types of a nested function.
+from __future__ import annotations
+
 from dataclasses import KW_ONLY
 from typing import Any
 
