@@ -138,9 +138,9 @@ class ASDMLoss(Gathering):
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
         gather: False matches within this process's batch. True matches its pairs against the batch of all processes,
-            whose features are gathered; "ring" does so without any process holding all of them, through PyTorch on
-            every device. The mean over the ranks is the loss of one process on the concatenated batch, and so is the
-            gradient under DistributedDataParallel; "sum" and "none" are this rank's part of it. docs/distributed.md.
+            whose features are gathered; "ring" does so without any process holding all of them.
+            The mean over the ranks is the loss of one process on the concatenated batch, and so is the gradient under
+            DistributedDataParallel; "sum" and "none" are this rank's part of it. docs/distributed.md.
         process_group: the processes that share the batch; all when None.
         equal_batches: promises that all of them have equally many pairs at every call, which saves the exchange of
             sizes that the host would wait for.
