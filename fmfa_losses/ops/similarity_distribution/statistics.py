@@ -9,6 +9,8 @@ A row that comes in blocks is merge(of(block), merge(of(block), ...)) in any ord
 merge nothing, blocks of columns merge along a loop, a ring merges over ranks.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,23 +32,20 @@ class Labels(NamedTuple):
     factor: float
     eps: float
 
-    def _pick(self, both: Tensor, pid: Tensor, image: Tensor, neither: Tensor) -> Tensor:
-        if self.same_image is None:
-            return torch.where(self.same, both, neither)
-        return torch.where(
-            self.same, torch.where(self.same_image, both, pid), torch.where(self.same_image, image, neither)
-        )
-
-    def _values(self, total: Tensor) -> tuple[Tensor, ...]:
-        return 1 / total, self.factor / total, (1 - self.factor) / total, total.new_zeros(())
-
     def target(self, total: Tensor) -> Tensor:
         """t; total = sum_k y_ik is [m, 1] of the block's rows, or [n] of its columns."""
-        return self._pick(*self._values(total))
+        return self._pick(lambda y: y / total, 0.0)
 
     def log_target(self, total: Tensor) -> Tensor:
         """log(t + eps): logarithms of vectors, never of the matrix."""
-        return self._pick(*((value + self.eps).log() for value in self._values(total)))
+        return self._pick(lambda y: (y / total).add_(self.eps).log_(), math.log(self.eps))
+
+    def _pick(self, of: Callable[[float], Tensor], of_zero: float) -> Tensor:
+        """of(y) of every entry: of y = 1 alone where there are no images."""
+        if self.same_image is None:
+            return torch.where(self.same, of(1.0), of_zero)
+        same_pid = torch.where(self.same_image, of(1.0), of(self.factor))
+        return torch.where(self.same, same_pid, torch.where(self.same_image, of(1 - self.factor), of_zero))
 
 
 class Running(NamedTuple):
