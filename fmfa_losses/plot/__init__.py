@@ -1,4 +1,4 @@
-"""Figures of what the objectives do: where a token looks, which pairs are pulled harder, what is found.
+"""Figures: similarity of tokens and patches, weights of pairs, retrieved images, loss curves.
 
 Needs matplotlib: `pip install "fmfa-losses[plot]"`. Every function returns a `matplotlib.figure.Figure` made
 without pyplot: nothing global changes, nothing has to be closed; `figure.savefig("maps.png")` writes it.
