@@ -38,7 +38,6 @@ LONG_FILES = {
     "kernels/similarity_distribution.py": 605,
 }
 LONG_FUNCTIONS = {
-    "fmfa_losses/distributed/peers.py: meet": 68,
     "fmfa_losses/losses/asdm.py: asdm_loss": 92,
     "fmfa_losses/losses/efa.py: efa_loss": 86,
     "fmfa_losses/ops/similarity_distribution/api.py: similarity_distribution_loss": 70,

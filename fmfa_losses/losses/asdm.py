@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.peers import Peers, meet
+from ..distributed.handshake import handshake
+from ..distributed.peers import Peers
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_scale
 from ..ops.module import Module
@@ -68,7 +69,7 @@ def asdm_loss(
         ids = check_asdm_inputs(image_features, text_features, pids, image_ids, gather=gather, backend=backend)
         return check_scale(logit_scale, temperature), *ids
 
-    peers, (scale, pids, image_ids) = meet(
+    peers, (scale, pids, image_ids) = handshake(
         gather,
         process_group,
         {"image_features": image_features, "text_features": text_features, "pids": pids, "image_ids": image_ids},

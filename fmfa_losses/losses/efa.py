@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.peers import Peers, meet
+from ..distributed.handshake import handshake
+from ..distributed.peers import Peers
 from ..ops.aggregation import aggregate, thresholds
 from ..ops.backend import select_backend
 from ..ops.checks import (
@@ -88,7 +89,7 @@ def efa_loss(
         numbers = _check_numbers(margin_text, margin_image, temperature, pool_scale, sparsity)
         return numbers, check_efa_inputs(*inputs, negatives=negatives, gather=gather, backend=backend)
 
-    peers, ((margin_text, margin_image, temperature, pool_scale, sparsity), pids) = meet(
+    peers, ((margin_text, margin_image, temperature, pool_scale, sparsity), pids) = handshake(
         gather,
         process_group,
         {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids},
@@ -179,7 +180,7 @@ def _similarities(
     def with_block(q: int, text: Tensor, image: Tensor, joint: Tensor) -> Tensor:
         return torch.stack(both(text, image, joint, masks[q], lists[q]))
 
-    text_sim, image_sim = torch.cat(peers.around(with_block, (text_tokens, image_tokens), joint), dim=2)
+    text_sim, image_sim = torch.cat(peers.over_ranks(with_block, (text_tokens, image_tokens), joint), dim=2)
     return text_sim, image_sim
 
 
