@@ -8,9 +8,8 @@ from helpers.compare import default_dtype, value_and_grads
 from helpers.distribution import assert_differentiable_once
 from helpers.gpu import (
     DTYPES,
-    assert_within_budget,
+    assert_function_within_budget,
     compiled,
-    error,
     matmul_precision,
     needs_cuda,
     needs_memory,
@@ -19,6 +18,7 @@ from helpers.gpu import (
 )
 from helpers.plain_asdm import plain
 
+from benchmarks.budget import relative_error
 from fmfa_losses import ASDMLoss
 from fmfa_losses.functional import asdm_loss, itc_loss, sdm_loss
 
@@ -53,7 +53,7 @@ def draw(B, D, dtype=torch.float32, ids=None):
 @pytest.mark.parametrize(("shape", "options", "precision"), CASES)
 def test_values_and_gradients(shape, options, precision):
     image, text, pids = draw(*shape)
-    assert_within_budget(
+    assert_function_within_budget(
         lambda v, t: asdm_loss(v, t, pids, reduction="none", backend="triton", **options),
         lambda v, t: plain(v, t, pids, **options),
         [image, text],
@@ -66,7 +66,7 @@ def test_values_and_gradients(shape, options, precision):
 def test_soft_labels(precision):
     image, text, pids = draw(77, 64, ids=20)
     image_ids = torch.arange(77, device="cuda") // 2
-    assert_within_budget(
+    assert_function_within_budget(
         lambda v, t: asdm_loss(v, t, pids, image_ids=image_ids, reduction="none", backend="triton"),
         lambda v, t: plain(v, t, pids, image_ids=image_ids),
         [image, text],
@@ -84,7 +84,7 @@ def test_learnable_scale():
 
     exact = value_and_grads(loss("torch"), [t.double() for t in (image, text, scale)])
     got = value_and_grads(loss("triton"), [image, text, scale])
-    assert all(error(a, b) < 1e-4 for a, b in zip(got, exact, strict=True))
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(got, exact, strict=True))
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -106,7 +106,7 @@ def test_compiled_equals_eager(dynamic):
         image, text, pids = draw(B, 64)
         eager = value_and_grads(lambda v, t, pids=pids: loss(v, t, pids), [image, text])
         got = value_and_grads(lambda v, t, pids=pids: compiled(v, t, pids), [image, text])
-        assert all(error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
 
 
 @pytest.mark.parametrize("B", [128, 1500])
@@ -153,8 +153,8 @@ def test_more_pairs_than_32_bits_count():
     got = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="triton"), [image, text])
     expected = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="torch"), [image, text])
     for a, b in zip(got, expected, strict=True):
-        assert error(a, b) < 1e-4
-    assert error(got[1][-100:], expected[1][-100:]) < 1e-3
+        assert relative_error(a, b) < 1e-4
+    assert relative_error(got[1][-100:], expected[1][-100:]) < 1e-3
 
 
 @pytest.mark.parametrize(("B", "dtype"), [(40, torch.float32), (1500, torch.float32), (1500, torch.bfloat16)])
@@ -242,4 +242,4 @@ def test_runs_where_the_tensors_are():
     assert torch.cuda.current_device() == 0
     got = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="triton"), [image, text])
     expected = value_and_grads(lambda v, t: asdm_loss(v, t, pids, backend="torch"), [image, text])
-    assert all(error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True))
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True))

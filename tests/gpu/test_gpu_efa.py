@@ -5,11 +5,10 @@ import torch
 from helpers.compare import default_dtype, value_and_grads
 from helpers.gpu import (
     DTYPES,
-    assert_within_budget,
+    assert_function_within_budget,
     clear_tokens,
     compiled,
     directions,
-    error,
     matmul_precision,
     needs_cuda,
     needs_memory,
@@ -17,6 +16,7 @@ from helpers.gpu import (
     waiting_raises,
 )
 
+from benchmarks.budget import relative_error
 from benchmarks.providers import plain_efa
 from fmfa_losses import EFALoss
 from fmfa_losses.functional import efa_loss, hard_similarity, sparse_aggregate
@@ -57,7 +57,7 @@ def test_hard_similarity(shape, pool, precision):
     x, e, x_mask, e_mask = tokens(*shape)
     for masks in ({}, {"x_mask": x_mask, "e_mask": e_mask}):
         options = {"pool": pool, "pool_scale": 4.0, **masks}
-        assert_within_budget(
+        assert_function_within_budget(
             lambda x, e, options=options: hard_similarity(x, e, backend="triton", **options),
             lambda x, e, options=options: hard_similarity_reference(x, e, **options),
             [x, e],
@@ -75,7 +75,7 @@ def test_sparse_aggregate(shape, precision):
         if mask is not None and B == 1:
             continue  # nothing but zeros to compare
         # sparsity 0: no patch sits at the threshold, where a rounding decides about it
-        assert_within_budget(
+        assert_function_within_budget(
             lambda v, t, mask=mask: sparse_aggregate(v, t, image_mask=mask, sparsity=0.0, backend="triton"),
             lambda v, t, mask=mask: sparse_aggregate_reference(v, t, image_mask=mask, sparsity=0.0),
             [image, text],
@@ -85,7 +85,7 @@ def test_sparse_aggregate(shape, precision):
 
 def test_threshold_in_float32():
     image, text = random_tokens(3, 192, 77, 128)
-    assert_within_budget(
+    assert_function_within_budget(
         lambda v, t: sparse_aggregate(v, t, backend="triton"), sparse_aggregate_reference, [image, text], "fp32"
     )
 
@@ -96,7 +96,7 @@ def test_whole_loss(precision, masked):
     """Winners among random tokens are close: many pairs, so that what rounding flips averages out on both sides."""
     image, text = random_tokens(16, 65, 33, 128)
     text_mask = torch.arange(33, device="cuda") < torch.arange(5, 21, device="cuda")[:, None] if masked else None
-    assert_within_budget(
+    assert_function_within_budget(
         lambda v, t: efa_loss(v, t, text_mask=text_mask, backend="triton"),
         lambda v, t: plain_efa(hard_similarity_reference, v, t, text_mask),
         [image, text],
@@ -142,7 +142,7 @@ def test_compiled_equals_eager(dynamic):
         mask = torch.arange(33, device="cuda") < torch.arange(5, 5 + B, device="cuda")[:, None]
         eager = value_and_grads(lambda v, t, mask=mask: loss(v, t, text_mask=mask), [image, text])
         got = value_and_grads(lambda v, t, mask=mask: compiled(v, t, text_mask=mask), [image, text])
-        assert all(error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
 
 
 def test_captured_graph_replays():
@@ -198,9 +198,9 @@ def test_more_winners_than_32_bits_count():
     corner = [t.detach()[-2:].float().requires_grad_() for t in (x, e)]
     expected = hard_similarity_reference(*corner)
     dcorner = torch.autograd.grad(expected.sum(), corner)
-    assert error(sim[last], expected) < 2**-7
+    assert relative_error(sim[last], expected) < 2**-7
     for got, exact in zip((dx, de), dcorner, strict=True):
-        assert error(got[-2:], exact) < 0.1  # a few winners flip in bf16
+        assert relative_error(got[-2:], exact) < 0.1  # a few winners flip in bf16
         assert not got[:-2].any()
 
 
@@ -214,9 +214,9 @@ def test_more_elements_than_32_bits_count():
     corner = [t.detach()[-2:].float().requires_grad_() for t in (image, text)]
     expected = sparse_aggregate_reference(*corner, sparsity=0.0)
     dcorner = torch.autograd.grad(expected.sum(), corner)
-    assert error(joint[-2:], expected) < 2**-6
+    assert relative_error(joint[-2:], expected) < 2**-6
     for got, exact in zip((dimage, dtext), dcorner, strict=True):
-        assert error(got[-2:], exact) < 2**-5
+        assert relative_error(got[-2:], exact) < 2**-5
         assert not got[:-2].any()
 
 
@@ -254,7 +254,7 @@ def test_permuted_tokens_compile(operation):
     run = lambda v, t: operation(v, t, backend="triton")  # noqa: E731
     eager = value_and_grads(run, [image, text])
     got = value_and_grads(torch.compile(run, fullgraph=True), [image, text])
-    assert all(error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, eager, strict=True))
 
 
 @pytest.mark.parametrize("operation", [efa_loss, hard_similarity, sparse_aggregate])
@@ -310,9 +310,9 @@ def test_more_samples_than_an_axis_of_the_grid():
     image, text = random_tokens(B, N, L, D)
     got = value_and_grads(lambda v, t: sparse_aggregate(v, t, sparsity=0.0, backend="triton")[-7:], [image, text])
     expected = value_and_grads(lambda v, t: sparse_aggregate_reference(v, t, sparsity=0.0), [image[-7:], text[-7:]])
-    assert error(got[0], expected[0]) < 1e-5
+    assert relative_error(got[0], expected[0]) < 1e-5
     for a, b in zip(got[1:], expected[1:], strict=True):
-        assert error(a[-7:], b) < 1e-4
+        assert relative_error(a[-7:], b) < 1e-4
         assert not a[:-7].any()
 
 
@@ -323,4 +323,4 @@ def test_runs_where_the_tensors_are():
     got = value_and_grads(lambda v, t: efa_loss(v, t, backend="triton"), [image, text])
     expected = value_and_grads(lambda v, t: efa_loss(v, t, backend="torch"), [image, text])
     assert all(a.device == image.device for a in got)
-    assert all(error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True))
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True))

@@ -6,8 +6,9 @@ import triton.language as tl
 from fmfa_losses.kernels import hard_similarity
 from fmfa_losses.kernels._launch import recording
 from fmfa_losses.kernels._tile import max_or_nan, row_max
+from helpers.budget import assert_within_budget
 from helpers.compare import assert_close, default_dtype, value_and_grads
-from helpers.reference import hard_similarity_reference, within_budget
+from helpers.reference import unit_similarity_reference
 
 from fmfa_losses import functional
 from fmfa_losses.compat.released import released_efa
@@ -58,7 +59,7 @@ def run(x, e, x_mask, e_mask, pool, scale, dsim, gather):
 
 def plain(x, e, x_mask, e_mask, pool, scale, dsim, dtype):
     x, e = (t.detach().to(dtype).requires_grad_() for t in (x, e))
-    sim, winners = hard_similarity_reference(x, e, x_mask, e_mask, pool, scale)
+    sim, winners = unit_similarity_reference(x, e, x_mask, e_mask, pool, scale)
     return (sim.detach(), *torch.autograd.grad(sim, (x, e), dsim.to(dtype))), winners
 
 
@@ -72,7 +73,7 @@ def check(case, pool, scale, gather):
     assert winners.dtype == torch.int16
     assert [value.dtype for value in values] == [torch.float32, x.dtype, x.dtype]
     for value, right, same_dtype in zip(values, exact, rounded, strict=True):
-        within_budget(value, right, same_dtype, scale)
+        assert_within_budget(value, right, same_dtype, amplification=8 + scale)
 
 
 @pytest.mark.parametrize("gather", [True, False])
@@ -197,7 +198,7 @@ def test_columns_that_hold_no_token_never_win(Q, masked):
     x, e, x_mask, e_mask = inputs(2, 5, 9, Q, 16, torch.float32, masked)
     x, e = x.abs(), -e.abs()  # every cosine is negative: a zero would win
     sim, _, winners = hard_similarity.forward(x, e, x_mask, e_mask, "mean", 1.0, True)
-    right, right_winners = hard_similarity_reference(x.double(), e.double(), x_mask, e_mask, "mean", 1.0)
+    right, right_winners = unit_similarity_reference(x.double(), e.double(), x_mask, e_mask, "mean", 1.0)
     torch.testing.assert_close(sim, right.float())
     assert torch.equal(winners.long(), right_winners)
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.compare import assert_close, assert_finite, assert_within_budget, value_and_grads
+from helpers.budget import assert_function_within_budget
+from helpers.compare import assert_close, assert_finite, value_and_grads
 from helpers.golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,7 +147,7 @@ def test_error_budget(dtype):
 
     torch.manual_seed(5)
     image, text = draw(6, 12, 7, 32, torch.float32)
-    assert_within_budget(efa_loss, in_dtype, (image, text), dtype, 1e-5)
+    assert_function_within_budget(efa_loss, in_dtype, (image, text), dtype)
 
 
 @settings(max_examples=20, deadline=None)

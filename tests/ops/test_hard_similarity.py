@@ -1,8 +1,11 @@
 """Hard similarity: the torch path against its reference, golden values, properties, degenerate and bad input."""
 
+from functools import partial
+
 import pytest
 import torch
-from helpers.compare import assert_close, assert_finite, assert_within_budget, value_and_grads
+from helpers.budget import assert_function_within_budget
+from helpers.compare import assert_close, assert_finite, value_and_grads
 from helpers.golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,12 +142,8 @@ def test_error_budget(dtype, pool):
     torch.manual_seed(1)
     inputs = draw(4, 3, 9, 11, 32, torch.float32)
 
-    def plain(x, e):
-        x, e = torch.nn.functional.normalize(x, dim=-1), torch.nn.functional.normalize(e, dim=-1)
-        best = torch.einsum("ild,jkd->ijlk", x, e).max(-1).values
-        return best.logsumexp(-1) if pool == "lse" else best.mean(-1)
-
-    assert_within_budget(lambda x, e: hard_similarity(x, e, pool=pool), plain, inputs, dtype, 1e-6)
+    ours, plain = (partial(fn, pool=pool) for fn in (hard_similarity, hard_similarity_reference))
+    assert_function_within_budget(ours, plain, inputs, dtype)
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compare import assert_close, assert_finite, value_and_grads
-from golden import golden
+from helpers.compare import assert_close, assert_finite, value_and_grads
+from helpers.golden import golden
 
 from fmfa_losses.compat.released import released_aggregate, released_efa
 from fmfa_losses.functional import sparse_aggregate

@@ -5,7 +5,7 @@ from functools import reduce
 
 import pytest
 import torch
-from distribution_cases import features, ties
+from helpers.distribution import features, ties
 from torch import Tensor
 
 from fmfa_losses.ops.precision import unit_rows
