@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from fmfa_losses.distributed.peers import GATHER
 from fmfa_losses.losses.asdm import ASDMLoss
 from fmfa_losses.losses.efa import EFALoss
+from fmfa_losses.ops.options import GATHER
 
 from . import ROOT, results
 from .measure import peak_process_bytes

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from .distributed.peers import Peers, meet
+from .distributed.handshake import handshake
+from .distributed.peers import Peers
 from .heads.identity import IDHead
 from .heads.irr import IRRHead
 from .losses.asdm import ASDMLoss
@@ -232,7 +233,7 @@ class FMFALoss(Module):
         gathering = [part for part in (self, self.efa, self.asdm) if part.gather]
         leader = gathering[0] if gathering else None
         peers, (terms, metrics, nothing) = (
-            (None, self._own_terms(**batch)) if leader is None else self._meet(leader, batch)
+            (None, self._own_terms(**batch)) if leader is None else self._handshake(leader, batch)
         )
         if self.gather and peers is not None:
             weighted = self._weighted({**terms, **metrics}, peers, masked_labels, text_mask)
@@ -293,7 +294,7 @@ class FMFALoss(Module):
     def _efa_pids(self, pids: Tensor) -> Tensor | None:
         return pids if self.efa.negatives == "different_identity" else None
 
-    def _meet(self, leader: "FMFALoss | EFALoss | ASDMLoss", batch: Any) -> tuple[Peers, OwnTerms]:
+    def _handshake(self, leader: "FMFALoss | EFALoss | ASDMLoss", batch: Any) -> tuple[Peers, OwnTerms]:
         """One handshake for the weights and for all terms that gather as `leader` does, and the own terms."""
         names = ["image_features"]
         settings: dict[str, object] = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
@@ -324,7 +325,7 @@ class FMFALoss(Module):
                 self.asdm.check_inputs(*(batch[name] for name in features), shared=True)
             return self._own_terms(**batch)
 
-        return meet(
+        return handshake(
             leader.gather,
             leader.process_group,
             {name: batch[name] for name in names},

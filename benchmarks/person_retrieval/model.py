@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fmfa_losses.distributed.peers import meet
+from fmfa_losses.distributed.handshake import handshake
 
 __all__ = ["Neck", "TwoStream"]
 
@@ -38,7 +38,7 @@ class Neck(nn.BatchNorm1d):
         rows = x.to(torch.promote_types(x.dtype, torch.float32))
         own_mean = rows.sum(dim=0) / max(len(rows), 1)
         own = torch.cat([own_mean, (rows - own_mean).square().sum(dim=0), rows.new_full((1,), len(rows))])[None]
-        peers, _ = meet(True, None, {"statistics": own}, equal_batches=True)  # one row of statistics a rank
+        peers, _ = handshake(True, None, {"statistics": own}, equal_batches=True)  # one row of statistics a rank
         means, squares, n = peers.gather(own).split([self.num_features, self.num_features, 1], dim=1)  # [W, D or 1]
         mean = (n * means).sum(dim=0) / n.sum()
         variance = (squares + n * (means - mean).square()).sum(dim=0) / n.sum()

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fmfa_losses import FMFALoss, FMFAOutput, mask_tokens
-from fmfa_losses.distributed.peers import Peers, meet
+from fmfa_losses.distributed.handshake import handshake
+from fmfa_losses.distributed.peers import Peers
 from fmfa_losses.functional import hard_similarity
 
 from .datasets import Batches, IdentitySampler, Pairs, RandomSampler
@@ -144,7 +145,7 @@ class Beginner(nn.Module):
         image, patches = self.model.encode_image(pixels)
         text, words = self.model.encode_text(token_ids)
         keep = self.model.text_mask(token_ids)
-        peers, _ = meet(self.gather, None, {"image": image, "patches": patches})
+        peers, _ = handshake(self.gather, None, {"image": image, "patches": patches})
         similarity = F.normalize(text, dim=1) @ peers.gather(F.normalize(image, dim=1)).T  # own rows, [b, B]
         token_similarity = hard_similarity(words, peers.gather(patches), x_mask=keep, pool="mean")
         terms = {

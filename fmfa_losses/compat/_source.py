@@ -1,8 +1,8 @@
-"""What one source file of a codebase calls that this library replaces. Standard library alone: it runs in a process.
+"""Finds the calls in one source file that this library replaces. It runs as a program and uses the standard library.
 
-A file can end the process that parses it: CPython 3.10 overflows the C stack on 400,000 chained calls. And a parse
-cannot be interrupted. So `scan.py` starts this file as a program, hands it one source after the other, and starts it
-anew when it has died or taken too long.
+A file can crash the process that parses it: CPython 3.10 overflows the C stack on 400,000 chained calls. And a parse
+cannot be interrupted. So `scan.py` starts this file as a program, sends it one source after the other, and starts it
+again when it has crashed or taken too long.
 """
 
 import ast
@@ -134,7 +134,7 @@ def calls_of_notebook(source: bytes) -> tuple[list[_Call], str | None]:
     for number, text in cells:
         try:
             trees.append((number, _parse_cell(text)))
-        except Exception as error:  # of a parser of code that is not ours
+        except Exception as error:  # the parser of foreign code fails in many ways
             failed.append(f"cell {number}: {_reason(error)}")
     unread = f"{len(failed)} of {len(cells)} code cells, {failed[0]}" if failed else None
     return _calls(trees), unread
@@ -149,7 +149,7 @@ def _calls(trees: list[tuple[int | None, ast.Module]]) -> list[_Call]:
 
 def _parse(source: str | bytes) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the code that is read, not ours
+        warnings.simplefilter("ignore")  # about the code that is parsed
         return ast.parse(source)
 
 
@@ -231,7 +231,7 @@ class _Visitor(ast.NodeVisitor):
                         self.aliases[local] = alias.name
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        # What a published function calls inside goes with it; a method of that name is the model's own.
+        # The body of a published function is replaced with it; a method of the same name belongs to the model.
         if node.name not in REPLACEMENTS or node not in self.functions:
             self.generic_visit(node)
 
@@ -327,7 +327,7 @@ def serve() -> None:
         source = sys.stdin.buffer.read(int(length))
         try:
             answer = (calls_of_notebook if kind == b"notebook" else calls_of_module)(source)
-        except Exception as error:  # a parser fails in many ways on bytes that a stranger chose
+        except Exception as error:  # the parser fails in many ways on foreign bytes
             answer = [], _reason(error)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()

@@ -57,7 +57,7 @@ def compute_sdm(
 def compute_mlm(scores: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy over the positions whose label is not 0.
 
-    Quirks: all B L rows meet the vocabulary before they come here, and a batch without a label gives NaN. Without
+    Quirks: the logits of all B L rows are computed by the caller, and a batch without a label gives NaN. Without
     them: `IRRHead`, which holds IRRA's parameters, projects the masked rows alone and gives 0.
 
     Args:
@@ -112,7 +112,7 @@ def compute_cmpm(image_embeddings: Tensor, text_embeddings: Tensor, labels: Tens
     """Cross-modal projection matching: `CMPMLoss(normalize="released")`.
 
     Quirks: labels are divided by the L2 norm of their row, so that targets of repeated identities sum to more than 1;
-    the docstring there announces four results, the code returns one. Without the first: `CMPMLoss(normalize="sum")`.
+    its docstring promises four results, the code returns one. Without the first: `CMPMLoss(normalize="sum")`.
 
     Args:
         image_embeddings, text_embeddings: [B, D], not normalised.
@@ -139,10 +139,10 @@ def rank(
 ) -> tuple[Tensor, ...]:
     """CMC, mAP, mINP in percent, and the ranking itself: the core of IRRA's Evaluator.
 
-    Equal scores rank by gallery index here, lower first; there an unstable sort decides. A query without a match
-    in the gallery is left out of the means; there it raises an IndexError.
+    Equal scores rank by gallery index here, lower first; the released sort is unstable. A query without a match in the
+    gallery is left out of the means; the released code raises an IndexError.
 
-    Quirk: the whole ranking [Q, G] comes back as int64, more than the similarities take, and callers drop it. Without
+    Quirk: it returns the whole ranking [Q, G] in int64, more memory than the similarities, and callers drop it. Without
     it: `fmfa_losses.retrieval.similarity_metrics`, or `retrieval_metrics` and `Evaluator` from the features, which
     sort nothing.
 

@@ -1,7 +1,7 @@
 """RDE: `model/objectives.py`, per-sample losses on scores. Source: QinYang79/RDE, arXiv 2308.09911.
 
-Scores are cosines, text x image, [B, B]. The code there calls the rows i2t; both directions are summed, so no result
-depends on it.
+Scores are cosines, text x image, [B, B]. The released code calls the rows i2t; both directions are summed, so no
+result depends on it.
 """
 
 import torch
@@ -48,8 +48,8 @@ def compute_TRL_per(  # noqa: N802
 ) -> Tensor:
     """Triplet ranking loss of every pair: `trl_loss_from_scores(..., negatives="released", reduction="none")`.
 
-    Quirk: positives stand among the negatives with similarity 0, so the hardest negative is never below 0, and a
-    batch of one identity pays [margin - positive]_+. Without it: `TRLLoss()`.
+    Quirk: positives are among the negatives with similarity 0, so the hardest negative is never below 0, and a
+    batch of one identity costs [margin - positive]_+. Without it: `TRLLoss()`.
 
     Args:
         scores: [B, B] text x image.

@@ -1,7 +1,7 @@
-"""Which lines of a codebase this library replaces: every file in bounded time and memory, whatever it holds.
+"""Finds the lines of a codebase that this library replaces, in bounded time and memory for any file.
 
-Nothing of the codebase is imported or run. Only regular files are opened, up to a size, and a process of its own parses
-them (see `_source.py`): what ends it, or keeps it longer than a limit, is one unreadable file.
+Nothing of the codebase is imported or run. Only regular files up to a size are opened, and a separate process parses
+them (see `_source.py`): a file that crashes it, or takes longer than a limit, is reported as unreadable.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ SECONDS = 20  # to parse one file
 
 @dataclass(frozen=True)
 class Finding:
-    """One line that can be replaced: where, what stands there, and what to write."""
+    """One line that can be replaced: where it is, its code, and what to write instead."""
 
     file: Path
     line: int
@@ -94,7 +94,7 @@ def _contents(file: Path) -> bytes | Unreadable:
     limit = SIZE[".ipynb" if file.suffix == ".ipynb" else ".py"]
     try:
         status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for its writer
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
             return Unreadable(file, "not a regular file")
         if status.st_size <= limit:
             with open(file, "rb") as stream:
@@ -141,7 +141,7 @@ class _Parser:
         code = self.end()
         if late.is_set():
             return [], f"not parsed within {SECONDS} s"
-        if not fresh:  # it may have died of what it held from the file before
+        if not fresh:  # the crash may be due to a file before
             return self(source, notebook=notebook)
         return [], f"the parser died of it ({f'signal {-code}' if code < 0 else f'exit status {code}'})"
 

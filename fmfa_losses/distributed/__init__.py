@@ -1,5 +1,5 @@
-"""The global batch: the batch of all processes as one, for the losses and for your own."""
+"""The global batch: the batches of all processes as one, for the losses and for your own."""
 
-from .peers import Peers, meet
+from .peers import Peers
 
-__all__ = ["Peers", "meet"]
+__all__ = ["Peers"]

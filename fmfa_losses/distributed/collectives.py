@@ -1,4 +1,4 @@
-"""The collectives as operators: opaque to torch.compile, with their transposes as backward, and errors that say why."""
+"""Collectives as operators: opaque to torch.compile, with their transposes as backward, and errors that say why."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.operator import operator, register_gradient
 from ..ops.precision import accumulation_dtype
 
-__all__ = ["gather_op", "named_errors", "transpose_op"]
+__all__ = ["common_dtype", "gather_op", "named_errors", "transpose_op"]
 
 # sizes are the pairs of each rank, group is a name.
 
@@ -34,7 +34,7 @@ def gather_op(x, sizes, rank, group):  # type: ignore[no-untyped-def]
 
 @operator("gather_backward(Tensor dgathered, SymInt[] sizes, int rank, str group) -> Tensor")
 def gather_backward_op(dgathered, sizes, rank, group):  # type: ignore[no-untyped-def]
-    """A reduce-scatter that takes unequal sizes and adds in rank order: to each owner its part, the owner adds."""
+    """A reduce-scatter for unequal sizes: each owner receives the gradients of its rows and sums them in rank order."""
     group, b = _group(group), sizes[rank]
     received = dgathered.new_empty(len(sizes) * b, *dgathered.shape[1:])
     with named_errors("the backward of gather", group, dgathered.device):
@@ -94,6 +94,11 @@ def _transpose_backward(ctx, dcolumns):  # type: ignore[no-untyped-def]
 register_gradient(gather_op, _gather_backward, _setup_context, _jvp(gather_op))
 register_gradient(gather_backward_op, _gather_again, _setup_context, _jvp(gather_backward_op))
 register_gradient(transpose_op, _transpose_backward, _setup_context, _jvp(transpose_op))
+
+
+def common_dtype(x: Tensor) -> torch.dtype:
+    """In which x is sent: all integers as int64, so that ranks need not agree in their kind."""
+    return x.dtype if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool else torch.int64
 
 
 def _group(name: str) -> Any:

@@ -74,7 +74,7 @@ class DistributionLoss(Loss):
 
         tensors = {"image_features": image, "text_features": text, "pids": pids, "image_ids": image_ids}
         tensors["sample_weight"] = sample_weight
-        peers, (scale, ids, image_ids) = self.meet(tensors, checked, peers, logit_scale=logit_scale)
+        peers, (scale, ids, image_ids) = self.handshake(tensors, checked, peers, logit_scale=logit_scale)
         if ids is None:  # pairs alone count: identities that are all different
             start, own = peers.offset, text.shape[0]
             ids = torch.arange(start, start + own, device=text.device)

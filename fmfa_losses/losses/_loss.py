@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform  # torch brings it
 
-from ..distributed.peers import Peers, meet
+from ..distributed.handshake import handshake
+from ..distributed.peers import Peers
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_unused_ids, did_you_mean
 from ..ops.module import Module
 from ..ops.options import BACKENDS, GATHER, MOVED, REDUCTIONS, Backend, Gather, Reduction
@@ -152,15 +153,15 @@ class Loss(_Declared):
         """The hyperparameters that must be the same on all ranks."""
         return {name: getattr(self, name) for name in self._compared}
 
-    def meet(
+    def handshake(
         self,
         tensors: Mapping[str, Tensor | None],
         check: Callable[[], Any],
         peers: Peers | None = None,
         **settings: object,
     ) -> tuple[Peers, Any]:
-        """Who shares the batch, and what `check` returns: see `distributed.meet`; `peers` are there already."""
-        return meet(
+        """Who shares the batch, and what `check` returns: see `distributed.handshake`; `peers` are there already."""
+        return handshake(
             self.gather,
             self.process_group if peers is None else peers,
             tensors,
@@ -270,7 +271,7 @@ class ScoreLoss(Loss):
             return self.check_pids(pids, text), self.arguments(like, **given)
 
         tensors = {"image_features": image, "text_features": text, "pids": pids, "sample_weight": sample_weight}
-        peers, (ids, arguments) = self.meet(tensors, checked, **given)
+        peers, (ids, arguments) = self.handshake(tensors, checked, **given)
         scores, transposed = self.scores(image, text, peers)
         positive = _positives(ids, scores, peers)
         return self.reduce(

@@ -92,7 +92,7 @@ def _similarities(
     def with_block(q: int, text: Tensor, image: Tensor, joint: Tensor) -> Tensor:
         return torch.stack(both(text, image, joint, masks[q], of_blocks[q]))
 
-    text_sim, image_sim = torch.cat(peers.around(with_block, (text, image), joint), dim=2)
+    text_sim, image_sim = torch.cat(peers.over_ranks(with_block, (text, image), joint), dim=2)
     return text_sim, image_sim
 
 
@@ -229,7 +229,7 @@ class EFALoss(Loss):
         tensors = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids, "sample_weight": sample_weight}
         dtype = getattr(image_tokens, "dtype", None)  # that of the joint embeddings follows
         settings = {"logit_scale": logit_scale, "dtype of image_tokens": dtype}
-        peers, pids = self.meet(tensors, checked, peers, **settings)
+        peers, pids = self.handshake(tensors, checked, peers, **settings)
         per_sample = self.per_sample(image_tokens, text_tokens, image_mask, text_mask, pids, logit_scale, peers)
         return self.reduce(per_sample, sample_weight, peers)
 

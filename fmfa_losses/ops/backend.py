@@ -1,6 +1,6 @@
-"""Which implementation runs: `"auto"` may fall back, an explicit choice that cannot run raises with the reason.
+"""Selects the implementation: `"auto"` may fall back, an explicit choice that cannot run raises with the reason.
 
-`FMFA_LOSSES_BACKEND` (auto | triton | torch) is the choice of every call that left `backend="auto"`.
+`FMFA_LOSSES_BACKEND` (auto | triton | torch) applies to every call with `backend="auto"`.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from .options import BACKENDS
 
 __all__ = ["select_backend", "why_not_triton"]
 
-KERNELS = "fmfa_losses.kernels"  # the folder kernels/ at the top of the repository, put here by an installation
+KERNELS = "fmfa_losses.kernels"  # installed from the folder kernels/ at the top of the repository
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
 OLDEST_TRITON = (3, 3)  # docs/install.md: what was tried with each version

@@ -1,10 +1,10 @@
 """Defines an operator of `torch.ops.fmfa_losses` with one implementation for every device, and its gradient.
 
 Below autograd and opaque to torch.compile, like `torch.library.custom_op`, which at its first call would import torch's
-compiler: 150 MB and two seconds that an eager training run has no use for.
+compiler: 150 MB and two seconds that an eager training run does not need.
 
 `register_gradient` is `torch.library.register_autograd` with two differences: torch.func (grad, vjp, jacrev, vmap of
-them) passes through it, and forward-mode AD is right or an error. PyTorch's own takes no tangent, and says nothing.
+them) passes through it, and forward-mode AD is right or an error. PyTorch's own ignores tangents in silence.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     Give the operator its fake kernel with torch.library.register_fake, and its gradient with one of the two below. An
     argument `bool save` becomes True when the gradient is wanted. torch.vmap takes one problem after the other.
 
-    A graph that a compiler keeps on disk knows an operator by its name: whoever changes the outputs changes the name.
+    A compiler's cache on disk identifies an operator by its name: when the outputs change, change the name.
     """
 
     def define(implementation: Callable[..., Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Padding at the end of every sample, which nobody has to compute."""
+"""Leaves out the padding at the end of every sample."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ __all__ = ["longest", "refuse_trace"]
 
 
 def longest(mask: Tensor) -> int:
-    """How many tokens it takes to hold the last kept one of every sample, at least 1; mask [B, L], True = keep.
+    """Tokens up to the last kept one of any sample, at least 1; mask [B, L], True = keep.
 
-    A CPU can look; on an accelerator the host would have to wait, torch.compile would break its graph, and torch.vmap
-    has a mask for each problem: all L.
+    All L where the values cannot be read: on an accelerator the host would have to wait, torch.compile would break its
+    graph, and torch.vmap has a mask for each problem.
     """
     refuse_trace("a mask")
     L = mask.shape[1]
@@ -21,7 +21,7 @@ def longest(mask: Tensor) -> int:
 
 
 def refuse_trace(what: str) -> None:
-    """torch.jit.trace keeps what the host saw in the values of its one batch, and would repeat it for every other."""
+    """torch.jit.trace would repeat for every batch what the host decided by the values of the first one."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
         raise RuntimeError(
             f"torch.jit.trace cannot follow {what}: the host decides by the values of the batch, and a trace would "

@@ -1,4 +1,4 @@
-"""Loss terms over the steps of a training run."""
+"""Figure of the loss terms over the steps of a training run."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

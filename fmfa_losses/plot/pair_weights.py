@@ -1,4 +1,4 @@
-"""Which pairs of a batch A-SDM pulls harder."""
+"""Figure of the weights that A-SDM gives to the pairs of a batch."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a caption finds: its first images, right and wrong."""
+"""Figure of the first images that each caption finds, right and wrong."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Where a token looks: its similarity to the patches, and the patches that EFA aggregates for it."""
+"""Figures of one token: its similarity to the patches, and the patches that EFA aggregates for it."""
 
 import math
 from collections.abc import Sequence

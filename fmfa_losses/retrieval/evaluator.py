@@ -1,4 +1,4 @@
-"""A model and its loaders, evaluated: what a training loop calls after each epoch."""
+"""Evaluates a model on its loaders, once an epoch."""
 
 import importlib
 import logging

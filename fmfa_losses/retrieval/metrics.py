@@ -1,7 +1,7 @@
-"""How well do captions find their person? CMC (Rank-k), mAP and mINP, blockwise, without sorting the gallery.
+"""Ranking metrics: CMC (Rank-k), mAP and mINP, computed by blocks and without sorting the gallery.
 
 A query has m matches in a gallery of G items, m << G, and all three metrics follow from the ranks of the
-matches alone. With r_1 < ... < r_m these ranks, the best item of the gallery having rank 1:
+matches alone. With the ranks r_1 < ... < r_m, counted from 1:
 
     CMC@k = [r_1 <= k]        AP = (1/m) sum_i i / r_i        INP = m / r_m
 
@@ -9,7 +9,7 @@ and the rank of a match is a count, not a sort:
 
     r = 1 + #{items with a higher score} + #{items with the same score and a lower gallery index}
 
-so equal scores have a defined order, which an argsort does not give. Scores come a block of queries at a
+so equal scores have a defined order, which an argsort does not give. Scores are computed for a block of queries at a
 time; no sorted gallery, no index matrix and no match matrix ever exist.
 """
 
@@ -40,11 +40,10 @@ class RankingMetrics:
     """One direction, in percent, averaged over the queries that have a match.
 
     Attributes:
-        cmc: rank k -> share of queries with a match among their first k, for the k of `ranks=`: (1, 5, 10) unless
-            others were passed.
+        cmc: rank k -> percentage of queries with a match among their first k, for each k of `ranks`.
         mAP: mean average precision.
         mINP: mean inverse negative penalty: how early the last match comes.
-        unmatched_queries: int64 [U] on the CPU, the queries without a match in the gallery; no mean has them.
+        unmatched_queries: int64 [U] on the CPU, indices of the queries without a match, which the means leave out.
     """
 
     cmc: dict[int, float]

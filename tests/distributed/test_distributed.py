@@ -23,8 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from fmfa_losses.distributed import peers as distributed
-from fmfa_losses.distributed.peers import Peers, meet
+from fmfa_losses.distributed import handshake as agreement
+from fmfa_losses.distributed import peers as exchanges
+from fmfa_losses.distributed.handshake import handshake
+from fmfa_losses.distributed.peers import Peers
 from fmfa_losses.fmfa import FMFALoss, FMFAOutput
 from fmfa_losses.losses.asdm import ASDMLoss
 from fmfa_losses.losses.efa import EFALoss
@@ -291,7 +293,7 @@ def compiled_loss_weights() -> float:
     """One graph: what the ranks count is never read by the host."""
 
     def step(x: Tensor, counts: Tensor) -> Tensor:
-        peers, _ = meet(True, None, {"counts": counts[None]}, equal_batches=True)  # a row a rank
+        peers, _ = handshake(True, None, {"counts": counts[None]}, equal_batches=True)  # a row a rank
         return x.mean() * peers.loss_weights(counts)[0]
 
     x = batch(8)["image"]
@@ -322,16 +324,16 @@ def in_half() -> dict[str, float]:
 
 def ring_gathers_no_columns() -> dict[str, float]:
     """What a ring gathers are ids and masks."""
-    gathered, gather_op = [], distributed.gather_op
+    gathered, gather_op = [], exchanges.gather_op
 
     def spy(x, *route):
         gathered.append(x.dtype)
         return gather_op(x, *route)
 
-    distributed.gather_op = spy
+    exchanges.gather_op = spy
     for name, arguments in (("asdm", ASDM[1]), ("efa", EFA[2])):
         call(name, arguments, Towers(), own(batch(8), (3, 5), dist.get_rank()), gather="ring").backward()
-    distributed.gather_op = gather_op
+    exchanges.gather_op = gather_op
     return {"ring gathers no columns": float(not gathered or any(dtype.is_floating_point for dtype in gathered))}
 
 
@@ -504,7 +506,7 @@ def wrong_on_one_rank() -> dict[str, str]:
     labels = torch.ones(3, 2, dtype=torch.long)
     found = {}
     for gather, equal in ((True, False), ("ring", True)):
-        distributed._agreed.clear()
+        agreement._agreed.clear()
         asdm, efa, fmfa = (c(gather=gather, equal_batches=equal) for c in (ASDMLoss, EFALoss, objective))
         cases = {
             "float pids": lambda loss=asdm: loss(x, x, pids.float() if wrong else pids),
@@ -636,14 +638,14 @@ def agreement_ends_with_its_group(folder: Path) -> dict[str, object]:
         dist.destroy_process_group()
         old = old if held else None
         if rank == 1:
-            distributed._agreed.clear()
+            agreement._agreed.clear()
         store = dist.FileStore(str(Path(folder, str(held))), 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         found[f"held {held}"] = raised(lambda: [loss(x, x, pids) for _ in range(2)])
-    with patch.object(distributed, "MOST_AGREED", 4):
+    with patch.object(agreement, "MOST_AGREED", 4):
         for step in range(10):
             ASDMLoss(gather=True, equal_batches=True, alpha=float(step))(x, x, pids)
-    found["remembered"] = len(distributed._agreed)
+    found["remembered"] = len(agreement._agreed)
     return found
 
 
@@ -704,7 +706,7 @@ def test_without_processes():
 
 
 def test_a_world_of_one_exchanges_nothing():
-    peers, _ = meet(False, None, {"x": torch.zeros(3, 2)})
+    peers, _ = handshake(False, None, {"x": torch.zeros(3, 2)})
     rows = torch.randn(3, 3)
     assert peers.sizes == (3,) and peers.offset == 0 and peers.gather(rows) is rows
     assert torch.equal(peers.transpose(rows), rows.T) and torch.equal(peers.mean(rows[0]), rows[0].mean())
