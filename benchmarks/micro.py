@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import providers, results
+from . import ROOT, providers, results
 from .cases import SIZES, Case, inputs
 from .measure import disagreement, measure_cpu
 from .providers import REFERENCE, RELEASED, TORCH
 from .tables import micro_table, target_table
 from .targets import micro_targets
 
-ROOT = Path(__file__).parents[1]
 PEOPLE = 11003  # identities in the training split of CUHK-PEDES
 AGREEMENT = 1e-3  # relative; float32 sums of 1e7 terms in different orders stay well below
 

@@ -7,10 +7,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, plots
-from .about import LEGEND
+from . import ROOT
+from .gpu import plots
+from .gpu.about import LEGEND
+from .gpu.tables import gpu_report
 from .results import described, load_all
-from .tables import gpu_report, micro_table, target_table
+from .tables import micro_table, target_table
 from .targets import micro_targets
 
 HEAD = """# Benchmarks

@@ -11,22 +11,19 @@ from torch import Tensor
 from .distributed.peers import Peers, meet
 from .heads.identity import IDHead
 from .heads.irr import IRRHead
-from .losses.asdm import SETTINGS as ASDM_SETTINGS
-from .losses.asdm import ASDMLoss, check_asdm_inputs
-from .losses.efa import SETTINGS as EFA_SETTINGS
-from .losses.efa import EFALoss, check_efa_inputs
+from .losses.asdm import ASDMLoss
+from .losses.efa import EFALoss
 from .ops.checks import (
     check_flag,
     check_float,
     check_nonnegative,
     check_option,
     check_same,
-    check_scale,
     describe,
     did_you_mean,
 )
 from .ops.module import Module
-from .ops.options import GATHER, Backend, Dataset, Gather
+from .ops.options import GATHER, MOVED, Backend, Dataset, Gather
 from .ops.padding import refuse_trace
 
 __all__ = ["FMFALoss", "FMFAOutput"]
@@ -58,7 +55,9 @@ def check_keywords(name: str, given: Mapping[str, Any], function: Callable[..., 
                 for term, cls in parts.items()
                 if term in known and word in inspect.signature(cls).parameters
             ]
-            hint = f"; pass {' or '.join(pairs)}." if pairs else did_you_mean(word, known) or "."
+            hint = f"; use {MOVED[word]}." if word in MOVED else did_you_mean(word, known) or "."
+            if pairs:
+                hint = f"; pass {' or '.join(pairs)}."
             raise TypeError(f"{name} takes no {word!r}{hint} It takes {', '.join(known)}")
 
 
@@ -307,33 +306,22 @@ class FMFALoss(Module):
         )
         if with_efa:
             names += ["text_tokens", "text_mask", "pids"]
-            settings.update({f"efa.{name}": getattr(self.efa, name) for name in EFA_SETTINGS})
+            settings.update({f"efa.{name}": value for name, value in self.efa.settings().items()})
             settings["dtype of image_tokens"] = getattr(batch["image_tokens"], "dtype", None)
         if with_asdm:
             names += ["text_features", "pids", "image_ids"]
-            settings.update({f"asdm.{name}": getattr(self.asdm, name) for name in ASDM_SETTINGS})
+            settings.update({f"asdm.{name}": value for name, value in self.asdm.settings().items()})
             settings["logit_scale"] = batch["logit_scale"]
 
         def check() -> OwnTerms:
             # Of terms that do not gather, or gather otherwise, too: who fails in one of them leaves the others waiting.
             if self.weights["efa"]:
-                check_efa_inputs(
-                    batch["image_tokens"],
-                    batch["text_tokens"],
-                    batch["image_mask"],
-                    batch["text_mask"],
-                    self._efa_pids(batch["pids"]),
-                    negatives=self.efa.negatives,
-                    gather=True,
-                    backend=self.efa.backend,
-                )
+                given = {**batch, "pids": self._efa_pids(batch["pids"])}
+                tokens = ("image_tokens", "text_tokens", "image_mask", "text_mask", "pids")
+                self.efa.check_inputs(*(given[name] for name in tokens), shared=True)
             if self.weights["asdm"]:
-                check_asdm_inputs(
-                    *(batch[name] for name in ("image_features", "text_features", "pids", "image_ids")),
-                    gather=self.asdm.gather or True,
-                    backend=self.asdm.backend,
-                )
-                check_scale(batch["logit_scale"], self.asdm.temperature)
+                features = ("image_features", "text_features", "pids", "image_ids", "logit_scale")
+                self.asdm.check_inputs(*(batch[name] for name in features), shared=True)
             return self._own_terms(**batch)
 
         return meet(

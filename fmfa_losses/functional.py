@@ -1,10 +1,10 @@
-"""The functional forms: the losses without state, and the two operators under EFA.
+"""The losses as functions, and the two operators that EFA is made of.
 
-First derivatives come by backward(), by torch.func (grad, vjp, jacrev, vmap) and under torch.compile. TAL, TRL, CMPM,
-triplet, sigmoid, ID and all that start from scores have the others too: second derivatives, and forward mode (jvp,
-jacfwd, hessian, dual numbers). A-SDM, SDM, ITC, EFA and the two operators are differentiable once, in reverse mode;
-what they do not have raises. PyTorch differentiates no compiled backward, and the attention of IRRHead only once and in
-reverse, unless it runs under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+All have first derivatives: by backward(), by torch.func (grad, vjp, jacrev, vmap) and under torch.compile. TAL, TRL,
+CMPM, triplet, sigmoid, ID and every function of scores also have second derivatives and forward mode (jvp, jacfwd,
+hessian, dual numbers). A-SDM, SDM, ITC, EFA and the two operators are differentiable once, in reverse mode; anything
+else raises. PyTorch itself has no second derivatives of compiled code, nor of the attention of IRRHead unless it runs
+under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
 """
 
 from .heads.identity import id_loss

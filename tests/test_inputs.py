@@ -388,7 +388,7 @@ def test_complex_features_and_ids():
         (lambda: irra.compute_id(IMAGE, TEXT, IDS[:2]), "labels must have shape"),
         (lambda: irra.compute_mlm(IMAGE, IDS.float()), "labels must be an integer tensor"),
         (lambda: fmfa.compute_sdm(IMAGE, TEXT, IDS[1:], 1.0, use_weight=True), "pid must have shape"),
-        (lambda: fmfa.compute_agg_v(TOKENS, PATCHES[:2]), "text_feats and patch_feats must agree in B"),
+        (lambda: fmfa.compute_agg_v(TOKENS, PATCHES[:2]), "patch_feats and text_feats must agree in B"),
         (lambda: fmfa.compute_minmax_info_loss(TOKENS, PATCHES, TOKENS[0]), "C must have shape"),
         (lambda: rde.compute_TAL_per(SCORES, IDS[1:], 0.1, 0.1), "pid must have shape"),
         (lambda: rde.compute_rbs(IMAGE, TEXT, IMAGE, TEXT, IDS, IMAGE[:, 0]), "label_hat must not be negative"),
@@ -454,8 +454,11 @@ def test_weights_under_compile_and_functorch():
 )
 def test_unused_pids_are_said_once(loss, advised, features, monkeypatch):
     monkeypatch.setattr(_checks, "_warned", set())
-    with pytest.warns(UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives|positives)="):
+    with pytest.warns(
+        UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives|positives)="
+    ) as w:
         value = loss(*features, pids=IDS)
+    assert [warning.filename for warning in w] == [__file__]  # the caller's line, not one of the library or of torch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(loss(*features, pids=IDS), value)
@@ -511,9 +514,9 @@ def mask(tokens):
     return tokens[..., 0] > -2
 
 
-GLOBAL = (fl.ASDMLoss(), fl.SDMLoss(), fl.ITCLoss(targets="identity"), fl.CMPMLoss(), fl.TALLoss(), fl.TRLLoss())
-GLOBAL += (fl.TripletLoss(), fl.SigmoidLoss(), fl.ITCLoss(), fl.TripletLoss(negatives="all"))
-GLOBAL += (fl.SigmoidLoss(positives="paired"), ID)
+OF_TOKENS = ("EFALoss", "FMFALoss")  # the others are losses of features
+GLOBAL = tuple(getattr(fl, name)() for name in fl.__all__ if name.endswith("Loss") and name not in OF_TOKENS)
+GLOBAL += (fl.ITCLoss(targets="identity"), fl.TripletLoss(negatives="all"), fl.SigmoidLoss(positives="paired"), ID)
 EXPORTED = [
     *(Call(module, lambda m, i, t, v, w, p: m(i, t, p)) for module in GLOBAL),
     Call(fl.ASDMLoss(), lambda m, i, t, v, w, p: m(i, t, p, image_ids=p // 2)),

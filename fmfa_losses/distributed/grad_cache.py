@@ -33,8 +33,8 @@ def cached_backward(
     Args:
         model: called as model(*chunk) with a tuple or list, model(**chunk) with a dict, model(chunk) otherwise. Returns
             a tensor, or a tuple, list or dict of tensors, each with its samples along dim 0; where chunks differ in
-            another dimension, such as captions padded to the longest of a chunk, zeros (False) are appended. An output
-            of shape [], such as a scale, must not depend on the chunk. The model must treat samples one by one: batch
+            another dimension (captions padded to the longest of a chunk), zeros or False are appended. An output of
+            shape [], such as a scale, must not depend on the chunk. Samples must not depend on each other: batch
             normalisation in training mode sees chunks, and updates its averages twice.
         chunks: the batch, cut into pieces of any sizes; all are kept until the end.
         loss_fn: called with the outputs of all chunks concatenated along dim 0: loss_fn(*outputs), or
@@ -64,8 +64,6 @@ def cached_backward(
         (torch.Size([]), torch.Size([4, 4]))
     """
     chunks = list(chunks)
-    if not chunks:
-        raise ValueError("chunks must hold at least one piece of the batch, got none; skip empty batches")
     states, outputs = _first_pass(model, chunks)
     whole = {name: _Whole(name, [output[name] for output in outputs]) for name in outputs[0]}
     loss = _loss(loss_fn, {name: part.tensor for name, part in whole.items()})
@@ -79,20 +77,16 @@ def cached_backward(
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)(), torch.enable_grad():
             output = _named(_call(model, chunk))
             differences += [x.to(loss.device) for x in _differences(index, outputs[index], output)]
-            gradients = {name: part.gradient(index) for name, part in whole.items() if output[name].requires_grad}
-            pairs = [(output[name], gradient) for name, gradient in gradients.items() if gradient is not None]
-            if pairs:
-                torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+            _backward(index, output, whole)
     _set_random_state(state_after)
-    for number, differs in enumerate(torch.stack(differences).tolist()):  # the one time that the host waits
-        if differs:
-            index, name = number // len(whole), list(whole)[number % len(whole)]
-            raise RuntimeError(_CHANGED.format(index, f"other values of output {name!r}"))
+    _raise_where_true(differences, list(whole))
     return loss.detach()
 
 
 def _first_pass(model: Callable[..., Any], chunks: list[Any]) -> tuple[list[Any], list[dict[Any, Tensor]]]:
     """The random state before each chunk, and its outputs without a graph."""
+    if not chunks:
+        raise ValueError("chunks must hold at least one piece of the batch, got none; skip empty batches")
     states, outputs = [], []
     with torch.no_grad():
         for chunk in chunks:
@@ -114,6 +108,21 @@ def _loss(loss_fn: Callable[..., Tensor], batch: dict[Any, Tensor]) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn must return a scalar, got {describe(loss)}; reduce it")
     return loss
+
+
+def _backward(index: int, output: dict[Any, Tensor], whole: "dict[Any, _Whole]") -> None:
+    gradients = {name: part.gradient(index) for name, part in whole.items() if output[name].requires_grad}
+    pairs = [(output[name], gradient) for name, gradient in gradients.items() if gradient is not None]
+    if pairs:
+        torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _raise_where_true(differences: list[Tensor], names: list[Any]) -> None:
+    """The one time that the host waits; differences of all outputs of the first chunk, then of the second, ..."""
+    for number, differs in enumerate(torch.stack(differences).tolist()):
+        if differs:
+            index, name = divmod(number, len(names))
+            raise RuntimeError(_CHANGED.format(index, f"other values of output {names[name]!r}"))
 
 
 _CHANGED = (

@@ -1,6 +1,6 @@
-"""What runs here and whether it is right; what of a codebase the library replaces; what is wrong with a batch.
+"""Reports what runs on this machine, what of a codebase the library replaces, and what looks wrong in a batch.
 
-Its parts are imported when they are named: `search_path` must run before anything imports torch.
+Its modules are imported when a name is used: `search_path` must run before anything imports torch.
 """
 
 TYPE_CHECKING = False  # typing itself is imported after `search_path`

@@ -1,4 +1,4 @@
-"""Which mistakes one batch gives away that raise nothing: those of docs/pitfalls.md, each with its numbers there."""
+"""`check_batch`: mistakes of docs/pitfalls.md that raise no error and can be seen in one batch."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ __all__ = ["BatchReport", "check_batch"]
 
 @dataclass(frozen=True)
 class BatchReport:
-    """findings: what looks wrong, and what to do; statistics: what the batch is. `str()` shows both."""
+    """findings: what looks wrong, and what to do; statistics: shapes and ranges of the batch. `str()` shows both."""
 
     findings: tuple[str, ...]
     statistics: tuple[str, ...]
@@ -38,24 +38,24 @@ def check_batch(
     pids: Tensor | None = None,
     logit_scale: float | Tensor | None = None,
 ) -> BatchReport:
-    """What can be told from one batch about inputs that fit the losses and are wrong all the same.
+    """Finds inputs in one batch that the losses accept and that are wrong.
 
     Call it once, on the first batch, with what the losses get: it copies to the CPU and waits for the accelerator. It
-    says nothing where it cannot be sure; docs/pitfalls.md lists what no batch tells.
+    reports nothing of which it is not sure; docs/pitfalls.md lists what cannot be seen in a batch.
 
     Args:
-        loss: the loss that gets the batch; some inputs are right for one and wrong for another.
+        loss: the loss that gets the batch; some inputs are right for one loss and wrong for another.
         image_features, text_features: [B, D].
         image_tokens, text_tokens: [B, N, D] and [B, L, D].
         masked_text_tokens, masked_labels: [B, L, D] and [B, L], of the IRR term.
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
-        token_ids: [B, L], the captions as the tokenizer gave them; they tell padding from words.
+        token_ids: [B, L], the captions as the tokenizer gave them; they show which tokens are padding.
         pids: [B].
         logit_scale: 1 / tau.
     Returns:
         BatchReport(findings, statistics), two tuples of lines; print it.
     Raises:
-        TypeError, ValueError: what no loss would take, by rank or dtype.
+        TypeError, ValueError: a rank or dtype that no loss accepts.
     Example:
         >>> print(check_batch(logit_scale=torch.tensor(50.0).log()))
         logit_scale   3.91

@@ -1,4 +1,4 @@
-"""The findings and statistics of `check_batch`: one method a kind of mistake. Says nothing where it cannot be sure."""
+"""The findings and statistics of `check_batch`: one method a kind of mistake. What is not certain is not reported."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,18 +15,25 @@ from ..losses.itc import ITCLoss
 from ..losses.sdm import SDMLoss
 from ..losses.sigmoid import SigmoidLoss
 from ..losses.tal import TALLoss, TRLLoss
+from ..losses.triplet import TripletLoss
 
 FEATURES = {"image_features": "B D", "text_features": "B D"}
 TOKENS = {"image_tokens": "B N D", "text_tokens": "B L D", "masked_text_tokens": "B L D"}
 MASKS_AND_IDS = {"image_mask": "B N", "text_mask": "B L", "token_ids": "B L", "masked_labels": "B L"}
 LOG_SCALE, LARGEST_SCALE = 5.0, 1000.0  # 1 / tau lies between: 10 (SigLIP) to 100 (CLIP); log 100 is 4.6
-SLIMMEST_GRID = 4  # times as high as wide; 24 x 8 patches are 3
+NARROWEST_GRID = 4  # times as high as wide; 24 x 8 patches are 3
 CLIP_LENGTH = 77
 LABELS_IGNORED = (0, -100)
 ENOUGH_LABELS = 8  # a chosen word stays as it is with probability 0.1: not all of so many
 ENOUGH_PIDS = 8
 SCALED = (ASDMLoss, SDMLoss, ITCLoss, SigmoidLoss)  # by logit_scale where one is given, else by temperature
 ALWAYS_TEMPERED = (TALLoss, TRLLoss)
+# Loss, option, its value that does not use pids, the one that does, and what the latter does.
+USES_OF_PIDS = (
+    (EFALoss, "negatives", "all", "different_identity", "leaves them out"),
+    (TripletLoss, "negatives", "all", "different_identity", "leaves them out"),
+    (SigmoidLoss, "positives", "paired", "identity", "makes them positives"),
+)
 
 
 class BatchFindings:
@@ -43,13 +50,13 @@ class BatchFindings:
     def findings(self) -> Iterator[str]:
         yield from self._of_scale()
         yield from self._of_temperature()
-        lost = list(self._not_finite())
-        yield from lost
-        if lost:
+        not_finite = list(self._not_finite())
+        yield from not_finite
+        if not_finite:  # nothing else can be compared
             return
         layout = list(self._of_layout())
         yield from layout
-        if layout:  # what follows reads the layout that the losses expect
+        if layout:  # what follows needs the layout that the losses expect
             return
         yield from self._of_features()
         yield from self._of_tokens()
@@ -83,7 +90,7 @@ class BatchFindings:
             yield f"logit_scale {scale:.3g} must be > 0: it is 1 / tau, 50 at tau = 0.02"
         elif scale > LARGEST_SCALE:
             yield f"logit_scale {scale:.3g} is far above 1 / tau of any model: was exp() taken twice?"
-        elif isinstance(self.loss, SigmoidLoss):  # learns its scale and its bias, and starts where it likes
+        elif isinstance(self.loss, SigmoidLoss):  # learns its scale, from any start
             return
         elif scale < 1:
             yield f"logit_scale {scale:.3g}: if this is the temperature tau, pass 1 / tau, {1 / scale:.3g}"
@@ -105,12 +112,12 @@ class BatchFindings:
 
     def _not_finite(self) -> Iterator[str]:
         for name, tensor in self.given.items():
-            lost = int((~tensor.isfinite()).sum())
-            if lost:
-                yield f"{name} holds {lost} of {tensor.numel()} values that are NaN or infinite"
+            count = int((~tensor.isfinite()).sum())
+            if count:
+                yield f"{name} holds {count} of {tensor.numel()} values that are NaN or infinite"
 
     def _of_layout(self) -> Iterator[str]:
-        """Every tensor begins with B; features and pids have no other dimension to be confused with."""
+        """Dimension 0 of every tensor is the batch; its size is that of features or pids where they are given."""
         given = self.given
         sizes = {name: len(given[name]) for name in ("pids", *FEATURES) if name in given}
         if len(set(sizes.values())) > 1:
@@ -133,7 +140,7 @@ class BatchFindings:
                 yield f"{name} {shape} does not fit a batch of {B}"
 
     def _holds_second(self, name: str) -> bool:
-        """Whether the features are among tokens [B, B, D] where their second dimension is the batch, and only there."""
+        """Whether tokens [B, B, D] contain the features when dimension 1 is taken for the batch, and only then."""
         tensor, feature = self.given[name], self.given.get(f"{name.split('_')[-2]}_features")
         if name not in TOKENS or feature is None:
             return False
@@ -232,7 +239,7 @@ class BatchFindings:
                 yield f"text_mask drops {dropped} of {int(labelled.sum())} tokens with a label: True means keep"
                 return
         if ids is None or ids.shape != mask.shape:
-            yield from _upside_down(mask)
+            yield from _inverted(mask)
             return
         padding, content, pad = _padding(ids)
         if not padding.any():
@@ -263,15 +270,19 @@ class BatchFindings:
             if strange and int(same.sum()) < B * (B - 1) // 2:
                 i, j = strange[0]
                 yield f"images {i} and {j} are the same, their pids are {pids[i]} and {pids[j]}: indices of samples?"
+        if distinct < B:
+            yield from self._of_unused_pids(f"{B - distinct} of {B} repeat")
+
+    def _of_unused_pids(self, repeated: str) -> Iterator[str]:
         for owner, loss in self.losses:
-            if isinstance(loss, EFALoss) and loss.negatives == "all" and distinct < B:
-                right = (
-                    'efa={"negatives": "different_identity"}' if owner else 'EFALoss(negatives="different_identity")'
-                )
-                yield (
-                    f'{owner}EFALoss(negatives="all") does not use pids, {B - distinct} of {B} repeat: pairs of one '
-                    f"person are negatives of each other; {right} leaves them out"
-                )
+            for cls, option, paired, by_identity, remedy in USES_OF_PIDS:
+                if isinstance(loss, cls) and getattr(loss, option) == paired:
+                    name = cls.__name__
+                    right = f'efa={{"{option}": "{by_identity}"}}' if owner else f'{name}({option}="{by_identity}")'
+                    yield (
+                        f'{owner}{name}({option}="{paired}") does not use pids, {repeated}: pairs of one person are '
+                        f"negatives of each other; {right} {remedy}"
+                    )
 
     def _of_masked_words(self) -> Iterator[str]:
         given = self.given
@@ -326,13 +337,13 @@ def _holds(tokens: Tensor, features: Tensor) -> bool:
 
 
 def _is_grid(N: int) -> bool:
-    """Whether N patches are rows x columns of a picture; as a strip alone they are none."""
+    """Whether N patches can be the rows x columns of a picture; a narrow strip is none."""
     columns = next(c for c in range(int(N**0.5), 0, -1) if N % c == 0)
-    return N // columns <= SLIMMEST_GRID * columns
+    return N // columns <= NARROWEST_GRID * columns
 
 
-def _upside_down(mask: Tensor) -> Iterator[str]:
-    """Without ids: captions that begin with dropped tokens and end with kept ones."""
+def _inverted(mask: Tensor) -> Iterator[str]:
+    """Without token ids: whether captions begin with dropped tokens and end with kept ones, an inverted mask."""
     rising = bool((mask[:, 1:] >= mask[:, :-1]).all())
     leading = (~mask).long().cumprod(1).sum(1)  # dropped tokens at the start
     if rising and bool((leading > 1).any()):

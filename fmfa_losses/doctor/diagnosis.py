@@ -1,4 +1,4 @@
-"""`python -m fmfa_losses doctor`: what runs here, whether it is right, and what a codebase can replace. Never edits."""
+"""`python -m fmfa_losses doctor`: versions and backends, a self-test, and what the library replaces in a codebase."""
 
 import os
 import platform
@@ -11,7 +11,6 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..compat.scan import Finding, Unreadable, scan
 from ..losses.sdm import sdm_loss, sdm_loss_from_scores
 from ..ops.aggregation import sparse_aggregate, sparse_aggregate_reference
@@ -42,17 +41,17 @@ def diagnose(path: Path | None = None) -> int:
 
 
 def _print(line: str) -> None:
-    """Names of files and lines of code may hold what no terminal should get, or what its encoding lacks."""
+    """Escapes what file names and lines of code may contain: control characters, or ones that the encoding lacks."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
-# What runs here
+# Versions and backends
 
 
 def environment() -> Iterator[str]:
-    yield f"fmfa-losses  {__version__}"
+    yield f"fmfa-losses  {_version('fmfa-losses')}"
     yield f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch        {torch.__version__}"
     yield f"triton       {_version('triton')}"
@@ -100,12 +99,12 @@ def _devices() -> list[torch.device]:
     return devices
 
 
-# Whether it is right
+# Self-test
 
 
 def self_test() -> Iterator[tuple[str, bool]]:
     """Two operators and SDM on every device and backend against their specification in float64, with gradients."""
-    # Tensors this small gain nothing from threads, which wait for each other for seconds where cores are busy.
+    # Tensors this small gain nothing from threads, which may wait for each other for seconds on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -169,7 +168,7 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.cpu().double() - expected).abs().max() / expected.abs().max())
 
 
-# What a codebase can replace
+# Migration
 
 
 def migration(path: Path) -> Iterator[str]:

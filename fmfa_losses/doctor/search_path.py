@@ -1,8 +1,8 @@
 """`python -m fmfa_losses` leaves the current folder out of the module search.
 
-`python -m` puts it first, and a codebase in which doctor is started may have a `torch.py`. This is imported before
-torch. What Python imports earlier it takes from there all the same (`runpy.py` in Python 3.10, or a folder
-`fmfa_losses`): `python -I -m fmfa_losses doctor`, or -P from Python 3.11 on, starts without that folder.
+`python -m` puts the current folder first, and the codebase in which doctor is started may have a `torch.py`. So this
+module is imported before torch. Python itself imports some modules earlier, from that folder too (`runpy.py` in Python
+3.10, or a folder `fmfa_losses`); `python -I -m fmfa_losses doctor`, or -P from Python 3.11 on, leaves it out.
 """
 
 import os

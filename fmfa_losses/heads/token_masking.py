@@ -47,9 +47,8 @@ def mask_tokens(
         (masked_ids, labels), shape, dtype and device of `token_ids`.
     Raises:
         TypeError: token_ids is not an integer tensor, or an id or the probability is no number.
-        ValueError: rank, an empty tensor, a probability outside [0, 1], a generator on another device, a dtype
-            that cannot hold the ids, an id outside the vocabulary (of token_ids: on the CPU alone), or no ordinary id
-            to draw from; the message says what to do.
+        ValueError: rank, an empty tensor, a probability outside [0, 1], a generator on another device, a dtype that
+            cannot hold the ids, an id outside the vocabulary (of token_ids: on the CPU alone), no ordinary id to draw.
     Example:
         >>> caption = torch.tensor([[49406, 320, 786, 2342, 49407, 0, 0]])
         >>> masked, labels = mask_tokens(caption, probability=1.0)
@@ -67,20 +66,23 @@ def mask_tokens(
     if vocab_size is not None:
         _check_vocabulary(token_ids, mask_id, reserved, bound)
 
-    content = torch.ones_like(token_ids, dtype=torch.bool)
-    for special in sorted(reserved):
-        content &= token_ids != special
-
-    # The smallest draw of a caption is chosen whatever the probability: at least one token, without a look at values.
-    draw = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
-    first = draw.masked_fill(~content, 2.0).argmin(dim=-1, keepdim=True)
-    chosen = content & (draw < probability).scatter(-1, first, True)
-
+    chosen = _choose(token_ids, reserved, probability, generator)
     outcome = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
     words = _random_words(token_ids, bound, reserved, generator)
     masked = torch.where(chosen & (outcome < MASKED), mask_id, token_ids)
     masked = torch.where(chosen & (outcome >= MASKED) & (outcome < MASKED + REPLACED), words, masked)
     return masked.to(given.dtype), torch.where(chosen, token_ids, 0).to(given.dtype)
+
+
+def _choose(token_ids: Tensor, reserved: set[int], probability: float, generator: torch.Generator | None) -> Tensor:
+    """Which tokens are masked, bool in the shape of `token_ids`."""
+    content = torch.ones_like(token_ids, dtype=torch.bool)
+    for special in sorted(reserved):
+        content &= token_ids != special
+    draw = torch.rand(token_ids.shape, dtype=torch.float32, generator=generator, device=token_ids.device)
+    # The smallest draw of a caption is chosen whatever the probability: at least one token, without a look at values.
+    first = draw.masked_fill(~content, 2.0).argmin(dim=-1, keepdim=True)
+    return content & (draw < probability).scatter(-1, first, True)
 
 
 def _random_words(like: Tensor, bound: int, reserved: set[int], generator: torch.Generator | None) -> Tensor:

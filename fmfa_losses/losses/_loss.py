@@ -18,7 +18,7 @@ from typing_extensions import dataclass_transform  # torch brings it
 from ..distributed.peers import Peers, meet
 from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_unused_ids, did_you_mean
 from ..ops.module import Module
-from ..ops.options import BACKENDS, GATHER, REDUCTIONS, Backend, Gather, Reduction
+from ..ops.options import BACKENDS, GATHER, MOVED, REDUCTIONS, Backend, Gather, Reduction
 from ..ops.precision import accumulation_dtype, product, unit_rows
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
@@ -46,7 +46,10 @@ class ScaledOptions(Options, total=False):
 
 
 def hyperparameter(
-    *, default: Any = dataclasses.MISSING, check: Callable[[str, Any], Any] | tuple[object, ...], kw_only: bool = False
+    *,
+    default: Any = dataclasses.MISSING,
+    check: Callable[[str, Any], Any] | tuple[object, ...],
+    kw_only: Any = dataclasses.MISSING,
 ) -> Any:
     """An argument of a loss; `check` takes name and value and returns what is kept, or holds the values allowed."""
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"check": check})
@@ -77,7 +80,7 @@ def _unknown(cls: Any, word: str, known: list[str]) -> str:
     of_call = sorted({name for names in cls._of_call.values() for name in names})
     if word in of_call:
         return f"{cls.__name__} is built without {word!r}, which belongs to the call: loss(..., {word}=...)"
-    near = did_you_mean(word, [*known, *of_call]) or "."
+    near = f"; use {MOVED[word]}." if word in MOVED else did_you_mean(word, [*known, *of_call]) or "."
     return f"{cls.__name__} takes no {word!r}{near} It takes {', '.join(known)}; its call {', '.join(of_call)}"
 
 
@@ -125,6 +128,16 @@ class Loss(_Declared):
 
     # An option that decides whether pids are used: its name, the values with and without, what using them is good for.
     pids_option: ClassVar[tuple[str, str, str, str] | None] = None
+    has_ring: ClassVar[bool] = True
+    has_kernel: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.gather == "ring" and not self.has_ring:
+            raise ValueError(f'gather must be False or True, got "ring", which {name} does not have; pass gather=True')
+        if self.backend == "triton" and not self.has_kernel:
+            raise ValueError(f'backend must be "auto" or "torch", got "triton": {name} has no kernel; pass "auto"')
 
     @classmethod
     def of(cls, *tensors: Tensor | None, method: str = "forward", **options: Any) -> Tensor:
@@ -169,6 +182,12 @@ class Loss(_Declared):
                 )
         return check_ids("pids", pids, like.shape[0], like.device)
 
+    def alone(self) -> Peers:
+        """The peers of scores that exist already: none."""
+        if self.gather:
+            raise ValueError(f"gather must be False for scores, which are one process's, got {self.gather!r}")
+        return Peers(sizes=(1,))
+
     def reduce(self, per_sample: Tensor, sample_weight: Tensor | None, peers: Peers) -> Tensor:
         """[b] of the own pairs to this rank's part of the loss.
 
@@ -201,15 +220,8 @@ class ScoreLoss(Loss):
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
     """
 
+    has_ring = has_kernel = False
     rows: ClassVar[Callable[..., Tensor]]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = type(self).__name__
-        if self.gather == "ring":
-            raise ValueError(f'{name} needs whole rows of scores, got gather="ring"; pass gather=True')
-        if self.backend == "triton":
-            raise ValueError(f'{name} has no kernel, got backend="triton"; pass backend="auto"')
 
     def forward(
         self,
@@ -271,9 +283,7 @@ class ScoreLoss(Loss):
         sample_weight: Tensor | None,
         **given: Any,
     ) -> Tensor:
-        if self.gather:
-            raise ValueError(f"scores that exist are those of one process: gather must be False, got {self.gather!r}")
-        ids, arguments, alone = self.check_pids(pids, scores), self.arguments(scores, **given), Peers(scores.shape[:1])
+        alone, ids, arguments = self.alone(), self.check_pids(pids, scores), self.arguments(scores, **given)
         positive = _positives(ids, scores, alone)
         return self.reduce(self.per_sample(scores, transposed, positive, 0, **arguments), sample_weight, alone)
 

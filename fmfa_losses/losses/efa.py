@@ -8,133 +8,33 @@
 What the released code does instead: fmfa_losses/compat/released.py.
 """
 
-# torch.compile of 2.6 cannot make the types of a nested function.
-from __future__ import annotations
-
+from dataclasses import KW_ONLY
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..distributed.peers import Peers, meet
+from ..distributed.peers import Peers
 from ..ops.aggregation import aggregate, thresholds
 from ..ops.backend import select_backend
 from ..ops.checks import (
     check_divisor,
     check_finite,
-    check_flag,
     check_float,
     check_fraction,
-    check_ids,
     check_mask,
-    check_option,
     check_same,
-    check_unused_ids,
+    check_scale,
 )
 from ..ops.hard_similarity import FLAT, UnitTokens, product_dtype, token_lists, unit_similarity
-from ..ops.module import Module
-from ..ops.options import (
-    BACKENDS,
-    GATHER,
-    NEGATIVES,
-    REDUCTIONS,
-    Backend,
-    Gather,
-    Negatives,
-    Reduction,
-)
+from ..ops.options import NEGATIVES, Negatives
 from ..ops.padding import longest
 from ..ops.precision import accumulation_dtype, unit_rows
+from ._loss import Loss, ScaledOptions, functional, hyperparameter
+from .scores import check_weight, resolve_scale
 
 __all__ = ["EFALoss", "efa_loss"]
-
-# Attributes of EFALoss that must be the same on all ranks.
-SETTINGS = (
-    *("margin_text", "margin_image", "temperature", "pool_scale"),
-    *("sparsity", "negatives", "reduction"),
-)
-
-
-def efa_loss(
-    image_tokens: Tensor,
-    text_tokens: Tensor,
-    *,
-    margin_text: float = 0.1,
-    margin_image: float = 0.1,
-    temperature: float = 1.0,
-    pool_scale: float = 1.0,
-    sparsity: float | None = None,
-    negatives: Negatives = "all",
-    reduction: Reduction = "mean",
-    image_mask: Tensor | None = None,
-    text_mask: Tensor | None = None,
-    pids: Tensor | None = None,
-    gather: Gather = False,
-    process_group: Any = None,
-    equal_batches: bool = False,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Functional form of `EFALoss`, which documents every argument.
-
-    Example:
-        >>> tokens = torch.eye(4).unsqueeze(1)           # four pairs of one patch and one token, all orthogonal
-        >>> efa_loss(tokens, tokens)                     # 4 (log 3 + 0 - 1 + 0.1)
-        tensor(0.7944)
-    """
-
-    def checked() -> tuple[tuple[float, float, float, float, float | None], Tensor | None]:
-        _check_options(negatives, reduction)
-        inputs = (image_tokens, text_tokens, image_mask, text_mask, pids)
-        numbers = _check_numbers(margin_text, margin_image, temperature, pool_scale, sparsity)
-        return numbers, check_efa_inputs(*inputs, negatives=negatives, gather=gather, backend=backend)
-
-    peers, ((margin_text, margin_image, temperature, pool_scale, sparsity), pids) = meet(
-        gather,
-        process_group,
-        {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids},
-        loss="efa_loss",
-        settings={
-            "margin_text": margin_text,
-            "margin_image": margin_image,
-            "temperature": temperature,
-            "pool_scale": pool_scale,
-            "sparsity": sparsity,
-            "negatives": negatives,
-            "reduction": reduction,
-            "dtype of image_tokens": getattr(image_tokens, "dtype", None),  # that of the joint embeddings follows
-        },
-        equal_batches=equal_batches,
-        check=checked,
-    )
-    if text_mask is not None:
-        if not gather:  # what travels has the same L everywhere
-            L = longest(text_mask)
-            text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
-        text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
-    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
-    chosen = select_backend(backend, image_tokens, text_tokens)
-    joint = aggregate(image_tokens, text_tokens, image_mask, threshold, chosen)
-    flat = pool_scale < FLAT
-    text_sim, image_sim = _similarities(
-        joint, image_tokens, text_tokens, image_mask, text_mask, peers,
-        pool="log_mean" if flat else "lse", pool_scale=pool_scale, backend=backend,
-    )  # fmt: skip
-    everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
-    own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
-    excluded = own[:, None] == everyone
-    if pids is not None:
-        excluded = pids[:, None] == peers.gather(pids)
-    # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
-    # of the margins in each.
-    sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
-    margin = (margin_text + margin_image) / 2
-    levels = None
-    if flat:
-        levels = _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype) / pool_scale
-    per_sample = _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
-    if reduction == "mean":
-        return peers.mean(per_sample)
-    return per_sample.sum() if reduction == "sum" else per_sample
 
 
 def _similarities(
@@ -214,7 +114,12 @@ def _level_differences(
 
 
 def _ranking(
-    sim: Tensor, excluded: Tensor, margin: float, temperature: float, offset: int, levels: Tensor | None = None
+    sim: Tensor,
+    excluded: Tensor,
+    margin: float,
+    temperature: float | Tensor,
+    offset: int,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [..., b]; 0 for a row without negatives.
 
@@ -233,7 +138,11 @@ def _ranking(
     return terms.masked_fill(excluded.all(dim=1), 0)
 
 
-class EFALoss(Module):
+def _check_sparsity(name: str, value: float | None) -> float | None:
+    return None if value is None else check_fraction(name, value)
+
+
+class EFALoss(Loss):
     """Pulls each image's patches and each text's tokens to their joint embeddings, away from the other pairs' ones.
 
         L = mean_i sum_x log sum_{j != i} exp((S_ij - S_ii + margin_x) / tau2)    x in {text, image}, S and transposed S
@@ -256,7 +165,8 @@ class EFALoss(Module):
         text_tokens: [B, L, D].
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
         pids: [B] integer identities, for negatives="different_identity"; "all" does not use them and warns once.
-        peers: as in ASDMLoss.
+        logit_scale: 1 / tau2 instead of `temperature`: a number, or a tensor with one element on any device.
+        sample_weight, peers: as in ASDMLoss.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
@@ -277,42 +187,15 @@ class EFALoss(Module):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-12.
     """
 
-    margin_text: float
-    margin_image: float
-    temperature: float
-    pool_scale: float
-    sparsity: float | None
-    negatives: Negatives
-    reduction: Reduction
-    gather: Gather
-    equal_batches: bool
-    backend: Backend
+    margin_text: float = hyperparameter(default=0.1, check=check_finite)
+    margin_image: float = hyperparameter(default=0.1, check=check_finite)
+    _: KW_ONLY
+    temperature: float = hyperparameter(default=1.0, check=check_divisor)
+    pool_scale: float = hyperparameter(default=1.0, check=check_divisor)
+    sparsity: float | None = hyperparameter(default=None, check=_check_sparsity)
+    negatives: Negatives = hyperparameter(default="all", check=NEGATIVES)
 
-    def __init__(
-        self,
-        margin_text: float = 0.1,
-        margin_image: float = 0.1,
-        *,
-        temperature: float = 1.0,
-        pool_scale: float = 1.0,
-        sparsity: float | None = None,
-        negatives: Negatives = "all",
-        reduction: Reduction = "mean",
-        gather: Gather = False,
-        process_group: Any = None,
-        equal_batches: bool = False,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        _check_options(negatives, reduction)
-        self.margin_text, self.margin_image, self.temperature, self.pool_scale, self.sparsity = _check_numbers(
-            margin_text, margin_image, temperature, pool_scale, sparsity
-        )
-        check_option("gather", gather, GATHER)
-        check_option("backend", backend, BACKENDS)
-        self.negatives, self.reduction, self.backend = negatives, reduction, backend
-        self.gather, self.process_group = gather, process_group
-        self.equal_batches = check_flag("equal_batches", equal_batches)
+    pids_option = ("negatives", "different_identity", "all", "to spare them")
 
     def forward(
         self,
@@ -322,67 +205,106 @@ class EFALoss(Module):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         pids: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
         peers: Peers | None = None,
     ) -> Tensor:
-        return efa_loss(
-            image_tokens,
-            text_tokens,
-            margin_text=self.margin_text,
-            margin_image=self.margin_image,
-            temperature=self.temperature,
-            pool_scale=self.pool_scale,
-            sparsity=self.sparsity,
-            negatives=self.negatives,
-            reduction=self.reduction,
-            image_mask=image_mask,
-            text_mask=text_mask,
-            pids=pids,
-            gather=self.gather,
-            process_group=self.process_group if peers is None else peers,
-            equal_batches=self.equal_batches,
-            backend=self.backend,
-        )
+        def checked() -> Any:  # torch.compile of 2.6 cannot make the types of a nested function
+            given = (image_tokens, text_tokens, image_mask, text_mask, pids, logit_scale, sample_weight)
+            return self.check_inputs(*given, shared=bool(self.gather))
+
+        tensors = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids, "sample_weight": sample_weight}
+        dtype = getattr(image_tokens, "dtype", None)  # that of the joint embeddings follows
+        settings = {"logit_scale": logit_scale, "dtype of image_tokens": dtype}
+        peers, pids = self.meet(tensors, checked, peers, **settings)
+        per_sample = self.per_sample(image_tokens, text_tokens, image_mask, text_mask, pids, logit_scale, peers)
+        return self.reduce(per_sample, sample_weight, peers)
+
+    def check_inputs(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        pids: Tensor | None,
+        logit_scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        *,
+        shared: bool,
+    ) -> Tensor | None:
+        """The pids to go on with. `shared`: other ranks wait, so what cannot run here must be known before."""
+        check_float("image_tokens", image_tokens, "B N D")
+        check_float("text_tokens", text_tokens, "B L D")
+        check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
+        check_mask("image_mask", image_mask, image_tokens)
+        check_mask("text_mask", text_mask, text_tokens)
+        if logit_scale is not None:
+            check_scale(logit_scale)
+        if sample_weight is not None:
+            check_weight("sample_weight", sample_weight, text_tokens[:, 0, 0])
+        if shared:
+            select_backend(self.backend, image_tokens, text_tokens)
+        return self.check_pids(pids, image_tokens)
+
+    def per_sample(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        pids: Tensor | None,
+        logit_scale: float | Tensor | None,
+        peers: Peers,
+    ) -> Tensor:
+        """The four terms of the own pairs, added, [b]."""
+        if text_mask is not None:
+            if not self.gather:  # what travels has the same L everywhere
+                L = longest(text_mask)
+                text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
+            text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
+        threshold = thresholds(image_tokens, text_tokens, image_mask, self.sparsity)
+        chosen = select_backend(self.backend, image_tokens, text_tokens)
+        joint = aggregate(image_tokens, text_tokens, image_mask, threshold, chosen)
+        flat = self.pool_scale < FLAT
+        text_sim, image_sim = _similarities(
+            joint, image_tokens, text_tokens, image_mask, text_mask, peers,
+            pool="log_mean" if flat else "lse", pool_scale=self.pool_scale, backend=self.backend,
+        )  # fmt: skip
+        everyone = torch.arange(text_sim.shape[1], device=text_sim.device)
+        own = everyone[peers.offset : peers.offset + text_sim.shape[0]]
+        excluded = own[:, None] == everyone
+        if pids is not None:
+            excluded = pids[:, None] == peers.gather(pids)
+        # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
+        # of the margins in each.
+        sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
+        margin, levels = (self.margin_text + self.margin_image) / 2, None
+        if flat:
+            levels = _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype)
+            levels = levels / self.pool_scale
+        temperature = self.temperature if logit_scale is None else 1 / resolve_scale(logit_scale, 1.0, sims)
+        return _ranking(sims, excluded, margin, temperature, peers.offset, levels).sum(dim=0)
 
 
-def _check_numbers(
-    margin_text: float, margin_image: float, temperature: float, pool_scale: float, sparsity: float | None
-) -> tuple[float, float, float, float, float | None]:
-    return (
-        check_finite("margin_text", margin_text),
-        check_finite("margin_image", margin_image),
-        check_divisor("temperature", temperature),
-        check_divisor("pool_scale", pool_scale),
-        None if sparsity is None else check_fraction("sparsity", sparsity),
-    )
+class EFAOptions(ScaledOptions, total=False):
+    margin_text: float
+    margin_image: float
+    pool_scale: float
+    sparsity: float | None
+    negatives: Negatives
+    image_mask: Tensor | None
+    text_mask: Tensor | None
+    pids: Tensor | None
 
 
-def _check_options(negatives: Negatives, reduction: Reduction) -> None:
-    check_option("negatives", negatives, NEGATIVES)
-    check_option("reduction", reduction, REDUCTIONS)
+@functional(EFALoss)
+def efa_loss(image_tokens: Tensor, text_tokens: Tensor, **options: Unpack[EFAOptions]) -> Tensor:
+    """Functional form of `EFALoss`, which documents every argument.
 
+    Example:
+        >>> tokens = torch.eye(4).unsqueeze(1)           # four pairs of one patch and one token, all orthogonal
+        >>> efa_loss(tokens, tokens)                     # 4 (log 3 + 0 - 1 + 0.1)
+        tensor(0.7944)
+    """
 
-def check_efa_inputs(
-    image_tokens: Tensor,
-    text_tokens: Tensor,
-    image_mask: Tensor | None,
-    text_mask: Tensor | None,
-    pids: Tensor | None,
-    *,
-    negatives: Negatives,
-    gather: Gather,
-    backend: Backend,
-) -> Tensor | None:
-    """The pids to go on with; None where nothing asks for them."""
-    check_float("image_tokens", image_tokens, "B N D")
-    check_float("text_tokens", text_tokens, "B L D")
-    check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
-    check_mask("image_mask", image_mask, image_tokens)
-    check_mask("text_mask", text_mask, text_tokens)
-    if gather:  # what cannot run here must be known before the others wait for it
-        select_backend(backend, image_tokens, text_tokens)
-    if negatives == "all":
-        check_unused_ids("EFA", pids, image_tokens, 'negatives="all"', 'negatives="different_identity" to spare them')
-        return None
-    if pids is None:
-        raise ValueError('negatives="different_identity" needs the identities: pass pids [B]')
-    return check_ids("pids", pids, image_tokens.shape[0], image_tokens.device)
+    return EFALoss.of(image_tokens, text_tokens, **options)

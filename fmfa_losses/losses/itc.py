@@ -7,102 +7,21 @@ The target q is the pair alone ("paired": CLIP, IRRA's compute_itc), or uniform 
 not pushed away.
 """
 
-import torch
-from torch import Tensor
+from dataclasses import KW_ONLY
+from typing import Any
 
-from ..ops.checks import check_divisor, check_ids, check_option, check_scale, check_unused_ids
-from ..ops.module import Module
-from ..ops.options import BACKENDS, MATCHINGS, REDUCTIONS, Backend, Matching, Reduction
-from ..ops.similarity_distribution.api import similarity_distribution_loss
-from .scores import (
-    check_features,
-    check_scores,
-    reduce,
-    resolve_scale,
-    same_identity,
-    soft_targets,
-)
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops.options import MATCHINGS, Matching
+from ._distribution import DistributionLoss
+from ._loss import ScaledOptions, functional, hyperparameter
+from .scores import check_scores, resolve_scale, same_identity, soft_targets
 
 __all__ = ["ITCLoss", "itc_loss", "itc_loss_from_scores"]
 
 
-def itc_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    pids: Tensor | None = None,
-    *,
-    temperature: float = 0.02,
-    targets: Matching = "paired",
-    reduction: Reduction = "mean",
-    logit_scale: float | Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Functional form of `ITCLoss`, which documents every argument.
-
-    Example:
-        >>> features = torch.eye(4)
-        >>> itc_loss(features, features) < 1e-6
-        tensor(True)
-    """
-    check_option("targets", targets, MATCHINGS)
-    scale = check_scale(logit_scale, temperature)
-    check_features(image_features, text_features)
-    _check_pids(pids, targets, text_features)
-    if targets == "paired":  # InfoNCE is the cross-entropy of identities that are all different
-        pids = torch.arange(text_features.shape[0], device=text_features.device)
-    assert pids is not None
-    per_sample = similarity_distribution_loss(
-        text_features,
-        image_features,
-        pids,
-        logit_scale=scale,
-        objective="cross_entropy",
-        reduction="none",
-        backend=backend,
-    )
-    return reduce(per_sample / 2, reduction, sample_weight)
-
-
-def itc_loss_from_scores(
-    scores: Tensor,
-    pids: Tensor | None = None,
-    *,
-    temperature: float = 0.02,
-    targets: Matching = "paired",
-    reduction: Reduction = "mean",
-    logit_scale: float | Tensor | None = None,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """`ITCLoss` on scores that exist already, [B, B] text x image, before the logit scale.
-
-    Example:
-        >>> itc_loss_from_scores(torch.zeros(4, 4))                   # log 4
-        tensor(1.3863)
-    """
-    check_option("targets", targets, MATCHINGS)
-    scores = check_scores(scores)
-    _check_pids(pids, targets, scores)
-    logits = resolve_scale(logit_scale, temperature, scores) * scores
-    t2i, i2t = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
-    if targets == "paired":
-        log_p = t2i.diagonal() + i2t.diagonal()
-    else:
-        assert pids is not None
-        log_p = (soft_targets(same_identity(pids, scores), None, 1.0, scores) * (t2i + i2t)).sum(dim=1)
-    return reduce(-log_p / 2, reduction, sample_weight)
-
-
-def _check_pids(pids: Tensor | None, targets: Matching, like: Tensor) -> None:
-    if targets == "paired":
-        check_unused_ids("ITC", pids, like, 'targets="paired"', 'targets="identity" to pull them too')
-    elif pids is None:
-        raise ValueError('targets="identity" needs the identities: pass pids [B]')
-    else:
-        check_ids("pids", pids, like.shape[0], like.device)
-
-
-class ITCLoss(Module):
+class ITCLoss(DistributionLoss):
     """Pulls each pair together and pushes it away from the other samples of the batch, as CLIP is trained.
 
         L = -1/2 mean_i [ log softmax_j z_ij at j = i   over texts,  plus the same over images ]
@@ -128,6 +47,7 @@ class ITCLoss(Module):
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
 
     Example:
+        >>> import torch
         >>> image, text = torch.eye(3), torch.eye(3).roll(1, 0)       # every pair mismatched
         >>> ITCLoss()(image, text)
         tensor(50.)
@@ -135,28 +55,15 @@ class ITCLoss(Module):
     Reference: Radford et al., arXiv 2103.00020; Cao et al., arXiv 2308.10045 (targets by identity).
     """
 
-    temperature: float
-    targets: Matching
-    reduction: Reduction
-    backend: Backend
+    _: KW_ONLY
+    targets: Matching = hyperparameter(default="paired", check=MATCHINGS)
 
-    def __init__(
-        self,
-        temperature: float = 0.02,
-        *,
-        targets: Matching = "paired",
-        reduction: Reduction = "mean",
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        temperature = check_divisor("temperature", temperature)
-        check_option("backend", backend, BACKENDS)
-        check_option("targets", targets, MATCHINGS)
-        check_option("reduction", reduction, REDUCTIONS)
-        self.temperature, self.targets = temperature, targets
-        self.reduction, self.backend = reduction, backend
+    pids_option = ("targets", "identity", "paired", "to pull them too")
 
-    def forward(
+    def row_loss(self) -> dict[str, Any]:
+        return {"objective": "cross_entropy"}
+
+    def forward(  # type: ignore[override]
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -165,14 +72,52 @@ class ITCLoss(Module):
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        return itc_loss(
-            image_features,
-            text_features,
-            pids,
-            temperature=self.temperature,
-            targets=self.targets,
-            reduction=self.reduction,
-            logit_scale=logit_scale,
-            sample_weight=sample_weight,
-            backend=self.backend,
-        )
+        return self._of_features(image_features, text_features, pids, None, logit_scale, sample_weight) / 2
+
+    def from_scores(
+        self,
+        scores: Tensor,
+        pids: Tensor | None = None,
+        *,
+        logit_scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        alone, scores = self.alone(), check_scores(scores)
+        ids, logits = self.check_pids(pids, scores), resolve_scale(logit_scale, self.temperature, scores) * scores
+        log_p = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
+        if ids is None:
+            of_targets = log_p[0].diagonal() + log_p[1].diagonal()
+        else:
+            of_targets = (soft_targets(same_identity(ids, scores), None, 1.0, scores) * sum(log_p)).sum(dim=1)
+        return self.reduce(-of_targets / 2, sample_weight, alone)
+
+
+class ITCOptions(ScaledOptions, total=False):
+    targets: Matching
+
+
+@functional(ITCLoss)
+def itc_loss(
+    image_features: Tensor, text_features: Tensor, pids: Tensor | None = None, **options: Unpack[ITCOptions]
+) -> Tensor:
+    """Functional form of `ITCLoss`, which documents every argument.
+
+    Example:
+        >>> import torch
+        >>> features = torch.eye(4)
+        >>> itc_loss(features, features) < 1e-6
+        tensor(True)
+    """
+    return ITCLoss.of(image_features, text_features, pids, **options)
+
+
+@functional(ITCLoss, "from_scores")
+def itc_loss_from_scores(scores: Tensor, pids: Tensor | None = None, **options: Unpack[ITCOptions]) -> Tensor:
+    """`ITCLoss` on scores that exist already, [B, B] text x image, before the logit scale.
+
+    Example:
+        >>> import torch
+        >>> itc_loss_from_scores(torch.zeros(4, 4))                   # log 4
+        tensor(1.3863)
+    """
+    return ITCLoss.of(scores, pids, method="from_scores", **options)

@@ -1,4 +1,4 @@
-"""What the losses over all pairs of a batch share: scores, labels, sample weights and the reduction.
+"""What the losses over all pairs of a batch share: scores, labels and sample weights.
 
 Scores are [B, B], text x image: scores_ij belongs to text i and image j, and the diagonal holds the pairs of the batch.
 Transposed scores have images as rows. Every loss here is a few [B, B] matrices of float32 or better.
@@ -11,14 +11,12 @@ from ..ops.checks import (
     AS_TENSOR,
     check_float,
     check_ids,
-    check_option,
     check_same,
     check_scalar,
     check_scale,
     describe,
     on_host,
 )
-from ..ops.options import REDUCTIONS, Reduction
 from ..ops.precision import accumulation_dtype, product, unit_rows
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "cosine_scores",
     "divergence",
     "masked_logsumexp",
-    "reduce",
     "resolve_scale",
     "same_identity",
     "scalar_like",
@@ -118,21 +115,3 @@ def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:
             f"{name} must not be negative, got {lowest:g} in {describe(given)}; a weight of 0 leaves a pair out"
         )
     return weight
-
-
-def reduce(per_sample: Tensor, reduction: Reduction, sample_weight: Tensor | None) -> Tensor:
-    """[B] to a scalar, or [B] with "none".
-
-    Weights multiply; "mean" then divides by their sum and not by B, and gives 0 where all are 0.
-    """
-    check_option("reduction", reduction, REDUCTIONS)
-    if sample_weight is None:
-        return per_sample if reduction == "none" else getattr(per_sample, reduction)()
-    weight = check_weight("sample_weight", sample_weight, per_sample)
-    weighted = weight * per_sample
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    total = weight.sum()
-    return weighted.sum() / torch.where(total == 0, torch.ones_like(total), total)

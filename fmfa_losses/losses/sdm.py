@@ -7,92 +7,20 @@ It is A-SDM (asdm.py) with alpha = 0. IRRA's code divides soft labels by the sum
 the same for hard labels: `fmfa_losses.compat.irra.compute_sdm`.
 """
 
-from torch import Tensor
+from dataclasses import KW_ONLY
 
-from ..ops.checks import check_divisor, check_fraction, check_option, check_positive
-from ..ops.module import Module
-from ..ops.options import BACKENDS, REDUCTIONS, Backend, Reduction
-from .asdm import asdm_loss
-from .scores import (
-    check_features,
-    check_scores,
-    divergence,
-    reduce,
-    resolve_scale,
-    same_identity,
-    soft_targets,
-)
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..ops.checks import check_fraction, check_positive
+from ._distribution import DistributionLoss
+from ._loss import ScaledOptions, functional, hyperparameter
+from .scores import check_scores, divergence, resolve_scale, same_identity, soft_targets
 
 __all__ = ["SDMLoss", "sdm_loss", "sdm_loss_from_scores"]
 
 
-def sdm_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    pids: Tensor,
-    *,
-    temperature: float = 0.02,
-    eps: float = 1e-8,
-    reduction: Reduction = "mean",
-    image_ids: Tensor | None = None,
-    image_id_factor: float = 0.3,
-    logit_scale: float | Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Functional form of `SDMLoss`, which documents every argument.
-
-    Example:
-        >>> import torch
-        >>> features = torch.eye(4)
-        >>> sdm_loss(features, features, torch.arange(4)) < 1e-6
-        tensor(True)
-    """
-    check_features(image_features, text_features)
-    per_sample = asdm_loss(
-        image_features,
-        text_features,
-        pids,
-        temperature=temperature,
-        alpha=0.0,
-        eps=eps,
-        reduction="none",
-        image_ids=image_ids,
-        image_id_factor=image_id_factor,
-        logit_scale=logit_scale,
-        backend=backend,
-    )
-    return reduce(per_sample, reduction, sample_weight)
-
-
-def sdm_loss_from_scores(
-    scores: Tensor,
-    pids: Tensor,
-    *,
-    temperature: float = 0.02,
-    eps: float = 1e-8,
-    reduction: Reduction = "mean",
-    image_ids: Tensor | None = None,
-    image_id_factor: float = 0.3,
-    logit_scale: float | Tensor | None = None,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """`SDMLoss` on scores that exist already, [B, B] text x image, before the logit scale.
-
-    Example:
-        >>> import torch
-        >>> sdm_loss_from_scores(torch.eye(4), torch.arange(4)) < 1e-6
-        tensor(True)
-    """
-    eps, image_id_factor = check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)
-    scores = check_scores(scores)
-    logits = resolve_scale(logit_scale, temperature, scores) * scores
-    targets = soft_targets(same_identity(pids, scores), image_ids, image_id_factor, scores)
-    per_sample = divergence(logits, targets, eps) + divergence(logits.T, targets, eps)
-    return reduce(per_sample, reduction, sample_weight)
-
-
-class SDMLoss(Module):
+class SDMLoss(DistributionLoss):
     """Pulls each text's and image's similarity distribution to the distribution of its labels.
 
         L = mean_i KL(p_i || q_i + eps)    over texts, plus the same over images
@@ -127,48 +55,52 @@ class SDMLoss(Module):
     Reference: Jiang and Ye, arXiv 2303.12501, Eq. 2-4.
     """
 
-    temperature: float
-    eps: float
-    reduction: Reduction
-    image_id_factor: float
-    backend: Backend
+    _: KW_ONLY
+    eps: float = hyperparameter(default=1e-8, check=check_positive)
+    image_id_factor: float = hyperparameter(default=0.3, check=check_fraction)
 
-    def __init__(
+    def from_scores(
         self,
-        temperature: float = 0.02,
-        *,
-        eps: float = 1e-8,
-        reduction: Reduction = "mean",
-        image_id_factor: float = 0.3,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        check_option("reduction", reduction, REDUCTIONS)
-        check_option("backend", backend, BACKENDS)
-        self.eps, self.image_id_factor = check_positive("eps", eps), check_fraction("image_id_factor", image_id_factor)
-        self.temperature, self.reduction = check_divisor("temperature", temperature), reduction
-        self.backend = backend
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
+        scores: Tensor,
         pids: Tensor,
         *,
         image_ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        return sdm_loss(
-            image_features,
-            text_features,
-            pids,
-            temperature=self.temperature,
-            eps=self.eps,
-            reduction=self.reduction,
-            image_ids=image_ids,
-            image_id_factor=self.image_id_factor,
-            logit_scale=logit_scale,
-            sample_weight=sample_weight,
-            backend=self.backend,
-        )
+        alone, scores = self.alone(), check_scores(scores)
+        logits = resolve_scale(logit_scale, self.temperature, scores) * scores
+        targets = soft_targets(same_identity(pids, scores), image_ids, self.image_id_factor, scores)
+        per_sample = divergence(logits, targets, self.eps) + divergence(logits.T, targets, self.eps)
+        return self.reduce(per_sample, sample_weight, alone)
+
+
+class SDMOptions(ScaledOptions, total=False):
+    eps: float
+    image_id_factor: float
+    image_ids: Tensor | None
+
+
+@functional(SDMLoss)
+def sdm_loss(image_features: Tensor, text_features: Tensor, pids: Tensor, **options: Unpack[SDMOptions]) -> Tensor:
+    """Functional form of `SDMLoss`, which documents every argument.
+
+    Example:
+        >>> import torch
+        >>> features = torch.eye(4)
+        >>> sdm_loss(features, features, torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    return SDMLoss.of(image_features, text_features, pids, **options)
+
+
+@functional(SDMLoss, "from_scores")
+def sdm_loss_from_scores(scores: Tensor, pids: Tensor, **options: Unpack[SDMOptions]) -> Tensor:
+    """`SDMLoss` on scores that exist already, [B, B] text x image, before the logit scale.
+
+    Example:
+        >>> import torch
+        >>> sdm_loss_from_scores(torch.eye(4), torch.arange(4)) < 1e-6
+        tensor(True)
+    """
+    return SDMLoss.of(scores, pids, method="from_scores", **options)

@@ -7,6 +7,7 @@ compared.
 
 import difflib
 import numbers
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -69,10 +70,17 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """A UserWarning for the first time that a process says so; compiled code says nothing."""
-    if not torch.compiler.is_compiling() and message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=2)
+    """A UserWarning, once a process, at the line that called the library; compiled code does not warn."""
+    if torch.compiler.is_compiling() or message in _warned:
+        return
+    _warned.add(message)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "fmfa_losses",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def check_float(name: str, tensor: object, pattern: str) -> None:

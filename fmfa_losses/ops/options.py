@@ -29,3 +29,10 @@ MATCHINGS = get_args(Matching)
 NEGATIVES = get_args(Negatives)
 TRL_NEGATIVES = get_args(TRLNegatives)
 POOLS = get_args(Pool)
+
+# Options that are none any more, of the code released with the papers, which `compat` computes.
+MOVED = {
+    "gap": "fmfa_losses.compat.fmfa.compute_sdm",
+    "target": "fmfa_losses.compat.irra.compute_sdm",
+    "ranking": "fmfa_losses.compat.released.released_efa",
+}

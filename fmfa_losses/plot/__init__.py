@@ -1,4 +1,4 @@
-"""Figures of what the objectives do: where a token looks, which pairs are pulled harder, what is found.
+"""Figures: which patches a token is similar to, which pairs A-SDM weights more, what a search finds, losses over time.
 
 Needs matplotlib: `pip install "fmfa-losses[plot]"`. Every function returns a `matplotlib.figure.Figure` made
 without pyplot: nothing global changes, nothing has to be closed; `figure.savefig("maps.png")` writes it.

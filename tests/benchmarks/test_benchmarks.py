@@ -9,36 +9,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import (
-    ROOT,
-    __main__,
-    alternatives,
-    exact,
-    gpu,
-    gpu_worker,
-    kernel_work,
-    machine,
-    micro,
-    plots,
-    preflight,
-    providers,
-    report,
-    results,
-    stand_in,
-    stand_in_cuda,
-    triton_cache,
-    wheels,
-)
-from benchmarks.book import Book, checked
+from benchmarks import ROOT, __main__, machine, micro, providers, report, results, stand_in
 from benchmarks.cases import SIZES, Case, inputs, leaves, lengths, work
-from benchmarks.cuda_clock import CaptureError, measure_cuda
-from benchmarks.lines import record_line
+from benchmarks.gpu import alternatives, exact, kernel_work, plots, preflight, stand_in_cuda, triton_cache, wheels
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu import worker as gpu_worker
+from benchmarks.gpu.book import Book, checked
+from benchmarks.gpu.cuda_clock import CaptureError, measure_cuda
+from benchmarks.gpu.lines import record_line
+from benchmarks.gpu.plan import STAGES, Job, gpu_jobs, stage_jobs
+from benchmarks.gpu.predictions import PREDICTIONS, predicted
+from benchmarks.gpu.tables import gpu_report, gpu_tables
+from benchmarks.gpu.targets import gpu_targets
 from benchmarks.measure import DTYPES, disagreement, measure_cpu, spread
-from benchmarks.plan import STAGES, Job, gpu_jobs, stage_jobs
-from benchmarks.predictions import PREDICTIONS, predicted
 from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON
-from benchmarks.tables import gpu_report, gpu_tables, micro_table
-from benchmarks.targets import gpu_targets, micro_targets
+from benchmarks.tables import micro_table
+from benchmarks.targets import micro_targets
 
 SMALL = {"L": 3, "N": 5, "D": 7}
 MACHINE = {
@@ -437,7 +423,7 @@ def test_poison_is_taken_away_again():
 def test_a_cache_is_used_or_named(monkeypatch, tmp_path):
     """A cache that does not fit is never used, and the reason is said."""
     assert triton_cache.prepare(None) == (None, "no prebuilt Triton cache: kernels are compiled here")
-    installed, prebuild = [], pytest.importorskip("benchmarks.prebuild")
+    installed, prebuild = [], pytest.importorskip("benchmarks.gpu.prebuild")
     monkeypatch.setattr(prebuild, "install", lambda *folders: installed.append(folders))
     monkeypatch.setattr(prebuild, "contents", lambda folder: "3 kernels")
     monkeypatch.setattr(prebuild, "usable", lambda folder: "another triton")

@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.about import LEGEND
-from benchmarks.book import UNSEEN, missing, read_records
-from benchmarks.gpu import ROOT
-from benchmarks.kernel_work import FLOPS
-from benchmarks.plan import STAGES, gpu_jobs
+from benchmarks.gpu.about import LEGEND
+from benchmarks.gpu.book import UNSEEN, missing, read_records
+from benchmarks.gpu.kernel_work import FLOPS
+from benchmarks.gpu.plan import STAGES, gpu_jobs
+from benchmarks.gpu.run import ROOT
+from benchmarks.gpu.supervisor import OUT_OF_TIME
 from benchmarks.providers import TORCH, TRITON
 from benchmarks.results import of_kind
-from benchmarks.supervisor import OUT_OF_TIME
 
 # The peers' functions in PyTorch, under the names and with the arguments of their packages.
 SCORE = """

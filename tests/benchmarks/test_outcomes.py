@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks import ROOT, gpu_tests
+from benchmarks import ROOT
+from benchmarks.gpu import device_tests
 
 TESTS = {
     "test_broken.py": "import no_such_package\ndef test_never(): pass\n",
@@ -33,7 +34,7 @@ OUTCOMES = {"test_broken.py": "error", "test_mixed.py::test_passes": "passed",
 def test_a_broken_file_takes_no_other_along(workers, tmp_path):
     for name, source in TESTS.items():
         (tmp_path / name).write_text(source)
-    *tests, last = gpu_tests.run_tests(workers, tmp_path)
+    *tests, last = device_tests.run_tests(workers, tmp_path)
     assert len(tests) == len(OUTCOMES)
     assert {test["test"]: test["outcome"] for test in tests} == OUTCOMES
     why = {test["test"]: test["why"] for test in tests if "why" in test}
@@ -57,7 +58,7 @@ def test_second():
         assert time.monotonic() < end
         time.sleep(0.05)
 """)
-    outcomes = gpu_tests.run_tests(0, tmp_path)
+    outcomes = device_tests.run_tests(0, tmp_path)
     assert next(outcomes)["test"] == "test_two.py::test_first"
     gate.touch()
     assert [record.get("outcome") for record in outcomes] == ["passed", None]
@@ -78,5 +79,5 @@ def test_gpu_tests_need_few_packages(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "without", "-p", "no:cacheprovider", "--collect-only", "-q"]
     done = subprocess.run([*command, "tests/gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    modules = "benchmarks.gpu, benchmarks.gpu_worker, benchmarks.tune"
+    modules = "benchmarks.gpu.run, benchmarks.gpu.worker, benchmarks.gpu.tune"
     subprocess.run([sys.executable, "-c", f"import without, {modules}"], cwd=ROOT, env=env, check=True)

@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
 import triton
 
-from benchmarks import ROOT, prebuild, results, stand_in
-from benchmarks.candidates import tables
-from benchmarks.plan import Job, gpu_jobs
+from benchmarks import ROOT, results, stand_in
+from benchmarks.gpu import prebuild
+from benchmarks.gpu.candidates import tables
+from benchmarks.gpu.plan import Job, gpu_jobs
 from benchmarks.providers import TRITON
 
 
@@ -91,7 +92,7 @@ def test_an_edited_table_leaves_the_cache_usable(folder, tmp_path):
     edited(checkout, "hard_similarity.py", lambda text: text.replace("(128, 64, 256, 8, 3)", "(128, 32, 256, 8, 3)"))
     script = f"""
 import benchmarks
-from benchmarks import prebuild, triton_cache
+from benchmarks.gpu import prebuild, triton_cache
 print(prebuild.usable({str(prebuilt)!r}))
 print(triton_cache.prepare(__import__('pathlib').Path({str(prebuilt)!r}))[1])
 """

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from fmfa_losses.kernels import _launch
 
-from benchmarks import device, stand_in
-from benchmarks.alone import kernels_of
+from benchmarks import stand_in
 from benchmarks.cases import Case
-from benchmarks.gpu_worker import step_of
-from benchmarks.plan import Job
+from benchmarks.gpu import device
+from benchmarks.gpu.alone import kernels_of
+from benchmarks.gpu.plan import Job
+from benchmarks.gpu.worker import step_of
 
 
 @triton.jit

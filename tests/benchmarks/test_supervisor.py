@@ -10,11 +10,11 @@ import time
 
 import psutil
 
-from benchmarks.book import Book, read_records
 from benchmarks.cases import Case
-from benchmarks.gpu import ROOT
-from benchmarks.plan import STAGES, Job
-from benchmarks.supervisor import OUT_OF_TIME, Worker, run_jobs, stage_ends
+from benchmarks.gpu.book import Book, read_records
+from benchmarks.gpu.plan import STAGES, Job
+from benchmarks.gpu.run import ROOT
+from benchmarks.gpu.supervisor import OUT_OF_TIME, Worker, run_jobs, stage_ends
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "memory_gib": 8}
 IDENTITY = {"stage": "d", "kind": "figure", "case": "c", "provider": "p", "dtype": "bf16"}
@@ -237,7 +237,7 @@ def test_a_worker_in_the_middle_of_a_job_ends_with_its_supervisor(tmp_path):
     """SIGKILL to the supervisor while the worker hangs: neither the worker nor what it started stays."""
     worker = textwrap.dedent("""
         import os, subprocess, threading, time
-        from benchmarks.gpu_worker import _end_with
+        from benchmarks.gpu.worker import _end_with
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         print(os.getpid(), subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL).pid, flush=True)
         time.sleep(600)

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from benchmarks import results, tune
-from benchmarks.alternatives import value
-from benchmarks.candidates import TABLES
-from benchmarks.gpu import ROOT
+from benchmarks import results
+from benchmarks.gpu import tune
+from benchmarks.gpu.alternatives import value
+from benchmarks.gpu.candidates import TABLES
+from benchmarks.gpu.run import ROOT
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)

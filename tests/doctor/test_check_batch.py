@@ -16,6 +16,7 @@ from fmfa_losses import (
     SDMLoss,
     SigmoidLoss,
     TALLoss,
+    TripletLoss,
     TRLLoss,
 )
 from fmfa_losses.doctor.diagnosis import check_batch
@@ -62,6 +63,8 @@ RIGHT = {
     "[CLS] is masked": lambda: BATCH.arguments(
         image_tokens=BATCH.cls_and_patches, image_mask=(torch.arange(N + 1) > 0).expand(B, -1)
     ),
+    "triplet by identity": lambda: BATCH.arguments(loss=TripletLoss()),
+    "sigmoid by identity": lambda: BATCH.arguments(loss=SigmoidLoss(positives="identity")),
     "EFA by identity": lambda: BATCH.arguments(loss=EFALoss(negatives="different_identity")),
     "FMFA": lambda: make(persons=B).arguments(loss=fmfa()),
     "FMFA by identity": lambda: BATCH.arguments(loss=fmfa(efa={"negatives": "different_identity"})),
@@ -218,6 +221,16 @@ WRONG = {
     "FMFA of the inverse": (
         lambda: {"loss": fmfa(asdm={"temperature": 50.0})},
         "FMFALoss's ASDMLoss(temperature=50): if this is",
+    ),
+    "triplet with repeated persons": (
+        lambda: BATCH.arguments(loss=TripletLoss(negatives="all")),
+        'TripletLoss(negatives="all") does not use pids, 4 of 32 repeat: pairs of one person are negatives of each '
+        'other; TripletLoss(negatives="different_identity") leaves them out',
+    ),
+    "sigmoid with repeated persons": (
+        lambda: BATCH.arguments(loss=SigmoidLoss(positives="paired")),
+        'SigmoidLoss(positives="paired") does not use pids, 4 of 32 repeat: pairs of one person are negatives of each '
+        'other; SigmoidLoss(positives="identity") makes them positives',
     ),
     "FMFA with repeated persons": (
         lambda: BATCH.arguments(loss=fmfa()),

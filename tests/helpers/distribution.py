@@ -1,6 +1,6 @@
 """Inputs, golden cases and the error budget that the tests of the similarity distribution share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.budget import relative_error
 from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
-from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
+from fmfa_losses.ops.similarity_distribution.blocks import BlockBackend, ring_backward, ring_forward, torch_blocks
+from fmfa_losses.ops.similarity_distribution.reference import RowLoss
 from helpers.budget import assert_within_budget
 from helpers.compare import value_and_grads
 
@@ -131,3 +132,46 @@ def assert_differentiable_once(loss: Callable[..., Tensor], backend: str, device
         with pytest.raises(RuntimeError, match="similarity_distribution_loss is differentiable once"):
             penalty.backward(retain_graph=True)
     assert all(leaf.grad is None for leaf in leaves)
+
+
+class RingOfOneProcess:
+    """What one rank sees of a ring, from the features of all; gradients of its own that the others sent come home."""
+
+    def __init__(self, features: Tensor, sizes: tuple[int, ...], rank: int, home: Tensor) -> None:
+        self.blocks, self.sizes, self.rank = features.split(sizes), sizes, rank
+        self.offset, self.home = sum(sizes[:rank]), home
+        self.sent: dict[int, Tensor] = {}  # by owner
+
+    def rounds(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for step in range(len(self.sizes)):
+            owner = (self.rank - step) % len(self.sizes)
+            yield owner, self.blocks[owner]
+
+    def shift(self, x: Tensor, size: int) -> Callable[[], Tensor]:
+        owner = (self.rank - len(self.sent)) % len(self.sizes)
+        self.sent[owner] = x
+        last = len(self.sent) == len(self.sizes)
+        return lambda: self.home if last else x.new_zeros(size, *x.shape[1:])
+
+
+def value_and_gradients_of_a_ring(
+    inputs: dict[str, Tensor], sizes: tuple[int, ...], block_backend: BlockBackend, **options: object
+) -> dict[str, Tensor]:
+    """Row losses, both directions, and gradients of their weighted sum; queries are texts and keys are images."""
+    features, ids = torch.stack([inputs["keys"], inputs["queries"]], dim=1), (inputs["pids"], inputs.get("image_ids"))
+    weights = torch.linspace(-1, 2, len(features), dtype=torch.float64).to(features.dtype).split(sizes)
+    home = [torch.zeros_like(block) for block in features.split(sizes)]
+    for _ in range(2):  # the second time with what the first one sent
+        value, dfeatures, dscale, sent = [], [], torch.zeros(()), []
+        for rank, own in enumerate(features.split(sizes)):
+            ring = RingOfOneProcess(features, sizes, rank, home[rank])
+            route = *ids, inputs["logit_scale"], RowLoss(**options, offset=ring.offset, both=False), ring, block_backend
+            loss, *saved = ring_forward(own, *route)
+            gradients = ring_backward(weights[rank], *saved, own, *route)
+            value.append(loss)
+            dfeatures.append(gradients[0])
+            dscale = dscale + gradients[1]
+            sent.append(ring.sent)
+        home = [sum(of_rank[owner] for of_rank in sent) for owner in range(len(sizes))]
+    dkeys, dqueries = torch.cat(dfeatures).unbind(dim=1)
+    return {"value": torch.cat(value), "dqueries": dqueries, "dkeys": dkeys, "dlogit_scale": dscale}

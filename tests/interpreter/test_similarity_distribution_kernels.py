@@ -18,6 +18,7 @@ from helpers.distribution import (
     rounded_twice,
     ties,
     value_and_gradients,
+    value_and_gradients_of_a_ring,
 )
 from helpers.golden import golden
 from torch import Tensor
@@ -31,6 +32,7 @@ from fmfa_losses.ops.similarity_distribution.api import (
     similarity_distribution_loss,
     similarity_distribution_loss_reference,
 )
+from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
 
 
 @pytest.fixture(params=["tiles", "blocks"])
@@ -95,6 +97,34 @@ def test_weights(positive: str, detach_weight: bool) -> None:
     options = {"alpha": 3.0, "positive": positive, "detach_weight": detach_weight}
     check(features(70, 70, 16, images=False), reduction="none", **options)
     check(features(17, 70, 16, offset=41), both=False, offset=41, **options)
+
+
+@pytest.mark.parametrize("sizes", [(40,), (13, 9, 17, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 3.0}, {"alpha": 3.0, "positive": "any", "detach_weight": True}, {"objective": "cross_entropy"}],
+)
+def test_a_ring(sizes: tuple[int, ...], options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of several ranks' columns, and of some of the own rows, in the order in which they arrive."""
+    monkeypatch.setattr(distribution_blocks, "block_elements", 100)
+    inputs = features(40, 40, 16)
+    doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    exact = value_and_gradients(similarity_distribution_loss_reference, doubles, reduction="none", **options)
+    plain = value_and_gradients(similarity_distribution_loss_reference, inputs, reduction="none", **options)
+    got = value_and_gradients_of_a_ring(inputs, sizes, distribution_blocks, **options)
+    rounded = rounded_twice(doubles, reduction="none", **options)
+    assert_rows_within_budget(got, plain, exact, inputs, rounded=rounded)
+
+
+def test_ties_in_a_ring_go_to_the_lowest_column() -> None:
+    inputs = ties(torch.float32)
+    for positive in POSITIVES:
+        got, want = (
+            value_and_gradients_of_a_ring(inputs, (5, 4, 3), way, alpha=3.0, positive=positive)
+            for way in (distribution_blocks, torch_blocks)
+        )
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("large")

@@ -16,6 +16,7 @@ from helpers.distribution import (
     features,
     ties,
     value_and_gradients,
+    value_and_gradients_of_a_ring,
 )
 from helpers.golden import golden
 from torch import Tensor
@@ -340,6 +341,19 @@ def test_any_scale_without_weights(scale: float, options: dict[str, object]) -> 
     same(
         features(23, 23, 5, dtype=torch.float64) | {"logit_scale": torch.tensor(scale, dtype=torch.float64)}, **options
     )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("sizes", [(13,), (3, 9, 1)])
+@pytest.mark.parametrize("scale", [7.0, *SCALES])
+@pytest.mark.parametrize("positive", POSITIVES)
+def test_a_ring(positive: str, scale: float, sizes: tuple[int, ...]) -> None:
+    inputs = features(13, 13, 6, dtype=torch.float64) | {"logit_scale": torch.tensor(scale, dtype=torch.float64)}
+    options = {"positive": positive, "alpha": 3.0}
+    got = value_and_gradients_of_a_ring(inputs, sizes, torch_blocks, **options)
+    want = value_and_gradients(similarity_distribution_loss_reference, inputs, reduction="none", **options)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.0])

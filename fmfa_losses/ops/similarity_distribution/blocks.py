@@ -84,7 +84,8 @@ def forward(
     norms = backend.norms(queries, keys, dtype)
     batch = _batch(pids, image_ids, None, R, scale, spec, dtype)
     out = Rows.empty(R, norms, spec, carried=spec.both)
-    q, k = divide_by_norms(queries, norms[:, :R, None]), divide_by_norms(keys, norms[:, R:, None])
+    unit = divide_by_norms(torch.cat([queries, keys]), norms.unsqueeze(-1))
+    q, k = unit[:R], unit[R:]
     for rows in _blocks(R, C, backend):
         backend.update(_cosines(q[rows], k, backend), rows, 0, batch, out, carried=1 if spec.both else None)
     per_sample = out.loss.sum(dim=0)
@@ -112,7 +113,8 @@ def backward(
     R, C = queries.shape[0], keys.shape[0]
     batch = _batch(pids, image_ids, label_sum, R, scale, spec, norms.dtype)
     out = Rows(norms[:0], final, index, norms[:0])
-    q, k = divide_by_norms(queries, norms[:, :R, None]), divide_by_norms(keys, norms[:, R:, None])
+    unit = divide_by_norms(torch.cat([queries, keys]), norms.unsqueeze(-1))
+    q, k = unit[:R], unit[R:]
     g = (dloss / R if spec.reduction == "mean" else dloss).expand(R)
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
     for rows in _blocks(R, C, backend):
@@ -268,17 +270,29 @@ def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: RowLoss, dt
 
 
 class _TorchBlocks:
-    """`statistics.py` on a block: direction 0 along its rows, direction 1 along its columns."""
+    """`statistics.py` on a block: direction 0 along its rows, direction 1 along its columns.
+
+    Where one block is all of a small batch, both directions are rows of [z, z^T] at once: half the operations, whose
+    number and not size takes the time then. Their labels are the same, as keys and queries have the same ids.
+    """
 
     block_elements = 2**22  # about six temporaries of this size are alive at once
     row_multiple = 1
 
     def norms(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.cat([row_norms(x, dtype, backend="torch") for x in (queries, keys)], dim=1).squeeze(-1)
+        return row_norms(torch.cat([queries, keys]), dtype, backend="torch").squeeze(-1)
 
     def update(self, cos: Tensor, rows: slice, first: int, batch: Batch, out: Rows, carried: int | None) -> None:
         spec, z = batch.spec, cos.mul_(batch.scale)
         labels = _labels(rows, first, z.shape[1], batch)
+        if self._at_once(z, batch):
+            now = of(torch.stack([z, z.T]), labels, batch.label_sum[:, None], spec, dim=-1)
+            loss, final = finalize(now, spec)
+            out.loss.copy_(loss)
+            torch.stack([x for x in final if x is not None], dim=1, out=out.final)
+            if spec.weighted:
+                torch.stack(now[5:], dim=1, out=out.indices)
+            return
         for direction in range(spec.directions):
             own, dim, start = (slice(None), 0, rows.start) if direction else (rows, 1, first)
             total = batch.label_sum if direction else batch.label_sum[rows, None]
@@ -298,6 +312,12 @@ class _TorchBlocks:
     def dlogits(self, cos: Tensor, rows: slice, first: int, g: Tensor, batch: Batch, out: Rows) -> Tensor:
         spec, z = batch.spec, cos.mul_(batch.scale)
         labels = _labels(rows, first, z.shape[1], batch)
+        if self._at_once(z, batch):
+            final = Final(*out.final.unbind(1), *(() if spec.weighted else (None,)))
+            indices = out.indices.unbind(1) if spec.weighted else ()
+            both, total = torch.stack([z, z.T]), batch.label_sum[:, None]
+            dz = dlogits(both, labels, total, final, indices, g.expand(2, -1), spec, dim=-1)
+            return dz[0].add_(dz[1].T)
         gradients = []
         for direction in range(spec.directions):
             own, dim, start = (slice(None), 0, rows.start) if direction else (rows, 1, first)
@@ -306,6 +326,9 @@ class _TorchBlocks:
             index = tuple(out.indices[direction, :, own]) if spec.weighted else ()
             gradients.append(dlogits(z, labels, total, final, index, g[own], spec, dim=dim, first=start))
         return gradients[0].add_(gradients[1]) if spec.both else gradients[0]
+
+    def _at_once(self, z: Tensor, batch: Batch) -> bool:
+        return batch.spec.both and z.shape[0] == z.shape[1] and 2 * z.numel() <= self.block_elements
 
 
 torch_blocks = _TorchBlocks()

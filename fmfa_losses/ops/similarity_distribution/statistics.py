@@ -86,8 +86,8 @@ def of(
     """Statistics of a block alone.
 
     Args:
-        z: logits [m, n].
-        total: sum_k y_ik, [m, 1] with dim=1 and [n] with dim=0.
+        z: logits [m, n], or with dim=-1 several such blocks [..., m, n] that have the same labels.
+        total: sum_k y_ik, [n] with dim=0 and [m, 1] otherwise.
         dim: the columns of a row run along it.
         first: index of the block's first column among all of them.
         pair: index of the column that is paired with the block's first row.
@@ -98,13 +98,14 @@ def of(
     sum_e, none = e.sum(dim), torch.zeros_like(top)
     if spec.objective == "cross_entropy":
         t = labels.target(total)
-        return nothing(len(top), top)._replace(top=top, sum_e=sum_e, excess=(t * below).sum(dim), sum_t=t.sum(dim))
-    top_index = _lowest_zero(below, dim) + first if spec.weighted else none.int()
+        sum_t = t.sum(dim).expand_as(top)
+        return Running(top, sum_e, (t * below).sum(dim), sum_t, none, none, none)
+    top_index = _lowest_zero(below, dim) + first if spec.weighted else none
     excess = below.sub_(labels.log_target(total)).mul_(e).sum(dim)
     if not spec.weighted:
         return Running(top, sum_e, excess, none, none, top_index, top_index)
     if spec.positive == "paired":
-        pairs = torch.arange(pair, pair + len(top), dtype=torch.int32, device=z.device)
+        pairs = torch.arange(pair, pair + top.shape[-1], dtype=torch.int32, device=z.device).expand_as(top)
         at, inside = _inside(pairs, first, z.shape[dim])
         positive = torch.where(inside, z.gather(dim, at.unsqueeze(dim)).squeeze(dim), LOWEST)
         index = torch.where(inside, pairs, NOWHERE)
@@ -150,7 +151,7 @@ def dlogits(
     labels: Labels,
     total: Tensor,
     final: Final,
-    index: tuple[Tensor, Tensor],
+    index: tuple[Tensor, ...],
     g: Tensor,
     spec: RowLoss,
     *,
@@ -198,5 +199,6 @@ def _lowest_zero(x: Tensor, dim: int) -> Tensor:
 
     index - infinity x is smallest there: two passes, where argmax along dim 0 takes as long as a matrix product.
     """
-    index = torch.arange(x.shape[dim], dtype=x.dtype, device=x.device).unsqueeze(1 - dim)
+    index = torch.arange(x.shape[dim], dtype=x.dtype, device=x.device)
+    index = index.unsqueeze(1) if dim == 0 else index
     return torch.sub(index, x, alpha=torch.finfo(x.dtype).max).amin(dim).clamp(max=NOWHERE).int()

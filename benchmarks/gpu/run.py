@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from . import ROOT, preflight, results, stand_in_cuda, triton_cache, wheels
+from .. import ROOT, results
+from . import preflight, stand_in_cuda, triton_cache, wheels
 from .book import Book
 from .plan import STAGES, Job, gpu_jobs
 from .supervisor import Worker, run_jobs
@@ -113,7 +114,7 @@ def run(
     prebuilt: bool,
 ) -> None:
     flags = (["--dry-run"] if options.dry_run else []) + (["--stage", *options.stage] if options.stage else [])
-    command = [sys.executable, "-m", "benchmarks.gpu_worker", *flags]
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", *flags]
     current: list[str] = []
 
     def note(job: Job, record: dict[str, Any]) -> None:

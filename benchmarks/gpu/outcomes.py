@@ -1,6 +1,6 @@
 """A pytest plugin: each outcome, and each file that cannot be collected, at once as a line of JSON.
 
-    FMFA_OUTCOMES=FD python -m pytest -p benchmarks.outcomes ...      # FD: number of an open file descriptor
+    FMFA_OUTCOMES=FD python -m pytest -p benchmarks.gpu.outcomes ...      # FD: number of an open file descriptor
 
 A line says {"test": id, "outcome": passed | failed | error | skipped | xfailed | xpassed, "why": what went wrong}.
 Lines are written when the outcome is known, so that a run that is stopped has kept those before.

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..cases import Case
+from ..providers import AUTOTUNED, COMPILED, PEERS, REFERENCE, TORCH, TRITON
 from .alternatives import ALTERNATIVES
-from .cases import Case
-from .providers import AUTOTUNED, COMPILED, PEERS, REFERENCE, TORCH, TRITON
 
 __all__ = ["LARGE_TOY", "STAGES", "Job", "Stage", "gpu_jobs", "stage_jobs", "toy"]
 

@@ -13,8 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import ROOT, triton_cache, wheels
-from .machine import commit
+from .. import ROOT
+from ..machine import commit
+from . import triton_cache, wheels
 
 __all__ = ["PACKAGES", "main", "missing"]
 
@@ -24,7 +25,13 @@ PACKAGES = {
     "psutil": "everything", "matplotlib": "everything", "pytest": "stage g",
     "xdist": "(pytest-xdist) eight tests at once in stage g, else one after the other",
 }  # fmt: skip
-MODULES = ("benchmarks.gpu", "benchmarks.gpu_worker", "benchmarks.tune", "benchmarks.plots", "fmfa_losses.kernels")
+MODULES = (
+    "benchmarks.gpu.run",
+    "benchmarks.gpu.worker",
+    "benchmarks.gpu.tune",
+    "benchmarks.gpu.plots",
+    "fmfa_losses.kernels",
+)
 PEERS = ("late_interaction_kernels", "flash_maxsim")
 
 

@@ -5,7 +5,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from . import ROOT
+from .. import ROOT
 
 __all__ = ["folder", "on_path", "unpack"]
 

@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-from . import ROOT
+from .. import ROOT
 
 __all__ = ["folder", "prepare", "triton_key_sha256"]
 

@@ -2,7 +2,7 @@
 
 Every stage leaves to those after it the seconds that they are given; what it does not take itself, they have besides.
 A job that does not fit before its stage must end waits until all stages are over, and is begun if it fits then.
-A worker is any program that speaks the protocol of benchmarks/gpu_worker.py.
+A worker is any program that speaks the protocol of benchmarks/gpu/worker.py.
 """
 
 import json

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import plots, results
+from .. import results
+from ..measure import AGREEMENT, PASSES, disagreement
+from ..providers import REFERENCE, TORCH
+from . import plots
 from .about import gpu_page
 from .lines import record_line
-from .measure import AGREEMENT, PASSES, disagreement
-from .providers import REFERENCE, TORCH
 from .tables import gpu_report
 
 __all__ = ["Book", "checked", "read_records"]

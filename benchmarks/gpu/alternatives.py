@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from .cases import Case
+from ..cases import Case
 
 __all__ = ["ALTERNATIVES", "Alternative", "swapped", "value"]
 

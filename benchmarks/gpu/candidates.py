@@ -1,11 +1,11 @@
-"""Which entries of the block tables are worth trying, and what each turns on. Data for benchmarks/tune.py."""
+"""Which entries of the block tables are worth trying, and what each turns on. Data for benchmarks/gpu/tune.py."""
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import results
+from .. import results
 from .alternatives import EFA, HALF, Alternative
 
 __all__ = ["TABLES", "Table", "survivors", "tables"]

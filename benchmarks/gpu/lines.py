@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from ..measure import DTYPES
 from .kernel_work import seconds_at
-from .measure import DTYPES
 from .roofline import share_of_roof
 
 __all__ = ["least_ms", "record_line"]

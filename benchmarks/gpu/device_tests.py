@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import ROOT
+from .. import ROOT
 from .outcomes import VARIABLE
 
 __all__ = ["FILES", "run_tests"]
@@ -34,7 +34,7 @@ def run_tests(workers: int, folder: Path = ROOT / "tests" / "gpu") -> Iterator[d
     allowed = ["-W", "ignore:Please use the new API:UserWarning"]
     command = [sys.executable, "-u", "-m", "pytest", "-q", "-rfE", "--tb=short", "--continue-on-collection-errors"]
     # pytest-benchmark, where it is installed, warns of pytest-xdist; and warnings are errors.
-    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "benchmarks.outcomes"]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "benchmarks.gpu.outcomes"]
     reading, writing = os.pipe()
     with subprocess.Popen(
         [*command, *plugins, *parallel, *allowed, str(folder)],

@@ -16,7 +16,7 @@ Triton's key of a kernel holds, besides the kernel with its specialisation and o
     environment     TRITON_... and other variables that change the code; `usable` compares them
     source          text of the kernel and of what it calls, its first line's number and its module's name; no path
 
-The kernels are those of the jobs of `benchmarks/plan.py`, both entries of an alternative among them, and with
+The kernels are those of the jobs of `benchmarks/gpu/plan.py`, both entries of an alternative among them, and with
 --candidates the survivors of `benchmarks tune --compile`; not those of tests/gpu, nor the peers'. Batches are smaller
 than the real ones: no kernel is specialised on one (docs/launches.md).
 """
@@ -42,20 +42,21 @@ from unittest import mock
 
 import torch
 
-from . import ROOT, exact, stand_in
+from .. import ROOT, stand_in
+from ..cases import Case, inputs, leaves
+from ..measure import DTYPES
+from ..providers import TRITON, provider
+from . import exact
 from .alternatives import ALTERNATIVES, Alternative, swapped
 from .candidates import survivors, tables
-from .cases import Case, inputs, leaves
-from .measure import DTYPES
 from .plan import Job, gpu_jobs
-from .providers import TRITON, provider
 
 CHIP = "sm_90"
 ABOUT, KERNELS = "prebuilt.json", "kernels.tar.xz"
 
 
 def jobs(precision: str | None = None, only: str = "") -> list[Job]:
-    """Jobs of the prepared run (`benchmarks/plan.py`) that launch our kernels, equal ones once."""
+    """Jobs of the prepared run (`benchmarks/gpu/plan.py`) that launch our kernels, equal ones once."""
     found = {
         (small(job.case), job.precision, job.kind == "exact", job.alternative): job
         for job in gpu_jobs()

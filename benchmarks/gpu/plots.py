@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from .cases import Case
+from ..cases import Case
+from ..providers import AUTOTUNED, PEERS, REFERENCE, TORCH, TRITON
+from ..results import ceilings_of, of_kind
 from .plan import toy
-from .providers import AUTOTUNED, PEERS, REFERENCE, TORCH, TRITON
-from .results import ceilings_of, of_kind
 from .roofline import share_of_roof
 
 __all__ = ["draw_gpu", "gpu_figures"]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import leaves
+from ..cases import leaves
+from ..measure import PASSES, cotangent, fingerprint, spread
 from .compiles import counted
-from .measure import PASSES, cotangent, fingerprint, spread
 
 __all__ = ["CaptureError", "events", "graph_of", "measure_cuda", "time_calls"]
 

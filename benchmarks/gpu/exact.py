@@ -17,9 +17,9 @@ from fmfa_losses.functional import asdm_loss, hard_similarity, sparse_aggregate
 from fmfa_losses.ops.aggregation import sparse_aggregate_reference
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 
-from .cases import Case, kept
-from .measure import DTYPES, autocast
-from .providers import plain_asdm
+from ..cases import Case, kept
+from ..measure import DTYPES, autocast
+from ..providers import plain_asdm
 
 __all__ = ["check", "poisoned"]
 

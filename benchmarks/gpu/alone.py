@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from ..measure import spread
 from .compiles import counted
 from .cuda_clock import graph_of, time_calls
 from .kernel_work import bytes_of, flops_of
-from .measure import spread
 
 __all__ = ["Launched", "captured", "kernels_of", "measure", "time_kernel", "time_step"]
 
@@ -114,7 +114,7 @@ def time_step(step: Callable[[], Any], often: int = IN_A_GRAPH, repeats: int = 7
 
 def measure(step: Callable[[], Any], often: int = IN_A_GRAPH) -> Iterator[dict[str, Any]]:
     """One record a kernel of a step: time, launches, counted operations and bytes, blocks."""
-    from .compile_check import describe
+    from ..compile_check import describe
 
     for name, launches in kernels_of(step)[0].items():
         yield {

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from . import device, providers
-from .cases import Case, inputs
+from .. import providers
+from ..cases import Case, inputs
+from ..measure import DTYPES, autocast
+from ..providers import AUTOTUNED, COMPILED, REFERENCE, memory_needed
+from . import device
 from .cuda_clock import CaptureError, measure_cuda
-from .measure import DTYPES, autocast
-from .providers import AUTOTUNED, COMPILED, REFERENCE, memory_needed
 
 __all__ = ["figures", "why_not"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .cases import Case, Work, work
-from .measure import DTYPES, matmul_precision, spread
+from ..cases import Case, Work, work
+from ..measure import DTYPES, matmul_precision, spread
 
 __all__ = ["measure_ceilings", "share_of_roof"]
 

@@ -2,7 +2,7 @@
 
 Answers one line of JSON at a time on what was its standard output: {"ready": true}, {"record": {...}} as soon as there
 is one, {"done": true} after the last of a job, {"lost": true} when the device does not answer any more and another
-process must go on. Everything that libraries print goes to standard error. benchmarks/supervisor.py starts it.
+process must go on. Everything that libraries print goes to standard error. benchmarks/gpu/supervisor.py starts it.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from typing import Any, TextIO
 
 import torch
 
-from . import alone, alternatives, device, exact, figures, gpu_tests, stand_in_cuda
-from .cases import inputs, leaves
-from .measure import AGREEMENT, DTYPES, cotangent, disagreement, fingerprint, matmul_precision
+from ..cases import inputs, leaves
+from ..measure import AGREEMENT, DTYPES, cotangent, disagreement, fingerprint, matmul_precision
+from ..providers import PEERS, TORCH, TRITON, provider
+from . import alone, alternatives, device, device_tests, exact, figures, stand_in_cuda
 from .plan import Job, gpu_jobs
 from .predictions import predicted
-from .providers import PEERS, TORCH, TRITON, provider
 from .roofline import measure_ceilings
 
 __all__ = ["do", "main", "records"]
@@ -124,7 +124,7 @@ def _figure(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
 
 
 def _tests(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
-    yield from gpu_tests.run_tests(0 if dry else TEST_WORKERS)
+    yield from device_tests.run_tests(0 if dry else TEST_WORKERS)
 
 
 _KINDS: dict[str, Callable[[Job, bool], Iterator[dict[str, Any]]]] = {

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from . import alone, device, results, stand_in_cuda, triton_cache
+from .. import results
+from ..measure import AGREEMENT, disagreement, fingerprint, matmul_precision
+from . import alone, device, stand_in_cuda, triton_cache
 from .alternatives import swapped, value
 from .candidates import TABLES, Table, survivors, tables
-from .gpu_worker import step_of
-from .measure import AGREEMENT, disagreement, fingerprint, matmul_precision
 from .plan import Job, toy
+from .worker import step_of
 
 KIND = "bfloat16"  # of the launches that are compiled; the entries are those of 16 bits
 SHARED_TOTAL = {"sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_89": 100 * 1024, "sm_90": 228 * 1024}
@@ -34,7 +35,7 @@ RESERVED = 1024  # bytes of shared memory that the driver takes for each program
 
 def compile_candidate(chip: str, table: str, candidate: tuple[int, ...]) -> dict[str, Any]:
     """What the compiler says of every launch that the candidate changes; `dropped` says why it is not worth a GPU."""
-    from .compile_check import compile_kernel
+    from ..compile_check import compile_kernel
 
     row = _table(table).entry
     before = {_key(kernel) for _, kernel in _kernels(chip, row.kernels)}
@@ -54,7 +55,7 @@ def compile_candidate(chip: str, table: str, candidate: tuple[int, ...]) -> dict
 
 def _kernels(chip: str, names: Sequence[str]) -> list[tuple[Any, Any]]:
     """The launches of these kernels whose code differs, and each kernel as that chip's JIT specialises it."""
-    from .compile_check import record, specialised
+    from ..compile_check import record, specialised
 
     return specialised(chip, [launch for launch in record(chip, KIND) if launch.kernel.__name__ in names])
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .results import described
+from ..results import described
 
 __all__ = ["LEGEND", "gpu_page"]
 
@@ -17,7 +17,8 @@ LEGEND = """- Times are milliseconds between CUDA events, median with the 20th a
 - *reference*: everything in memory, gradients by autograd, products in the precision of the inputs (autocast). The
   blocked torch path multiplies in float32.
 - Kernels alone: all launches of one kernel together, with a warm L2 and no host time. *GFLOP*, *MB*, *least ms*:
-  counted work, and its time at the ceilings. *predicted ms*: `benchmarks/predictions.py`, made before any run on a GPU.
+  counted work, and its time at the ceilings. *predicted ms*: made before any run on a GPU, in
+  `benchmarks/gpu/predictions.py`.
 - Targets are goals; *predicted*: what was expected before any run on a GPU."""
 
 

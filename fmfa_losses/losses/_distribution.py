@@ -1,0 +1,128 @@
+"""What A-SDM, SDM and ITC share: the operator of similarity distributions, in one process or over ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.peers import Peers
+from ..ops.backend import select_backend
+from ..ops.checks import check_divisor, check_ids, check_scale
+from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss, similarity_distribution_ring
+from ._loss import Loss, hyperparameter
+from .scores import check_features, check_weight
+
+__all__ = ["DistributionLoss"]
+
+
+class DistributionLoss(Loss):
+    """A loss whose rows are `similarity_distribution_loss`: `row_loss` names what that takes besides."""
+
+    temperature: float = hyperparameter(default=0.02, check=check_divisor)
+
+    def row_loss(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings().items() if name not in ("temperature", "reduction")}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        pids: Tensor,
+        *,
+        image_ids: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        peers: Peers | None = None,
+    ) -> Tensor:
+        return self._of_features(image_features, text_features, pids, image_ids, logit_scale, sample_weight, peers)
+
+    def check_inputs(
+        self,
+        image: Tensor,
+        text: Tensor,
+        pids: Tensor | None,
+        image_ids: Tensor | None,
+        logit_scale: float | Tensor | None,
+        sample_weight: Tensor | None = None,
+        *,
+        shared: bool,
+    ) -> tuple[float | Tensor, Tensor | None, Tensor | None]:
+        """Scale and ids to go on with. `shared`: other ranks wait, so what cannot run here must be known before."""
+        check_features(image, text)
+        pids = self.check_pids(pids, text)
+        if image_ids is not None:
+            image_ids = check_ids("image_ids", image_ids, image.shape[0], image.device)
+        if sample_weight is not None:
+            check_weight("sample_weight", sample_weight, text[:, 0])
+        if shared:
+            select_backend(self.backend, image, text)
+        return check_scale(logit_scale, self.temperature), pids, image_ids
+
+    def _of_features(
+        self,
+        image: Tensor,
+        text: Tensor,
+        pids: Tensor | None,
+        image_ids: Tensor | None,
+        logit_scale: float | Tensor | None,
+        sample_weight: Tensor | None,
+        peers: Peers | None = None,
+    ) -> Tensor:
+        def checked() -> Any:  # torch.compile of 2.6 cannot make the types of a nested function
+            given = (pids, image_ids, logit_scale, sample_weight)
+            return self.check_inputs(image, text, *given, shared=bool(self.gather))
+
+        tensors = {"image_features": image, "text_features": text, "pids": pids, "image_ids": image_ids}
+        tensors["sample_weight"] = sample_weight
+        peers, (scale, ids, image_ids) = self.meet(tensors, checked, peers, logit_scale=logit_scale)
+        if ids is None:  # pairs alone count: identities that are all different
+            start, own = peers.offset, text.shape[0]
+            ids = torch.arange(start, start + own, device=text.device)
+        if self.gather:
+            return self.reduce(self._own_rows(image, text, ids, image_ids, scale, peers), sample_weight, peers)
+        reduction = self.reduction if sample_weight is None else "none"
+        loss = similarity_distribution_loss(
+            image,
+            text,
+            ids,
+            logit_scale=scale,
+            image_ids=image_ids,
+            reduction=reduction,
+            backend=self.backend,
+            **self.row_loss(),
+        )
+        return loss if sample_weight is None else self.reduce(loss, sample_weight, peers)
+
+    def _own_rows(
+        self, image: Tensor, text: Tensor, ids: Tensor, image_ids: Tensor | None, scale: float | Tensor, peers: Peers
+    ) -> Tensor:
+        """What the own texts and images add to the loss of the batch of all ranks, [b]."""
+        both_ids = torch.stack([x.long() for x in (ids, image_ids) if x is not None], dim=1)
+        every_id = peers.gather(both_ids).T.contiguous()  # [1 or 2, B]
+        row_loss = self.row_loss()
+        if peers.ring:
+            return similarity_distribution_ring(
+                torch.stack([image, text], dim=1),
+                *(every_id if image_ids is not None else (every_id[0], None)),
+                logit_scale=scale,
+                ring=peers,
+                backend=select_backend(self.backend, image, text),
+                spec=RowLoss(**row_loss).checked(),
+            )
+
+        def direction(queries: Tensor, keys: Tensor) -> Tensor:
+            """The own queries against everybody's keys, [b]. Raw features travel, in their own dtype."""
+            return similarity_distribution_loss(
+                queries,
+                peers.gather(keys),
+                every_id[0],
+                logit_scale=scale,
+                image_ids=None if image_ids is None else every_id[1],
+                offset=peers.offset,
+                both=False,
+                reduction="none",
+                backend=self.backend,
+                **row_loss,
+            )
+
+        return direction(text, image) + direction(image, text)

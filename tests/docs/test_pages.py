@@ -1,0 +1,70 @@
+"""README, CONTRIBUTING and docs: links lead somewhere, the examples run, sentences keep to common words."""
+
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+import fmfa_losses
+from benchmarks import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+EVERY = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+# Words that only this repository used, for what the field has words of its own (CONTRIBUTING.md, "Names and words").
+PRIVATE = r"payers?|absorbs?|(?:two|both|of|own|other) sides?|has one owner|walks? (?:over|along|down|round)"
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's names of the headings."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@EVERY
+def test_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+@EVERY
+def test_words(page):
+    if "do not edit it by hand" in page.read_text(encoding="utf-8")[:200]:
+        return  # a command writes it
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = [line for line in text.splitlines() if re.search(rf"\b(?:{PRIVATE})\b", line, re.I)]
+    assert not found
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_the_first_example_of_the_readme():
+    namespace: dict[str, torch.Tensor] = {}
+    exec(blocks("README.md")[0], namespace)
+    assert namespace["loss"].isfinite()
+
+
+def test_the_loss_of_contributing(monkeypatch):
+    """The file of the example and its tests, as somebody who follows the page would have them."""
+    loss, tests = blocks("CONTRIBUTING.md")
+    module = types.ModuleType("fmfa_losses.losses.smooth_itc")
+    module.__package__ = "fmfa_losses.losses"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(loss, "CONTRIBUTING.md", "exec"), module.__dict__)
+    for name in module.__all__:
+        monkeypatch.setattr(fmfa_losses, name, getattr(module, name), raising=False)
+    namespace: dict[str, object] = {}
+    exec(compile(tests, "CONTRIBUTING.md", "exec"), namespace)
+    run = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert len(run) == 3
+    for test in run:
+        test()

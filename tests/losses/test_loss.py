@@ -1,0 +1,150 @@
+"""What every parameter-free loss has from its base: names for editors, copies, messages; a loss of a few lines."""
+
+import copy
+import inspect
+import pickle
+from dataclasses import KW_ONLY
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fmfa_losses as fl
+from fmfa_losses import functional
+from fmfa_losses.losses import asdm, cmpm, efa, itc, sdm, sigmoid, tal, triplet
+from fmfa_losses.losses._loss import Loss, ScaledScoreLoss, hyperparameter
+from fmfa_losses.ops.checks import check_fraction
+
+FILES = {"asdm": asdm, "cmpm": cmpm, "efa": efa, "itc": itc, "sdm": sdm, "sigmoid": sigmoid, "tal": tal, "trl": tal}
+FILES["triplet"] = triplet
+LOSSES = {
+    name: getattr(fl, {"triplet": "Triplet", "sigmoid": "Sigmoid"}.get(name, name.upper()) + "Loss") for name in FILES
+}
+EVERY = pytest.mark.parametrize("name", LOSSES)
+COMMON = {"reduction", "gather", "process_group", "equal_batches", "backend"}
+FUNCTIONS = [name for name in functional.__all__ if name.split("_loss")[0] in LOSSES]
+
+
+def test_every_loss_is_in_the_table():
+    assert set(LOSSES.values()) == {x for x in vars(fl).values() if isinstance(x, type) and issubclass(x, Loss)}
+
+
+@EVERY
+def test_every_loss_takes_the_same_options(name):
+    loss = LOSSES[name]
+    assert inspect.signature(loss).parameters.keys() >= COMMON
+    assert "sample_weight" in inspect.signature(loss.forward).parameters
+    has_temperature = "temperature" in inspect.signature(loss).parameters
+    assert ("logit_scale" in inspect.signature(loss.forward).parameters) is has_temperature
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signatures_of_functions_have_the_names_and_defaults_of_the_loss(name):
+    function, short = getattr(functional, name), name.split("_loss")[0]
+    shown, built = inspect.signature(function).parameters, inspect.signature(LOSSES[short]).parameters
+    assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in shown.values())
+    assert "peers" not in shown and {"sample_weight", "reduction"} <= shown.keys()
+    for option, one in built.items():
+        if name.endswith("_from_scores") and option in COMMON - {"reduction"}:
+            assert option not in shown
+        else:
+            assert shown[option].default == one.default and shown[option].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@EVERY
+def test_type_checkers_are_told_every_keyword_of_the_function(name):
+    """The TypedDict beside a loss says its names a second time, for type checkers; here they are compared."""
+    prefix = LOSSES[name].__name__.removesuffix("Loss")
+    hints = get_type_hints(getattr(FILES[name], f"{prefix}Options"))
+    shown = inspect.signature(getattr(functional, f"{name}_loss")).parameters
+    keywords = {word: one for word, one in shown.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert hints.keys() == keywords.keys()
+    declared = get_type_hints(LOSSES[name])
+    assert all(hints[word] == declared[word] for word in hints.keys() & declared.keys())
+
+
+@EVERY
+def test_copies_and_pickles_are_equal(name):
+    loss = LOSSES[name](reduction="sum", equal_batches=True)
+    for copied in (copy.deepcopy(loss), copy.copy(loss), pickle.loads(pickle.dumps(loss))):
+        assert repr(copied) == repr(loss) and copied.settings() == loss.settings()
+    group = object()
+    shared = LOSSES[name](process_group=group)
+    assert copy.deepcopy(torch.nn.Sequential(shared))[0].process_group is group
+    assert copy.copy(shared).process_group is group
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(shared)
+
+
+@EVERY
+def test_an_unknown_keyword_names_the_loss_and_the_nearest_one(name):
+    title, function = LOSSES[name].__name__, getattr(functional, f"{name}_loss")
+    tensors = (torch.eye(3)[:, None],) * 2 if name == "efa" else (torch.eye(3),) * 2
+    pids = {} if name == "efa" else {"pids": torch.arange(3)}
+    for call in (lambda **k: LOSSES[name](**k), lambda **k: function(*tensors, **pids, **k)):
+        with pytest.raises(TypeError, match=rf"^{title} takes no 'reducton'; did you mean 'reduction'\? It takes"):
+            call(reducton="sum")
+    with pytest.raises(TypeError, match=rf"^{title} is built without 'sample_weight', which belongs to the call"):
+        LOSSES[name](sample_weight=torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda: fl.ASDMLoss(gap="cosine"), "gap"),
+        (lambda: fl.ASDMLoss(target="column"), "target"),
+        (lambda: fl.SDMLoss(target="column"), "target"),
+        (lambda: fl.EFALoss(ranking="released"), "ranking"),
+        (lambda: fl.FMFALoss(8, 4, asdm={"gap": "cosine"}), "gap"),
+    ],
+)
+def test_what_moved_to_compat_is_told(build, word):
+    with pytest.raises(TypeError, match=rf"takes no '{word}'.*fmfa_losses\.compat"):
+        build()
+
+
+def test_the_first_positive_of_the_released_code_is_told():
+    with pytest.raises(ValueError, match=r"positive must be one of 'paired', 'any', got 'first'"):
+        fl.ASDMLoss(positive="first")
+
+
+def test_positions_stay():
+    assert repr(fl.ASDMLoss(0.5, 3)) == "ASDMLoss(temperature=0.5, alpha=3.0)"
+    assert repr(fl.EFALoss(0.2, 0.8)) == "EFALoss(margin_text=0.2, margin_image=0.8)"
+    assert repr(fl.TALLoss(0.5, np.float32(0.5))) == "TALLoss(temperature=0.5, margin=0.5)"
+    assert repr(fl.SigmoidLoss(0.5, np.int64(-3))) == "SigmoidLoss(temperature=0.5, bias=-3.0)"
+    for loss in (fl.CMPMLoss, fl.SDMLoss):
+        with pytest.raises(TypeError, match="positional"):
+            loss(0.5, 1e-6)
+
+
+class Smoothed(ScaledScoreLoss):
+    """InfoNCE whose targets are smoothed over the batch: a loss of a few lines."""
+
+    _: KW_ONLY
+    smoothing: float = hyperparameter(default=0.1, check=check_fraction)
+
+    def rows(self, scores: Tensor, positive: Tensor, offset: int, scale: float | Tensor) -> Tensor:
+        log_p = (scale * scores).log_softmax(dim=1)
+        return -((1 - self.smoothing) * log_p.diagonal(offset) + self.smoothing * log_p.mean(dim=1)) / 2
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+def test_a_loss_of_a_few_lines_has_everything():
+    image, text, pids, weight = torch.randn(5, 8), torch.randn(5, 8), torch.arange(5), torch.rand(5)
+    plain = Smoothed(smoothing=0.0)
+    torch.testing.assert_close(plain(image, text, pids), fl.ITCLoss()(image, text))
+    assert repr(Smoothed(0.5)) == "Smoothed(temperature=0.5)" and repr(plain) == "Smoothed(smoothing=0.0)"
+    scale = torch.tensor(3.0, requires_grad=True)
+    value = Smoothed()(image, text, pids, logit_scale=scale, sample_weight=weight)
+    value.backward()
+    assert value.isfinite() and scale.grad.isfinite()
+    scores = torch.nn.functional.normalize(text) @ torch.nn.functional.normalize(image).T
+    torch.testing.assert_close(Smoothed().from_scores(scores, pids), Smoothed.of(image, text, pids))
+    with pytest.raises(ValueError, match=r"smoothing must lie in \[0, 1\]"):
+        Smoothed(smoothing=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda i, t: Smoothed.of(i, t, pids), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image, text), Smoothed()(image, text, pids))
