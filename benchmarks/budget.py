@@ -9,11 +9,11 @@ __all__ = ["ROUNDING", "allowed_error", "relative_error"]
 ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8, "fp16": 2**-11}
 
 
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    """|got - exact| / |exact| in the Euclidean norm."""
+def relative_error(got: Tensor, exact: Tensor, size: float | None = None) -> float:
+    """|got - exact| / |exact| in the Euclidean norm, or over `size`."""
     exact = exact.double()
-    norms = [torch.linalg.vector_norm(tensor) for tensor in (got.double() - exact, exact)]
-    return float(norms[0] / norms[1].clamp(min=1e-30))
+    size = torch.linalg.vector_norm(exact).item() if size is None else size
+    return torch.linalg.vector_norm(got.double() - exact).item() / max(size, 1e-30)
 
 
 def allowed_error(plain_error: float, precision: str = "fp32", amplification: float = 1.0) -> float:

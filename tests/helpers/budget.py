@@ -10,12 +10,24 @@ from helpers.compare import value_and_grads
 
 
 def assert_within_budget(
-    got: Tensor, plain: Tensor, exact: Tensor, *, precision: str = "fp32", amplification: float = 1.0, name: str = ""
+    got: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    *,
+    precision: str = "fp32",
+    amplification: float = 1.0,
+    size: float | None = None,
+    reordered: float = 0.0,
+    name: str = "",
 ) -> None:
-    """Where `plain` overflows, only the roundings are left."""
+    """Where `plain` overflows, only the roundings are left.
+
+    Errors are relative to `size`, by default the norm of `exact`. `reordered` is what another order of additions costs.
+    """
     assert torch.isfinite(got).all(), f"{name}: not every element is a finite number"
-    plain_error = relative_error(plain, exact) if torch.isfinite(plain).all() else 0.0
-    error, allowed = relative_error(got, exact), allowed_error(plain_error, precision, amplification)
+    plain_error = relative_error(plain, exact, size) if torch.isfinite(plain).all() else 0.0
+    error = relative_error(got, exact, size)
+    allowed = allowed_error(plain_error, precision, amplification) + reordered
     assert error <= allowed, f"{name}: error {error:.2e}, budget {allowed:.2e}, of plain PyTorch {plain_error:.2e}"
 
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.budget import relative_error
 from fmfa_losses.ops.similarity_distribution.api import similarity_distribution_loss
 from fmfa_losses.ops.similarity_distribution.blocks import BlockBackend, ring_backward, ring_forward, torch_blocks
 from fmfa_losses.ops.similarity_distribution.reference import RowLoss
+from helpers.budget import assert_within_budget
+from helpers.compare import value_and_grads
 
 # Golden case: hyperparameters of asdm_loss.
 GOLDEN = {
@@ -18,6 +21,9 @@ GOLDEN = {
     "asdm_paper_alpha10": {},
     "asdm_any_positive_alpha10": {"positive": "any"},
 }
+
+
+SCALE = 12.0  # logit scale
 
 
 def features(
@@ -29,7 +35,7 @@ def features(
     queries = keys[offset : offset + R] + 2 * torch.randn(R, D, generator=generator, dtype=torch.float64)
     pids = torch.randint(0, max(1, C // 3), (C,), generator=generator)
     image_ids = 2 * pids + torch.randint(0, 2, (C,), generator=generator)
-    scale = torch.tensor(12.0, dtype=torch.float64)
+    scale = torch.tensor(SCALE, dtype=torch.float64)
     inputs = {"queries": queries.to(dtype), "keys": keys.to(dtype), "logit_scale": scale.to(dtype), "pids": pids}
     return inputs | {"image_ids": image_ids} if images else inputs
 
@@ -63,15 +69,13 @@ def back(got: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def value_and_gradients(loss: Callable[..., Tensor], inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
-    """The loss, weighted by row where it has rows, and its gradients."""
-    leaves = {
-        name: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
-        for name, tensor in inputs.items()
-    }
-    value = loss(**leaves, **options)
-    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device)
-    (value * weights.reshape(value.shape)).sum().backward()
-    return {"value": value.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+    """`value_and_grads` by the inputs' names; ids have no gradient."""
+    floating = {name: tensor for name, tensor in inputs.items() if tensor.is_floating_point()}
+    others = {name: tensor for name, tensor in inputs.items() if name not in floating}
+    value, *gradients = value_and_grads(
+        lambda *leaves: loss(**dict(zip(floating, leaves, strict=True)), **others, **options), list(floating.values())
+    )
+    return {"value": value} | {f"d{name}": gradient for name, gradient in zip(floating, gradients, strict=True)}
 
 
 def rounded_twice(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
@@ -91,26 +95,27 @@ def rounded_twice(inputs: dict[str, Tensor], **options: object) -> dict[str, Ten
         return value_and_gradients(similarity_distribution_loss, inputs, backend="torch", **options)
 
 
-def assert_within_budget(
+def assert_rows_within_budget(
     got: dict[str, Tensor],
     plain: dict[str, Tensor],
     exact: dict[str, Tensor],
     inputs: dict[str, Tensor],
-    slack: float,
     rounded: dict[str, Tensor] | None = None,
 ) -> None:
-    """Error against float64 at most twice plain PyTorch's in the same dtype, plus `slack` of the natural size.
+    """The error budget; a logit scale of 50 makes 50 roundings of one.
 
     `rounded` is what `rounded_twice` gives, where forward and backward may add products in different orders.
     """
+    amplification = inputs["logit_scale"].abs().clamp(SCALE, 100).item()
     for name, want in exact.items():
-        size = want.norm()
+        size = want.norm().item()
         if name == "dlogit_scale":  # a sum with both signs: measured by the size of its terms
-            size = (exact["dqueries"].norm(dim=1) * inputs["queries"].double().norm(dim=1)).sum()
-        error, allowed = (got[name].double() - want).norm(), 2 * (plain[name].double() - want).norm() + slack * size
-        if rounded is not None:
-            allowed += (rounded[name] - want).norm()
-        assert error <= allowed, f"{name}: error {error:.2e}, budget {allowed:.2e}, size {size:.2e}"
+            terms = exact["dqueries"].norm(dim=1) * inputs["queries"].double().norm(dim=1)
+            size = max(size, terms.sum().item())
+        reordered = 0.0 if rounded is None else relative_error(rounded[name], want, size)
+        assert_within_budget(
+            got[name], plain[name], want, amplification=amplification, size=size, reordered=reordered, name=name
+        )
 
 
 def assert_differentiable_once(loss: Callable[..., Tensor], backend: str, device: str = "cpu") -> None:
@@ -154,7 +159,7 @@ def value_and_gradients_of_a_ring(
 ) -> dict[str, Tensor]:
     """Row losses, both directions, and gradients of their weighted sum; queries are texts and keys are images."""
     features, ids = torch.stack([inputs["keys"], inputs["queries"]], dim=1), (inputs["pids"], inputs.get("image_ids"))
-    weights = torch.linspace(0.5, 1.5, len(features), dtype=features.dtype).split(sizes)
+    weights = torch.linspace(-1, 2, len(features), dtype=torch.float64).to(features.dtype).split(sizes)
     home = [torch.zeros_like(block) for block in features.split(sizes)]
     for _ in range(2):  # the second time with what the first one sent
         value, dfeatures, dscale, sent = [], [], torch.zeros(()), []

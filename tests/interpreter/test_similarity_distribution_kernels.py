@@ -11,7 +11,7 @@ from helpers.compare import assert_close, default_dtype, value_and_grads
 from helpers.distribution import (
     GOLDEN,
     assert_differentiable_once,
-    assert_within_budget,
+    assert_rows_within_budget,
     back,
     far,
     features,
@@ -51,7 +51,7 @@ def check(inputs: dict[str, Tensor], *, any_order: bool = False, **options: obje
     plain = value_and_gradients(similarity_distribution_loss_reference, inputs, **options)
     got = value_and_gradients(similarity_distribution_loss, inputs, backend="triton", **options)
     rounded = rounded_twice(doubles, **options) if any_order else None
-    assert_within_budget(got, plain, exact, inputs, slack=1e-6, rounded=rounded)
+    assert_rows_within_budget(got, plain, exact, inputs, rounded=rounded)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (63, 64), (77, 16), (20, 507)])
@@ -113,7 +113,7 @@ def test_a_ring(sizes: tuple[int, ...], options: dict[str, object], monkeypatch:
     plain = value_and_gradients(similarity_distribution_loss_reference, inputs, reduction="none", **options)
     got = value_and_gradients_of_a_ring(inputs, sizes, distribution_blocks, **options)
     rounded = rounded_twice(doubles, reduction="none", **options)
-    assert_within_budget(got, plain, exact, inputs, slack=1e-6, rounded=rounded)
+    assert_rows_within_budget(got, plain, exact, inputs, rounded=rounded)
 
 
 def test_ties_in_a_ring_go_to_the_lowest_column() -> None:
@@ -330,7 +330,7 @@ def test_rows_of_any_length(way: str, options: dict[str, object], monkeypatch: p
         exact = value_and_gradients(similarity_distribution_loss_reference, doubles, **options, **more)
         plain = value_and_gradients(similarity_distribution_loss_reference, inputs, **options, **more)
         got = value_and_gradients(similarity_distribution_loss, far(inputs), backend="triton", **options, **more)
-        assert_within_budget(back(got), plain, exact, inputs, slack=1e-6)
+        assert_rows_within_budget(back(got), plain, exact, inputs)
 
 
 @pytest.mark.usefixtures("large")
