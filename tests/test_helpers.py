@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import gpu
 from helpers.compare import value_and_grads
 from helpers.distribution import value_and_gradients
+from helpers.errors import explains
 
 HERE = Path(__file__).parent
 
@@ -67,3 +69,27 @@ def test_warnings_about_older_switches_are_no_failures(tmp_path):
     assert run() == 1
     (tmp_path / "conftest.py").write_text((HERE / "gpu" / "conftest.py").read_text())
     assert run() == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "missing"),
+    [
+        ("pids must lie in [0, 4), got -1; number them from 0", None),
+        ("pids must lie in [0, 4), got 7; number them from 0", "what came"),
+        ("ids must lie in [0, 5), got -1; number them from 0", "what must hold"),
+        ("pids must lie in [0, 4), got -1; look again", "what to do"),
+        ("pids must lie in [0, 4), got -1", "does not say what to do"),
+        ("pids must lie in [0, 4) and not be -1; number them from 0", "does not say what came"),
+    ],
+)
+def test_a_message_explains_in_three_parts(message, missing):
+    expectation = nullcontext() if missing is None else pytest.raises(AssertionError, match=missing)
+    with expectation, explains(ValueError, ("pids", "[0, 4)"), "-1", "from 0"):
+        raise ValueError(message)
+
+
+def test_an_error_of_another_kind_explains_nothing():
+    with pytest.raises(TypeError), explains(ValueError, "pids"):
+        raise TypeError("pids must be a tensor, got 1")
+    with pytest.raises(pytest.fail.Exception), explains(ValueError, "pids"):
+        pass

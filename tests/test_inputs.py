@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers.errors import explains
 from torch import nn
 
 import fmfa_losses as fl
@@ -115,7 +116,7 @@ def test_the_table_holds_every_loss():
 
 @pytest.mark.parametrize("ids", [IDS.float().numpy(), IDS.numpy().astype(">i4"), IDS.numpy().astype(object)])
 def test_arrays_that_hold_no_ids(ids):
-    with pytest.raises(TypeError, match=r"query_pids must be an integer array, .*query_pids\.astype\('i8'\)"):
+    with explains(TypeError, ("query_pids", "integer"), "[6]", "query_pids.astype('i8')"):
         ranking_metrics(IMAGE, TEXT, ids, IDS)
     ranking_metrics(IMAGE, TEXT, ids.astype("i8"), IDS)
 
@@ -123,7 +124,7 @@ def test_arrays_that_hold_no_ids(ids):
 @pytest.mark.parametrize("dtype", [">f4", "g", "i4"])
 def test_arrays_that_are_no_features(dtype):
     image = IMAGE.numpy().astype(dtype)
-    with pytest.raises(TypeError, match=r"query_features must be a floating-point array, .*astype\('f4'\)"):
+    with explains(TypeError, ("query_features", "floating-point"), "[6, 64]", "query_features.astype('f4')"):
         search(image, TEXT, 1)
     search(image.astype("f4"), TEXT, 1)
 
@@ -146,11 +147,11 @@ def test_large_ids_stay_apart(name):
 
 def test_ids_that_are_indices_are_in_range():
     large = torch.from_numpy(np.array([2**63 + 3, 2**64 - 100, 0, 0, 0, 0], dtype="uint64"))
-    with pytest.raises(ValueError, match=r"pids must lie in \[0, num_identities = 7\)"):
+    with explains(ValueError, ("pids", "[0, num_identities = 7)"), (), "num_identities"):
         ID(IMAGE, TEXT, large)
-    with pytest.raises(ValueError, match=r"pids must lie in \[0, identities = 7\), got -100 to 0"):
+    with explains(ValueError, ("pids", "[0, identities = 7)"), "-100 to 0", "classifier"):
         id_loss(IMAGE[:, :C], TEXT[:, :C], torch.tensor([-100, 0, 0, 0, 0, 0]))  # -100 is what cross_entropy leaves out
-    with pytest.raises(ValueError, match=r"labels must be ignore_index = 0 or lie in \[0, vocab_size = 30\)"):
+    with explains(ValueError, ("labels", "ignore_index = 0", "[0, vocab_size = 30)"), (), "vocab_size"):
         IRR(PATCHES, TOKENS, large[:, None].expand(B, L))
 
 
@@ -307,28 +308,26 @@ FEATURES |= {
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_float8_is_refused_in_one_sentence(name, dtype):
-    with pytest.raises(
-        TypeError, match=r"must be float16, bfloat16, float32 or float64, got float8_\w+ .*bfloat16\(\)"
-    ):
+    with explains(TypeError, ("float16", "bfloat16", "float32", "float64"), "float8_", ".bfloat16()"):
         FEATURES[name](IMAGE.to(dtype), TEXT.to(dtype), IDS)
     FEATURES[name](IMAGE.to(dtype).bfloat16(), TEXT.to(dtype).bfloat16(), IDS)  # what the sentence advises
 
 
 @pytest.mark.parametrize("name", ["asdm", "sdm", "itc", "cmpm", "tal", "trl", "triplet", "sigmoid", "id"])
 def test_sparse_features_are_refused(name):
-    with pytest.raises(TypeError, match=r"must be a dense tensor, got a sparse one; pass \w+\.to_dense\(\)"):
+    with explains(TypeError, "dense", "sparse", ".to_dense()"):
         LOSSES[name](IMAGE.to_sparse(), TEXT.to_sparse(), IDS)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tokens_are_refused():
-    with pytest.raises(TypeError, match=r"image_tokens must be a dense tensor, got a nested one; .*to_padded_tensor"):
+    with explains(TypeError, ("image_tokens", "dense"), "nested", "image_tokens.to_padded_tensor(0)"):
         f.efa_loss(torch.nested.nested_tensor([PATCHES[0], PATCHES[1, :2]]), TOKENS[:2])
 
 
 def test_an_option_that_is_no_text_is_refused():
     for option in (np.array(["a", "b"]), ["paired"], None, torch.zeros(2)):
-        with pytest.raises(ValueError, match="positive must be one of 'paired', 'any', got"):
+        with explains(ValueError, ("positive", "'paired'", "'any'")):
             fl.ASDMLoss(positive=option)
 
 
@@ -338,12 +337,12 @@ TEMPERED = [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.Sigm
 @pytest.mark.parametrize("temperature", [1e-39, 1e-320])
 @pytest.mark.parametrize("build", TEMPERED)
 def test_a_temperature_without_an_inverse_is_named(build, temperature):
-    message = f"temperature must be large enough .* got {temperature!r}"
-    with pytest.raises(ValueError, match=message):
+    message = ("temperature", "float32"), repr(temperature)
+    with explains(ValueError, *message):
         build(temperature=temperature)
     build(temperature=1e-38)
     for loss in (f.asdm_loss, f.itc_loss, f.sdm_loss, f.sigmoid_loss, f.tal_loss):
-        with pytest.raises(ValueError, match=message):
+        with explains(ValueError, *message):
             loss(IMAGE, TEXT, IDS, temperature=temperature)
 
 
@@ -355,7 +354,7 @@ def test_a_pool_scale_without_an_inverse_is_named(pool_scale):
         lambda: f.hard_similarity(PATCHES, TOKENS, pool_scale=pool_scale),
     )
     for call in calls:
-        with pytest.raises(ValueError, match=f"pool_scale must be large enough .* got {pool_scale!r}"):
+        with explains(ValueError, ("pool_scale", "float32"), repr(pool_scale)):
             call()
     for loss in (f.efa_loss, released_efa):  # of captions of one length, which all have the same log n / pool_scale
         assert loss(PATCHES, TOKENS, pool_scale=1e-37).isfinite()
@@ -363,16 +362,16 @@ def test_a_pool_scale_without_an_inverse_is_named(pool_scale):
 
 def test_an_additive_mask_is_not_to_be_cast():
     additive = torch.zeros(TOKENS.shape[:2]).masked_fill(torch.rand(TOKENS.shape[:2]) > 0.5, -torch.inf)
-    with pytest.raises(TypeError, match=r"call text_mask\.bool\(\), or text_mask == 0 where it holds 0 to keep"):
+    with explains(TypeError, ("text_mask", "boolean"), "float32", ("text_mask.bool()", "text_mask == 0")):
         f.efa_loss(PATCHES, TOKENS, text_mask=additive)
     with pytest.raises(TypeError, match=r"call text_mask\.bool\(\)$"):
         f.efa_loss(PATCHES, TOKENS, text_mask=(additive == 0).long())
 
 
 def test_complex_features_and_ids():
-    with pytest.raises(TypeError, match=r"image_features must be a floating-point .*pass image_features\.real"):
+    with explains(TypeError, ("image_features", "floating-point"), "complex64", "image_features.real"):
         f.tal_loss(IMAGE + 1j, TEXT, IDS)
-    with pytest.raises(TypeError, match=r"pids must be an integer tensor, got complex64 .*pids.real.long\(\)"):
+    with explains(TypeError, ("pids", "integer"), "complex64", "pids.real.long()"):
         f.tal_loss(IMAGE, TEXT, IDS + 1j)
     f.tal_loss((IMAGE + 1j).real, TEXT, (IDS + 1j).real.long())
 
@@ -414,7 +413,7 @@ WEIGHTED = {
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_a_negative_weight_is_refused(name):
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, -0.5, 1.0])
-    with pytest.raises(ValueError, match=r"sample_weight must not be negative, got -0\.5 in float32"):
+    with explains(ValueError, ("sample_weight", "negative"), "-0.5", "0"):
         WEIGHTED[name](IMAGE, TEXT, IDS, sample_weight=weight)
     WEIGHTED[name](IMAGE, TEXT, IDS, sample_weight=weight.clamp(min=0))
     for dtype in (torch.uint16, torch.bool, torch.float16):
@@ -454,9 +453,7 @@ def test_weights_under_compile_and_functorch():
 )
 def test_unused_pids_are_said_once(loss, advised, features, monkeypatch):
     monkeypatch.setattr(_checks, "warned", set())
-    with pytest.warns(
-        UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives|positives)="
-    ) as w:
+    with pytest.warns(UserWarning, match=r"pids.* not use.*pass (targets|negatives|positives)=") as w:
         value = loss(*features, pids=IDS)
     assert [warning.filename for warning in w] == [__file__]  # the caller's line, not one of the library or of torch
     with warnings.catch_warnings():

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers.errors import explains
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
@@ -366,7 +367,7 @@ def test_what_is_not_finite_is_not_drawn_as_something_else(image, similarity, va
         lambda: plot.asdm_weights(similarity, torch.ones_like(similarity)),
         lambda: plot.asdm_weights(torch.ones_like(similarity), similarity),
     ):
-        with pytest.raises(ValueError, match=f"must be finite, got {count} of 36 values"):
+        with explains(ValueError, "finite", f"{count} of 36"):
             call()
 
 

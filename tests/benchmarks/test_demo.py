@@ -322,7 +322,7 @@ def test_a_resumed_run_keeps_its_recipe(tmp_path: Path) -> None:
     more.resume(tmp_path / "state.pt")
     assert more.epoch == 1
     more.world = World(rank=1, size=4)
-    with pytest.raises(ValueError, match="batch_size of all processes was 8 and is 16"):
+    with pytest.raises(ValueError, match=r"batch_size.* 8 .* 16"):
         more.resume(tmp_path / "state.pt")
 
 

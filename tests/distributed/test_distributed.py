@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import processes
+from helpers.errors import explains
 from helpers.global_batch import (
     ASDM,
     EFA,
@@ -336,7 +337,7 @@ def copies() -> dict[str, object]:
         copied = copy.deepcopy(loss), copy.copy(loss), AveragedModel(loss).module
         held = [m.process_group for c in copied for m in c.modules() if hasattr(m, "process_group")]
         assert held and all(one is group for one in held)
-        with pytest.raises(TypeError, match=r"cannot be pickled, because the group .* state_dict"):
+        with pytest.raises(TypeError, match=r"pickled.* group .*state_dict"):
             pickle.dumps(loss)
     trainee, data = losses[2], batch(4)
     assert torch.equal(copy.deepcopy(trainee)(data).loss, trainee(data).loss)
@@ -373,7 +374,7 @@ def test_without_processes():
         with pytest.raises(RuntimeError, match="start with torchrun"):
             only_identity(x, x, x[:, None], x[:, None], pids)
     for build in (ASDMLoss, EFALoss, partial(FMFALoss, 4, 3, irr={"num_heads": 1}, asdm=ASDMLoss(), efa=EFALoss())):
-        with pytest.raises(ValueError, match="gather must be one of False, True, 'ring', got 'all'"):
+        with explains(ValueError, ("gather", "False", "True", "'ring'"), "'all'"):
             build(gather="all")
 
 

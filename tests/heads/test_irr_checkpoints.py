@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.errors import explains
 from helpers.golden import load
 from helpers.irr_head import D, V, golden_head, make_head, make_inputs
 
@@ -108,5 +109,5 @@ def test_load_of_another_shape_raises_and_changes_nothing(kwargs, message):
 
 
 def test_load_of_no_mapping_raises():
-    with pytest.raises(TypeError, match=r"must be a mapping of names to tensors, got list; pass what torch.load"):
+    with explains(TypeError, ("state_dict", "mapping"), "list", "torch.load"):
         make_head().load_irra_state_dict([1])

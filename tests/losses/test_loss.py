@@ -9,6 +9,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+from helpers.errors import explains
 from torch import Tensor
 
 import fmfa_losses as fl
@@ -84,9 +85,9 @@ def test_an_unknown_keyword_names_the_loss_and_the_nearest_one(name):
     tensors = (torch.eye(3)[:, None],) * 2 if name == "efa" else (torch.eye(3),) * 2
     pids = {} if name == "efa" else {"pids": torch.arange(3)}
     for call in (lambda **k: LOSSES[name](**k), lambda **k: function(*tensors, **pids, **k)):
-        with pytest.raises(TypeError, match=rf"^{title} takes no 'reducton'; did you mean 'reduction'\? It takes"):
+        with pytest.raises(TypeError, match=rf"^{title} .*'reducton'.*'reduction'\?"):
             call(reducton="sum")
-    with pytest.raises(TypeError, match=rf"^{title} is built without 'sample_weight', which belongs to the call"):
+    with pytest.raises(TypeError, match=rf"^{title} .*'sample_weight'.* the call"):
         LOSSES[name](sample_weight=torch.ones(3))
 
 
@@ -106,7 +107,7 @@ def test_what_moved_to_compat_is_told(build, word):
 
 
 def test_the_first_positive_of_the_released_code_is_told():
-    with pytest.raises(ValueError, match=r"positive must be one of 'paired', 'any', got 'first'"):
+    with explains(ValueError, ("positive", "'paired'", "'any'"), "'first'"):
         fl.ASDMLoss(positive="first")
 
 

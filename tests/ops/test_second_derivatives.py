@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.errors import explains
 from torch.autograd import gradgradcheck
 
 from fmfa_losses.functional import (
@@ -65,7 +66,7 @@ def test_refused(name):
     (expected,) = torch.autograd.grad(loss(x, y), x)
     (gradient,) = torch.autograd.grad(loss(x, y), x, create_graph=True)
     assert torch.equal(gradient, expected)
-    with pytest.raises(RuntimeError, match="is differentiable once, got a second derivative of it") as caught:
+    with explains(RuntimeError, "differentiable once", "second derivative", "create_graph") as caught:
         gradient.square().sum().backward()
     assert str(caught.value).split()[0] in name
 
