@@ -91,18 +91,18 @@ def test_load_reports_an_absent_and_a_partial_head():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("kwargs", "parts"),
     [
-        ({"depth": 3}, r"must have the 2 blocks of the head, got 3 .*IRRHead\(depth=3\)"),
-        ({"depth": 1}, r"must have the 2 blocks of the head, got 1 .*IRRHead\(depth=1\)"),
-        ({"vocab_size": 32}, r"mlm_head.fc.weight: checkpoint \[32, 16\], head \[31, 16\].*vocab_size"),
+        ({"depth": 3}, ("2 blocks", "3", "IRRHead(depth=3)")),
+        ({"depth": 1}, ("2 blocks", "1", "IRRHead(depth=1)")),
+        ({"vocab_size": 32}, ("shapes", ("mlm_head.fc.weight", "checkpoint [32, 16]", "head [31, 16]"), "vocab_size")),
     ],
 )
-def test_load_of_another_shape_raises_and_changes_nothing(kwargs, message):
+def test_load_of_another_shape_raises_and_changes_nothing(kwargs, parts):
     head = make_head()
     before = {name: value.clone() for name, value in head.state_dict().items()}
     other = IRRHead(D, kwargs.get("vocab_size", V), depth=kwargs.get("depth", 2), num_heads=2)
-    with pytest.raises(ValueError, match=message):
+    with explains(ValueError, *parts):
         head.load_irra_state_dict(published(other))
     for name, value in head.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.errors import explains
 from helpers.irr_head import D, L, V, assert_same, call, dense, gradients, make_head, make_inputs, make_text_mask
 from torch import Tensor, nn
 
@@ -170,54 +171,66 @@ def test_integer_labels_of_any_width_and_another_ignore_index():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("kwargs", "parts"),
     [
-        ({"embed_dim": 100}, r'embed_dim must be divisible by 64 .*got 100; pass num_heads.* irr=\{"num_heads": ...\}'),
-        ({"embed_dim": 64, "num_heads": 5}, r"num_heads must divide embed_dim = 64, got 5"),
-        ({"embed_dim": 0}, r"embed_dim must be an integer >= 1, got 0"),
-        ({"vocab_size": -1}, r"vocab_size must be an integer >= 1, got -1"),
-        ({"depth": 0}, r"depth must be an integer >= 1, got 0"),
-        ({"max_masked": 0}, r"max_masked must be an integer >= 1, got 0"),
-        ({"num_heads": 2.0}, r"num_heads must be an integer >= 1, got 2.0"),
+        ({"embed_dim": 100}, ("embed_dim must be divisible by 64", "100", ("num_heads", "irr="))),
+        ({"embed_dim": 64, "num_heads": 5}, ("num_heads must divide embed_dim = 64", "5", "num_heads")),
+        ({"embed_dim": 0}, (("embed_dim", "integer >= 1"), "0")),
+        ({"vocab_size": -1}, (("vocab_size", "integer >= 1"), "-1")),
+        ({"depth": 0}, (("depth", "integer >= 1"), "0")),
+        ({"max_masked": 0}, (("max_masked", "integer >= 1"), "0")),
+        ({"num_heads": 2.0}, (("num_heads", "integer >= 1"), "2.0")),
     ],
 )
-def test_bad_hyperparameters(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_hyperparameters(kwargs, parts):
+    with explains(ValueError, *parts):
         IRRHead(**{"embed_dim": 64, "vocab_size": 10, "depth": 1, **kwargs})
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "error", "parts"),
     [
-        ({"image": lambda x: x[0]}, ValueError, r"image_tokens must have shape \[B N D\], got .*\[5, 16\]"),
+        ({"image": lambda x: x[0]}, ValueError, ("image_tokens must have shape [B N D]", "[5, 16]", ())),
         (
             {"text": lambda x: x[..., :8]},
             ValueError,
-            r"masked_text_tokens must have the width embed_dim = 16.*embed_dim=8",
+            (("masked_text_tokens", "embed_dim = 16"), "[3, 7, 8]", "IRRHead(embed_dim=8"),
         ),
-        ({"text": lambda x: x.long()}, TypeError, r"masked_text_tokens must be a floating-point tensor.*int64"),
-        ({"text": lambda x: x[:0]}, ValueError, r"must not be empty"),
-        ({"image": lambda x: x[:2]}, ValueError, r"image_tokens and masked_text_tokens must agree in B .*\[2, 5, 16\]"),
-        ({"image": lambda x: x.to("meta")}, ValueError, r"image_tokens and the head must be on one device"),
-        ({"labels": lambda x: x[:, :-1]}, ValueError, r"labels must have shape \[3, 7\].*\[3, 6\]"),
-        ({"labels": lambda x: x.float()}, TypeError, r"labels must be an integer tensor.*labels.long\(\)"),
-        ({"labels": lambda x: x.bool()}, TypeError, r"labels must be an integer tensor"),
-        ({"labels": lambda x: x.tolist()}, TypeError, r"labels must be an integer tensor.*torch.as_tensor"),
-        ({"labels": lambda x: x.to("meta")}, ValueError, r"labels must be on the CPU or on cpu"),
+        ({"text": lambda x: x.long()}, TypeError, (("masked_text_tokens", "floating-point"), "int64", ".float()")),
+        ({"text": lambda x: x[:0]}, ValueError, ("empty", "[0, 7, 16]")),
+        ({"image": lambda x: x[:2]}, ValueError, ("image_tokens and masked_text_tokens must agree in B", "[2, 5, 16]")),
+        (
+            {"image": lambda x: x.to("meta")},
+            ValueError,
+            (("image_tokens", "one device"), "meta and cpu", "move"),
+        ),
+        ({"labels": lambda x: x[:, :-1]}, ValueError, ("labels must have shape [3, 7]", "[3, 6]")),
+        ({"labels": lambda x: x.float()}, TypeError, ("labels must be an integer", "float32", "labels.long()")),
+        ({"labels": lambda x: x.bool()}, TypeError, ("labels must be an integer", "bool", ())),
+        ({"labels": lambda x: x.tolist()}, TypeError, ("labels must be an integer", "list", "torch.as_tensor")),
+        ({"labels": lambda x: x.to("meta")}, ValueError, ("labels must be on the CPU", "meta", "CPU")),
         (
             {"labels": lambda x: x + V},
             ValueError,
-            r"labels must be ignore_index = 0 or lie in \[0, vocab_size = 31\), got",
+            (("labels", "ignore_index = 0", "[0, vocab_size = 31)"), (), "tokenizer"),
         ),
-        ({"labels": lambda x: x - 100}, ValueError, r"ignore_index and vocab_size of the tokenizer"),
-        ({"mask": lambda x: x[:, 1:]}, ValueError, r"text_mask must have shape \[3, 7\]"),
-        ({"mask": lambda x: x.float()}, TypeError, r"text_mask must be a boolean tensor \(True = keep\)"),
-        ({"mask": lambda x: x.to("meta")}, ValueError, r"text_mask must be on cpu"),
+        (
+            {"labels": lambda x: x - 100},
+            ValueError,
+            ("labels", "-9", ("ignore_index", "vocab_size")),
+        ),
+        ({"mask": lambda x: x[:, 1:]}, ValueError, ("text_mask must have shape [3, 7]", "[3, 6]")),
+        (
+            {"mask": lambda x: x.float()},
+            TypeError,
+            (("text_mask", "boolean"), "float32", "text_mask.bool()"),
+        ),
+        ({"mask": lambda x: x.to("meta")}, ValueError, ("text_mask must be on cpu", "meta")),
     ],
 )
-def test_bad_input(change, error, message):
+def test_bad_input(change, error, parts):
     image, text, labels = make_inputs()
     inputs = {"image": image, "text": text, "labels": labels, "mask": make_text_mask()}
     inputs |= {name: function(inputs[name]) for name, function in change.items()}
-    with pytest.raises(error, match=message):
+    with explains(error, *parts):
         make_head()(inputs["image"], inputs["text"], inputs["labels"], text_mask=inputs["mask"])

@@ -13,7 +13,7 @@ Words = str | tuple[str, ...]
 
 
 def assert_explains(error: BaseException, invariant: Words, got: Words = (), remedy: Words | None = None) -> None:
-    """Each part of the message holds its words; with `remedy`, there is one. The words are no patterns."""
+    """Each part of the message holds its words, which are no patterns. `remedy=()` asks for advice of any words."""
     message = str(error)
     must, came, rest = message.partition(", got ")
     assert came, f"does not say what came: {message}"
