@@ -238,35 +238,35 @@ def test_parameter_names_carry_the_parts_that_raise_the_learning_rate():
 
 
 BAD = [
-    (lambda: small(weights={"sdm": 1.0}), "weights must be one of 'id', 'irr', 'efa', 'asdm', got 'sdm'"),
+    (lambda: small(weights={"sdm": 1.0}), (("weights", "'id'", "'irr'", "'efa'", "'asdm'"), "'sdm'")),
     (lambda: FMFALoss.for_dataset("MSMT17", D, 10), "name must be one of 'CUHK-PEDES'"),
     (lambda: small()(**{**batch(), "masked_labels": None}), "come together"),
     (lambda: small()(**{**batch(), "image_tokens": torch.randn(B + 1, N, D)}), "agree in B"),
     (lambda: small()(**{**batch(), "image_tokens": torch.randn(B, N, D + 1)}), "must agree in D, got"),
-    (lambda: small(weights={"efa": -1}), r"weights\['efa'\] must be a finite number >= 0, got -1"),
-    (lambda: small(weights={"efa": math.nan}), r"weights\['efa'\] must be a finite number >= 0, got nan"),
-    (lambda: small(weights={"efa": "2"}), r"weights\['efa'\] must be a finite number >= 0, got str '2'"),
-    (lambda: small(weights={"efa": True}), r"weights\['efa'\] must be a finite number >= 0, got bool True"),
-    (lambda: small(weights=[1, 1, 1, 1]), r'weights must be a mapping such as {"efa": 0.5}, got list'),
-    (lambda: small(efa=False), r'efa must be a mapping of keyword.*weights={"efa": 0}\), got bool False'),
-    (lambda: small(asdm=False), r'asdm must be a mapping.*or an ASDMLoss.*weights={"asdm": 0}'),
+    (lambda: small(weights={"efa": -1}), (("weights['efa']", "finite number >= 0"), "-1")),
+    (lambda: small(weights={"efa": math.nan}), (("weights['efa']", "finite number >= 0"), "nan")),
+    (lambda: small(weights={"efa": "2"}), (("weights['efa']", "finite number >= 0"), "str '2'", "number")),
+    (lambda: small(weights={"efa": True}), (("weights['efa']", "finite number >= 0"), "bool True", "number")),
+    (lambda: small(weights=[1, 1, 1, 1]), ("weights must be a mapping", "list")),
+    (lambda: small(efa=False), (("efa", "mapping", 'weights={"efa": 0}'), "bool False")),
+    (lambda: small(asdm=False), (("asdm", "mapping", "an ASDMLoss", 'weights={"asdm": 0}'), "bool False")),
     (
         lambda: small(asdm=EFALoss()),
-        "asdm must be a mapping of keyword arguments of ASDMLoss, or an ASDMLoss, got EFA",
+        (("asdm", "mapping", "an ASDMLoss"), "EFALoss"),
     ),
-    (lambda: FMFALoss(D, 10, irr=False), r'irr must be a mapping.*of IRRHead \(.*weights={"irr": 0}'),
+    (lambda: FMFALoss(D, 10, irr=False), (("irr", "mapping", "IRRHead", 'weights={"irr": 0}'), "bool False")),
     (lambda: small(efa={"margin": 0.1}), r"efa \(EFALoss\) takes no 'margin'; did you mean 'margin_text'"),
     (lambda: FMFALoss(D, 10, irr={"vocab": 7}), r"irr \(IRRHead\) takes no 'vocab'"),
-    (lambda: small(weight={"efa": 1}), r"FMFALoss takes no 'weight'; did you mean 'weights'\? It takes embed_dim"),
+    (lambda: small(weight={"efa": 1}), r"FMFALoss .*'weight'; did you mean 'weights'\?"),
     (lambda: FMFALoss.for_dataset("RSTPReid", D, 10, process_groups=1), r"did you mean 'process_group'\?"),
     (
         lambda: FMFALoss.for_dataset("RSTPReid", D, 10, margin_text=0.3),
-        r"""FMFALoss takes no 'margin_text'; pass efa={"margin_text": \.\.\.}\. It takes embed_dim""",
+        r"""'margin_text'; pass efa={"margin_text": \.\.\.""",
     ),
     (lambda: FMFALoss(D, 10, depth=1), r"""takes no 'depth'; pass irr={"depth": \.\.\.}\. It"""),
     (
         lambda: FMFALoss(D, 10, temperature=1),
-        r"""no 'temperature'; pass asdm={"temperature": \.\.\.} or efa={"temperature": \.\.\.}\. It""",
+        r"""pass asdm={"temperature": .* efa={"temperature": """,
     ),
     (lambda: FMFALoss(D, 10, learning=1), r"FMFALoss takes no 'learning'\. It takes embed_dim"),
     (lambda: FMFALoss.for_dataset("cuhk", D, 10), "got 'cuhk'; did you mean 'CUHK-PEDES'"),
@@ -274,26 +274,31 @@ BAD = [
     (lambda: FMFALoss.for_dataset("rstp", D, 10), "got 'rstp'; did you mean 'RSTPReid'"),
     (lambda: FMFALoss.for_dataset("MSMT17", D, 10), "got 'MSMT17'$"),
     (lambda: FMFALoss.for_dataset(7, D, 10), "got 7$"),
-    (lambda: FMFALoss(D, 10.5, irr={"depth": 1}), "num_identities must be an integer >= 1, got 10.5"),
+    (lambda: FMFALoss(D, 10.5, irr={"depth": 1}), ("num_identities must be an integer >= 1", "10.5")),
     # What the caller of FMFALoss wrote, not what its parts call it.
     (lambda: small()(**{**batch(), "masked_labels": torch.zeros(B, L)}), "^masked_labels must be an integer tensor"),
     (lambda: small()(**{**batch(), "masked_labels": torch.zeros(B, 2).long()}), "^masked_labels must have shape"),
     (lambda: small()(**{**batch(), "masked_labels": torch.full((B, L), V)}), "^masked_labels must be ignore_index"),
-    (lambda: small()(**{**batch(), "pids": torch.full((B,), 10)}), r"^pids must lie in \[0, num_identities = 10\)"),
+    (
+        lambda: small()(**{**batch(), "pids": torch.full((B,), 10)}),
+        r"^pids must lie in .* = 10\)",
+    ),
     (
         lambda: FMFALoss(2 * D, 10, irr={"depth": 1})(**batch()),
-        r"image_features must have the width embed_dim = 128.*build FMFALoss\(embed_dim=64",
+        (("image_features", "embed_dim = 128"), "64]", "build FMFALoss(embed_dim=64"),
     ),
     (
         lambda: FMFALoss(2 * D, 10, irr={"depth": 1}, weights={"id": 0})(**batch()),
-        r"image_tokens must have the width embed_dim = 128.*build FMFALoss\(embed_dim=64",
+        (("image_tokens", "embed_dim = 128"), "64]", "build FMFALoss(embed_dim=64"),
     ),
 ]
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)
 def test_bad_input(call, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    """A tuple holds what must hold, what came and what to do; a text is searched for."""
+    kinds = (TypeError, ValueError)
+    with explains(kinds, *message) if isinstance(message, tuple) else pytest.raises(kinds, match=message):
         call()
 
 

@@ -29,7 +29,10 @@ def assert_explains(error: BaseException, invariant: Words, got: Words = (), rem
 
 @contextmanager
 def explains(
-    kind: type[BaseException], invariant: Words, got: Words = (), remedy: Words | None = None
+    kind: type[BaseException] | tuple[type[BaseException], ...],
+    invariant: Words,
+    got: Words = (),
+    remedy: Words | None = None,
 ) -> Iterator[pytest.ExceptionInfo[BaseException]]:
     with pytest.raises(kind) as caught:
         yield caught
