@@ -439,8 +439,9 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
             leaves = [t.clone().requires_grad_() for t in (inputs["queries"], inputs["keys"], scale)]
             value = function(*leaves[:2], *ids, image_ids=inputs["image_ids"], logit_scale=leaves[2])
             results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        # Eager takes a small batch at once, what is compiled is the operator: another order of sums.
         for eager, traced in zip(*results, strict=True):
-            assert torch.equal(eager, traced)
+            torch.testing.assert_close(traced, eager)
 
 
 MEMORY = """

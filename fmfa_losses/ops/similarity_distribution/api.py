@@ -19,11 +19,12 @@ from ..checks import check_float, check_ids, check_same, check_scale
 from ..operator import differentiable_once, operator, refusals
 from ..options import Backend, Objective, Positive, Reduction
 from ..precision import accumulation_dtype, full_precision
-from . import blocks
+from . import blocks, whole
 from .reference import RowLoss, similarity_distribution_loss_reference
 
 __all__ = [
     "RowLoss",
+    "row_loss",
     "similarity_distribution_loss",
     "similarity_distribution_loss_reference",
     "similarity_distribution_ring",
@@ -89,9 +90,23 @@ def similarity_distribution_loss(
     """
     spec = RowLoss(objective, alpha, positive, detach_weight, eps, image_id_factor, offset, both, reduction).checked()
     pids, image_ids = _check_inputs(queries, keys, pids, image_ids, spec)
-    scale = check_scale(logit_scale)
-    tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    return row_loss(queries, keys, pids, image_ids, check_scale(logit_scale), spec, backend)
+
+
+def row_loss(
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    image_ids: Tensor | None,
+    scale: float | Tensor,
+    spec: RowLoss,
+    backend: Backend,
+) -> Tensor:
+    """`similarity_distribution_loss` of arguments that are checked already."""
     chosen = select_backend(backend, queries, keys)
+    if chosen == "torch" and whole.takes(queries, keys, spec):
+        return whole.whole_row_loss(queries, keys, pids, image_ids, scale, spec)
+    tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
     return loss
 

@@ -11,17 +11,40 @@ merge nothing, blocks of columns merge along a loop, a ring merges over ranks.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .reference import RowLoss
 
-__all__ = ["LOWEST", "NOWHERE", "Final", "Labels", "Running", "dlogits", "finalize", "merge", "nothing", "of"]
+__all__ = [
+    "LOWEST",
+    "NOWHERE",
+    "Final",
+    "Labels",
+    "Running",
+    "Targets",
+    "dlogits",
+    "finalize",
+    "merge",
+    "nothing",
+    "of",
+]
 
 LOWEST = -3.0e38  # a finite start of a running maximum: -inf - -inf would be NaN
 NOWHERE = 2**30  # an index above every column
+
+
+class Targets(Protocol):
+    """What `of` and `dlogits` ask of labels; `total` is sum_k y_ik, [m, 1] of a block's rows or [n] of its columns."""
+
+    @property
+    def same(self) -> Tensor: ...  # [m, n] same pid
+
+    def target(self, total: Tensor) -> Tensor: ...  # t, [m, n]
+
+    def log_target(self, total: Tensor) -> Tensor: ...  # log(t + eps)
 
 
 class Labels(NamedTuple):
@@ -80,7 +103,7 @@ def nothing(n: int, like: Tensor) -> Running:
 
 
 def of(
-    z: Tensor, labels: Labels, total: Tensor, spec: RowLoss, *, dim: int = 1, first: int = 0, pair: int = 0
+    z: Tensor, labels: Targets, total: Tensor, spec: RowLoss, *, dim: int = 1, first: int = 0, pair: int = 0
 ) -> Running:
     """Statistics of a block alone.
 
@@ -147,7 +170,7 @@ def finalize(a: Running, spec: RowLoss) -> tuple[Tensor, Final]:
 
 def dlogits(
     z: Tensor,
-    labels: Labels,
+    labels: Targets,
     total: Tensor,
     final: Final,
     index: tuple[Tensor, ...],
