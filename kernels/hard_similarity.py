@@ -76,7 +76,7 @@ MATCH_LISTED = MATCH | {(BLACKWELL, "half"): (64, 256, 64, 8, 3), (BLACKWELL, "t
 # (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages)
 DE = {
     (LARGE, "half"): (128, 64, 256, 8, 3),
-    (LARGE, "tf32"): (128, 32, 128, 8, 2),
+    (LARGE, "tf32"): (128, 32, 128, 8, 3),
     (LARGE, "ieee"): (64, 32, 128, 8, 2),
     (MEDIUM, "half"): (128, 32, 256, 8, 3),
     (MEDIUM, "tf32"): (128, 32, 128, 8, 2),
@@ -90,7 +90,7 @@ DE = {
 }
 # gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages). With all of D in one program, weights are made once.
 DX = {
-    (LARGE, "half"): (4, 512, 1, 1),
+    (LARGE, "half"): (2, 512, 1, 1),
     (LARGE, "tf32"): (2, 512, 1, 1),
     (LARGE, "ieee"): (2, 512, 1, 1),
 }
