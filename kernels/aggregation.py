@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, on_device, precision
-from ._tile import BIG, dot_wide, load_columns, load_rows
+from ._tile import BIG, dot_wide, load_columns, load_rows, operands
 
 NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the largest entry is noise
 LARGEST_SUM = tl.constexpr(2.0**126)  # the inverse of a larger one is no normal number
@@ -447,7 +447,7 @@ def _dimage_kernel(
         djoint = load_rows(djoint_ptr, rows, live, d, D)
         text = load_rows(text_ptr, rows, live, d, D)
         if text.dtype == tl.float32:
-            dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision=PRECISION)
+            dimage = dot_wide(tl.trans(a), djoint, dimage, PRECISION)
         else:
             dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision="tf32")
         dimage = dot_wide(tl.trans(ds), text, dimage, PRECISION)
@@ -472,7 +472,7 @@ def forward(
     with on_device(image_tokens):
         launch(
             _forward_kernel, (B * triton.cdiv(L, tile["BLOCK_L"]), chunks),
-            image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask), threshold.contiguous(),
+            *operands(image_tokens, text_tokens), _int32(image_mask), threshold.contiguous(),
             joint, row_min, row_sum, N, L, D,
             HAS_MASK=image_mask is not None, WHOLE_ROW=whole, PRECISION=dot_precision(image_tokens.dtype),
             **tile, BLOCK_D=blocks.BLOCK_D, BLOCK_OUT=out, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
@@ -507,7 +507,10 @@ def backward(
     out, chunks = {"BLOCK_OUT": blocks.BLOCK_OUT}, triton.cdiv(D, blocks.BLOCK_OUT)
     sizes = (N, L, D, B * L)
     with on_device(image_tokens):
-        inputs = djoint.contiguous(), image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask)
+        image, text = operands(image_tokens, text_tokens)
+        # Beside half inputs the kernels want all that djoint has.
+        (djoint,) = operands(djoint) if image_tokens.dtype == torch.float32 else (djoint.contiguous(),)
+        inputs = djoint, image, text, _int32(image_mask)
         launch(
             _statistics_kernel, (B * triton.cdiv(L, STATISTICS_L),), *inputs, threshold.contiguous(),
             row_sum.contiguous(), statistics, first, *sizes, **flags | {"BLOCK_L": STATISTICS_L},
