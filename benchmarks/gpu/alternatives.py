@@ -65,6 +65,6 @@ ALTERNATIVES = (
     Alternative("hard_similarity", "MATCH", IEEE, (64, 128, 16, 4, 2), EFA, "fp32", ("_match_kernel",), 0.9),
     Alternative("hard_similarity", "DE", (HOPPER, "tf32"), (64, 32, 128, 4, 3), EFA, "tf32", ("_de_kernel",), 0.7),
     Alternative("hard_similarity", "DE", (HOPPER, "tf32"), (128, 32, 128, 8, 3), EFA, "tf32", ("_de_kernel",), 0.8),
-    Alternative("similarity_distribution", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
-    Alternative("similarity_distribution", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
+    Alternative("asdm_tiles", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
+    Alternative("asdm_tiles", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
 )  # fmt: skip

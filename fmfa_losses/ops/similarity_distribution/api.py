@@ -182,9 +182,9 @@ def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, A
     """Kernels that do all of it in tiles, or None; and the backend of blocks."""
     if backend == "torch":
         return None, blocks.torch_blocks
-    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
+    from fmfa_losses.kernels import asdm_blocks, asdm_tiles
 
-    return similarity_distribution if similarity_distribution.takes(queries, keys) else None, distribution_blocks
+    return asdm_tiles if asdm_tiles.takes(queries, keys) else None, asdm_blocks
 
 
 @torch.library.register_fake(similarity_distribution_op)

@@ -6,7 +6,7 @@
               ---- next block ----
 
 A block backend does Eq. 1-4 on a block of cosines: the one in PyTorch below applies `statistics.py`, the one in Triton
-is `fmfa_losses.kernels.distribution_blocks`. The forward makes one product of the size of [R, C], the backward three:
+is `fmfa_losses.kernels.asdm_blocks`. The forward makes one product of the size of [R, C], the backward three:
 the cosines again, and one for each gradient. In a ring the keys are those of one rank after the other.
 """
 

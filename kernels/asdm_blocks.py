@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._distribution_tile import LOWEST, add_dlogits, finalize, load_final, update_tile
 from ._launch import Strided, launch, on_device
-from .similarity_distribution import ANY_ADDRESS, alike, by_device, contiguous_ids, flags, launch_options, prepare
+from ._row_statistics import LOWEST, add_dlogits, finalize, load_final, update_tile
+from .asdm_tiles import ANY_ADDRESS, alike, by_device, contiguous_ids, flags, launch_options, prepare
 
 __all__ = ["block_elements", "dlogits", "norms", "row_multiple", "update"]
 

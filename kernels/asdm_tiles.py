@@ -16,7 +16,7 @@ The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in regi
 With `both` the second grid axis is the direction: rows and columns are exchanged. Each output element is accumulated by
 one program, in a fixed order: no atomics, bitwise equal reruns. A tile of logits is computed once a direction, and in
 the gradient once a chunk of D, which a small batch does not feel; a large one in float32 goes through
-`distribution_blocks`.
+`asdm_blocks`.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._distribution_tile import LOWEST, add_dlogits, finalize, load_final, update_tile
 from ._launch import LDS, Strided, chip_class, dot_precision, launch, on_device, precision
+from ._row_statistics import LOWEST, add_dlogits, finalize, load_final, update_tile
 from ._tile import dot_nearest, dot_wide
 
 # Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
@@ -38,7 +38,7 @@ LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
 # Small batches want many programs; large ones tiles worth their loads. BLOCK_D is the same in both kernels: the
 # gradient of a peaked row is a small difference that needs the very logits of the forward.
 # SMALL: pairs of a small batch. In IEEE float32 each 64 columns of the gradient compute all logits anew: more pairs go
-# through `distribution_blocks`, as they do in TF32.
+# through `asdm_blocks`, as they do in TF32.
 SMALL = {"half": 1024, "tf32": 1024, "ieee": 256}
 BLOCKS: dict[tuple[str, str, str], tuple[Any, ...]] = {
     ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
@@ -442,7 +442,7 @@ def _gradient_kernel(
 def takes(queries: Tensor, keys: Tensor) -> bool:
     """Whether these kernels are the better way: small batches, and half precision.
 
-    Large float32 products belong to the BLAS library, whose blocks `distribution_blocks` reads: what a program could
+    Large float32 products belong to the BLAS library, whose blocks `asdm_blocks` reads: what a program could
     keep of the gradient's D columns in float32 would make it compute every logit anew for each 64 of them.
     """
     dtype = torch.promote_types(queries.dtype, keys.dtype)
