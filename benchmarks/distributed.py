@@ -3,7 +3,7 @@
     python -m benchmarks distributed [--out benchmarks/results/distributed_cpu.json]
 
 `received` says on paper what the counters find; docs/distributed.md is made from it, and every run compares the two.
-Every case runs in fresh processes, one thread each; where they outnumber the cores, seconds measure the queue as well.
+Every case runs in fresh processes, one thread each; with more processes than cores, seconds include waiting for a core.
 """
 
 import argparse

@@ -159,8 +159,8 @@ HEAD = f"""# Launches
 Written by `python -m benchmarks launches --out docs/launches.md`; do not edit it by hand.
 
 Every row is one training step, forward and backward, of {N} patches and width {D}, counted without a GPU on a stand-in
-that sends each launch through Triton's own JIT (`benchmarks/stand_in`). The host pays for every launch, Triton's and
-torch's alike, and for every kernel that is compiled; so a small batch is as fast as its row is low. "Moved" is what
+that sends each launch through Triton's own JIT (`benchmarks/stand_in`). Every launch costs host time, Triton's and
+torch's alike, and so does every kernel that is compiled: they decide how fast a small batch is. "Moved" is what
 torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
 "Compiled" is what a step compiles that none before it did. Captions of at most {SHORT} tokens are a class of their own:
 a text mask compiles both classes at once, without one the first short batch compiles its own.

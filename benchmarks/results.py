@@ -18,7 +18,7 @@ HEAD = ("kind", "command", "date", "commit", "machine", "versions", "note")
 
 
 def head(kind: str, command: str, *, note: str = "", threads: int | None = None) -> dict[str, Any]:
-    """What stands above the records; `threads` where the measuring processes have another number than this one."""
+    """The head of the file, before the records; `threads` of the measuring processes, unless as here."""
     machine = describe_machine() | ({"threads": threads} if threads else {})
     values = (kind, command, now(), commit(), machine, describe_versions(), note)
     return dict(zip(HEAD, values, strict=True))

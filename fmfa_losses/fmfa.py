@@ -112,7 +112,7 @@ class FMFALoss(Module):
 
     Inputs:
         image_features, text_features: [B, D] global features.
-        image_tokens: [B, N, D] patches without [CLS]. The IRR term sees image_features in [CLS]'s place before them.
+        image_tokens: [B, N, D] patches without [CLS]. The IRR term puts image_features before them, as [CLS].
         text_tokens: [B, L, D].
         pids: [B] integer identities.
         masked_text_tokens, masked_labels: [B, L, D] tokens of the masked captions and [B, L] original ids (0

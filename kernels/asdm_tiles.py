@@ -1,22 +1,22 @@
-"""A-SDM in tiles: from raw features to row losses and input gradients, the row statistics of Eq. 1-4 in registers.
+"""A-SDM, SDM and ITC in tiles: row losses and input gradients from raw features, for small batches and half precision.
 
-The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in registers; memory is O(R + C).
+The logits z_ij = s cos(x_i, y_j) exist only in registers, as tiles [BLOCK_M, BLOCK_N], and so do the running statistics
+of Eq. 1-4. Memory is O(R + C).
 
     prepare      norms of both inputs, and sum_k y_ik of every query: D and the ids are read once. A row whose squares
                  leave float32's range gets a factor, a power of two; where there is one, products are redone
-    row loss     one program a block of rows, over all columns with running statistics relative to the running maximum
+    row loss     one program for each block of rows. It loops over all columns and keeps running statistics
 
                      y_0   y_1   y_2 ...
             x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top - log(t + eps)), positive  ->  loss
 
-    gradient     one program a block of rows of the input that it owns, and a chunk of D: computes each tile again, adds
-                 the gradients of the losses of its rows and of its columns (which are rows of the other direction),
-                 multiplies with y, and leaves through the normalisation
+    gradient     one program for each block [rows, chunk of D] of an input's gradient. It computes each tile of logits
+                 again, adds up dlogits of its rows and of its columns (rows of the other direction), multiplies with y,
+                 and applies the derivative of the normalisation
 
-With `both` the second grid axis is the direction: rows and columns are exchanged. Each output element is accumulated by
-one program, in a fixed order: no atomics, bitwise equal reruns. A tile of logits is computed once a direction, and in
-the gradient once a chunk of D, which a small batch does not feel; a large one in float32 goes through
-`asdm_blocks`.
+With `both` the second grid axis is the direction: rows and columns are exchanged. Every tile of logits is computed once
+for each direction, and in the gradient once for each chunk of D. In a small batch the launches take longer than this
+repeated work; a large batch in float32 uses `asdm_blocks`. Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
 
 
 # Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
-# Small batches want many programs; large ones tiles worth their loads. BLOCK_D is the same in both kernels: the
+# Small batches want many programs, large ones large tiles. BLOCK_D is the same in both kernels: the
 # gradient of a peaked row is a small difference that needs the very logits of the forward.
 # SMALL: pairs of a small batch. In IEEE float32 each 64 columns of the gradient compute all logits anew: more pairs go
 # through `asdm_blocks`, as they do in TF32.
@@ -119,7 +119,7 @@ def _cosines(
             x_factor = tl.load(factors_ptr + x_norm + rows, mask=rows < X, other=1.0)[:, None]
             y_factor = tl.load(factors_ptr + y_norm + cols, mask=cols < Y, other=1.0)[None, :]
             dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            # What is rare takes no registers from what is not: no stages, narrow steps of wide numbers.
+            # No stages and narrow steps: this rare case takes no registers from the usual one.
             STEP: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.float32 else BLOCK_D
             for start in tl.range(0, D, STEP, num_stages=1):
                 d = start + tl.arange(0, STEP)
@@ -130,8 +130,8 @@ def _cosines(
     return dots * (x_inverse[:, None] * y_inverse[None, :])
 
 
-# Arguments that Triton does not compile anew for: vectors that the user gives, at any address, and with them in every
-# kernel's list the numbers that change with the batch. A smaller last batch compiles nothing.
+# Arguments that Triton does not specialise on: vectors of the user, at any address. Each kernel's list adds the numbers
+# that change with the batch, so that a smaller last batch compiles nothing.
 ANY_ADDRESS = ("pids_ptr", "image_ids_ptr", "scale_ptr", "dloss_ptr", "g_ptr")
 
 
@@ -291,7 +291,7 @@ def _row_loss_kernel(
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, "X", "Y", "x_sample", "y_sample", "x_norm", "y_norm", "dloss_stride"])
 def _gradient_kernel(
-    x_ptr,  # [X, D] the owned input; in direction 1 the other one, as every pair below
+    x_ptr,  # [X, D] the input whose gradient is computed; in direction 1 the other one, as every pair below
     y_ptr,  # [Y, D]
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
@@ -334,7 +334,7 @@ def _gradient_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Grid (row blocks, directions, chunks of D): gradient of the owned rows, through the normalisation."""
+    """Grid (row blocks, directions, chunks of D): gradient of the program's rows, normalisation included."""
     direction = tl.program_id(1)
     x_norm, y_norm = _by_direction(direction, x_norm, y_norm)
     x_stride, y_stride = _by_direction(direction, x_stride, y_stride)
@@ -366,7 +366,7 @@ def _gradient_kernel(
 
     d_out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dx = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
-    # Along x_i its gradient is sum_j cos_ij dcos_ij, which normalising takes out; the scale receives sum cos_ij dz_ij.
+    # Component of the gradient along x_i: sum_j cos_ij dz_ij. Normalising removes it; dscale is its sum over i.
     along = tl.zeros((BLOCK_M,), tl.float32)
 
     for start in range(0, Y, BLOCK_N):
@@ -442,8 +442,8 @@ def _gradient_kernel(
 def takes(queries: Tensor, keys: Tensor) -> bool:
     """Whether these kernels are the better way: small batches, and half precision.
 
-    Large float32 products belong to the BLAS library, whose blocks `asdm_blocks` reads: what a program could
-    keep of the gradient's D columns in float32 would make it compute every logit anew for each 64 of them.
+    In float32 a program has registers for 64 of the gradient's D columns, and computes every logit again for each 64.
+    For a large batch the BLAS library is faster: `asdm_blocks` reads the blocks of cosines that it makes.
     """
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     kind = precision(dtype)
@@ -564,7 +564,7 @@ def alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contiguous_ids(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Ids as the kernels read them; without image ids anything stands in their place. A column of a table is copied."""
+    """Ids as the kernels read them, contiguous. Without image ids the second is a pointer that is not read."""
     pids = pids.contiguous()
     return pids, pids if image_ids is None else image_ids.contiguous()
 

@@ -47,7 +47,7 @@ def cached_backward(
 
     With DistributedDataParallel as model the gradients travel once, with the last chunk, so all ranks need at least one
     chunk, but not equally many. Parameters used in loss_fn alone then belong to a module of their own, wrapped like the
-    model is. Losses with gather=True work as anywhere. Autocast goes around the call.
+    model is. Losses with gather=True work as anywhere. Autocast must enclose the call.
 
     Raises:
         ValueError: no chunk, a loss that is not a scalar, chunks whose outputs differ in number, names, rank or dtype,

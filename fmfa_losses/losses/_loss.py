@@ -160,7 +160,7 @@ class Loss(_Declared):
         peers: Peers | None = None,
         **settings: object,
     ) -> tuple[Peers, Any]:
-        """Who shares the batch, and what `check` returns: see `distributed.handshake`; `peers` are there already."""
+        """The ranks of the batch, and what `check` returns: see `distributed.handshake`; `peers` if already known."""
         return handshake(
             self.gather,
             self.process_group if peers is None else peers,

@@ -94,7 +94,7 @@ def resolve_scale(logit_scale: float | Tensor | None, temperature: float, like: 
 
 def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:
     """A one-element tensor as a 0-dim one in `like`'s dtype that may multiply `like`."""
-    # A CPU scalar may meet accelerator tensors as it is, without a copy.
+    # PyTorch multiplies a CPU scalar with accelerator tensors as it is, without a copy.
     device = like.device if like.device.type == "cpu" or scalar.device.type != "cpu" else None
     return check_scalar(name, scalar).to(device=device, dtype=like.dtype)
 

@@ -6,8 +6,8 @@ and nothing of size Bx Be P Q ever exists.
 
     (1/lambda) log sum_l exp(lambda m_l) = (1/lambda) log n + (1/lambda) log (1/n) sum_l exp(lambda m_l)
 
-Of a small lambda the first term, the level, takes all digits from the second one, the log mean, which tends to the mean
-of m. So the operator computes the log mean there, and who needs differences of similarities leaves the level out.
+For a small lambda the first term, the level, is so large that the second one, the log mean, is rounded away. So the
+operator computes the log mean there, and a caller that needs only differences of similarities leaves the level out.
 """
 
 import math
@@ -270,7 +270,7 @@ def _maxima_dtype(dtype: torch.dtype) -> torch.dtype:
 # The torch path: one matrix product a tile of x rows and whole e samples, reduced before the next one starts.
 
 
-# Similarities alive at once: 2 MiB of float32 stay near a CPU's cache; an accelerator wants fewer launches.
+# Similarities in one block: 2 MiB of float32 stay in a CPU's cache; larger blocks mean fewer launches on a GPU.
 TILE_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}
 
 
