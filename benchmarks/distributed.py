@@ -41,7 +41,7 @@ def received(term: str, gather: bool | str, world: int, *, b: int, L: int, D: in
     forward = others * (block + (ids if term == "asdm" else 0)) + transposed
     backward = others * gradient + transposed
     if gather == "ring" and world > 1:
-        # The blocks come again, and every gradient makes one step more than its block: home.
+        # The blocks go around again, and every gradient makes one step more than its block, back to its rank.
         backward = others * block + world * gradient + transposed
     return forward, backward
 

@@ -44,7 +44,7 @@ class Limit(NamedTuple):
     )
     buffers: int
     allocated: float  # MB, all buffers
-    peak: float  # MB alive at once, above inputs and gradients
+    peak: float  # MB allocated at the same time, above inputs and gradients
 
 
 # What was counted, and 5 %; every kernel of the first step. `--suggest` prints these lines anew.

@@ -315,7 +315,7 @@ class FMFALoss(Module):
             settings["logit_scale"] = batch["logit_scale"]
 
         def check() -> OwnTerms:
-            # Of terms that do not gather, or gather otherwise, too: who fails in one of them leaves the others waiting.
+            # Also of terms that do not gather, or gather otherwise: the ranks wait for one that fails in such a term.
             if self.weights["efa"]:
                 given = {**batch, "pids": self._efa_pids(batch["pids"])}
                 tokens = ("image_tokens", "text_tokens", "image_mask", "text_mask", "pids")

@@ -117,7 +117,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) 
 
 
 def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, int]] = ()) -> None:
-    """`a` and `b` live on one device and agree in the given (letter, dimension) pairs; `names` is "image and text"."""
+    """`a` and `b` are on one device and agree in the given (letter, dimension) pairs; `names` is "image and text"."""
     if a.device != b.device:
         raise ValueError(
             f"{names} must be on one device, got {a.device} and {b.device}; move one with .to({str(a.device)!r})"

@@ -360,7 +360,7 @@ def _backward_torch(
 
     entries = (
         TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "accelerator"] // 2
-    )  # matches alive at once; each costs about 50 bytes
+    )  # matches in one block; each costs about 50 bytes
     step = max(1, entries // (Be * P))
     for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
         weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))
@@ -368,7 +368,7 @@ def _backward_torch(
             -1, P, D
         )
 
-    # The same sum seen from e: sorting the matches by the row they chose makes each row own a run of them.
+    # The same sum for e: sorting the matches by the row that they chose puts those of each row next to each other.
     step = max(1, entries // (Bx * P))
     for j in (slice(j, min(j + step, Be)) for j in range(0, Be, step)):
         weight, row = (rearrange(t, "i j l -> (i l j)") for t in matches(slice(None), j))
