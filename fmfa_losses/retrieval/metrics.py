@@ -243,7 +243,7 @@ def _metrics(
     matched = count > 0
     if not matched.any():
         raise ValueError(
-            "at least one query must share its pid with the gallery, got none; use one numbering for queries and gallery"
+            "at least one query must share its pid with the gallery, got none; number both with the same pids"
         )
 
     query_block, gallery_block = block_sizes(*sizes, block_size, most_matches=int(count.max()))
