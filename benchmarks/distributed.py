@@ -33,7 +33,7 @@ WORLDS, REPEATS = (1, 2, 3, 4), 3
 def received(term: str, gather: bool | str, world: int, *, b: int, L: int, D: int, size: int) -> tuple[int, int]:
     """Bytes that reach a rank in one forward and one backward, b pairs a rank, features of `size` bytes a number.
 
-    Gradients and joint embeddings travel as float32. Identities count 8 bytes a pair.
+    Gradients and joint embeddings travel as float32. Identities count 8 bytes per pair.
     """
     others, ids = world - 1, 8 * b
     block, gradient = (2 * b * D * size, 2 * b * D * 4) if term == "asdm" else (b * L * D * 4, b * L * D * 4)

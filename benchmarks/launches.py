@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
-    form.add_argument("--json", action="store_true", help="every row as JSON, one a line")
+    form.add_argument("--json", action="store_true", help="every row as JSON, one per line")
     form.add_argument("--check", action="store_true", help="only what exceeds its limit")
     form.add_argument("--suggest", action="store_true", help="lines for LIMITS, from what is counted now")
     options = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Result files: where the figures come from, then the records.
 
-Every file has the same head (`HEAD`), what belongs to its kind alone, and `records`: a list of dictionaries, one a
+Every file has the same head (`HEAD`), what belongs to its kind alone, and `records`: a list of dictionaries, one per
 line, so that a change of one number is a change of one line. A file is replaced as a whole: a process that is killed
 while it writes leaves the file as it was.
 """

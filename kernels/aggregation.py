@@ -196,7 +196,7 @@ def _is_constant(low, high):
 
 @triton.jit
 def _cutoff(low, high, threshold):
-    """The smallest u whose u / span, rounded to nearest, is not below the threshold: one division a row, not a patch.
+    """The smallest u whose u / span, rounded to nearest, is not below the threshold: a division per row, not per patch.
 
     threshold * span lies within a few numbers of it.
     """

@@ -1,4 +1,4 @@
-"""tests/gpu with one outcome a test, as each comes. Measurements do not depend on them; outcomes are listed."""
+"""tests/gpu with one outcome per test, as each comes. Measurements do not depend on them; outcomes are listed."""
 
 import importlib.util
 import json

@@ -147,7 +147,7 @@ class _Whole:
             if any(torch.stack(pieces[1:]).ne(pieces[0]).tolist() if len(pieces) > 1 else ()):
                 raise ValueError(
                     f"output {name!r} without samples, shape [], must be the same for every chunk, got "
-                    f"{torch.stack(pieces).tolist()}; return one value a sample, and reduce it in loss_fn"
+                    f"{torch.stack(pieces).tolist()}; return one value per sample, and reduce it in loss_fn"
                 )
             self.tensor = pieces[0].clone()
         else:

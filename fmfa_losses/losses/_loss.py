@@ -172,7 +172,7 @@ class Loss(_Declared):
         )
 
     def check_pids(self, pids: Tensor | None, like: Tensor) -> Tensor | None:
-        """The ids to compare, one a sample of `like`; None where pairs alone count."""
+        """The ids to compare, one per sample of `like`; None where pairs alone count."""
         if self.pids_option is not None:
             option, used, unused, purpose = self.pids_option
             if getattr(self, option) == unused:

@@ -51,7 +51,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     check_float(name, scores, "B B")
     if scores.shape[0] != scores.shape[1]:
         raise ValueError(
-            f"{name} must be square, one text and one image a sample [B, B], got {describe(scores)}; "
+            f"{name} must be square, one text and one image per sample [B, B], got {describe(scores)}; "
             "pass the pairs of one batch"
         )
     return scores.to(accumulation_dtype(scores))
@@ -105,7 +105,7 @@ def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a tensor [B] of real numbers, got {describe(weight)}; {AS_TENSOR}")
     if weight.shape != per_sample.shape:
         raise ValueError(
-            f"{name} must have shape {list(per_sample.shape)} (one weight a pair), got {describe(weight)}; reshape it"
+            f"{name} must have shape {list(per_sample.shape)} (one weight per pair), got {describe(weight)}; reshape it"
         )
     check_same(f"{name} and the features", weight, per_sample)
     given, weight = weight, weight.to(per_sample.dtype)

@@ -290,7 +290,7 @@ def _checked_ids(
         if tuple(given.shape) != (size,):
             remedy = f"swap {names[0]} and {names[1]}" if swapped else "pass the person of each, in the same order"
             raise ValueError(
-                f"{name} must have shape [{size}], one id a row of scores, got {describe(given)}; {remedy}"
+                f"{name} must have shape [{size}], one id per row of scores, got {describe(given)}; {remedy}"
             )
     return ids[0].to(device, torch.int64), ids[1].to(device, torch.int64)
 

@@ -109,7 +109,7 @@ def _check_inputs(
     if spec.both and (spec.offset != 0 or R != C):
         raise ValueError(
             f"both=True needs as many queries as keys and offset 0, got {R} queries, {C} keys, offset {spec.offset}; "
-            "pass both=False and call once a direction"
+            "pass both=False and call once per direction"
         )
     if spec.offset < 0 or spec.offset + R > C:
         raise ValueError(

@@ -226,7 +226,7 @@ def _batch(
     pids: Tensor, image_ids: Tensor | None, label_sum: Tensor | None, R: int, scale: float | Tensor, spec: RowLoss,
     dtype: torch.dtype,
 ) -> Batch:  # fmt: skip
-    """Ids are made contiguous once a pass: every block reads them."""
+    """Ids are made contiguous once per pass: every block reads them."""
     pids, image_ids = pids.contiguous(), None if image_ids is None else image_ids.contiguous()
     total = _label_sum(pids, image_ids, R, spec, dtype) if label_sum is None else label_sum
     return Batch(pids, image_ids, total, scale, spec)
