@@ -99,7 +99,7 @@ def _cosines(
     D,
     x_stride,
     y_stride,
-    far,  # whether any row has a factor
+    any_factor,  # whether any row has one
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -115,7 +115,7 @@ def _cosines(
         y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
         dots = dot_nearest(x, y, dots, PRECISION)
     if x_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled; products of float16 are in range
-        if far:
+        if any_factor:
             x_factor = tl.load(factors_ptr + x_norm + rows, mask=rows < X, other=1.0)[:, None]
             y_factor = tl.load(factors_ptr + y_norm + cols, mask=cols < Y, other=1.0)[None, :]
             dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -252,7 +252,7 @@ def _row_loss_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < X
     x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
-    far = _any_factor(norms_ptr + X + Y, X + Y)
+    any_factor = _any_factor(norms_ptr + X + Y, X + Y)
     own_pid = tl.load(pids_ptr + offset + rows, mask=row_mask, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
@@ -268,7 +268,7 @@ def _row_loss_kernel(
         y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=cols < Y, other=1.0)
         cos = _cosines(
             x_ptr, y_ptr, norms_ptr + X + Y, rows, cols, x_inverse, y_inverse, x_norm, y_norm, X, Y, D,
-            x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            x_stride, y_stride, any_factor, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         z = tl.where(inside, scale * cos, -float("inf"))
         same = (own_pid == tl.load(pids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
@@ -351,7 +351,7 @@ def _gradient_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < X
     x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
-    far = _any_factor(norms_ptr + X + Y, X + Y)
+    any_factor = _any_factor(norms_ptr + X + Y, X + Y)
     own_pid = tl.load(pids_ptr + x_sample + rows, mask=row_mask, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
@@ -375,7 +375,7 @@ def _gradient_kernel(
         y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=col_mask, other=1.0)
         cos = _cosines(
             x_ptr, y_ptr, norms_ptr + X + Y, rows, cols, x_inverse, y_inverse, x_norm, y_norm, X, Y, D,
-            x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            x_stride, y_stride, any_factor, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         z = scale * cos
         same = own_pid == tl.load(pids_ptr + y_sample + cols, mask=col_mask, other=0)[None, :]
@@ -414,7 +414,7 @@ def _gradient_kernel(
             other=0.0,
         )
         if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
-            if far:
+            if any_factor:
                 y_factor = tl.load(norms_ptr + X + Y + y_norm + cols, mask=col_mask, other=1.0)
                 y = (y * y_factor[:, None]).to(y.dtype)
         # A gradient may be as small as 1 / B^2, out of float16's range.

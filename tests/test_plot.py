@@ -296,7 +296,7 @@ def test_images_in_every_form(form):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda i, s: plot.similarity_maps(i, s, tokens=["a"], grid=GRID), "one row a token"),
+        (lambda i, s: plot.similarity_maps(i, s, tokens=["a"], grid=GRID), "one row per token"),
         (
             lambda i, s: plot.similarity_maps(i, s, tokens=["a"] * 3),
             "grid must hold all N patches, got 24 x 8",
