@@ -1,4 +1,4 @@
-"""Entries of the block tables, each with the alternative that looked worse without a GPU: stage c measures both.
+"""Entries of the block tables beside a candidate whose time is not known, or not decided: stage c measures both.
 
 A row's first value is the table as it stands; `other` replaces it while `swapped` lasts.
 """

@@ -111,7 +111,7 @@ class DistributionLoss(Loss):
             )
 
         def direction(queries: Tensor, keys: Tensor) -> Tensor:
-            """The own queries against the keys of all ranks, [b]. Raw features travel, in their own dtype."""
+            """The own queries against everybody's keys, [b]. Raw features travel, in their own dtype."""
             return similarity_distribution_loss(
                 queries,
                 peers.gather(keys),

@@ -70,7 +70,7 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """A UserWarning, once per process, at the line that called the library; compiled code does not warn."""
+    """A UserWarning, once a process, at the line that called the library; compiled code does not warn."""
     if torch.compiler.is_compiling() or message in _warned:
         return
     _warned.add(message)
