@@ -44,7 +44,7 @@ class Limit(NamedTuple):
     )
     buffers: int
     allocated: float  # MB, all buffers
-    peak: float  # MB alive at once, above inputs and gradients
+    peak: float  # MB allocated at the same time, above inputs and gradients
 
 
 # What was counted, and 5 %; every kernel of the first step. `--suggest` prints these lines anew.
@@ -159,8 +159,8 @@ HEAD = f"""# Launches
 Written by `python -m benchmarks launches --out docs/launches.md`; do not edit it by hand.
 
 Every row is one training step, forward and backward, of {N} patches and width {D}, counted without a GPU on a stand-in
-that sends each launch through Triton's own JIT (`benchmarks/stand_in`). The host pays for every launch, Triton's and
-torch's alike, and for every kernel that is compiled; so a small batch is as fast as its row is low. "Moved" is what
+that sends each launch through Triton's own JIT (`benchmarks/stand_in`). Every launch costs host time, Triton's and
+torch's alike, and so does every kernel that is compiled: they decide how fast a small batch is. "Moved" is what
 torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
 "Compiled" is what a step compiles that none before it did. Captions of at most {SHORT} tokens are a class of their own:
 a text mask compiles both classes at once, without one the first short batch compiles its own.
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
-    form.add_argument("--json", action="store_true", help="every row as JSON, one a line")
+    form.add_argument("--json", action="store_true", help="every row as JSON, one per line")
     form.add_argument("--check", action="store_true", help="only what exceeds its limit")
     form.add_argument("--suggest", action="store_true", help="lines for LIMITS, from what is counted now")
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Helpers that several kernels share: tiles in, products, and nothing that belongs to one objective."""
+"""Triton helpers that the kernels of several objectives share: loads of tiles, products, row maxima, series."""
 
 import os
 
@@ -21,7 +21,7 @@ def load_rows(
     d,  # [C]
     D,
 ):
-    """[R, C]: the columns `d` of some rows; zeros where a row or a column is out."""
+    """[R, C]: the columns `d` of some rows; zeros where a row or a column is out of range."""
     return tl.load(ptr + rows[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
 
 

@@ -26,8 +26,8 @@
     TF32     products read copies rounded to it (_tile.operands); the gather of dx reads e as it is.
 
 Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left (token_lists.py); e is
-sorted by length and matched in classes of width. Memory: Bx Be P maxima and winners. Every number has one owner: no
-atomics, bitwise equal reruns. Sums are float32.
+sorted by length and matched in classes of width. Memory: Bx Be P maxima and winners. Sums are float32. Deterministic:
+see CONTRIBUTING.md, "A kernel file".
 """
 
 import torch
@@ -96,7 +96,7 @@ DX = {
 }
 COSINE = (2, 512, 1)  # (BLOCK_OWN rows of x, BLOCK_D, num_warps)
 POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
-# Columns that a sample of e has in a tile that several share. Few classes of width, and no kernel is compiled for a Q.
+# Columns of one sample of e in a tile that holds several. With few classes of width, no kernel is compiled for a Q.
 # Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
 UNITS = (SHORT, 80, 128)
 # Of float32 products so many terms are summed on their own: one chain over a large batch would lose a digit.
@@ -106,7 +106,7 @@ SUPER = 8  # row tiles that go through the column tiles together, so that both s
 
 @triton.jit
 def _listed_rows(list_ptr, count_ptr, start, total, P, LISTED: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of tokens of x: row in [Bx P], sample i, place l, and which exist."""
+    """A block of tokens of x: row in [Bx P], sample i, its token l, and which exist."""
     row = start + tl.arange(0, BLOCK)
     if LISTED:
         live = row < tl.load(count_ptr)
@@ -169,7 +169,7 @@ def _match_kernel(
         c = tl.arange(0, BLOCK_N)
         widest = Q
         if SAMPLES > 1:
-            widest = 1  # one turn
+            widest = 1  # one iteration
         elif LIST_E:
             widest = tl.load(counts_ptr + tl.load(order_ptr + first))
 

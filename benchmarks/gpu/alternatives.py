@@ -58,6 +58,6 @@ EFA = Case("efa", 128)
 HALF = ("227 KiB", "half")  # a column of the block tables (kernels/_launch.py)
 ALTERNATIVES = (
     # As CUDA graphs tiles lose above 64 pairs, eager they win: the host decides, until blocks are one launch each way.
-    Alternative("similarity_distribution", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
-    Alternative("similarity_distribution", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
+    Alternative("asdm_tiles", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
+    Alternative("asdm_tiles", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The algebra of row statistics: online softmax, with what the row loss of Eq. 1-4 needs besides.
 
-    of(block)           what a block of logits z [m, n] says of its rows (dim=1), or of its columns as rows (dim=0)
+    of(block)           statistics of the rows of a block of logits z [m, n] (dim=1), or of its columns as rows (dim=0)
     merge(a, b)         the statistics of both blocks' columns; associative and commutative, ties to the lowest index
     finalize(a)         a row's loss, and the numbers that its gradient needs
     dlogits(block, ..)  the gradient in any block of logits, from the final numbers
@@ -92,7 +92,7 @@ class Final(NamedTuple):
     top: Tensor
     log_sum: Tensor  # log sum_j e_j
     third: Tensor  # the divergence KL; for the cross-entropy sum_j t_j
-    gap: Tensor | None  # p_top - p_positive, where it weighs
+    gap: Tensor | None  # p_top - p_positive, for a weighted loss
 
 
 def nothing(n: int, like: Tensor) -> Running:
@@ -141,7 +141,7 @@ def of(
 def merge(a: Running, b: Running, spec: RowLoss) -> Running:
     """Statistics of the columns of both."""
     top = torch.maximum(a.top, b.top)
-    down_a, down_b = a.top - top, b.top - top  # e and z - top are now meant against the common top
+    down_a, down_b = a.top - top, b.top - top  # e and z - top become relative to the common top
     shrink_a, shrink_b = down_a.exp(), down_b.exp()
     sum_e = shrink_a * a.sum_e + shrink_b * b.sum_e
     if spec.objective == "cross_entropy":
@@ -206,7 +206,7 @@ def dlogits(
 
 
 def _inside(index: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where the columns stand in a block of `width` that begins at `first`, clamped to it, and whether they do."""
+    """Position of columns in a block of `width` that begins at `first`, clamped to it, and whether they are in it."""
     at = index.long() - first
     return at.clamp(0, width - 1), (at >= 0) & (at < width)
 
