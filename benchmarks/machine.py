@@ -47,7 +47,7 @@ def describe_machine() -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda or torch.version.hip,
         }
-        driver = _nvidia_smi()
+        driver = nvidia_smi()
         if driver:
             machine["gpu_driver"] = driver
     return machine
@@ -78,7 +78,7 @@ def commit() -> str:
     return file.read_text().strip() if file.exists() else "unknown"
 
 
-def _nvidia_smi() -> str | None:
+def nvidia_smi() -> str | None:
     """`name, driver, clock of the multiprocessors, clock of the memory`, as they are before the run; read only."""
     query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem"
     command = ["nvidia-smi", query, "--format=csv,noheader"]

@@ -1,6 +1,7 @@
 """Imports point down, a leading underscore stays in its folder, and files and functions keep to their sizes."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -31,6 +32,25 @@ MAY_IMPORT["__init__"] = MAY_IMPORT["__main__"] = {*MAY_IMPORT, "__init__"}
 UPWARD: set[str] = set()
 CIRCLES: set[str] = set()
 BORROWED: set[str] = set()
+# What tests name although it is private: what kernels share is tested by itself, and so are kernels, whose names it is
+# that profiles show.
+PRIVATE_IN_TESTS = {
+    "benchmarks/test_stand_in.py: _Recorder",
+    "benchmarks/test_stand_in.py: fmfa_losses.kernels._launch",
+    "interpreter/test_aggregation_kernels.py: _cutoff",
+    "interpreter/test_hard_similarity_kernels.py: fmfa_losses.kernels._launch",
+    "interpreter/test_hard_similarity_kernels.py: fmfa_losses.kernels._tile",
+    "interpreter/test_similarity_distribution_kernels.py: _prepare_kernel",
+    "interpreter/test_similarity_distribution_kernels.py: fmfa_losses.kernels._launch",
+    "ops/test_aggregation.py: fmfa_losses.kernels._launch",
+    "ops/test_similarity_distribution.py: _dlogits_kernel",
+    "ops/test_similarity_distribution.py: _gradient_kernel",
+    "ops/test_similarity_distribution.py: _prepare_kernel",
+    "ops/test_similarity_distribution.py: _row_loss_kernel",
+    "ops/test_similarity_distribution.py: _update_kernel",
+    "test_kernels.py: fmfa_losses.kernels._launch",
+}
+NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # public, whatever their underscores say
 LONG_FILES = {
     "kernels/aggregation.py": 522,
     "kernels/hard_similarity.py": 568,
@@ -132,6 +152,47 @@ def borrowed(imports: list[Import], root: Path = ROOT) -> set[str]:
     return found
 
 
+def is_private(name: str) -> bool:
+    """Or a part of a dotted name is."""
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+def private_names(code: str) -> set[str]:
+    """What code outside of the package and the benchmarks names of them that starts with an underscore.
+
+    Methods are found by their attribute: of whatever object, unless its expression starts with a module of others.
+    """
+    tree, found, of_others = ast.parse(code), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] not in ("fmfa_losses", "benchmarks", "helpers"):
+                    of_others.add((alias.asname or alias.name).partition(".")[0])
+                elif is_private(alias.name):
+                    found.add(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module.partition(".")[0] not in ("fmfa_losses", "benchmarks", "helpers"):
+                of_others |= {alias.asname or alias.name for alias in node.names}
+            elif is_private(module):
+                found.add(module)
+            else:
+                found |= {f"{module}.{alias.name}" for alias in node.names if is_private(alias.name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in NAMED_TUPLE:
+            if ast.unparse(node).partition(".")[0] not in of_others | {"self"}:
+                found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "patch.object")):
+            owner, *names = node.args or [node]
+            if ast.unparse(owner).partition(".")[0] not in of_others:
+                texts = [name.value for name in names[:1] if isinstance(name, ast.Constant)]
+                found |= {text for text in texts if isinstance(text, str) and is_private(text)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # programs that tests start
+            imports = re.findall(r"from ((?:fmfa_losses|benchmarks)[\w.]*) import (.*)", node.value)
+            found |= {f"{module}.{name}" for module, names in imports for name in re.findall(r"\b_[a-z]\w*", names)}
+    return found
+
+
 def sizes() -> tuple[dict[str, int], dict[str, int]]:
     """Lines of files over 400, and of functions over 60 (kernels 140)."""
     files, functions = {}, {}
@@ -158,6 +219,36 @@ def test_no_module_imports_itself_through_others():
 
 def test_a_leading_underscore_stays_in_its_folder():
     assert borrowed(all_imports()) == BORROWED
+
+
+def test_tests_name_nothing_private():
+    tests = ROOT / "tests"
+    found = {
+        f"{file.relative_to(tests)}: {name}"
+        for file in tests.rglob("*.py")
+        if file != Path(__file__)
+        for name in private_names(file.read_text())
+    }
+    assert found == PRIVATE_IN_TESTS
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from fmfa_losses.ops import _a", {"fmfa_losses.ops._a"}),
+        ("from fmfa_losses.ops._a import b", {"fmfa_losses.ops._a"}),
+        ("import benchmarks._a", {"benchmarks._a"}),
+        ("import benchmarks.gpu as g\ng._a()", {"_a"}),
+        ("def test(head):\n    head.part._a(1)", {"_a"}),
+        ("monkeypatch.setattr(head, '_a', 1)", {"_a"}),
+        ("run('from benchmarks.gpu import _a')", {"benchmarks.gpu._a"}),
+        ("import torch\ntorch._a.b()\nx._replace(a=1)\nx.__dict__", set()),
+        ("from torch._a import b\nmonkeypatch.setattr(b, '_c', 1)", set()),
+        ("from fmfa_losses.__main__ import main", set()),
+    ],
+)
+def test_private_names_are_found(code, found):
+    assert private_names(code) == found
 
 
 @pytest.mark.parametrize("kind", ["files", "functions"])

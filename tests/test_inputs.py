@@ -453,7 +453,7 @@ def test_weights_under_compile_and_functorch():
     ],
 )
 def test_unused_pids_are_said_once(loss, advised, features, monkeypatch):
-    monkeypatch.setattr(_checks, "_warned", set())
+    monkeypatch.setattr(_checks, "warned", set())
     with pytest.warns(
         UserWarning, match=r"got pids, which .* does not use: .*pass (targets|negatives|positives)="
     ) as w:

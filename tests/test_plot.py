@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from fmfa_losses import FMFALoss, plot
-from fmfa_losses.plot._figure import BLUE, GREEN, ORANGE, VERMILION
+from fmfa_losses.plot.figure import BLUE, GREEN, ORANGE, VERMILION
 
 GRID = (6, 2)
 LONG_TOKEN = "incomprehensibilities</w>"

@@ -37,7 +37,7 @@ def compile_candidate(chip: str, table: str, candidate: tuple[int, ...]) -> dict
     """What the compiler says of every launch that the candidate changes; `dropped` says why it is not worth a GPU."""
     from ..compile_check import compile_kernel
 
-    row = _table(table).entry
+    row = table_of(table).entry
     before = {_key(kernel) for _, kernel in _kernels(chip, row.kernels)}
     with swapped(row, candidate):
         changed = [(launch, kernel) for launch, kernel in _kernels(chip, row.kernels) if _key(kernel) not in before]
@@ -71,7 +71,7 @@ def _programs(chip: str, registers: int, shared: int, threads: int) -> int:
     return min(by_registers, by_shared, 2048 // threads, 32)
 
 
-def _table(name: str) -> Table:
+def table_of(name: str) -> Table:
     return tables()[name]
 
 
@@ -88,7 +88,7 @@ def in_order(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def compile_all(options: argparse.Namespace) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
-    plan = [(name, candidate) for name in options.table for candidate in _table(name).candidates()[: options.limit]]
+    plan = [(name, candidate) for name in options.table for candidate in table_of(name).candidates()[: options.limit]]
     head = results.head("candidates", "python -m benchmarks tune --compile") | {"chip": options.chip}
     began = time.monotonic()
     print(f"{len(plan)} candidates for {options.chip}", flush=True)
@@ -118,17 +118,19 @@ def timed(rows: Sequence[dict[str, Any]], left: Callable[[], float], *, dry: boo
     for row in rows:
         if left() <= 0:
             return
-        table = _table(row["table"])
+        table = table_of(row["table"])
         if table.name not in entries:
-            entries[table.name] = _time(table, None, None, dry)
+            entries[table.name] = time_candidate(table, None, None, dry)
             yield entries[table.name]
-        outcome = _time(table, tuple(row["candidate"]), entries[table.name], dry)
+        outcome = time_candidate(table, tuple(row["candidate"]), entries[table.name], dry)
         yield row | outcome
         if outcome.get("lost"):
             return
 
 
-def _time(table: Table, candidate: tuple[int, ...] | None, entry: dict[str, Any] | None, dry: bool) -> dict[str, Any]:
+def time_candidate(
+    table: Table, candidate: tuple[int, ...] | None, entry: dict[str, Any] | None, dry: bool
+) -> dict[str, Any]:
     row = table.entry
     case = toy(row.case) if dry else row.case
     precision = "fp16" if dry else row.precision

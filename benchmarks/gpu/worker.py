@@ -34,7 +34,7 @@ TEST_WORKERS = 8
 def records(job: Job, *, dry: bool) -> Iterator[dict[str, Any]]:
     """The records of a job, each as soon as it is there."""
     matmul_precision(job.precision)
-    for record in _KINDS[job.kind](job, dry):
+    for record in KINDS[job.kind](job, dry):
         mode = record.pop("mode", job.modes[0])
         identity = next(i for i in job.identities if i.get("mode", mode) == mode)
         yield identity | record
@@ -127,7 +127,7 @@ def _tests(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
     yield from device_tests.run_tests(0 if dry else TEST_WORKERS)
 
 
-_KINDS: dict[str, Callable[[Job, bool], Iterator[dict[str, Any]]]] = {
+KINDS: dict[str, Callable[[Job, bool], Iterator[dict[str, Any]]]] = {
     "ceilings": _ceilings, "exact": _exact, "kernels": _kernels, "alternative": _alternative, "figure": _figure,
     "tests": _tests,
 }  # fmt: skip
@@ -148,7 +148,7 @@ def do(job: Job, write: Callable[[dict[str, Any]], None], *, dry: bool) -> bool:
     return device.usable_after(failed)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """This process and all that it started end when the supervisor is gone, however it went."""
     while os.getppid() == parent:
         time.sleep(0.2)
@@ -179,7 +179,7 @@ def main(argv: list[str], requests: TextIO, replies: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     main(sys.argv[1:], sys.stdin, answers)

@@ -1,7 +1,7 @@
 """Finds the lines of a codebase that this library replaces, in bounded time and memory for any file.
 
 Nothing of the codebase is imported or run. Only regular files up to a size are opened, and a separate process parses
-them (see `_source.py`): a file that crashes it, or takes longer than a limit, is reported as unreadable.
+them (see `source_calls.py`): a file that crashes it, or takes longer than a limit, is reported as unreadable.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Event, Timer
 from typing import Any
 
-from . import _source
+from . import source_calls
 
 __all__ = ["Finding", "Unreadable", "scan"]
 
@@ -111,7 +111,7 @@ def _failed(file: Path, error: OSError) -> Unreadable:
 
 
 class _Parser:
-    """`_source.py` as a process, started when it is needed."""
+    """`source_calls.py` as a process, started when it is needed."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -147,7 +147,7 @@ class _Parser:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         # -I: neither the current folder nor the environment adds a module; -S: nor does an installation.
-        command = [sys.executable, "-I", "-S", "-W", "ignore", _source.__file__]
+        command = [sys.executable, "-I", "-S", "-W", "ignore", source_calls.__file__]
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, close_fds=True
         )

@@ -23,7 +23,7 @@ from .peers import Peers
 __all__ = ["handshake"]
 
 # What ranks agreed on under equal_batches, and in which group: a later group may have the same name.
-_agreed: dict[tuple[Any, ...], "weakref.ref[Any]"] = {}
+agreed: dict[tuple[Any, ...], "weakref.ref[Any]"] = {}
 MOST_AGREED = 4096  # of one group; where a hyperparameter changes with every step, all ranks forget at the same step
 
 
@@ -118,16 +118,16 @@ def _layout(x: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _is_agreed(key: tuple[Any, ...], group: Any) -> bool:
-    where = _agreed.get(key)
+    where = agreed.get(key)
     return where is not None and where() is group
 
 
 def _remember(key: tuple[Any, ...], group: Any) -> None:
-    of_group = [old for old in _agreed if old[0] == key[0]]
-    if len(of_group) >= MOST_AGREED or any(_agreed[old]() is not group for old in of_group):
+    of_group = [old for old in agreed if old[0] == key[0]]
+    if len(of_group) >= MOST_AGREED or any(agreed[old]() is not group for old in of_group):
         for old in of_group:
-            del _agreed[old]
-    _agreed[key[:2]] = _agreed[key] = weakref.ref(group)
+            del agreed[old]
+    agreed[key[:2]] = agreed[key] = weakref.ref(group)
 
 
 def _batch_size(tensors: Mapping[str, Tensor | None]) -> int:

@@ -9,7 +9,7 @@ from ..distributed.peers import Peers
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_ids, check_scale
 from ..ops.similarity_distribution.api import RowLoss, row_loss, similarity_distribution_ring
-from ._loss import Loss, hyperparameter
+from .loss import Loss, hyperparameter
 from .scores import check_features, check_weight
 
 __all__ = ["DistributionLoss"]

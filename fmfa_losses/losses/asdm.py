@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ..ops.checks import check_flag, check_fraction, check_nonnegative, check_positive
 from ..ops.options import POSITIVES, Positive
 from ._distribution import DistributionLoss
-from ._loss import ScaledOptions, functional, hyperparameter
+from .loss import ScaledOptions, functional, hyperparameter
 
 __all__ = ["ASDMLoss", "asdm_loss"]
 

@@ -17,7 +17,7 @@ from ..distributed.peers import Peers
 from ..ops.checks import check_positive, check_same
 from ..ops.options import NORMALIZE, Normalize
 from ..ops.precision import accumulation_dtype, product, unit_rows
-from ._loss import Options, ScoreLoss, functional, hyperparameter
+from .loss import Options, ScoreLoss, functional, hyperparameter
 from .scores import check_scores, divergence
 
 __all__ = ["CMPMLoss", "cmpm_loss", "cmpm_loss_from_scores"]

@@ -34,7 +34,7 @@ from ..ops.hard_similarity import FLAT, UnitTokens, token_lists, unit_similarity
 from ..ops.options import NEGATIVES, Negatives
 from ..ops.padding import longest
 from ..ops.precision import unit_rows
-from ._loss import Loss, ScaledOptions, functional, hyperparameter
+from .loss import Loss, ScaledOptions, functional, hyperparameter
 from .scores import check_weight, resolve_scale
 
 __all__ = ["EFALoss", "efa_loss"]

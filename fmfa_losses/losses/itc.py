@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from ..ops.options import MATCHINGS, Matching
 from ._distribution import DistributionLoss
-from ._loss import ScaledOptions, functional, hyperparameter
+from .loss import ScaledOptions, functional, hyperparameter
 from .scores import check_scores, resolve_scale, same_identity, soft_targets
 
 __all__ = ["ITCLoss", "itc_loss", "itc_loss_from_scores"]

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from ..ops.checks import check_fraction, check_positive
 from ._distribution import DistributionLoss
-from ._loss import ScaledOptions, functional, hyperparameter
+from .loss import ScaledOptions, functional, hyperparameter
 from .scores import check_scores, divergence, resolve_scale, same_identity, soft_targets
 
 __all__ = ["SDMLoss", "sdm_loss", "sdm_loss_from_scores"]

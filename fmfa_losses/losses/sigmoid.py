@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from ..ops.checks import check_divisor, check_finite
 from ..ops.options import MATCHINGS, Matching
-from ._loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
+from .loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
 from .scores import check_scores, scalar_like
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]

@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from ..ops.checks import check_nonnegative
 from ..ops.options import TRL_NEGATIVES, TRLNegatives
-from ._loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
+from .loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
 from .scores import masked_logsumexp
 
 __all__ = ["TALLoss", "TRLLoss", "tal_loss", "tal_loss_from_scores", "trl_loss", "trl_loss_from_scores"]

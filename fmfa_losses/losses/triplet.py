@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from ..ops.checks import check_nonnegative
 from ..ops.options import NEGATIVES, Negatives
-from ._loss import Options, ScoreLoss, functional, hyperparameter
+from .loss import Options, ScoreLoss, functional, hyperparameter
 
 __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
 

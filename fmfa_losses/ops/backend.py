@@ -76,7 +76,7 @@ def _triton_version() -> str | None:
     return None
 
 
-def _no_triton(there: bool, version: str | None) -> str | None:
+def why_no_triton(there: bool, version: str | None) -> str | None:
     """The reason why the kernels do not run with what is installed of Triton, or None when they do."""
     # A missing triton is a reason; a triton that is there and fails to import is an error that the user must see.
     if not there:
@@ -86,4 +86,4 @@ def _no_triton(there: bool, version: str | None) -> str | None:
     return f"its kernels need triton >= {'.'.join(map(str, OLDEST_TRITON))}, got {version} (docs/install.md)"
 
 
-NO_TRITON = _no_triton(importlib.util.find_spec("triton") is not None, _triton_version())  # once: nothing to trace
+NO_TRITON = why_no_triton(importlib.util.find_spec("triton") is not None, _triton_version())  # once: nothing to trace

@@ -66,14 +66,14 @@ def on_host(tensor: Tensor) -> bool:
     )
 
 
-_warned: set[str] = set()
+warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
     """A UserWarning, once a process, at the line that called the library; compiled code does not warn."""
-    if torch.compiler.is_compiling() or message in _warned:
+    if torch.compiler.is_compiling() or message in warned:
         return
-    _warned.add(message)
+    warned.add(message)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "fmfa_losses",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..ops.checks import describe
-from ._figure import BLUE, LARGE, NORMAL, SMALL, VERMILION, figure_class, quiet
 from ._inputs import check_number
+from .figure import BLUE, LARGE, NORMAL, SMALL, VERMILION, figure_class, quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

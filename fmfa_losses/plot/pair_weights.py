@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.checks import check_divisor, check_float, check_integer, check_nonnegative, check_same
-from ._figure import BLUE, GREY, LARGE, NORMAL, ORANGE, SMALL, figure_class, quiet
 from ._inputs import check_all_finite
+from .figure import BLUE, GREY, LARGE, NORMAL, ORANGE, SMALL, figure_class, quiet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ._figure import GREEN, NORMAL, PANEL, VERMILION, Canvas, bare, figure_class, wrap
 from ._inputs import check_texts, image_array, matrix
+from .figure import GREEN, NORMAL, PANEL, VERMILION, Canvas, bare, figure_class, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..ops.aggregation import sparse_aggregate
 from ..ops.checks import check_float, check_integer, describe
-from ._figure import LARGE, PANEL, SMALL, VERMILION, Canvas, bare, figure_class, wrap
 from ._inputs import check_all_finite, check_number, check_texts, image_array
+from .figure import LARGE, PANEL, SMALL, VERMILION, Canvas, bare, figure_class, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

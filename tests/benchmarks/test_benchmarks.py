@@ -370,7 +370,7 @@ def test_a_lost_device_ends_the_worker(fake_device, monkeypatch, message):
         if lost and lost[0]:
             raise RuntimeError("CUDA error: unspecified launch failure")
 
-    monkeypatch.setitem(gpu_worker._KINDS, "figure", broken)
+    monkeypatch.setitem(gpu_worker.KINDS, "figure", broken)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     written = []
     usable = gpu_worker.do(Job("d", "figure", Case("asdm", 8)), written.append, dry=False)
@@ -589,12 +589,12 @@ def test_commit_of_a_copy(tmp_path, monkeypatch):
 def test_the_driver_is_asked_once_and_may_be_missing(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine._nvidia_smi() is None
+    assert machine.nvidia_smi() is None
     tool.write_text('#!/bin/sh\necho "A GPU, 580.1, 1980 MHz, 2619 MHz"\n')
     tool.chmod(0o755)
-    assert machine._nvidia_smi() == "A GPU, 580.1, 1980 MHz, 2619 MHz"
+    assert machine.nvidia_smi() == "A GPU, 580.1, 1980 MHz, 2619 MHz"
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert machine._nvidia_smi() is None
+    assert machine.nvidia_smi() is None
 
 
 def test_preflight_says_what_is_missing(tmp_path, monkeypatch, capsys):

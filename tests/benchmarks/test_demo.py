@@ -348,7 +348,8 @@ def test_modules_that_start_from_nothing_learn_five_times_as_fast() -> None:
 def test_the_learning_rate_warms_up_and_falls_on_a_cosine() -> None:
     trainer = small_trainer(None)
     steps = trainer.steps_per_epoch
-    factors = [trainer._factor(step) for step in range(4 * steps + 1)]
+    (factor, *_) = trainer.scheduler.lr_lambdas
+    factors = [factor(step) for step in range(4 * steps + 1)]
     assert factors[0] == pytest.approx(0.1) and factors[steps] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.0, abs=1e-12)
     assert factors[(1 + 4) * steps // 2] == pytest.approx(0.5, abs=0.1)

@@ -237,8 +237,8 @@ def test_a_worker_in_the_middle_of_a_job_ends_with_its_supervisor(tmp_path):
     """SIGKILL to the supervisor while the worker hangs: neither the worker nor what it started stays."""
     worker = textwrap.dedent("""
         import os, subprocess, threading, time
-        from benchmarks.gpu.worker import _end_with
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        from benchmarks.gpu.worker import end_with
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         print(os.getpid(), subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL).pid, flush=True)
         time.sleep(600)
     """)

@@ -30,13 +30,13 @@ def test_candidates_are_entries(table):
 
 @pytest.fixture(scope="module")
 def compiled():
-    chosen = {"DX": [(4, 256, 1, 1)], "MATCH": [(128, 256, 64, 4, 3), value(tune._table("MATCH").entry)]}
+    chosen = {"DX": [(4, 256, 1, 1)], "MATCH": [(128, 256, 64, 4, 3), value(tune.table_of("MATCH").entry)]}
     return {(t, c): tune.compile_candidate("sm_90", t, c) for t, entries in chosen.items() for c in map(tuple, entries)}
 
 
 def test_what_spills_never_reaches_a_gpu(compiled):
     assert "spilled" in compiled["MATCH", (128, 256, 64, 4, 3)]["dropped"]
-    assert compiled["MATCH", tuple(value(tune._table("MATCH").entry))]["dropped"] == "the entry as it stands"
+    assert compiled["MATCH", tuple(value(tune.table_of("MATCH").entry))]["dropped"] == "the entry as it stands"
     row = compiled["DX", (4, 256, 1, 1)]
     assert 0 < row["registers"] <= 255
     assert row["threads"] == 32
@@ -45,7 +45,7 @@ def test_what_spills_never_reaches_a_gpu(compiled):
 
 
 def test_order_is_nearest_first_and_every_table_in_turn():
-    de, dx = (value(tune._table(name).entry) for name in ("DE", "DX"))
+    de, dx = (value(tune.table_of(name).entry) for name in ("DE", "DX"))
 
     def row(table, entry, changes, programs=1):
         return {"table": table, "candidate": [n * 2 if i < changes else n for i, n in enumerate(entry)],
@@ -59,7 +59,7 @@ def test_order_is_nearest_first_and_every_table_in_turn():
 
 def test_survivors_are_timed_as_they_come(tmp_path):
     """At toy sizes on the CPU: the entry first, then each candidate; one that cannot run costs itself alone."""
-    table = tune._table("DX")
+    table = tune.table_of("DX")
     survivors = [{"table": "DX", "candidate": [*c, *value(table.entry)[2:]]} for c in ((3, 128), (16, 128), (8, 64))]
     results.write(tmp_path / "candidates.json", results.head("candidates", "c") | {"records": survivors})
     out = tmp_path / "tuned.json"
@@ -83,7 +83,7 @@ def test_time_is_kept(monkeypatch):
         made.append(candidate)
         return {"table": table.name, "candidate": candidate, "status": "ok", "ms": 1.0}
 
-    monkeypatch.setattr(tune, "_time", fake)
+    monkeypatch.setattr(tune, "time_candidate", fake)
     rows = [{"table": "DX", "candidate": [n, 128, 4, 1]} for n in (1, 2, 4)]
     assert len(list(tune.timed(rows, lambda: next(clock), dry=True))) == 3
     assert made == [None, (1, 128, 4, 1), (2, 128, 4, 1)]

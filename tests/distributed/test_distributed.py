@@ -178,7 +178,7 @@ def wrong_on_one_rank() -> dict[str, str]:
     labels = torch.ones(3, 2, dtype=torch.long)
     found = {}
     for gather, equal in ((True, False), ("ring", True)):
-        agreement._agreed.clear()
+        agreement.agreed.clear()
         asdm, efa, fmfa = (c(gather=gather, equal_batches=equal) for c in (ASDMLoss, EFALoss, objective))
         cases = {
             "float pids": lambda loss=asdm: loss(x, x, pids.float() if wrong else pids),
@@ -310,14 +310,14 @@ def agreement_ends_with_its_group(folder: Path) -> dict[str, object]:
         dist.destroy_process_group()
         old = old if held else None
         if rank == 1:
-            agreement._agreed.clear()
+            agreement.agreed.clear()
         store = dist.FileStore(str(Path(folder, str(held))), 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         found[f"held {held}"] = raised(lambda: [loss(x, x, pids) for _ in range(2)])
     with patch.object(agreement, "MOST_AGREED", 4):
         for step in range(10):
             ASDMLoss(gather=True, equal_batches=True, alpha=float(step))(x, x, pids)
-    found["remembered"] = len(agreement._agreed)
+    found["remembered"] = len(agreement.agreed)
     return found
 
 

@@ -14,8 +14,8 @@ from helpers import codebases
 
 import fmfa_losses
 from fmfa_losses.__main__ import main
-from fmfa_losses.compat import _source
 from fmfa_losses.compat import scan as compat_scan
+from fmfa_losses.compat import source_calls
 from fmfa_losses.doctor import diagnosis as doctor
 from fmfa_losses.doctor.diagnosis import Finding, Unreadable, scan
 
@@ -198,12 +198,12 @@ def test_three_hundred_chained_calls_are_read(tmp_path):
 @pytest.mark.parametrize("body", ["import os; os.abort()", "import time; time.sleep(1000)", "raise SystemExit(3)"])
 def test_a_parser_that_dies_or_hangs_costs_one_file(tmp_path, monkeypatch, body):
     monkeypatch.setattr(compat_scan, "SECONDS", 5 if "sleep" in body else 60)
-    text = Path(_source.__file__).read_text()
+    text = Path(source_calls.__file__).read_text()
     program = tmp_path / "program.py"
     start = "        source = sys.stdin.buffer.read(int(length))\n"
     assert start in text
     program.write_text(text.replace(start, start + f"        if b'die' in source:\n            {body}\n"))
-    monkeypatch.setattr(_source, "__file__", str(program))
+    monkeypatch.setattr(source_calls, "__file__", str(program))
     folder = tmp_path / "codebase"
     folder.mkdir()
     for name in ("a.py", "c.py"):
@@ -307,7 +307,7 @@ def test_a_backend_that_cannot_run_here_is_a_failure(monkeypatch, capsys, choice
 def test_every_replacement_is_public_and_fills_its_places():
     import fmfa_losses.compat as compat
 
-    for name, replacement in _source.REPLACEMENTS.items():
+    for name, replacement in source_calls.REPLACEMENTS.items():
         places = replacement.parameters.split()
         assert replacement.write.format_map(dict.fromkeys(places, "X"))
         assert hasattr(getattr(compat, replacement.module), name.partition("(")[0])

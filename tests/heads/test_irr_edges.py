@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.irr_head import D, L, V, assert_same, dense, gradients, make_head, make_inputs, make_text_mask
+from helpers.irr_head import D, L, V, assert_same, call, dense, gradients, make_head, make_inputs, make_text_mask
 from torch import Tensor, nn
 
 from fmfa_losses.heads import irr
@@ -16,7 +16,7 @@ from fmfa_losses.heads.irr import IRRHead
 @pytest.mark.parametrize("static", [False, True])
 def test_no_masked_position_gives_zero_and_zero_gradients(static, text_mask):
     head, (image, text, labels) = make_head(), make_inputs()
-    out = head._forward(image, text, torch.zeros_like(labels), text_mask, static)
+    out = call(head, image, text, torch.zeros_like(labels), text_mask, static=static)
     assert out.loss.item() == 0
     assert out.accuracy.item() == 0
     assert all(grad.abs().max() == 0 for grad in gradients(head, out.loss, image, text).values())
@@ -26,13 +26,13 @@ def test_no_masked_position_gives_zero_and_zero_gradients(static, text_mask):
 def test_padding_changes_nothing_and_gets_no_gradient(static):
     head, (image, text, labels) = make_head(), make_inputs()
     text_mask = make_text_mask()
-    out = head._forward(image, text, labels, text_mask, static)
+    out = call(head, image, text, labels, text_mask, static=static)
     grads = gradients(head, out.loss, image, text)
     assert grads["input 1"][~text_mask].abs().max() == 0
     for content in (1e4, math.nan):
         other = text.detach().masked_fill(~text_mask[..., None], content).requires_grad_()
         other_labels = labels.masked_fill(~text_mask, 9)
-        other_out = head._forward(image, other, other_labels, text_mask, static)
+        other_out = call(head, image, other, other_labels, text_mask, static=static)
         assert other_out.loss.item() == pytest.approx(out.loss.item(), rel=1e-13)
         assert_same(gradients(head, other_out.loss, image, other), grads, 1e-12)
 

@@ -1,9 +1,12 @@
 """IRRHead and its inputs, small; the head with PyTorch's own attention; its golden values."""
 
+from unittest.mock import patch
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmfa_losses.heads import irr
 from fmfa_losses.heads.irr import IRRHead, IRROutput
 from helpers.golden import load
 
@@ -26,6 +29,16 @@ def make_inputs(
 
 def make_text_mask() -> Tensor:
     return torch.arange(L) < torch.tensor([[L], [4], [2]])
+
+
+def call(
+    head: IRRHead, image: Tensor, text: Tensor, labels: Tensor, text_mask: Tensor | None = None, *, static: bool
+) -> IRROutput:
+    """`static`: as with labels on an accelerator, where the host does not know how many words are masked."""
+    if not static:
+        return head(image, text, labels, text_mask=text_mask)
+    with patch.object(irr, "on_host", lambda labels: False):
+        return head(image, text, labels, text_mask=text_mask)
 
 
 def dense(head: IRRHead, image: Tensor, text: Tensor, labels: Tensor, text_mask: Tensor | None = None) -> IRROutput:

@@ -14,7 +14,7 @@ from torch import Tensor
 import fmfa_losses as fl
 from fmfa_losses import functional
 from fmfa_losses.losses import asdm, cmpm, efa, itc, sdm, sigmoid, tal, triplet
-from fmfa_losses.losses._loss import Loss, ScaledScoreLoss, hyperparameter
+from fmfa_losses.losses.loss import Loss, ScaledScoreLoss, hyperparameter
 from fmfa_losses.ops.checks import check_fraction
 
 FILES = {"asdm": asdm, "cmpm": cmpm, "efa": efa, "itc": itc, "sdm": sdm, "sigmoid": sigmoid, "tal": tal, "trl": tal}

@@ -257,7 +257,7 @@ def test_the_interpreter_does_not_get_bfloat16(monkeypatch, variable):
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(_backend, "NO_TRITON", _backend._no_triton(False, None))
+    monkeypatch.setattr(_backend, "NO_TRITON", _backend.why_no_triton(False, None))
     assert "not installed" in why_not_triton(torch.randn(2))
 
 

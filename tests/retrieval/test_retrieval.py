@@ -362,7 +362,7 @@ def test_many_matches_with_denormals_flushed(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_many_matches_among_the_smallest_and_largest_numbers(dtype):
+def test_many_matches_among_the_smallest_and_largest_numbers(dtype, monkeypatch):
     """Neighbours of 0, of infinity and of 1: counted in bins as by comparing."""
     tiny, one, inf = torch.tensor(0.0, dtype=dtype), torch.tensor(1.0, dtype=dtype), torch.tensor(math.inf, dtype=dtype)
     numbers = [tiny, one, inf, -inf, -one]
@@ -371,7 +371,11 @@ def test_many_matches_among_the_smallest_and_largest_numbers(dtype):
     generator = torch.Generator().manual_seed(0)
     scores = torch.stack(numbers)[torch.randint(len(numbers), (5, 300), generator=generator)]
     thresholds = scores[:, :200]
-    binned, compared = (count(scores, thresholds) for count in (counting._count_by_bins, counting._count_by_comparing))
+    counts = []
+    for most_compared in (0, thresholds.shape[1]):
+        monkeypatch.setattr(counting, "COMPARED_MATCHES", most_compared)
+        counts.append(counting.count_above(scores, thresholds))
+    binned, compared = counts
     assert all(torch.equal(a, b) for a, b in zip(binned, compared, strict=True))
 
 
