@@ -1,6 +1,6 @@
-"""Measurements of fmfa_losses; installed with nothing, run from a checkout: `python -m benchmarks gpu`.
+"""Measurements of fmfa_losses. They are not installed; run them from a checkout: `python -m benchmarks gpu`.
 
-The kernels stand at the top of the repository and install as `fmfa_losses.kernels`. From a checkout that is not
+The kernels are at the top of the repository and install as `fmfa_losses.kernels`. From a checkout that is not
 installed they are found here, by measurements and tests alike.
 """
 

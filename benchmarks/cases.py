@@ -80,7 +80,7 @@ def inputs(case: Case, *, dtype: torch.dtype = torch.float32, device: str = "cpu
         head = IRRHead(D, case.V).to(device)
         words = torch.randint(1, case.V, (B, L), device=device, generator=generator)
         masked = torch.rand(B, L, device=device, generator=generator) < 0.05
-        masked[:, 1] = True  # at least one a caption
+        masked[:, 1] = True  # at least one per caption
         tokens = {"image_tokens": features(B, N, D), "text_tokens": features(B, L, D)}
         keep = {} if case.mean_length is None else {"text_mask": kept(case, device)}
         return {"head": head, **tokens, "labels": torch.where(masked, words, 0), **keep}

@@ -65,7 +65,7 @@ class Report:
 
 def record(chip: str, kind: str) -> list[Any]:
     """The launches of every operation at the shapes that pick every entry of the block tables."""
-    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
+    from fmfa_losses.kernels import asdm_blocks, asdm_tiles
     from fmfa_losses.kernels._launch import recording
 
     from fmfa_losses.ops.similarity_distribution import blocks
@@ -91,15 +91,15 @@ def record(chip: str, kind: str) -> list[Any]:
             for R, C, D, spec in cases:
                 queries, keys, pids = empty(R, D), empty(C, D), empty(C, dtype=torch.int64)
                 image_ids, scale = (None, None) if spec.both else (pids, empty(dtype=torch.float32))
-                if similarity_distribution.takes(queries, keys):
-                    forward, backward = similarity_distribution.forward, similarity_distribution.backward
+                if asdm_tiles.takes(queries, keys):
+                    forward, backward = asdm_tiles.forward, asdm_tiles.backward
                     arguments, last = (queries, keys, pids, image_ids, scale, 50.0), (spec,)
                 elif kind == "tf32":  # blocks are read alike, however they were multiplied
                     continue
                 else:
                     forward, backward = blocks.forward, blocks.backward
                     arguments = (queries, keys, pids, image_ids, 50.0 if scale is None else scale)
-                    last = (spec, distribution_blocks)
+                    last = (spec, asdm_blocks)
                 loss, *saved = forward(*arguments, *last)
                 backward(torch.empty_like(loss), *saved, *arguments, scale is not None, *last)
         return launches

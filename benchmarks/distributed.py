@@ -3,7 +3,7 @@
     python -m benchmarks distributed [--out benchmarks/results/distributed_cpu.json]
 
 `received` says on paper what the counters find; docs/distributed.md is made from it, and every run compares the two.
-Every case runs in fresh processes, one thread each; where they outnumber the cores, seconds measure the queue as well.
+Every case runs in fresh processes, one thread each; with more processes than cores, seconds include waiting for a core.
 """
 
 import argparse
@@ -33,7 +33,7 @@ WORLDS, REPEATS = (1, 2, 3, 4), 3
 def received(term: str, gather: bool | str, world: int, *, b: int, L: int, D: int, size: int) -> tuple[int, int]:
     """Bytes that reach a rank in one forward and one backward, b pairs a rank, features of `size` bytes a number.
 
-    Gradients and joint embeddings travel as float32. Identities count 8 bytes a pair.
+    Gradients and joint embeddings travel as float32. Identities count 8 bytes per pair.
     """
     others, ids = world - 1, 8 * b
     block, gradient = (2 * b * D * size, 2 * b * D * 4) if term == "asdm" else (b * L * D * 4, b * L * D * 4)
@@ -41,7 +41,7 @@ def received(term: str, gather: bool | str, world: int, *, b: int, L: int, D: in
     forward = others * (block + (ids if term == "asdm" else 0)) + transposed
     backward = others * gradient + transposed
     if gather == "ring" and world > 1:
-        # The blocks come again, and every gradient makes one step more than its block: home.
+        # The blocks go around again, and every gradient makes one step more than its block, back to its rank.
         backward = others * block + world * gradient + transposed
     return forward, backward
 

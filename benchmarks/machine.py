@@ -1,4 +1,4 @@
-"""Names the machine and the versions behind a result."""
+"""The machine and the versions that made a result."""
 
 import importlib.metadata
 import importlib.util

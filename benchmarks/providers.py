@@ -1,7 +1,7 @@
 """The implementations that are compared. Each takes the inputs of its case by name and returns a tensor.
 
-"released formulation" computes the paper's equations the way the code released with the paper does: every pair's tokens
-meet in a batched product whose operands are first expanded to [B, B, tokens, D]. "reference" is the library's own
+"released formulation" computes the paper's equations the way the code released with the paper does: a batched
+product for every pair, whose operands are first expanded to [B, B, tokens, D]. "reference" is the library's own
 specification: one product for all pairs, everything in memory, gradients by autograd.
 """
 

@@ -1,6 +1,6 @@
 """Result files: where the figures come from, then the records.
 
-Every file has the same head (`HEAD`), what belongs to its kind alone, and `records`: a list of dictionaries, one a
+Every file has the same head (`HEAD`), what belongs to its kind alone, and `records`: a list of dictionaries, one per
 line, so that a change of one number is a change of one line. A file is replaced as a whole: a process that is killed
 while it writes leaves the file as it was.
 """
@@ -18,7 +18,7 @@ HEAD = ("kind", "command", "date", "commit", "machine", "versions", "note")
 
 
 def head(kind: str, command: str, *, note: str = "", threads: int | None = None) -> dict[str, Any]:
-    """What stands above the records; `threads` where the measuring processes have another number than this one."""
+    """The head of the file, before the records; `threads` of the measuring processes, unless as here."""
     machine = describe_machine() | ({"threads": threads} if threads else {})
     values = (kind, command, now(), commit(), machine, describe_versions(), note)
     return dict(zip(HEAD, values, strict=True))

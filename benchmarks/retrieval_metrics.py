@@ -3,7 +3,7 @@
     python -m benchmarks retrieval-metrics [--out benchmarks/results/retrieval_metrics_cpu.json]
 
 Every case runs in a process of its own, so that one case's memory does not count for the next. Features are
-drawn around one centre an identity, 946 identities as in the test split of ICFG-PEDES.
+drawn around one centre per identity, 946 identities as in the test split of ICFG-PEDES.
 """
 
 import argparse

@@ -112,7 +112,7 @@ class FMFALoss(Module):
 
     Inputs:
         image_features, text_features: [B, D] global features.
-        image_tokens: [B, N, D] patches without [CLS]. The IRR term sees image_features in [CLS]'s place before them.
+        image_tokens: [B, N, D] patches without [CLS]. The IRR term puts image_features before them, as [CLS].
         text_tokens: [B, L, D].
         pids: [B] integer identities.
         masked_text_tokens, masked_labels: [B, L, D] tokens of the masked captions and [B, L] original ids (0
@@ -315,7 +315,7 @@ class FMFALoss(Module):
             settings["logit_scale"] = batch["logit_scale"]
 
         def check() -> OwnTerms:
-            # Of terms that do not gather, or gather otherwise, too: who fails in one of them leaves the others waiting.
+            # Also of terms that do not gather, or gather otherwise: the ranks wait for one that fails in such a term.
             if self.weights["efa"]:
                 given = {**batch, "pids": self._efa_pids(batch["pids"])}
                 tokens = ("image_tokens", "text_tokens", "image_mask", "text_mask", "pids")

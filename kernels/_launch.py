@@ -1,7 +1,7 @@
-"""Where a kernel runs and in which blocks; the one door through which every launch goes.
+"""`launch`, through which every kernel is started; the class of chip and the precision that choose its block sizes.
 
-`recording()` collects launches instead of making them. The compile gate and the tuner run the launchers under it on
-meta tensors, so that what they see is what a GPU would get: kernel, argument types, compile-time sizes, block table.
+`recording()` collects launches instead of making them. `python -m benchmarks compile-check` and `tune` run launchers
+under it on meta tensors: they see the kernel, argument types, compile-time sizes and block table that a GPU would get.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Makes the launch, or records it.
 
     A kernel that is not told a tensor's strides reads it as contiguous, and past its storage where it is expanded. So
-    every tensor that comes through this door is contiguous, or its launcher says `Strided`.
+    every tensor passed here is contiguous, or its launcher says `Strided`.
     """
     args = tuple(_pointed_to(kernel, number, arg) for number, arg in enumerate(args))
     if _Recorder.launches is not None:

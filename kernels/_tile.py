@@ -1,9 +1,13 @@
-"""Helpers that several kernels share: tiles in, products, and nothing that belongs to one objective."""
+"""Triton helpers that the kernels of several objectives share: loads of tiles, products, row maxima, series."""
 
 import os
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ._launch import dot_precision, launch
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 BIG = tl.constexpr(2147483647)  # above every index; min(x, BIG) folds away where a column is known to be out
@@ -17,7 +21,7 @@ def load_rows(
     d,  # [C]
     D,
 ):
-    """[R, C]: the columns `d` of some rows; zeros where a row or a column is out."""
+    """[R, C]: the columns `d` of some rows; zeros where a row or a column is out of range."""
     return tl.load(ptr + rows[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
 
 
@@ -35,6 +39,24 @@ def nearest_tf32(x):
     return tl.where(x == x, rounded, x)
 
 
+@triton.jit(do_not_specialize=["n"])
+def _nearest_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """Grid (blocks of all elements)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, nearest_tf32(tl.load(x_ptr + at, mask=at < n, other=0.0)), mask=at < n)
+
+
+def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, contiguous; copies rounded to TF32 where products are made in it, so that nothing is left to cut."""
+    return tuple(_rounded(x.contiguous()) if dot_precision(x.dtype) == "tf32" else x.contiguous() for x in tensors)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    launch(_nearest_kernel, (triton.cdiv(x.numel(), 1024),), x, out, x.numel(), BLOCK=1024, num_warps=4)
+    return out
+
+
 @triton.jit
 def dot_nearest(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, float32 operands in TF32 rounded to the nearest."""
@@ -45,8 +67,13 @@ def dot_nearest(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_wide(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b for a float32 `a`; float16 and bfloat16 `b` are exact in TF32, and `a` keeps its range."""
+    """acc + a b for a float32 `a`; float16 and bfloat16 `b` are exact in TF32, and `a` keeps its range.
+
+    A float32 `b` in TF32 is one of `operands`: nothing is left to cut.
+    """
     if b.dtype == tl.float32:
+        if PRECISION == "tf32":
+            a = nearest_tf32(a)
         return tl.dot(a, b, acc, input_precision=PRECISION)
     return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32")
 

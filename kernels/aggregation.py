@@ -1,4 +1,4 @@
-"""Sparse token-patch aggregation: [B, L, N] scores, weights and gradients live in registers only.
+"""Sparse token-patch aggregation: [B, L, N] scores, weights and their gradients exist in registers only.
 
     forward(image_tokens [B, N, D], text_tokens [B, L, D], image_mask [B, N] | None, threshold [B] float32)
         -> joint [B, L, D], row_min [B, L], row_sum [B, L], all float32
@@ -7,30 +7,30 @@
 
     s = t . v    u = s - min s where (s - min s) / (max s - min s) >= threshold, else 0    joint = sum_k u_k v_k / sum u
 
-    forward      one program a block of tokens of one sample; the whole row of scores is one tile up to 512 patches (256
-                 in IEEE float32). Beyond, one pass over tiles of patches for minimum and maximum, and a second one that
-                 aggregates a chunk of D.
+    forward      one program for each block of tokens of one sample. Up to 512 patches (256 in IEEE float32) whole rows
+                 of scores are one tile. With more, one loop over tiles of patches finds minimum and maximum, and a
+                 second one aggregates a chunk of D.
 
                      patches ->  v_0 .. v_N        d chunk
                  tokens  t_0 [ s -> u       ]  @  [ v ]  ->  joint
                          t_1 [              ]
 
-    backward     statistics of every row, O(B L) numbers; then one launch per gradient, each program owning its block of
-                 dtext (walks over patches) or of dimage (walks over tokens) and recomputing s and da = djoint . v:
+    backward     statistics of every row, O(B L) numbers. Then one launch for each gradient, one program for each block
+                 of dtext (it loops over patches) or of dimage (over tokens); both recompute s and da = djoint . v:
 
                      ds = (da - c) / sum u where kept, c = sum_k a_k da_k; the first minimum also gets -sum of those
                      dtext_l = sum_k ds_lk v_k           dimage_k = sum_l a_lk djoint_l + ds_lk t_l
 
-    grid         axis 0 counts blocks of tokens or patches, those of one sample next to each other, sample after sample:
-                 it may have 2^31 - 1 programs, axes 1 and 2 only 65535. Axis 1 counts chunks of D.
+    grid         axis 0: blocks of tokens or patches, sample after sample, as it may have 2^31 - 1 programs and axis 1
+                 only 65535. Axis 1: chunks of D.
 
-Every number has one owner: no atomics, bitwise equal reruns. A row whose range is rounding noise is constant: uniform
-weights, no gradient through s; row_sum = 0 marks it. A NaN or an infinity among its scores, and a range or a sum that
-overflows, makes a row NaN and no other. Image tokens that the mask leaves out must be finite.
+Deterministic: see CONTRIBUTING.md, "A kernel file". A row whose range is rounding noise is constant: uniform weights,
+no gradient through s; row_sum = 0 marks it. A NaN or an infinity among its scores, or a range or a sum that overflows,
+makes this row NaN and no other. Image tokens that the mask leaves out must be finite.
 
 The launchers take tensors of any strides and make them contiguous; results are contiguous. Kernels read image_mask as
-int32: loads of 8 bits would also choose the layout of the products beside them, which then take twice the instructions.
-L and B L vary from batch to batch and are not specialised: another caption length compiles nothing new.
+int32: with loads of 8 bits Triton chooses a layout in which the products take twice the instructions. L and B L vary
+from batch to batch and are not specialised: another caption length compiles nothing new.
 """
 
 from typing import NamedTuple
@@ -41,17 +41,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, on_device, precision
-from ._tile import BIG, dot_wide, load_columns, load_rows
+from ._tile import BIG, dot_wide, load_columns, load_rows, operands
 
 NOISE = tl.constexpr(8 * 1.1920929e-07)  # a range of up to 8 roundings of the largest entry is noise
 LARGEST_SUM = tl.constexpr(2.0**126)  # the inverse of a larger one is no normal number
-STATISTICS = 6  # per row: minimum, cutoff, 1 / sum u, uniform weight, c, what the minimum pays
+STATISTICS = 6  # per row: minimum, cutoff, 1 / sum u, uniform weight, c, what ds at the minimum is reduced by
 # Patches whose scores fit into one tile; without tensor cores a product takes more registers.
 ONE_TILE = {"half": 512, "tf32": 512, "ieee": 256}
 
 # Tiles of scores [BLOCK_L, BLOCK_N] have fewer than 64 rows, so that all of them come from the same matrix instruction.
 WALK = {"BLOCK_L": 32, "BLOCK_N": 64}
-STATISTICS_L = 16  # the statistics walk twice and keep more between
+STATISTICS_L = 16  # the statistics kernel loops over patches twice and keeps more registers
 
 
 class Forward(NamedTuple):
@@ -196,7 +196,7 @@ def _is_constant(low, high):
 
 @triton.jit
 def _cutoff(low, high, threshold):
-    """The smallest u whose u / span, rounded to nearest, is not below the threshold: one division a row, not a patch.
+    """The smallest u whose u / span, rounded to nearest, is not below the threshold: a division per row, not per patch.
 
     threshold * span lies within a few numbers of it.
     """
@@ -447,11 +447,11 @@ def _dimage_kernel(
         djoint = load_rows(djoint_ptr, rows, live, d, D)
         text = load_rows(text_ptr, rows, live, d, D)
         if text.dtype == tl.float32:
-            dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision=PRECISION)
+            dimage = dot_wide(tl.trans(a), djoint, dimage, PRECISION)
         else:
             dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision="tf32")
         dimage = dot_wide(tl.trans(ds), text, dimage, PRECISION)
-    # Patches that the mask leaves out are owned too: their gradient is zero.
+    # Patches that the mask leaves out are written too: their gradient is zero.
     out = dimage_ptr + patches[:, None] * D + d[None, :]
     tl.store(out, dimage.to(dimage_ptr.dtype.element_ty), mask=exist[:, None] & (d < D)[None, :])
 
@@ -472,7 +472,7 @@ def forward(
     with on_device(image_tokens):
         launch(
             _forward_kernel, (B * triton.cdiv(L, tile["BLOCK_L"]), chunks),
-            image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask), threshold.contiguous(),
+            *operands(image_tokens, text_tokens), _int32(image_mask), threshold.contiguous(),
             joint, row_min, row_sum, N, L, D,
             HAS_MASK=image_mask is not None, WHOLE_ROW=whole, PRECISION=dot_precision(image_tokens.dtype),
             **tile, BLOCK_D=blocks.BLOCK_D, BLOCK_OUT=out, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
@@ -507,7 +507,10 @@ def backward(
     out, chunks = {"BLOCK_OUT": blocks.BLOCK_OUT}, triton.cdiv(D, blocks.BLOCK_OUT)
     sizes = (N, L, D, B * L)
     with on_device(image_tokens):
-        inputs = djoint.contiguous(), image_tokens.contiguous(), text_tokens.contiguous(), _int32(image_mask)
+        image, text = operands(image_tokens, text_tokens)
+        # Beside half inputs the kernels want all that djoint has.
+        (djoint,) = operands(djoint) if image_tokens.dtype == torch.float32 else (djoint.contiguous(),)
+        inputs = djoint, image, text, _int32(image_mask)
         launch(
             _statistics_kernel, (B * triton.cdiv(L, STATISTICS_L),), *inputs, threshold.contiguous(),
             row_sum.contiguous(), statistics, first, *sizes, **flags | {"BLOCK_L": STATISTICS_L},

@@ -16,16 +16,18 @@
                             e_j        e_j+1      e_j+2
                  x_i,l   [ k k k k k | k k k k k | k k k k k | . ]  ->  maxima, winners [i, j..j+2, l]
 
+    cosine   IEEE float32 alone, for the pools with an exponential: the winners' cosines once more, summed as a tree.
     pool     sim_ij over the maxima of l: 1/Q of the bytes a [Bx, Be, P, Q] would take, read once. Pools are "sum" and
              "mean"; "lse", (1 / scale) log sum_l exp(scale max_l); and for a small scale "log_mean", with the mean over
              l in place of the sum: in the limit the mean of the maxima, where log P / scale leaves "lse" no digits.
     dx       a row gathers the e_jk* that it chose, sample after sample: Q times fewer operations than the match.
              gather=False multiplies with tiles of winners instead, as below.
     de       tiles of winners become tiles of weights in registers: de_j [Q, D] += W^T [Q, rows] x [rows, D].
+    TF32     products read copies rounded to it (_tile.operands); the gather of dx reads e as it is.
 
 Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left (token_lists.py); e is
-sorted by length and matched in classes of width. Memory: Bx Be P maxima and winners. Every number has one owner: no
-atomics, bitwise equal reruns. Sums are float32.
+sorted by length and matched in classes of width. Memory: Bx Be P maxima and winners. Sums are float32. Deterministic:
+see CONTRIBUTING.md, "A kernel file".
 """
 
 import torch
@@ -35,13 +37,23 @@ from torch import Tensor
 
 from . import token_lists
 from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, on_device
-from ._tile import BIG, expm1_over, load_columns, load_rows, log1p_over, max_or_nan, row_max
+from ._tile import (
+    BIG,
+    expm1_over,
+    load_columns,
+    load_rows,
+    log1p_over,
+    max_or_nan,
+    nearest_tf32,
+    operands,
+    row_max,
+)
 from .token_lists import SHORT, TokenLists
 
 LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -inf would be NaN
 EXPONENTIAL = ("lse", "log_mean")
-# Beyond this scale exp(scale (max_l - sim)) adds up to 1 over l no longer: sim has 24 bits.
-SHARP = 32
+# Beyond this scale exp(scale (max_l - sim)) adds up to 1 over l no longer: sim has 24 bits, half maxima fewer.
+SHARP = {torch.float32: 1, torch.float16: 32, torch.bfloat16: 32}
 
 # Blocks by memory of the chip and precision.
 # (BLOCK_M rows of x, BLOCK_N columns of e, BLOCK_D, num_warps, num_stages): 128 x 256 halves the reads of 128 x 128.
@@ -64,7 +76,7 @@ MATCH_LISTED = MATCH | {(BLACKWELL, "half"): (64, 256, 64, 8, 3), (BLACKWELL, "t
 # (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages)
 DE = {
     (LARGE, "half"): (128, 64, 256, 8, 3),
-    (LARGE, "tf32"): (128, 32, 128, 8, 2),
+    (LARGE, "tf32"): (128, 32, 128, 8, 3),
     (LARGE, "ieee"): (64, 32, 128, 8, 2),
     (MEDIUM, "half"): (128, 32, 256, 8, 3),
     (MEDIUM, "tf32"): (128, 32, 128, 8, 2),
@@ -78,12 +90,13 @@ DE = {
 }
 # gather=True: (BLOCK_OWN, BLOCK_OUT, num_warps, num_stages). With all of D in one program, weights are made once.
 DX = {
-    (LARGE, "half"): (4, 512, 1, 1),
+    (LARGE, "half"): (2, 512, 1, 1),
     (LARGE, "tf32"): (2, 512, 1, 1),
     (LARGE, "ieee"): (2, 512, 1, 1),
 }
+COSINE = (2, 512, 1)  # (BLOCK_OWN rows of x, BLOCK_D, num_warps)
 POOL = (16, 64, 4)  # (BLOCK_J, BLOCK_P, num_warps)
-# Columns that a sample of e has in a tile that several share. Few classes of width, and no kernel is compiled for a Q.
+# Columns of one sample of e in a tile that holds several. With few classes of width, no kernel is compiled for a Q.
 # Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
 UNITS = (SHORT, 80, 128)
 # Of float32 products so many terms are summed on their own: one chain over a large batch would lose a digit.
@@ -93,7 +106,7 @@ SUPER = 8  # row tiles that go through the column tiles together, so that both s
 
 @triton.jit
 def _listed_rows(list_ptr, count_ptr, start, total, P, LISTED: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of tokens of x: row in [Bx P], sample i, place l, and which exist."""
+    """A block of tokens of x: row in [Bx P], sample i, its token l, and which exist."""
     row = start + tl.arange(0, BLOCK)
     if LISTED:
         live = row < tl.load(count_ptr)
@@ -156,7 +169,7 @@ def _match_kernel(
         c = tl.arange(0, BLOCK_N)
         widest = Q
         if SAMPLES > 1:
-            widest = 1  # one turn
+            widest = 1  # one iteration
         elif LIST_E:
             widest = tl.load(counts_ptr + tl.load(order_ptr + first))
 
@@ -212,6 +225,40 @@ def _match_kernel(
                             if LIST_E:
                                 place_g = tl.load(tokens_ptr + j_g.to(tl.int64) * Q + place_g, mask=live, other=0)
                             tl.store(winners_ptr + at, place_g.to(winners_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["Bx", "Be", "P", "Q"])
+def _cosine_kernel(
+    maxima_ptr,  # [Bx, Be, P]
+    winners_ptr,  # [Bx, Be, P]
+    x_ptr,  # [Bx P, D]
+    e_ptr,  # [Be, Q, D]
+    rows_ptr,  # [Bx P] int32, or None
+    row_count_ptr,  # [1] int32, or None
+    Bx,
+    Be,
+    P,
+    Q,
+    D,
+    LIST_X: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (row blocks): the cosine of every winner once more, summed as a tree; NaN stays."""
+    row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, tl.program_id(0) * BLOCK_OWN, Bx * P, P, LIST_X, BLOCK_OWN)
+    samples = Be
+    if LIST_X:
+        samples = tl.where(tl.program_id(0) * BLOCK_OWN < tl.load(row_count_ptr), Be, 0)
+    for j in range(samples):
+        at = (i * Be + j) * P + l
+        winner = tl.load(winners_ptr + at, mask=live, other=-1).to(tl.int64)
+        best = tl.load(maxima_ptr + at, mask=live, other=0.0)
+        cos = tl.zeros((BLOCK_OWN,), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            x = load_rows(x_ptr, row, live, d, D)
+            cos += tl.sum(x * load_rows(e_ptr, tl.cast(j, tl.int64) * Q + winner, winner >= 0, d, D), 1)
+        tl.store(maxima_ptr + at, tl.where(best == best, cos, best), mask=winner >= 0)
 
 
 @triton.jit(do_not_specialize=["x_mask_ptr", "sim_ptr", "out_ptr", "Be", "P"])
@@ -324,6 +371,8 @@ def _dx_kernel(
         samples = tl.where(tl.program_id(0) * BLOCK_OWN < tl.load(row_count_ptr), Be, 0)
     for j in range(samples):
         w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL)
+        if not GATHER and PRECISION == "tf32":
+            w = nearest_tf32(w)
         first = tl.cast(j, tl.int64) * Q
         if GATHER:
             dx += w[:, None] * load_rows(e_ptr, first + winner, winner >= 0, d, D).to(tl.float32)
@@ -393,6 +442,8 @@ def _de_kernel(
         for start in range(0, row_total, BLOCK_SUM):
             row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, start, Bx * P, P, LIST_X, BLOCK_SUM)
             w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL)
+            if PRECISION == "tf32":
+                w = nearest_tf32(w)
             x = load_rows(x_ptr, row, live, d, D)
             weights = tl.where(winner[None, :] == k[:, None], w[None, :], 0.0).to(x.dtype)
             de = tl.dot(weights, x, de, input_precision=PRECISION)
@@ -428,7 +479,9 @@ def forward(
     maxima_dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
     winner_dtype = torch.int16 if torch.iinfo(torch.int16).max >= Q else torch.int32
     maxima = torch.empty(Bx, Be, P, dtype=maxima_dtype, device=x.device)
-    winners = torch.empty((Bx, Be, P) if save else (0,), dtype=winner_dtype, device=x.device)
+    # An IEEE product sums D terms in one chain, whose error a scale multiplies: winners get a better one.
+    again = pool in EXPONENTIAL and x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"
+    winners = torch.empty((Bx, Be, P) if save or again else (0,), dtype=winner_dtype, device=x.device)
     if x_mask is not None or e_mask is not None:
         winners.fill_(-1)
         maxima.zero_()
@@ -436,19 +489,32 @@ def forward(
 
     M, N, BLOCK_D, warps, stages = choose(MATCH if rows is None and tokens is None else MATCH_LISTED, x)
     with on_device(x):
+        x, e = operands(x, e)
         for number, width in enumerate((SHORT, Q) if counts is not None and Q > SHORT else (Q,)):
             columns, unit = _columns(width, N)
             tiles = triton.cdiv(Bx * P, M), triton.cdiv(Be, columns // unit)
             launch(
                 _match_kernel, (tiles[0] * tiles[1],),
-                x, e, rows, row_count, tokens, counts, order, bounds, maxima, winners if save else None,
+                x, e, rows, row_count, tokens, counts, order, bounds, maxima,
+                winners if save or again else None,
                 Bx, Be, P, Q, D, *tiles,
-                CLASS=number, LIST_X=rows is not None, LIST_E=counts is not None, SAVE=save, UNIT=unit,
+                CLASS=number, LIST_X=rows is not None, LIST_E=counts is not None, SAVE=save or again,
+                UNIT=unit,
                 PRECISION=dot_precision(x.dtype), BLOCK_M=M, BLOCK_N=columns, BLOCK_D=BLOCK_D, SUPER=SUPER,
                 num_warps=warps, num_stages=stages, **all_registers(x.device),
             )  # fmt: skip
+        if again:
+            own, width, warps = COSINE
+            launch(
+                _cosine_kernel, (triton.cdiv(Bx * P, own),), maxima, winners, x, e, rows, row_count, Bx, Be, P, Q, D,
+                LIST_X=rows is not None, BLOCK_OWN=own, BLOCK_D=min(width, triton.next_power_of_2(D)), num_warps=warps,
+            )  # fmt: skip
         _pool(maxima, x_mask, counts, None, sim, pool, pool_scale)
-    return sim, maxima if save and pool in EXPONENTIAL else maxima.new_empty(0), winners
+    return (
+        sim,
+        maxima if save and pool in EXPONENTIAL else maxima.new_empty(0),
+        winners if save else winners.new_empty(0),
+    )
 
 
 def _pool(
@@ -492,7 +558,7 @@ def backward(
     dsim = dsim.to(torch.float32)
     if pool in ("mean", "log_mean"):
         dsim = dsim / (P if x_counts is None else x_counts.clamp(min=1).unsqueeze(-1))
-    if pool == "lse" and pool_scale > SHARP:
+    if pool == "lse" and pool_scale > SHARP[x.dtype]:
         weights = torch.empty_like(sim)
         with on_device(x):
             _pool(maxima, None if x_mask is None else x_mask.contiguous(), counts, sim, weights, "weights", pool_scale)
@@ -519,7 +585,7 @@ def backward(
             dx_own, dx_out, dx_warps, dx_stages = own, out // 2, warps, min(stages, 2)
         launch(
             _dx_kernel, (triton.cdiv(Bx * P, dx_own), triton.cdiv(D, dx_out)),
-            in_range, *saved, e, rows, row_count, unscale, dx, *sizes,
+            in_range, *saved, *((e,) if gather else operands(e)), rows, row_count, unscale, dx, *sizes,
             GATHER=gather, BLOCK_OWN=dx_own, BLOCK_SUM=dx_sum, BLOCK_OUT=dx_out, CHAIN=CHAIN,
             **flags,
             num_warps=dx_warps, num_stages=dx_stages, **(all_registers(x.device) if x.dtype != torch.float32 else {}),
@@ -531,7 +597,7 @@ def backward(
         in_range, unscale = _into_range(dsim, 0, x, x_counts)
         launch(
             _de_kernel, (Be, triton.cdiv(Q, own), triton.cdiv(D, out)),
-            in_range, *saved, x, rows, row_count, tokens, counts, unscale, de, *sizes,
+            in_range, *saved, *operands(x), rows, row_count, tokens, counts, unscale, de, *sizes,
             LIST_E=tokens is not None, BLOCK_OWN=own, BLOCK_SUM=block_sum, BLOCK_OUT=out, CHAIN=CHAIN, **flags,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip

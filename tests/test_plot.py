@@ -297,7 +297,7 @@ def test_images_in_every_form(form):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda i, s: plot.similarity_maps(i, s, tokens=["a"], grid=GRID), "one row a token"),
+        (lambda i, s: plot.similarity_maps(i, s, tokens=["a"], grid=GRID), "one row per token"),
         (
             lambda i, s: plot.similarity_maps(i, s, tokens=["a"] * 3),
             "grid must hold all N patches, got 24 x 8",
@@ -325,11 +325,11 @@ def test_images_in_every_form(form):
         (lambda i, s: plot.loss_curves([{"a": 1.0}, {"b": 1.0}]), "same terms"),
         (lambda i, s: plot.loss_curves({"a": [1.0]}, smoothing=1), "smoothing must be"),
         (lambda i, s: plot.loss_curves({"a": [1.0]}, smoothing="a"), "smoothing must be"),
-        (lambda i, s: plot.loss_curves({"a": ["x"]}), "one number a step for 'a'"),
-        (lambda i, s: plot.loss_curves({"a": [torch.ones(2)]}), "one number a step for 'a'"),
-        (lambda i, s: plot.loss_curves({"a": torch.ones(2, 2)}), "one number a step for 'a'"),
-        (lambda i, s: plot.loss_curves({"a": torch.tensor(1.0)}), "one number a step for 'a'"),
-        (lambda i, s: plot.loss_curves([1.0]), "one mapping a step, got float 1.0"),
+        (lambda i, s: plot.loss_curves({"a": ["x"]}), "one number per step for 'a'"),
+        (lambda i, s: plot.loss_curves({"a": [torch.ones(2)]}), "one number per step for 'a'"),
+        (lambda i, s: plot.loss_curves({"a": torch.ones(2, 2)}), "one number per step for 'a'"),
+        (lambda i, s: plot.loss_curves({"a": torch.tensor(1.0)}), "one number per step for 'a'"),
+        (lambda i, s: plot.loss_curves([1.0]), "one mapping per step, got float 1.0"),
         (lambda i, s: plot.similarity_maps(i, s, tokens=["a"] * 3, grid=GRID, tokens_per_row=0), "tokens_per_row must"),
         (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=GRID, tokens_per_row=-1), "tokens_per_row"),
         (lambda i, s: plot.aggregated_patches(i, s, tokens=["a"] * 3, grid=GRID, tokens_per_row="2"), "tokens_per_row"),

@@ -1,7 +1,7 @@
-"""Every kernel of an operation timed alone: its launches are captured at the one door, and made again between events.
+"""Every kernel of an operation timed alone: its launches are captured in `launch`, and made again between events.
 
 The launches of one kernel (EFA matches twice) are made ten times in one CUDA graph, so that no host time is in the
-figure. What they read was read just before: times are those of a warm L2, as after the kernel that wrote it.
+figure. Their inputs are in the L2 cache, as they are in a step, where another kernel has just written them.
 """
 
 import importlib

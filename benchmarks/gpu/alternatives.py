@@ -1,4 +1,4 @@
-"""Entries of the block tables beside the candidate that lost without a GPU: stage c measures both.
+"""Entries of the block tables beside a candidate whose time is not known, or not decided: stage c measures both.
 
 A row's first value is the table as it stands; `other` replaces it while `swapped` lasts.
 """
@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 from ..cases import Case
 
 __all__ = ["ALTERNATIVES", "Alternative", "swapped", "value"]
-
-# The columns of the block tables, by memory (kernels/_launch.py).
-HOPPER = "227 KiB"
 
 
 class Alternative(NamedTuple):
@@ -58,13 +55,9 @@ def _put(module: Any, row: Alternative, new: Any) -> None:
 
 
 EFA = Case("efa", 128)
-HALF = (HOPPER, "half")
-IEEE = (HOPPER, "ieee")
+HALF = ("227 KiB", "half")  # a column of the block tables (kernels/_launch.py)
 ALTERNATIVES = (
-    Alternative("hard_similarity", "MATCH", IEEE, (128, 128, 16, 8, 2), EFA, "fp32", ("_match_kernel",), 0.9),
-    Alternative("hard_similarity", "MATCH", IEEE, (64, 128, 16, 4, 2), EFA, "fp32", ("_match_kernel",), 0.9),
-    Alternative("hard_similarity", "DE", (HOPPER, "tf32"), (64, 32, 128, 4, 3), EFA, "tf32", ("_de_kernel",), 0.7),
-    Alternative("hard_similarity", "DE", (HOPPER, "tf32"), (128, 32, 128, 8, 3), EFA, "tf32", ("_de_kernel",), 0.8),
-    Alternative("similarity_distribution", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
-    Alternative("similarity_distribution", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
+    # As CUDA graphs tiles lose above 64 pairs, eager they win: the host decides, until blocks are one launch each way.
+    Alternative("asdm_tiles", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
+    Alternative("asdm_tiles", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """What a run of `benchmarks gpu` has found, on disk at every moment: records.jsonl, gpu.json, gpu.md, plots, log.txt.
 
-A record is appended to records.jsonl and all other files are replaced as it comes, so that a run that is killed has
-lost nothing but the job it was at.
+A record is appended to records.jsonl and all other files are replaced as it comes, so that a run that is killed
+loses only the job in progress.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Which entries of the block tables are worth trying, and what each turns on. Data for benchmarks/gpu/tune.py."""
+"""Which entries of the block tables are worth trying, and the kernels that each changes: data for `tune`."""
 
 import itertools
 from collections.abc import Sequence

@@ -50,7 +50,7 @@ def graph_of(call: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # An old graph that is collected while another is captured takes the capture with it.
+    # An old graph that is garbage-collected while another is captured makes the capture fail.
     gc.collect()
     gc.disable()
     try:

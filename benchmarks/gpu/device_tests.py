@@ -1,4 +1,4 @@
-"""tests/gpu with one outcome a test, as each comes. They gate nothing: outcomes stand beside the figures."""
+"""tests/gpu with one outcome per test, as each comes. Measurements do not depend on them; outcomes are listed."""
 
 import importlib.util
 import json

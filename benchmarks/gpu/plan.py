@@ -32,7 +32,7 @@ STAGES = (
     Stage("d", "losses", 95, "EFA and A-SDM, eager and as CUDA graphs, against PyTorch and torch.compile"),
     Stage("e", "peers", 95, "MaxSim against late-interaction-kernels and flash-maxsim"),
     Stage("f", "wider", 40, "float32 and TF32, large batches, short captions, ViT-L/14"),
-    Stage("g", "tests", 60, "tests/gpu, one outcome a test"),
+    Stage("g", "tests", 60, "tests/gpu, one outcome per test"),
     Stage("h", "max-autotune", 90, "torch.compile at its best"),
 )
 

@@ -238,7 +238,7 @@ def point_to(group: Path, folder: Path) -> None:
 def pack(cache: Path, used: set[str] | None, folder: Path) -> int:
     """Writes the kernels of a cache, or those `used` (hashes of their keys), and says how many.
 
-    Intermediate code, which a hit does not need, stays behind. Equal kernels make equal archives.
+    Intermediate code, which a cache hit does not need, is left out. Equal kernels make equal archives.
     """
     names = None if used is None else {base64.b32encode(bytes.fromhex(key)).decode().rstrip("=") for key in used}
     kernels = [path.parent for path in sorted(cache.glob("*/*.cubin")) if names is None or path.parent.name in names]

@@ -1,9 +1,9 @@
-"""What each kernel was predicted to take before any of them had run on a GPU; stage b puts the outcome beside it.
+"""The time predicted for each kernel before any had run on a GPU; stage b puts the outcome beside it.
 
 From the instructions and the occupancy of the sm_90 code (triton 3.6.0) and counted work, for an H100 at 1.7 GHz: EFA
 at B 128, L 77, N 192, D 512 without masks, A-SDM at D 512. Both directions of EFA together. `before` is the code as it
 was then (commit 0c2b729), `after` what the change named beside it is predicted to give. A-SDM at B 1024 in float32 was
-predicted in tiles (0.12 ms for the row losses, 0.7 for the gradient), which are stage c's other side of SMALL by now.
+predicted in tiles (0.12 ms for the row losses, 0.7 for the gradient), which stage c now has as an alternative.
 """
 
 from typing import NamedTuple

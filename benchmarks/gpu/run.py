@@ -1,4 +1,4 @@
-"""The prepared run on a CUDA device: right first, then how fast, against what users have.
+"""The prepared run on a CUDA device: first correctness, then speed, against the code that users have today.
 
     python -m benchmarks gpu --out DIR [--minutes 8] [--stage a b ...] [--wheels DIR] [--prebuilt DIR] [--dry-run]
     python -m benchmarks gpu --preflight [--triton-wheel FILE] [--wheels DIR] [--prebuilt DIR]
@@ -27,7 +27,7 @@ from .plan import STAGES, Job, gpu_jobs
 from .supervisor import Worker, run_jobs
 from .targets import gpu_targets
 
-DRY = "dry run: kernels are interpreted in stages a to c, the torch path takes their place in d to f; nothing is timed"
+DRY = "dry run: kernels are interpreted in stages a to c, replaced by the torch path in d to f; nothing is timed"
 REPORT_SECONDS = 5.0  # kept for the last plots
 
 

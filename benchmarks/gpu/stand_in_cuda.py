@@ -87,13 +87,13 @@ def install(set: Callable[[Any, str, Any], None] = setattr) -> None:
     set(device, "NAME", "cpu")
     set(roofline, "COPY_BYTES", 2**12)
     set(roofline, "MATMUL_SIZE", 16)
-    from fmfa_losses.kernels import similarity_distribution
+    from fmfa_losses.kernels import asdm_tiles
 
-    takes = similarity_distribution.takes
+    takes = asdm_tiles.takes
     large = plan.LARGE_TOY
     # Large batches of A-SDM have kernels of their own in float32.
     set(
-        similarity_distribution,
+        asdm_tiles,
         "takes",
         lambda q, k: takes(q, k) and (len(k) < large or k.dtype != torch.float32),
     )

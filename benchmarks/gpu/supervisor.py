@@ -1,7 +1,7 @@
-"""Keeps a worker on its jobs: a job that hangs is killed at twice its guess, one that dies costs itself, time is kept.
+"""Runs jobs in a worker process and keeps to the time: a job that hangs is killed at twice its estimated seconds.
 
-Every stage leaves to those after it the seconds that they are given; what it does not take itself, they have besides.
-A job that does not fit before its stage must end waits until all stages are over, and is begun if it fits then.
+A job that crashes the worker loses only itself. Every stage has its seconds; what it does not use goes to later stages.
+A job that does not fit into its stage waits until all stages are over, and starts if it fits then.
 A worker is any program that speaks the protocol of benchmarks/gpu/worker.py.
 """
 

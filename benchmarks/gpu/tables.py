@@ -36,7 +36,7 @@ def gpu_tables(result: dict[str, Any]) -> str:
     if result.get("dry_run"):
         parts.append(
             "**A dry run at toy sizes on the CPU: no time here means anything. Figures of the kernels, fmfa-losses "
-            "(triton), are those of the torch path, which takes their place.**"
+            "(triton), are those of the torch path.**"
         )
     if ceilings:
         rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in ceilings.items() if name != "copy")

@@ -1,4 +1,4 @@
-"""What the library sets out to reach on a GPU, next to what was measured."""
+"""The targets of the library on a GPU, next to what was measured."""
 
 from collections.abc import Sequence
 from typing import Any

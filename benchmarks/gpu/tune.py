@@ -4,7 +4,7 @@
     python -m benchmarks tune --time candidates.json [--minutes 5] [--out tuned.json]
 
 The first needs no GPU: it compiles every candidate as that chip would get it, and drops those that do not fit or spill.
-The second times the survivors, the nearest to the entry as it stands first, each table in turn. Both print and write
+The second times the survivors, first those nearest to the present entry, each table in turn. Both print and write
 each outcome as it comes. Neither changes anything: a table is edited by hand, with the outcome in docs/kernels.md.
 """
 
@@ -76,7 +76,7 @@ def table_of(name: str) -> Table:
 
 
 def in_order(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Survivors, the nearest to the entry as it stands first (then more programs at once), each table in turn."""
+    """Survivors, first those nearest to the present entry (then more programs at once), each table in turn."""
     queues = []
     for table in TABLES:
         entry = value(table.entry)

@@ -1,6 +1,6 @@
-"""CLIP through Hugging Face `transformers`, seen as a two-stream model (the contract stands in `model.py`).
+"""CLIP through Hugging Face `transformers`, as a two-stream model (the interface is described in `model.py`).
 
-Token features take the way of the global ones: last norm, then projection, so that patches, [CLS] and words share
+Token features are computed like the global ones: last norm, then projection, so that patches, [CLS] and words share
 the joint space. Images of any size: position embeddings are interpolated. Weights come from a folder, never from
 the network.
 """

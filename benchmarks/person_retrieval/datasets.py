@@ -256,7 +256,7 @@ class RandomSampler(Sampler[int]):
 
 
 class IdentitySampler(Sampler[int]):
-    """Runs of `per_identity` captions of each identity, so that every caption meets others of its person.
+    """Runs of `per_identity` captions of each identity, so that a batch has several captions of each person.
 
     Draws by (seed, epoch).
     """

@@ -75,7 +75,7 @@ class TwoStream(nn.Module):
     word to nearly the same feature, and what all of them share would drown what tells them apart.
 
     Patches leave before the blocks mix them, and words after one block. A model this small, asked to match words with
-    patches, would otherwise write the whole photograph into every patch, and a similarity map would show no place.
+    patches, would otherwise write the whole photograph into every patch, and a similarity map would be flat.
 
     Args:
         vocab_size: V of the tokenizer; its last id is EOT, 0 is padding.

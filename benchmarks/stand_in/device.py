@@ -142,7 +142,7 @@ def gpu(compile: bool = False, chip: str = "sm_90") -> Iterator[Device]:
     try:
         driver.set_active(_Driver(device))
         with ExitStack() as stack:
-            # A JITFunction takes this function when it meets a new device, in every Triton from 3.3 to 3.9.
+            # A JITFunction takes this function when it sees a new device, in every Triton from 3.3 to 3.9.
             stack.enter_context(mock.patch.object(compiler, "compile", take))
             stack.enter_context(mock.patch.object(_backend, "interpreting", lambda: True))
             stack.enter_context(mock.patch.object(_precision, "kernels_run", lambda x: x.dtype != torch.float64))

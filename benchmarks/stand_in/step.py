@@ -40,7 +40,7 @@ class Step:
     compiled: list[Any] = field(default_factory=list)
     operators: list[Operator] = field(default_factory=list)  # of torch, that compute
     buffers: list[int] = field(default_factory=list)  # bytes of every allocation
-    peak: int = 0  # bytes allocated in the step and alive at once
+    peak: int = 0  # bytes allocated in the step, at the same time
 
     @property
     def device_launches(self) -> int:

@@ -13,7 +13,7 @@ docstring names those of its function, and what to call instead. Three things di
     arithmetic in half precision     here float32 or better, and so are the results
     NaN and inf by overflow, for zero vectors, for equal similarities, or for one identity in the batch
                                      here finite; the docstrings of the losses say which value
-    `.cuda()`                        here results live where the inputs do; logit_scale may be a 0-dim CPU tensor
+    `.cuda()`                        here results are on the inputs' device; logit_scale may be a 0-dim CPU tensor
 """
 
 from . import fmfa, fmfa_2025_04, irra, rde

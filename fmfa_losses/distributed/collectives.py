@@ -34,7 +34,7 @@ def gather_op(x, sizes, rank, group):  # type: ignore[no-untyped-def]
 
 @operator("gather_backward(Tensor dgathered, SymInt[] sizes, int rank, str group) -> Tensor")
 def gather_backward_op(dgathered, sizes, rank, group):  # type: ignore[no-untyped-def]
-    """A reduce-scatter for unequal sizes: each owner receives the gradients of its rows and sums them in rank order."""
+    """A reduce-scatter for unequal sizes: each rank receives the gradients of its rows and sums them in rank order."""
     group, b = _group(group), sizes[rank]
     received = dgathered.new_empty(len(sizes) * b, *dgathered.shape[1:])
     with named_errors("the backward of gather", group, dgathered.device):

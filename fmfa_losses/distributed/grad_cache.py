@@ -47,7 +47,7 @@ def cached_backward(
 
     With DistributedDataParallel as model the gradients travel once, with the last chunk, so all ranks need at least one
     chunk, but not equally many. Parameters used in loss_fn alone then belong to a module of their own, wrapped like the
-    model is. Losses with gather=True work as anywhere. Autocast goes around the call.
+    model is. Losses with gather=True work as anywhere. Autocast must enclose the call.
 
     Raises:
         ValueError: no chunk, a loss that is not a scalar, chunks whose outputs differ in number, names, rank or dtype,
@@ -147,7 +147,7 @@ class _Whole:
             if any(torch.stack(pieces[1:]).ne(pieces[0]).tolist() if len(pieces) > 1 else ()):
                 raise ValueError(
                     f"output {name!r} without samples, shape [], must be the same for every chunk, got "
-                    f"{torch.stack(pieces).tolist()}; return one value a sample, and reduce it in loss_fn"
+                    f"{torch.stack(pieces).tolist()}; return one value per sample, and reduce it in loss_fn"
                 )
             self.tensor = pieces[0].clone()
         else:

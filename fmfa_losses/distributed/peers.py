@@ -10,7 +10,7 @@ part of the gradient of sum_r L_r, and the mean over ranks, which DistributedDat
 A loss that compares a sample only with its own label is the rank's own mean times W b_r / B: `Peers.loss_weight`.
 The other losses exchange samples by three linear maps, each with its transpose as backward:
 
-    gather     own rows -> all rows                   backward: each owner receives its gradients and sums them
+    gather     own rows -> all rows                   backward: each rank receives its rows' gradients and sums them
     transpose  own rows of S -> own columns of S      backward: the same, transposing back
     ring       f(own rows, block of rank q) for all q, one block in memory at a time; the backward repeats the ring
 
@@ -94,7 +94,7 @@ class Peers:
         return W * counts.double() / total.clamp(min=1)
 
     def blocks(self, x: Tensor, dim: int = 0) -> Sequence[Tensor]:
-        """[B, ...] -> W views [b_q, ...]; B may stand at another dim."""
+        """[B, ...] -> W views [b_q, ...], along another dim if asked."""
         return torch.split(x, list(self.sizes), dim)
 
     def over_ranks(self, f: Callable[..., Tensor], rows: tuple[Tensor, ...], block: Tensor) -> tuple[Tensor, ...]:
@@ -112,12 +112,12 @@ class Peers:
         return results
 
     def rounds(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(owner, block) of every rank, the own one first; the next block is received meanwhile."""
+        """(rank, its block) of every rank, the own one first; the next block is received meanwhile."""
         world = len(self.sizes)
         for step in range(world):
-            owner = (self.rank - step) % world
-            arriving = self.shift(block, self.sizes[owner - 1]) if step + 1 < world else None
-            yield owner, block
+            rank = (self.rank - step) % world
+            arriving = self.shift(block, self.sizes[rank - 1]) if step + 1 < world else None
+            yield rank, block
             if arriving is not None:
                 block = arriving()
 
@@ -155,7 +155,7 @@ class _OverRanks(torch.autograd.Function):
     def forward(ctx, peers, f, block, *rows):  # type: ignore[no-untyped-def]
         ctx.peers, ctx.f = peers, f
         ctx.save_for_backward(block, *rows)
-        results = {owner: f(owner, *rows, held) for owner, held in peers.rounds(block)}
+        results = {rank: f(rank, *rows, held) for rank, held in peers.rounds(block)}
         return tuple(results[q] for q in range(len(peers.sizes)))
 
     @staticmethod
@@ -174,17 +174,17 @@ class _OverRanksGradient(torch.autograd.Function):
         acc = accumulation_dtype(block)
         totals = [torch.zeros_like(x) if needed else None for x, needed in zip([block, *rows], wanted, strict=True)]
         totals[0] = block.new_zeros(block.shape, dtype=acc) if wanted[0] else None
-        for owner, held in peers.rounds(block):
+        for rank, held in peers.rounds(block):
             with torch.enable_grad():
                 leaves = [
                     x.detach().requires_grad_(needed) for x, needed in zip([held.to(acc), *rows], wanted, strict=True)
                 ]
-                result = f(owner, *leaves[1:], leaves[0])
+                result = f(rank, *leaves[1:], leaves[0])
             inputs = [leaf for leaf in leaves if leaf.requires_grad]
-            grads = iter(torch.autograd.grad(result, inputs, dresults[owner]))
+            grads = iter(torch.autograd.grad(result, inputs, dresults[rank]))
             totals = [total if total is None else total + next(grads) for total in totals]
             if wanted[0]:
-                # The gradient follows its block to the next rank, and after the last step is back at its owner.
-                totals[0] = peers.shift(totals[0], peers.sizes[owner - 1])()
+                # The gradient follows its block to the next rank, and after the last step is back at its rank.
+                totals[0] = peers.shift(totals[0], peers.sizes[rank - 1])()
         dblock, *drows = totals
         return None if dblock is None else dblock.to(block.dtype), *drows

@@ -1,4 +1,4 @@
-"""The findings and statistics of `check_batch`: one method a kind of mistake. What is not certain is not reported."""
+"""The findings and statistics of `check_batch`: one method per kind of mistake. What is not certain is not reported."""
 
 from collections import Counter
 from collections.abc import Iterator

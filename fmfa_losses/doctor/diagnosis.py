@@ -142,7 +142,7 @@ def _self_test() -> Iterator[tuple[str, bool]]:
                 try:
                     got = _value_and_grads(operator, *inputs, backend=backend)
                     errors[name] = max(_relative_error(a, b) for a, b in zip(got, expected[name], strict=True))
-                except Exception as error:  # a broken installation breaks in many ways, and all of them are news
+                except Exception as error:  # a broken installation fails in many ways, and the report names each
                     yield f"self-test    {device} {backend}: {name} FAILED: {type(error).__name__}: {error}", False
             seconds = perf_counter() - start
             for name, relative in errors.items():

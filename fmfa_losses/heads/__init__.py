@@ -1,1 +1,1 @@
-"""The objectives with parameters, and what they read of a checkpoint or mask of a caption."""
+"""The objectives with parameters; loading them from a checkpoint; masking the words of a caption."""

@@ -1,5 +1,7 @@
-"""What the heads share. Submodules are called and their weights are not read, so that adapters, hooks and modules that
-are sharded or quantised work in place of them. Of a submodule only the dtype and device of its first weight are read.
+"""What the heads share.
+
+A head calls its submodules and never reads their weights, so that adapters, hooks, and sharded or quantised submodules
+work. Only the dtype and device of a submodule's first weight are read.
 """
 
 import torch

@@ -23,7 +23,7 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Masks words of captions, and says which words they were.
 
-        chosen  = content tokens drawn with `probability`, and at least one a caption
+        chosen  = content tokens drawn with `probability`, and at least one per caption
         masked  = mask_id for 80 % of the chosen, a random word for 10 %, itself for 10 %
         labels  = the original id where chosen, 0 elsewhere
 
@@ -38,7 +38,7 @@ def mask_tokens(
         token_ids: [B, L] or [L], any integer dtype that holds the ids, on any device.
         mask_id: the id that stands for a masked token, >= 1.
         special_ids: ids that are never chosen and never drawn as a random word.
-        probability: share of content tokens that is chosen, in [0, 1]; at 0 it is one token a caption.
+        probability: share of content tokens that is chosen, in [0, 1]; at 0 it is one token per caption.
         generator: source of the draws, on the device of `token_ids`; None is the global one of that device.
         vocab_size: size of the tokenizer's vocabulary. All ids lie in [0, vocab_size), and random words come from
             [1, vocab_size) without `mask_id` and `special_ids`. None: from [1, mask_id), which in CLIP's vocabulary is

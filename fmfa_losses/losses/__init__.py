@@ -1,1 +1,1 @@
-"""The objectives without parameters, one concept a file."""
+"""The objectives without parameters, one concept per file."""

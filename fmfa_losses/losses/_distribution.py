@@ -8,7 +8,7 @@ from torch import Tensor
 from ..distributed.peers import Peers
 from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_ids, check_scale
-from ..ops.similarity_distribution.api import RowLoss, similarity_distribution_loss, similarity_distribution_ring
+from ..ops.similarity_distribution.api import RowLoss, row_loss, similarity_distribution_ring
 from .loss import Loss, hyperparameter
 from .scores import check_features, check_weight
 
@@ -80,17 +80,8 @@ class DistributionLoss(Loss):
             ids = torch.arange(start, start + own, device=text.device)
         if self.gather:
             return self.reduce(self._own_rows(image, text, ids, image_ids, scale, peers), sample_weight, peers)
-        reduction = self.reduction if sample_weight is None else "none"
-        loss = similarity_distribution_loss(
-            image,
-            text,
-            ids,
-            logit_scale=scale,
-            image_ids=image_ids,
-            reduction=reduction,
-            backend=self.backend,
-            **self.row_loss(),
-        )
+        spec = RowLoss(**self.row_loss(), reduction=self.reduction if sample_weight is None else "none")
+        loss = row_loss(image, text, ids, image_ids, scale, spec, self.backend)
         return loss if sample_weight is None else self.reduce(loss, sample_weight, peers)
 
     def _own_rows(
@@ -99,7 +90,7 @@ class DistributionLoss(Loss):
         """What the own texts and images add to the loss of the batch of all ranks, [b]."""
         both_ids = torch.stack([x.long() for x in (ids, image_ids) if x is not None], dim=1)
         every_id = peers.gather(both_ids).T.contiguous()  # [1 or 2, B]
-        row_loss = self.row_loss()
+        spec = RowLoss(**self.row_loss(), offset=peers.offset, both=False, reduction="none")
         if peers.ring:
             return similarity_distribution_ring(
                 torch.stack([image, text], dim=1),
@@ -107,22 +98,12 @@ class DistributionLoss(Loss):
                 logit_scale=scale,
                 ring=peers,
                 backend=select_backend(self.backend, image, text),
-                spec=RowLoss(**row_loss).checked(),
+                spec=spec,
             )
 
         def direction(queries: Tensor, keys: Tensor) -> Tensor:
             """The own queries against everybody's keys, [b]. Raw features travel, in their own dtype."""
-            return similarity_distribution_loss(
-                queries,
-                peers.gather(keys),
-                every_id[0],
-                logit_scale=scale,
-                image_ids=None if image_ids is None else every_id[1],
-                offset=peers.offset,
-                both=False,
-                reduction="none",
-                backend=self.backend,
-                **row_loss,
-            )
+            images = None if image_ids is None else every_id[1]
+            return row_loss(queries, peers.gather(keys), every_id[0], images, scale, spec, self.backend)
 
         return direction(text, image) + direction(image, text)

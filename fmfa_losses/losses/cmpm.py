@@ -40,8 +40,8 @@ class CMPMLoss(ScoreLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
-        vector projects to 0. With "released" a sample with n > 1 positives may pay less than 0, -log(n)/2 a
-        direction at best, as its target sums to sqrt(n). Memory: a few [B, B].
+        vector projects to 0. With "released" a sample with n > 1 positives may have a loss below 0, down to -log(n)/2
+        for each direction, as its target sums to sqrt(n). Memory: a few [B, B].
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.

@@ -160,7 +160,7 @@ class Loss(_Declared):
         peers: Peers | None = None,
         **settings: object,
     ) -> tuple[Peers, Any]:
-        """Who shares the batch, and what `check` returns: see `distributed.handshake`; `peers` are there already."""
+        """The ranks of the batch, and what `check` returns: see `distributed.handshake`; `peers` if already known."""
         return handshake(
             self.gather,
             self.process_group if peers is None else peers,
@@ -172,7 +172,7 @@ class Loss(_Declared):
         )
 
     def check_pids(self, pids: Tensor | None, like: Tensor) -> Tensor | None:
-        """The ids to compare, one a sample of `like`; None where pairs alone count."""
+        """The ids to compare, one per sample of `like`; None where pairs alone count."""
         if self.pids_option is not None:
             option, used, unused, purpose = self.pids_option
             if getattr(self, option) == unused:

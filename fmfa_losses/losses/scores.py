@@ -51,7 +51,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     check_float(name, scores, "B B")
     if scores.shape[0] != scores.shape[1]:
         raise ValueError(
-            f"{name} must be square, one text and one image a sample [B, B], got {describe(scores)}; "
+            f"{name} must be square, one text and one image per sample [B, B], got {describe(scores)}; "
             "pass the pairs of one batch"
         )
     return scores.to(accumulation_dtype(scores))
@@ -94,7 +94,7 @@ def resolve_scale(logit_scale: float | Tensor | None, temperature: float, like: 
 
 def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:
     """A one-element tensor as a 0-dim one in `like`'s dtype that may multiply `like`."""
-    # A CPU scalar may meet accelerator tensors as it is, without a copy.
+    # PyTorch multiplies a CPU scalar with accelerator tensors as it is, without a copy.
     device = like.device if like.device.type == "cpu" or scalar.device.type != "cpu" else None
     return check_scalar(name, scalar).to(device=device, dtype=like.dtype)
 
@@ -105,7 +105,7 @@ def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a tensor [B] of real numbers, got {describe(weight)}; {AS_TENSOR}")
     if weight.shape != per_sample.shape:
         raise ValueError(
-            f"{name} must have shape {list(per_sample.shape)} (one weight a pair), got {describe(weight)}; reshape it"
+            f"{name} must have shape {list(per_sample.shape)} (one weight per pair), got {describe(weight)}; reshape it"
         )
     check_same(f"{name} and the features", weight, per_sample)
     given, weight = weight, weight.to(per_sample.dtype)

@@ -2,7 +2,7 @@
 
     z_ij = s cos(t_i, v_j) + b,   L = -1/B sum_ij log sigmoid(y_ij z_ij),   y_ij = 1 for a positive pair, else -1
 
-Every pair is a question of its own, so no softmax ties a row together. SigLIP knows one positive a row
+Every pair is a question of its own, so no softmax ties a row together. SigLIP knows one positive per row
 (`positives="paired"`); by default all pairs of one identity are positive here, as other images of a person are.
 """
 

@@ -32,7 +32,7 @@ def _positive(scores: Tensor, same: Tensor, tau: float | Tensor) -> Tensor:
 
 
 class TALLoss(ScaledScoreLoss):
-    """Pulls each text and image to its positives until all negatives together stand a margin behind.
+    """The similarity to the positives exceeds a soft maximum over all negatives by a margin.
 
         L_i = [ margin - S_i+ + tau log sum_{j: other id} exp(S_ij / tau) ]_+    over texts, plus the same over images
 
@@ -71,7 +71,7 @@ class TALLoss(ScaledScoreLoss):
 
 
 class TRLLoss(ScaledScoreLoss):
-    """Pulls each text and image to its positives until the hardest negative stands a margin behind.
+    """The similarity to the positives exceeds that of the hardest negative by a margin.
 
         L_i = [ margin - S_i+ + max_{j: other id} S_ij ]_+    over texts, plus the same over images
 

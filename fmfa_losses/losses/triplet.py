@@ -20,7 +20,7 @@ __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
 
 
 class TripletLoss(ScoreLoss):
-    """Pulls each pair together until the hardest negative of text and image stands a margin behind.
+    """Each pair's similarity exceeds that of the hardest negative of its text and of its image by a margin.
 
         L_i = [ margin - S_ii + max_{j negative} S_ij ]_+    over texts, plus the same over images
 

@@ -117,7 +117,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) 
 
 
 def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, int]] = ()) -> None:
-    """`a` and `b` live on one device and agree in the given (letter, dimension) pairs; `names` is "image and text"."""
+    """`a` and `b` are on one device and agree in the given (letter, dimension) pairs; `names` is "image and text"."""
     if a.device != b.device:
         raise ValueError(
             f"{names} must be on one device, got {a.device} and {b.device}; move one with .to({str(a.device)!r})"
@@ -130,14 +130,14 @@ def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, in
 def check_ids(name: str, ids: object, length: int, device: torch.device) -> Tensor:
     """Integer ids [length] on `device`, to be compared with each other: see `integer_ids`."""
     ids = integer_ids(name, ids, "B")
-    check_shape(name, ids, (length,), "one id a sample")
+    check_shape(name, ids, (length,), "one id per sample")
     if ids.device != device:
         raise ValueError(f"{name} must be on {device}, got {describe(ids)}; call {name}.to({str(device)!r})")
     return ids
 
 
 def check_unused_ids(loss: str, pids: object, like: Tensor, option: str, remedy: str) -> None:
-    """Pids that were passed although the option that was chosen makes no use of them, one a sample of `like`."""
+    """Pids that were passed although the option that was chosen makes no use of them, one per sample of `like`."""
     if pids is None:
         return
     check_ids("pids", pids, like.shape[0], like.device)

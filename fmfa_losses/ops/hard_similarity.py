@@ -6,8 +6,8 @@ and nothing of size Bx Be P Q ever exists.
 
     (1/lambda) log sum_l exp(lambda m_l) = (1/lambda) log n + (1/lambda) log (1/n) sum_l exp(lambda m_l)
 
-Of a small lambda the first term, the level, takes all digits from the second one, the log mean, which tends to the mean
-of m. So the operator computes the log mean there, and who needs differences of similarities leaves the level out.
+For a small lambda the first term, the level, is so large that the second one, the log mean, is rounded away. So the
+operator computes the log mean there, and a caller that needs only differences of similarities leaves the level out.
 """
 
 import math
@@ -270,7 +270,7 @@ def _maxima_dtype(dtype: torch.dtype) -> torch.dtype:
 # The torch path: one matrix product a tile of x rows and whole e samples, reduced before the next one starts.
 
 
-# Similarities alive at once: 2 MiB of float32 stay near a CPU's cache; an accelerator wants fewer launches.
+# Similarities in one block: 2 MiB of float32 stay in a CPU's cache; larger blocks mean fewer launches on a GPU.
 TILE_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}
 
 
@@ -360,7 +360,7 @@ def _backward_torch(
 
     entries = (
         TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "accelerator"] // 2
-    )  # matches alive at once; each costs about 50 bytes
+    )  # matches in one block; each costs about 50 bytes
     step = max(1, entries // (Be * P))
     for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
         weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))
@@ -368,7 +368,7 @@ def _backward_torch(
             -1, P, D
         )
 
-    # The same sum seen from e: sorting the matches by the row they chose makes each row own a run of them.
+    # The same sum for e: sorting the matches by the row that they chose puts those of each row next to each other.
     step = max(1, entries // (Bx * P))
     for j in (slice(j, min(j + step, Be)) for j in range(0, Be, step)):
         weight, row = (rearrange(t, "i j l -> (i l j)") for t in matches(slice(None), j))

@@ -30,7 +30,7 @@ USUAL = {torch.float32: 2.0**40, torch.float64: 2.0**300}
 @operator("row_norms(Tensor x, bool double, bool kernel) -> Tensor")
 def row_norms_op(x, double, kernel):  # type: ignore[no-untyped-def]
     if kernel:
-        from fmfa_losses.kernels.similarity_distribution import prepare
+        from fmfa_losses.kernels.asdm_tiles import prepare
 
         norms: Tensor = prepare(x.reshape(-1, x.shape[-1]), None, None, None, None)[0]
         return norms.view(2, *x.shape[:-1], 1)

@@ -61,4 +61,4 @@ def matrix(name: str, rows: object) -> Tensor:
     try:
         return torch.as_tensor(rows).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must have shape [Q, k], one row a caption, got rows that are no matrix") from error
+        raise ValueError(f"{name} must have shape [Q, k], one row per caption, got rows that are no matrix") from error

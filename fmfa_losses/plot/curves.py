@@ -24,7 +24,7 @@ def loss_curves(
     """Loss terms over the steps: the raw values pale, their exponential mean above.
 
     Args:
-        history: term -> values, one a step; or one mapping a step, as `FMFALoss` returns `terms`.
+        history: term -> values, one per step; or one mapping per step, as `FMFALoss` returns `terms`.
         smoothing: weight of the past in the mean, in [0, 1); 0 draws the raw values alone.
     Raises:
         TypeError, ValueError: no step, terms of different length, or values that are no numbers.
@@ -66,7 +66,9 @@ def _by_term(
         steps = list(history) if isinstance(history, Iterable) else []
         if not all(isinstance(step, Mapping) for step in steps):
             wrong = next(step for step in steps if not isinstance(step, Mapping))
-            raise TypeError(f"history must hold one mapping a step, got {describe(wrong)}; pass the terms of FMFALoss")
+            raise TypeError(
+                f"history must hold one mapping per step, got {describe(wrong)}; pass the terms of FMFALoss"
+            )
         if any(set(step) != set(steps[0]) for step in steps):
             raise ValueError("every step of history must hold the same terms; fill a missing one with float('nan')")
         history = {name: [step[name] for step in steps] for name in (steps[0] if steps else ())}
@@ -83,8 +85,8 @@ def _numbers(name: str, values: object) -> list[float]:
         return [float(v.detach() if isinstance(v, Tensor) else v) for v in numbers]  # type: ignore[attr-defined]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"history must hold one number a step for {name!r}, got {describe(values)}; pass a list of numbers a term, "
-            "or a list with one mapping a step"
+            f"history must hold one number per step for {name!r}, got {describe(values)}; pass a list of numbers per "
+            "term, or a list with one mapping per step"
         ) from error
 
 

@@ -80,7 +80,7 @@ def _check_shapes(queries: Sequence[str], images: Sequence[Sequence[Any]], score
         ("correct", list(correct.shape)),
     ):
         if shape != expected or 0 in expected:
-            raise ValueError(f"{name} must have shape [Q, k] = {expected}, one row a caption, got {shape}")
+            raise ValueError(f"{name} must have shape [Q, k] = {expected}, one row per caption, got {shape}")
     return expected[1]
 
 

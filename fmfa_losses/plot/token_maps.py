@@ -182,7 +182,7 @@ def _sparse_weights(
         check_integer(name, size, 1)
     if similarity.shape[0] != len(tokens):
         raise ValueError(
-            f"similarity [K, N] must have one row a token, got {describe(similarity)} and "
+            f"similarity [K, N] must have one row per token, got {describe(similarity)} and "
             f"{len(tokens)} tokens; take the rows of the chosen tokens"
         )
     if similarity.shape[1] != grid[0] * grid[1]:

@@ -1,4 +1,4 @@
-"""Evaluates a model on its loaders, once an epoch."""
+"""Evaluates a model on its loaders, once per epoch."""
 
 import importlib
 import logging

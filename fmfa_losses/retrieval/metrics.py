@@ -243,7 +243,7 @@ def _metrics(
     matched = count > 0
     if not matched.any():
         raise ValueError(
-            "at least one query must share its pid with the gallery, got none; number the persons of both sides alike"
+            "at least one query must share its pid with the gallery, got none; number both with the same pids"
         )
 
     query_block, gallery_block = block_sizes(*sizes, block_size, most_matches=int(count.max()))
@@ -290,7 +290,7 @@ def _checked_ids(
         if tuple(given.shape) != (size,):
             remedy = f"swap {names[0]} and {names[1]}" if swapped else "pass the person of each, in the same order"
             raise ValueError(
-                f"{name} must have shape [{size}], one id a row of scores, got {describe(given)}; {remedy}"
+                f"{name} must have shape [{size}], one id per row of scores, got {describe(given)}; {remedy}"
             )
     return ids[0].to(device, torch.int64), ids[1].to(device, torch.int64)
 

@@ -53,7 +53,7 @@ def search(
             values, indices = _top(scores(rows, columns), k)
             indices = indices + columns.start
             if best is not None:
-                # Lower indices stand first, and a stable sort leaves them there.
+                # Lower indices come first, and a stable sort keeps that order.
                 values, order = torch.cat([best[0], values], 1).sort(dim=1, descending=True, stable=True)
                 values, order = values[:, :k], order[:, :k]
                 indices = torch.cat([best[1], indices], 1).gather(1, order)

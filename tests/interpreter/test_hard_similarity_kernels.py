@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fmfa_losses.kernels import hard_similarity
+from fmfa_losses.kernels import _tile, hard_similarity
 from fmfa_losses.kernels._launch import recording
-from fmfa_losses.kernels._tile import max_or_nan, row_max
+from fmfa_losses.kernels._tile import max_or_nan, operands, row_max
 from helpers.budget import assert_within_budget
 from helpers.compare import assert_close, default_dtype, value_and_grads
 from helpers.reference import unit_similarity_reference
@@ -38,6 +38,7 @@ def _many_rows_a_program(monkeypatch):
     """The interpreter runs one program at a time; test_losses.py has the blocks of the table."""
     for key, (_, *others) in hard_similarity.DX.items():
         monkeypatch.setitem(hard_similarity.DX, key, (32, *others))
+    monkeypatch.setattr(hard_similarity, "COSINE", (32, *hard_similarity.COSINE[1:]))
 
 
 def inputs(Bx, Be, P, Q, D, dtype, masked=False):
@@ -414,3 +415,55 @@ def test_every_class_of_width(Q):
     x, e, _, e_mask = inputs(1, 7, 3, Q, 16, torch.float32, masked=True)
     for mask in (None, e_mask):
         check((x, e, None, mask), "lse", 2.0, True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 63, 77, 64), (2, 2, 3, 5, 530)])
+def test_cosines_of_winners(shape, masked):
+    """Whatever stood there: of a winner its cosine, where nothing won what was there, and NaN stays."""
+    x, e, x_mask, e_mask = inputs(*shape, torch.float32, masked)
+    Bx, Be, P, Q, D = shape
+    _, before, winners = hard_similarity.forward(x, e, x_mask, e_mask, "lse", 1.0, True)
+    maxima = torch.full_like(before, 7.0)
+    maxima[0, 0, 0] = float("nan")
+    sizes = {"LIST_X": False, "BLOCK_OWN": 16, "BLOCK_D": 256}
+    hard_similarity._cosine_kernel[(-(-Bx * P // 16),)](
+        maxima, winners, x, e, None, None, Bx, Be, P, Q, D, **sizes, num_warps=1
+    )
+    exact = torch.einsum(
+        "ild,ijld->ijl", x.double(), e.double()[torch.arange(Be)[:, None], winners.clamp(min=0).long()]
+    )
+    won = winners >= 0
+    assert won.all() != masked
+    assert maxima[0, 0, 0].isnan()
+    maxima[0, 0, 0] = exact[0, 0, 0]
+    torch.testing.assert_close(maxima[won].double(), exact[won], rtol=0, atol=2e-7)
+    assert (maxima[~won] == 7).all()
+    torch.testing.assert_close(before[won].double(), exact[won], rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(("dtype", "scale", "changes"), [(torch.float32, 4.0, False), (torch.float32, 1.0, True),
+                                                         (torch.float16, 4.0, True)])  # fmt: skip
+def test_weights_add_up_to_one_whatever_sim_was_rounded_to(dtype, scale, changes):
+    x, e, *_ = inputs(2, 3, 9, 7, 16, dtype)
+    sim, maxima, winners = hard_similarity.forward(x, e, None, None, "lse", scale, True)
+
+    def gradients(sim):
+        return hard_similarity.backward(torch.ones(2, 3), sim, maxima, winners, x, e, None, None, "lse", scale)
+
+    expected, got = gradients(sim), gradients(sim + 0.01)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) != changes for a, b in zip(got, expected, strict=True))
+
+
+def test_operands_are_the_nearest_tf32(monkeypatch):
+    low, high = 1.0, 1.0 + 2**-10
+    x = torch.tensor([low, low + 2**-12, high - 2**-12, -high + 2**-12, float("inf"), 0.0, 3e-41, 5.0])
+    x[-1:].view(torch.int32).fill_(0x7FFFFFFF)  # the NaN that NVIDIA's arithmetic makes
+    (same,) = operands(x)
+    assert same.data_ptr() == x.data_ptr()
+    monkeypatch.setattr(_tile, "dot_precision", lambda dtype: "tf32" if dtype == torch.float32 else "ieee")
+    (got,) = operands(x)
+    assert got[:6].tolist() == [low, low, high, -high, float("inf"), 0.0]
+    assert got[-1].isnan()
+    (half,) = operands(x.half())
+    assert half.dtype == torch.float16

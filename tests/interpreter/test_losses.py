@@ -123,3 +123,24 @@ def test_every_integer_dtype_holds_ids(loss, dtype):
     pids = torch.tensor([0, 1, 0, 2, 3])
     given = torch.stack([pids, pids], dim=1).to(getattr(torch, dtype))[:, 0]  # a column of a table
     assert torch.equal(loss(image, text, given, backend="triton"), loss(image, text, pids, backend="triton"))
+
+
+@pytest.mark.parametrize("operation", [hard_similarity, sparse_aggregate])
+def test_products_in_tf32_read_rounded_operands(operation):
+    """The interpreter multiplies exactly what it is given: an error of TF32 is that of the operands."""
+    directions = torch.linalg.qr(torch.randn(32, 5))[0].T  # so that the same tokens win
+    image, text = (directions[torch.arange(T) % 5] + 0.05 * torch.randn(3, T, 32) for T in (20, 10))
+    options = {"pool_scale": 4.0} if operation is hard_similarity else {"sparsity": 0.0}
+
+    def run(dtype, **backend):
+        return value_and_grads(lambda v, t: operation(v, t, **backend, **options), [image.to(dtype), text.to(dtype)])
+
+    exact = run(torch.float64)
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = run(torch.float32, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for a, b in zip(got, exact, strict=True):
+        assert 1e-7 < (a.double() - b).norm() / b.norm() < 2e-3
+    assert max((a.double() - b).norm() / b.norm() for a, b in zip(got, exact, strict=True)) > 5e-5

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from fmfa_losses.kernels import distribution_blocks
-from fmfa_losses.kernels import similarity_distribution as kernels
+from fmfa_losses.kernels import asdm_blocks
+from fmfa_losses.kernels import asdm_tiles as kernels
 from fmfa_losses.kernels._launch import launch
 from helpers.compare import assert_close, default_dtype, value_and_grads
 from helpers.distribution import (
@@ -41,7 +41,7 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
     if request.param == "tiles":
         monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
-    monkeypatch.setattr(distribution_blocks, "block_elements", 1100)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
     return request.param
 
 
@@ -71,8 +71,8 @@ def test_large(shape: tuple[int, int]) -> None:
 def test_rows_of_wide_blocks(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     B, D = shape
     monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
-    monkeypatch.setattr(distribution_blocks, "WIDE", B)
-    monkeypatch.setattr(distribution_blocks, "block_elements", 1100)
+    monkeypatch.setattr(asdm_blocks, "WIDE", B)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
     check(features(B, B, D), alpha=10.0, positive="any")
 
 
@@ -106,12 +106,12 @@ def test_weights(positive: str, detach_weight: bool) -> None:
 )
 def test_a_ring(sizes: tuple[int, ...], options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several ranks' columns, and of some of the own rows, in the order in which they arrive."""
-    monkeypatch.setattr(distribution_blocks, "block_elements", 100)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 100)
     inputs = features(40, 40, 16)
     doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     exact = value_and_gradients(similarity_distribution_loss_reference, doubles, reduction="none", **options)
     plain = value_and_gradients(similarity_distribution_loss_reference, inputs, reduction="none", **options)
-    got = value_and_gradients_of_a_ring(inputs, sizes, distribution_blocks, **options)
+    got = value_and_gradients_of_a_ring(inputs, sizes, asdm_blocks, **options)
     rounded = rounded_twice(doubles, reduction="none", **options)
     assert_rows_within_budget(got, plain, exact, inputs, rounded=rounded)
 
@@ -121,7 +121,7 @@ def test_ties_in_a_ring_go_to_the_lowest_column() -> None:
     for positive in POSITIVES:
         got, want = (
             value_and_gradients_of_a_ring(inputs, (5, 4, 3), way, alpha=3.0, positive=positive)
-            for way in (distribution_blocks, torch_blocks)
+            for way in (asdm_blocks, torch_blocks)
         )
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
@@ -130,7 +130,7 @@ def test_ties_in_a_ring_go_to_the_lowest_column() -> None:
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("positive", ["paired", "any"])
 def test_ties_go_to_the_lowest_column(positive: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distribution_blocks, "block_elements", 40)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 40)
     check(ties(torch.float32), alpha=3.0, positive=positive)
 
 
@@ -146,7 +146,7 @@ def test_labels(objective: str) -> None:
 @pytest.mark.parametrize("size", [1024, 0])
 def test_dtypes(dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, size))
-    monkeypatch.setattr(distribution_blocks, "block_elements", 400)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 400)
     check(features(40, 40, 64, dtype=dtype, images=False), alpha=10.0)
 
 
@@ -177,7 +177,7 @@ def test_ids_of_any_stride(loss: str, ids: Any, way: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
     if way == "tiles":
         monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
-    monkeypatch.setattr(distribution_blocks, "block_elements", 100)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 100)
     inputs = features(23, 23, 16)
     pids = ids(inputs["pids"])
     options = {} if loss == "itc" else {"image_ids": ids(inputs["image_ids"])}
@@ -321,7 +321,7 @@ def test_rows_of_any_length(way: str, options: dict[str, object], monkeypatch: p
         monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
     if way == "tiles":
         monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
-    monkeypatch.setattr(distribution_blocks, "block_elements", 1100)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
     for inputs, more in (
         (features(40, 40, 72), {}),
         (features(17, 40, 16, offset=3), {"both": False, "offset": 3}),

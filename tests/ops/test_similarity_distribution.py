@@ -254,17 +254,17 @@ def test_float32_products_follow_torch(switch: str, expected: str) -> None:
 def test_what_changes_with_the_batch_is_not_specialised() -> None:
     """Triton compiles a kernel anew for every divisibility by 16, and every 1, among arguments that it specialises."""
     pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
-    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
+    from fmfa_losses.kernels import asdm_blocks, asdm_tiles
 
     fixed = {"D", "q_stride", "k_stride", "x_stride", "y_stride"}  # of the features
     fixed |= {"cos_stride"}  # always a multiple of 16, and never 1
     fixed |= {"scale", "alpha", "gap_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
     kernels = (
-        similarity_distribution._prepare_kernel,
-        similarity_distribution._row_loss_kernel,
-        similarity_distribution._gradient_kernel,
-        distribution_blocks._update_kernel,
-        distribution_blocks._dlogits_kernel,
+        asdm_tiles._prepare_kernel,
+        asdm_tiles._row_loss_kernel,
+        asdm_tiles._gradient_kernel,
+        asdm_blocks._update_kernel,
+        asdm_blocks._dlogits_kernel,
     )
     for kernel in kernels:
         numbers = {p.name: p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")}
@@ -439,8 +439,9 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
             leaves = [t.clone().requires_grad_() for t in (inputs["queries"], inputs["keys"], scale)]
             value = function(*leaves[:2], *ids, image_ids=inputs["image_ids"], logit_scale=leaves[2])
             results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        # Eager takes a small batch at once, what is compiled is the operator: another order of sums.
         for eager, traced in zip(*results, strict=True):
-            assert torch.equal(eager, traced)
+            torch.testing.assert_close(traced, eager)
 
 
 MEMORY = """

@@ -4,9 +4,9 @@
                     alpha = 0 is SDM
     cross_entropy   -sum_j t_ij log p_ij;   with ids that are all different InfoNCE, lse_i - z_ii           (ITC)
 
-with p_i = softmax_j(s cos(q_i, k_j)). A row needs a handful of numbers that one pass over its logits finds, and the
-gradient in the logits is a formula in those numbers (`statistics.py`); so the [R, C] matrix is only ever there in
-blocks (`blocks.py`), or on a GPU in tiles, and the backward recomputes them.
+with p_i = softmax_j(s cos(q_i, k_j)). One pass over a row's logits gives a few statistics, and the gradient in
+the logits is a formula of those statistics (`statistics.py`). So the [R, C] matrix exists only in blocks (`blocks.py`),
+or on a GPU in tiles, and the backward recomputes them.
 """
 
 from typing import Any
@@ -19,11 +19,12 @@ from ..checks import check_float, check_ids, check_same, check_scale
 from ..operator import differentiable_once, operator, refusals
 from ..options import Backend, Objective, Positive, Reduction
 from ..precision import accumulation_dtype, full_precision
-from . import blocks
+from . import blocks, whole
 from .reference import RowLoss, similarity_distribution_loss_reference
 
 __all__ = [
     "RowLoss",
+    "row_loss",
     "similarity_distribution_loss",
     "similarity_distribution_loss_reference",
     "similarity_distribution_ring",
@@ -89,9 +90,23 @@ def similarity_distribution_loss(
     """
     spec = RowLoss(objective, alpha, positive, detach_weight, eps, image_id_factor, offset, both, reduction).checked()
     pids, image_ids = _check_inputs(queries, keys, pids, image_ids, spec)
-    scale = check_scale(logit_scale)
-    tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    return row_loss(queries, keys, pids, image_ids, check_scale(logit_scale), spec, backend)
+
+
+def row_loss(
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    image_ids: Tensor | None,
+    scale: float | Tensor,
+    spec: RowLoss,
+    backend: Backend,
+) -> Tensor:
+    """`similarity_distribution_loss` of arguments that are checked already."""
     chosen = select_backend(backend, queries, keys)
+    if chosen == "torch" and whole.takes(queries, keys, spec):
+        return whole.whole_row_loss(queries, keys, pids, image_ids, scale, spec)
+    tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
     return loss
 
@@ -109,7 +124,7 @@ def _check_inputs(
     if spec.both and (spec.offset != 0 or R != C):
         raise ValueError(
             f"both=True needs as many queries as keys and offset 0, got {R} queries, {C} keys, offset {spec.offset}; "
-            "pass both=False and call once a direction"
+            "pass both=False and call once per direction"
         )
     if spec.offset < 0 or spec.offset + R > C:
         raise ValueError(
@@ -182,9 +197,9 @@ def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, A
     """Kernels that do all of it in tiles, or None; and the backend of blocks."""
     if backend == "torch":
         return None, blocks.torch_blocks
-    from fmfa_losses.kernels import distribution_blocks, similarity_distribution
+    from fmfa_losses.kernels import asdm_blocks, asdm_tiles
 
-    return similarity_distribution if similarity_distribution.takes(queries, keys) else None, distribution_blocks
+    return asdm_tiles if asdm_tiles.takes(queries, keys) else None, asdm_blocks
 
 
 @torch.library.register_fake(similarity_distribution_op)
@@ -240,7 +255,7 @@ differentiable_once(
 )
 
 
-# The ring: the same row losses of one rank's pairs, while everybody's features travel and are never in one place.
+# The ring: the same row losses of one rank's pairs, while the features of all ranks travel from rank to rank.
 
 
 def similarity_distribution_ring(
@@ -258,7 +273,7 @@ def similarity_distribution_ring(
     Args:
         features: [b, 2, D] own images and texts, in any float dtype, in which they travel.
         pids, image_ids: [B] of the pairs of all ranks.
-        ring: who they are, and how blocks travel.
+        ring: the ranks, and how they exchange blocks.
         backend: "triton" or "torch".
     """
     if torch._C._are_functorch_transforms_active():

@@ -6,7 +6,7 @@
               ---- next block ----
 
 A block backend does Eq. 1-4 on a block of cosines: the one in PyTorch below applies `statistics.py`, the one in Triton
-is `fmfa_losses.kernels.distribution_blocks`. The forward makes one product of the size of [R, C], the backward three:
+is `fmfa_losses.kernels.asdm_blocks`. The forward makes one product of the size of [R, C], the backward three:
 the cosines again, and one for each gradient. In a ring the keys are those of one rank after the other.
 """
 
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
     loss: Tensor  # [S, R]
     final: Tensor  # [S, 3 or 4, R], the fields of `Final`
-    indices: Tensor  # [S, 2, R] columns of top and positive, int32; [0] where no gap weighs
+    indices: Tensor  # [S, 2, R] columns of top and positive, int32; [0] for an unweighted loss
     running: Tensor  # [5, R], the first fields of `Running`, of the direction whose rows come in several blocks
 
     @classmethod
@@ -64,7 +64,7 @@ class BlockBackend(Protocol):
         """|f x| and f of the queries, then of the keys, [2, R + C], as `row_norms` has them."""
 
     def update(self, cos: Tensor, rows: slice, first: int, batch: Batch, out: Rows, carried: int | None) -> None:
-        """Brings the results of all directions up to date. `carried` is the direction that goes on from `running`."""
+        """Brings the results of all directions up to date. `carried` is the direction that continues from `running`."""
 
     def dlogits(self, cos: Tensor, rows: slice, first: int, g: Tensor, batch: Batch, out: Rows) -> Tensor:
         """Gradient in the logits [m, n] of sum_i g_i (loss of row i) over all directions; g [R]."""
@@ -154,7 +154,7 @@ def ring_forward(
     ring: Ring,
     backend: BlockBackend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both directions of the own pairs against everybody's, from one rank's keys at a time.
+    """Both directions of the own pairs against those of all ranks, from one rank's keys at a time.
 
     Args:
         features: [b, 2, D], own images and texts; they travel as they are.
@@ -196,14 +196,14 @@ def ring_backward(
     outs = [Rows(norms[:0], *results, norms[:0]) for results in zip(final, index, strict=True)]
     unit = divide_by_norms(features, norms)
     dqueries, dkeys = torch.zeros_like(unit), torch.zeros_like(unit)
-    for owner, first, keys in _ring_keys(features, norms.dtype, ring, backend):
+    for rank, first, keys in _ring_keys(features, norms.dtype, ring, backend):
         for out, (q, k) in zip(outs, RING_DIRECTIONS, strict=True):
             for rows in _blocks(b, keys.shape[0], backend):
                 cos = _cosines(unit[rows, q], keys[:, k], backend)
                 dz = backend.dlogits(cos, rows, first, dloss, batch, out)
                 dqueries[rows, q].addmm_(dz, keys[:, k])
                 dkeys[:, k].addmm_(dz.T, unit[rows, q])
-        dkeys = ring.shift(dkeys, ring.sizes[owner - 1])()  # after the last round it has come home
+        dkeys = ring.shift(dkeys, ring.sizes[rank - 1])()  # after the last round it is back at its rank
     dscale = (unit * dqueries).sum()
     dfeatures = dqueries.add_(dkeys)
     _through_norms(dfeatures, unit, norms, scale)
@@ -214,8 +214,8 @@ def _ring_keys(
     features: Tensor, dtype: torch.dtype, ring: Ring, backend: BlockBackend
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(rank, index of its first pair, its unit rows [b_q, 2, D]) of every rank, the own one first."""
-    for owner, held in ring.rounds(features):
-        yield owner, sum(ring.sizes[:owner]), divide_by_norms(held, _norms(held, dtype, backend))
+    for rank, held in ring.rounds(features):
+        yield rank, sum(ring.sizes[:rank]), divide_by_norms(held, _norms(held, dtype, backend))
 
 
 def _norms(features: Tensor, dtype: torch.dtype, backend: BlockBackend) -> Tensor:
@@ -226,7 +226,7 @@ def _batch(
     pids: Tensor, image_ids: Tensor | None, label_sum: Tensor | None, R: int, scale: float | Tensor, spec: RowLoss,
     dtype: torch.dtype,
 ) -> Batch:  # fmt: skip
-    """Ids are made contiguous once a pass: every block reads them."""
+    """Ids are made contiguous once per pass: every block reads them."""
     pids, image_ids = pids.contiguous(), None if image_ids is None else image_ids.contiguous()
     total = _label_sum(pids, image_ids, R, spec, dtype) if label_sum is None else label_sum
     return Batch(pids, image_ids, total, scale, spec)
@@ -276,7 +276,7 @@ class _TorchBlocks:
     number and not size takes the time then. Their labels are the same, as keys and queries have the same ids.
     """
 
-    block_elements = 2**22  # about six temporaries of this size are alive at once
+    block_elements = 2**22  # about six temporaries of this size exist at the same time
     row_multiple = 1
 
     def norms(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:

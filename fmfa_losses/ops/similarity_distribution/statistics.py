@@ -1,6 +1,6 @@
 """The algebra of row statistics: online softmax, with what the row loss of Eq. 1-4 needs besides.
 
-    of(block)           what a block of logits z [m, n] says of its rows (dim=1), or of its columns as rows (dim=0)
+    of(block)           statistics of the rows of a block of logits z [m, n] (dim=1), or of its columns as rows (dim=0)
     merge(a, b)         the statistics of both blocks' columns; associative and commutative, ties to the lowest index
     finalize(a)         a row's loss, and the numbers that its gradient needs
     dlogits(block, ..)  the gradient in any block of logits, from the final numbers
@@ -11,17 +11,40 @@ merge nothing, blocks of columns merge along a loop, a ring merges over ranks.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .reference import RowLoss
 
-__all__ = ["LOWEST", "NOWHERE", "Final", "Labels", "Running", "dlogits", "finalize", "merge", "nothing", "of"]
+__all__ = [
+    "LOWEST",
+    "NOWHERE",
+    "Final",
+    "Labels",
+    "Running",
+    "Targets",
+    "dlogits",
+    "finalize",
+    "merge",
+    "nothing",
+    "of",
+]
 
 LOWEST = -3.0e38  # a finite start of a running maximum: -inf - -inf would be NaN
 NOWHERE = 2**30  # an index above every column
+
+
+class Targets(Protocol):
+    """What `of` and `dlogits` ask of labels; `total` is sum_k y_ik, [m, 1] of a block's rows or [n] of its columns."""
+
+    @property
+    def same(self) -> Tensor: ...  # [m, n] same pid
+
+    def target(self, total: Tensor) -> Tensor: ...  # t, [m, n]
+
+    def log_target(self, total: Tensor) -> Tensor: ...  # log(t + eps)
 
 
 class Labels(NamedTuple):
@@ -69,7 +92,7 @@ class Final(NamedTuple):
     top: Tensor
     log_sum: Tensor  # log sum_j e_j
     third: Tensor  # the divergence KL; for the cross-entropy sum_j t_j
-    gap: Tensor | None  # p_top - p_positive, where it weighs
+    gap: Tensor | None  # p_top - p_positive, for a weighted loss
 
 
 def nothing(n: int, like: Tensor) -> Running:
@@ -80,7 +103,7 @@ def nothing(n: int, like: Tensor) -> Running:
 
 
 def of(
-    z: Tensor, labels: Labels, total: Tensor, spec: RowLoss, *, dim: int = 1, first: int = 0, pair: int = 0
+    z: Tensor, labels: Targets, total: Tensor, spec: RowLoss, *, dim: int = 1, first: int = 0, pair: int = 0
 ) -> Running:
     """Statistics of a block alone.
 
@@ -118,7 +141,7 @@ def of(
 def merge(a: Running, b: Running, spec: RowLoss) -> Running:
     """Statistics of the columns of both."""
     top = torch.maximum(a.top, b.top)
-    down_a, down_b = a.top - top, b.top - top  # e and z - top are now meant against the common top
+    down_a, down_b = a.top - top, b.top - top  # e and z - top become relative to the common top
     shrink_a, shrink_b = down_a.exp(), down_b.exp()
     sum_e = shrink_a * a.sum_e + shrink_b * b.sum_e
     if spec.objective == "cross_entropy":
@@ -147,7 +170,7 @@ def finalize(a: Running, spec: RowLoss) -> tuple[Tensor, Final]:
 
 def dlogits(
     z: Tensor,
-    labels: Labels,
+    labels: Targets,
     total: Tensor,
     final: Final,
     index: tuple[Tensor, ...],
@@ -183,7 +206,7 @@ def dlogits(
 
 
 def _inside(index: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where the columns stand in a block of `width` that begins at `first`, clamped to it, and whether they do."""
+    """Position of columns in a block of `width` that begins at `first`, clamped to it, and whether they are in it."""
     at = index.long() - first
     return at.clamp(0, width - 1), (at >= 0) & (at < width)
 

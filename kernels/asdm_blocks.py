@@ -1,22 +1,23 @@
-"""A block backend of A-SDM: a block of cosines in memory to row statistics, and statistics to gradients of its logits.
+"""A-SDM, SDM and ITC in blocks, for large batches in float32: row statistics of a block of cosines, and its dlogits.
 
-Large batches in float32: a block [m, n] is one product of the BLAS library, and these kernels read it once a direction,
-where PyTorch makes dozens of passes. The loops over blocks, which the PyTorch path has too, are in
+The BLAS library computes a block [m, n] of cosines in memory. These kernels read it once for each direction, where
+PyTorch operators make dozens of passes. The loops over blocks are those of the PyTorch path,
 `fmfa_losses/ops/similarity_distribution/blocks.py`; memory is one block and O(R + C).
 
-    update    direction 0: a program owns rows and goes along them
-              direction 1: a program owns columns, as rows of this direction, and goes down the block
+    update    direction 0: one program for each group of rows, which loops over the columns
+              direction 1: one program for each group of columns, the rows of this direction, which loops down the block
 
                       k_0 .. k_63   k_64 ..
               q_0  [      |     ->    ->    ]   direction 0
               q_1  [      v                 ]
                           direction 1
 
-              where rows go on in the next block, their running statistics wait in memory
+              rows that continue in the next block keep their running statistics in memory
 
-    dlogits   a program owns a tile: the gradient of the losses of its rows and of its columns, in place of the cosines
+    dlogits   one program for each tile: the gradient of the losses of its rows and of its columns. It overwrites the
+              cosines
 
-Each output element is accumulated by one program, in a fixed order: no atomics, bitwise equal reruns.
+Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
 from typing import Any
@@ -26,9 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._distribution_tile import LOWEST, add_dlogits, finalize, load_final, update_tile
 from ._launch import Strided, launch, on_device
-from .similarity_distribution import ANY_ADDRESS, alike, by_device, contiguous_ids, flags, launch_options, prepare
+from ._row_statistics import LOWEST, add_dlogits, finalize, load_final, update_tile
+from .asdm_tiles import ANY_ADDRESS, alike, by_device, contiguous_ids, flags, launch_options, prepare
 
 __all__ = ["block_elements", "dlogits", "norms", "row_multiple", "update"]
 
@@ -70,7 +71,7 @@ def _update_kernel(
     factor,
     cos_stride,
     DOWN: tl.constexpr,  # direction 1, whose rows are the columns of the block
-    CARRIED: tl.constexpr,  # rows go on from `running`, and in another block
+    CARRIED: tl.constexpr,  # rows continue from `running`, and in the next block
     HAS_IMAGES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
@@ -140,7 +141,7 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_DIRECTION, "R", "X", "C", "x_first", "y_first", "offset", "g_stride"])
 def _dlogits_kernel(
-    cos_ptr,  # [X, C]; the gradient in the logits takes its place
+    cos_ptr,  # [X, C]; overwritten with the gradient in the logits
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
     scale_ptr,  # [], or anything
@@ -244,7 +245,7 @@ def update(cos: Tensor, rows: slice, first: int, batch: Any, out: Any, carried: 
 
 
 def dlogits(cos: Tensor, rows: slice, first: int, g: Tensor, batch: Any, out: Any) -> Tensor:
-    """Gradient in the logits of sum_i g_i (loss of row i) over all directions, in place of the cosines; g [R]."""
+    """Gradient in the logits of sum_i g_i (loss of row i) over all directions; overwrites the cosines. g [R]."""
     (m, C), R, spec = cos.shape, out.final.shape[2], batch.spec
     scale_ptr, scale = by_device(batch.scale, cos)
     M, N = TILE

@@ -1,7 +1,7 @@
-"""Triton helpers shared by the A-SDM kernels: running statistics of the rows of a tile of logits, and their gradient.
+"""Triton helpers shared by the A-SDM kernels: online-softmax row statistics of a tile of logits, and its dlogits.
 
 The algebra is that of fmfa_losses/ops/similarity_distribution/statistics.py: `update_tile` is merge(running, of(tile)).
-Rows are along axis 0 there; `add_dlogits` takes either axis, its vectors being [BLOCK_M, 1] or [1, BLOCK_N].
+`update_tile` has rows along axis 0. `add_dlogits` takes either axis: its vectors are [BLOCK_M, 1] or [1, BLOCK_N].
 """
 
 import triton
@@ -12,7 +12,7 @@ LOWEST = tl.constexpr(-3.0e38)  # a finite start of a running maximum: -inf - -i
 
 @triton.jit
 def by_label(same, same_image, both, pid, image, neither, HAS_IMAGES: tl.constexpr):
-    """One of four values an entry, by what its row and column share."""
+    """One of four values for each entry: same pid and image, pid alone, image alone, neither."""
     if HAS_IMAGES:
         both = tl.where(same_image, both, pid)
         neither = tl.where(same_image, image, neither)

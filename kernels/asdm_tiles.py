@@ -1,22 +1,22 @@
-"""A-SDM in tiles: from raw features to row losses and input gradients, the row statistics of Eq. 1-4 in registers.
+"""A-SDM, SDM and ITC in tiles: row losses and input gradients from raw features, for small batches and half precision.
 
-The logits z_ij = s cos(x_i, y_j) exist only as [BLOCK_M, BLOCK_N] tiles in registers; memory is O(R + C).
+The logits z_ij = s cos(x_i, y_j) exist only in registers, as tiles [BLOCK_M, BLOCK_N], and so do the running statistics
+of Eq. 1-4. Memory is O(R + C).
 
     prepare      norms of both inputs, and sum_k y_ik of every query: D and the ids are read once. A row whose squares
                  leave float32's range gets a factor, a power of two; where there is one, products are redone
-    row loss     one program a block of rows, over all columns with running statistics relative to the running maximum
+    row loss     one program for each block of rows. It loops over all columns and keeps running statistics
 
                      y_0   y_1   y_2 ...
             x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top - log(t + eps)), positive  ->  loss
 
-    gradient     one program a block of rows of the input that it owns, and a chunk of D: computes each tile again, adds
-                 the gradients of the losses of its rows and of its columns (which are rows of the other direction),
-                 multiplies with y, and leaves through the normalisation
+    gradient     one program for each block [rows, chunk of D] of an input's gradient. It computes each tile of logits
+                 again, adds up dlogits of its rows and of its columns (rows of the other direction), multiplies with y,
+                 and applies the derivative of the normalisation
 
-With `both` the second grid axis is the direction: rows and columns are exchanged. Each output element is accumulated by
-one program, in a fixed order: no atomics, bitwise equal reruns. A tile of logits is computed once a direction, and in
-the gradient once a chunk of D, which a small batch does not feel; a large one in float32 goes through
-`distribution_blocks`.
+With `both` the second grid axis is the direction: rows and columns are exchanged. Every tile of logits is computed once
+for each direction, and in the gradient once for each chunk of D. In a small batch the launches take longer than this
+repeated work; a large batch in float32 uses `asdm_blocks`. Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._distribution_tile import LOWEST, add_dlogits, finalize, load_final, update_tile
 from ._launch import LDS, Strided, chip_class, dot_precision, launch, on_device, precision
+from ._row_statistics import LOWEST, add_dlogits, finalize, load_final, update_tile
 from ._tile import dot_nearest, dot_wide
 
 # Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
@@ -35,10 +35,10 @@ LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
 
 
 # Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).
-# Small batches want many programs; large ones tiles worth their loads. BLOCK_D is the same in both kernels: the
+# Small batches want many programs, large ones large tiles. BLOCK_D is the same in both kernels: the
 # gradient of a peaked row is a small difference that needs the very logits of the forward.
 # SMALL: pairs of a small batch. In IEEE float32 each 64 columns of the gradient compute all logits anew: more pairs go
-# through `distribution_blocks`, as they do in TF32.
+# through `asdm_blocks`, as they do in TF32.
 SMALL = {"half": 1024, "tf32": 1024, "ieee": 256}
 BLOCKS: dict[tuple[str, str, str], tuple[Any, ...]] = {
     ("row_loss", "small", "half"): (16, 64, 64, None, 4, 3),
@@ -99,7 +99,7 @@ def _cosines(
     D,
     x_stride,
     y_stride,
-    far,  # whether any row has a factor
+    any_factor,  # whether any row has one
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -115,11 +115,11 @@ def _cosines(
         y = tl.load(y_rows + d[:, None], mask=(cols < Y)[None, :] & (d < D)[:, None], other=0.0)
         dots = dot_nearest(x, y, dots, PRECISION)
     if x_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled; products of float16 are in range
-        if far:
+        if any_factor:
             x_factor = tl.load(factors_ptr + x_norm + rows, mask=rows < X, other=1.0)[:, None]
             y_factor = tl.load(factors_ptr + y_norm + cols, mask=cols < Y, other=1.0)[None, :]
             dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            # What is rare takes no registers from what is not: no stages, narrow steps of wide numbers.
+            # No stages and narrow steps: this rare case takes no registers from the usual one.
             STEP: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.float32 else BLOCK_D
             for start in tl.range(0, D, STEP, num_stages=1):
                 d = start + tl.arange(0, STEP)
@@ -130,8 +130,8 @@ def _cosines(
     return dots * (x_inverse[:, None] * y_inverse[None, :])
 
 
-# Arguments that Triton does not compile anew for: vectors that the user gives, at any address, and with them in every
-# kernel's list the numbers that change with the batch. A smaller last batch compiles nothing.
+# Arguments that Triton does not specialise on: vectors of the user, at any address. Each kernel's list adds the numbers
+# that change with the batch, so that a smaller last batch compiles nothing.
 ANY_ADDRESS = ("pids_ptr", "image_ids_ptr", "scale_ptr", "dloss_ptr", "g_ptr")
 
 
@@ -252,7 +252,7 @@ def _row_loss_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < X
     x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
-    far = _any_factor(norms_ptr + X + Y, X + Y)
+    any_factor = _any_factor(norms_ptr + X + Y, X + Y)
     own_pid = tl.load(pids_ptr + offset + rows, mask=row_mask, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
@@ -268,7 +268,7 @@ def _row_loss_kernel(
         y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=cols < Y, other=1.0)
         cos = _cosines(
             x_ptr, y_ptr, norms_ptr + X + Y, rows, cols, x_inverse, y_inverse, x_norm, y_norm, X, Y, D,
-            x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            x_stride, y_stride, any_factor, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         z = tl.where(inside, scale * cos, -float("inf"))
         same = (own_pid == tl.load(pids_ptr + cols, mask=cols < Y, other=0)[None, :]) & inside
@@ -291,7 +291,7 @@ def _row_loss_kernel(
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, "X", "Y", "x_sample", "y_sample", "x_norm", "y_norm", "dloss_stride"])
 def _gradient_kernel(
-    x_ptr,  # [X, D] the owned input; in direction 1 the other one, as every pair below
+    x_ptr,  # [X, D] the input whose gradient is computed; in direction 1 the other one, as every pair below
     y_ptr,  # [Y, D]
     pids_ptr,  # [C]
     image_ids_ptr,  # [C], or anything
@@ -334,7 +334,7 @@ def _gradient_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Grid (row blocks, directions, chunks of D): gradient of the owned rows, through the normalisation."""
+    """Grid (row blocks, directions, chunks of D): gradient of the program's rows, normalisation included."""
     direction = tl.program_id(1)
     x_norm, y_norm = _by_direction(direction, x_norm, y_norm)
     x_stride, y_stride = _by_direction(direction, x_stride, y_stride)
@@ -351,7 +351,7 @@ def _gradient_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < X
     x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
-    far = _any_factor(norms_ptr + X + Y, X + Y)
+    any_factor = _any_factor(norms_ptr + X + Y, X + Y)
     own_pid = tl.load(pids_ptr + x_sample + rows, mask=row_mask, other=0)[:, None]
     own_image = own_pid
     if HAS_IMAGES:
@@ -366,7 +366,7 @@ def _gradient_kernel(
 
     d_out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dx = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
-    # Along x_i its gradient is sum_j cos_ij dcos_ij, which normalising takes out; the scale receives sum cos_ij dz_ij.
+    # Component of the gradient along x_i: sum_j cos_ij dz_ij. Normalising removes it; dscale is its sum over i.
     along = tl.zeros((BLOCK_M,), tl.float32)
 
     for start in range(0, Y, BLOCK_N):
@@ -375,7 +375,7 @@ def _gradient_kernel(
         y_inverse = 1.0 / tl.load(norms_ptr + y_norm + cols, mask=col_mask, other=1.0)
         cos = _cosines(
             x_ptr, y_ptr, norms_ptr + X + Y, rows, cols, x_inverse, y_inverse, x_norm, y_norm, X, Y, D,
-            x_stride, y_stride, far, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            x_stride, y_stride, any_factor, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         z = scale * cos
         same = own_pid == tl.load(pids_ptr + y_sample + cols, mask=col_mask, other=0)[None, :]
@@ -414,7 +414,7 @@ def _gradient_kernel(
             other=0.0,
         )
         if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
-            if far:
+            if any_factor:
                 y_factor = tl.load(norms_ptr + X + Y + y_norm + cols, mask=col_mask, other=1.0)
                 y = (y * y_factor[:, None]).to(y.dtype)
         # A gradient may be as small as 1 / B^2, out of float16's range.
@@ -442,8 +442,8 @@ def _gradient_kernel(
 def takes(queries: Tensor, keys: Tensor) -> bool:
     """Whether these kernels are the better way: small batches, and half precision.
 
-    Large float32 products belong to the BLAS library, whose blocks `distribution_blocks` reads: what a program could
-    keep of the gradient's D columns in float32 would make it compute every logit anew for each 64 of them.
+    In float32 a program has registers for 64 of the gradient's D columns, and computes every logit again for each 64.
+    For a large batch the BLAS library is faster: `asdm_blocks` reads the blocks of cosines that it makes.
     """
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     kind = precision(dtype)
@@ -564,7 +564,7 @@ def alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contiguous_ids(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Ids as the kernels read them; without image ids anything stands in their place. A column of a table is copied."""
+    """Ids as the kernels read them, contiguous. Without image ids the second is a pointer that is not read."""
     pids = pids.contiguous()
     return pids, pids if image_ids is None else image_ids.contiguous()
 
