@@ -176,8 +176,9 @@ class Loss(_Declared):
         if self.pids_option is not None:
             option, used, unused, purpose = self.pids_option
             if getattr(self, option) == unused:
-                remedy = f'{option}="{used}" {purpose}'
-                check_unused_ids(type(self).__name__, pids, like, f'{option}="{unused}"', remedy)
+                if pids is not None:
+                    remedy = f'{option}="{used}" {purpose}'
+                    check_unused_ids(type(self).__name__, pids, like, f'{option}="{unused}"', remedy)
                 return None
             if pids is None:
                 raise ValueError(

@@ -138,8 +138,6 @@ def check_ids(name: str, ids: object, length: int, device: torch.device) -> Tens
 
 def check_unused_ids(loss: str, pids: object, like: Tensor, option: str, remedy: str) -> None:
     """Pids that were passed although the option that was chosen makes no use of them, one a sample of `like`."""
-    if pids is None:
-        return
     check_ids("pids", pids, like.shape[0], like.device)
     warn_once(
         f"{loss} got pids, which {option} does not use: other images of the same person are pushed away; pass "
