@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import dataclass_transform  # torch brings it
+from typing_extensions import dataclass_transform
 
 from ..distributed.handshake import handshake
 from ..distributed.peers import Peers
