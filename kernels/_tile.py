@@ -17,18 +17,18 @@ BIG = tl.constexpr(2147483647)  # above every index; min(x, BIG) folds away wher
 def load_rows(
     ptr,  # [., D], contiguous
     rows,  # [R], int64
-    live,  # [R]
+    row_mask,  # [R]
     d,  # [C]
     D,
 ):
     """[R, C]: the columns `d` of some rows; zeros where a row or a column is out of range."""
-    return tl.load(ptr + rows[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(ptr + rows[:, None] * D + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_columns(ptr, rows, live, d, D):
+def load_columns(ptr, rows, row_mask, d, D):
     """[C, R]: what `load_rows` gives, transposed, as the second operand of a product wants it."""
-    return tl.load(ptr + rows[None, :] * D + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+    return tl.load(ptr + rows[None, :] * D + d[:, None], mask=row_mask[None, :] & (d < D)[:, None], other=0.0)
 
 
 @triton.jit

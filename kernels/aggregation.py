@@ -50,7 +50,7 @@ STATISTICS = 6  # per row: minimum, cutoff, 1 / sum u, uniform weight, c, what d
 ONE_TILE = {"half": 512, "tf32": 512, "ieee": 256}
 
 # Tiles of scores [BLOCK_L, BLOCK_N] have fewer than 64 rows, so that all of them come from the same matrix instruction.
-WALK = {"BLOCK_L": 32, "BLOCK_N": 64}
+SCORE_TILES = {"BLOCK_L": 32, "BLOCK_N": 64}
 STATISTICS_L = 16  # the statistics kernel loops over patches twice and keeps more registers
 
 
@@ -110,10 +110,10 @@ def score_tile(N: int, kind: str) -> dict[str, int]:
 def _products(
     a_ptr,  # [., D]
     a_rows,  # [BLOCK_L] int64
-    a_live,  # [BLOCK_L]
+    a_mask,  # [BLOCK_L]
     v_ptr,  # [., D]
     v_rows,  # [BLOCK_N] int64
-    v_live,  # [BLOCK_N]
+    v_mask,  # [BLOCK_N]
     D,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -124,8 +124,8 @@ def _products(
     s = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        a = load_rows(a_ptr, a_rows, a_live, d, D)
-        v = load_columns(v_ptr, v_rows, v_live, d, D)
+        a = load_rows(a_ptr, a_rows, a_mask, d, D)
+        v = load_columns(v_ptr, v_rows, v_mask, d, D)
         if a.dtype == v.dtype:
             s = tl.dot(a, v, s, input_precision=PRECISION)
         else:
@@ -166,7 +166,7 @@ def _extremes(s, n, keep):
 
 @triton.jit
 def _row_extremes(
-    text_ptr, text_rows, text_live, image_ptr, mask_ptr, b, N, D,
+    text_ptr, text_rows, text_mask, image_ptr, mask_ptr, b, N, D,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def _row_extremes(
     for start in range(0, N, BLOCK_N):
         n, rows, exist = _patches(b, start, N, BLOCK_N)
         keep = _kept(mask_ptr, rows, exist, HAS_MASK)
-        s = _products(text_ptr, text_rows, text_live, image_ptr, rows, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = _products(text_ptr, text_rows, text_mask, image_ptr, rows, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         tile_low, tile_high, tile_first = _extremes(s, n, keep)
         first = tl.where(tile_low < low, tile_first, first)
         low = tl.minimum(low, tile_low)
@@ -244,14 +244,14 @@ def _forward_kernel(
     """Grid (B x token blocks, 1 | chunks of D)."""
     b, block = _sample_and_block(tl.cdiv(L, BLOCK_L))
     l = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    live = l < L
+    row_mask = l < L
     rows = b.to(tl.int64) * L + l
     threshold = tl.load(threshold_ptr + b)
 
     if WHOLE_ROW:
         n, patches, exist = _patches(b, 0, N, BLOCK_N)
         keep = _kept(mask_ptr, patches, exist, HAS_MASK)
-        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = _products(text_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         low, high, _first = _extremes(s, n, keep)
         count = tl.sum(keep.to(tl.int32), 0)
         u = s - low[:, None]
@@ -265,10 +265,10 @@ def _forward_kernel(
             d = start + tl.arange(0, BLOCK_OUT)
             v = load_rows(image_ptr, patches, exist, d, D)
             joint = dot_wide(a, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
-            tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
+            tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=row_mask[:, None] & (d < D)[None, :])
     else:
         low, high, _first, count = _row_extremes(
-            text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
+            text_ptr, rows, row_mask, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
         )
         constant = _is_constant(low, high)
         cutoff = _cutoff(low, high, threshold)
@@ -277,7 +277,7 @@ def _forward_kernel(
         total = tl.zeros((BLOCK_L,), tl.float32)
         for start in range(0, N, BLOCK_N):
             _n, patches, exist = _patches(b, start, N, BLOCK_N)
-            s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+            s = _products(text_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
             keep = _kept(mask_ptr, patches, exist, HAS_MASK)  # before the products it spills a register
             u = s - low[:, None]
             u = tl.where(_passed(u, cutoff, keep), u, 0.0)
@@ -287,11 +287,11 @@ def _forward_kernel(
         total = _finite_or_nan(total)
         constant = constant & (total == total)
         joint /= tl.where(constant, tl.maximum(count, 1).to(tl.float32), total)[:, None]
-        tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=live[:, None] & (d < D)[None, :])
+        tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=row_mask[:, None] & (d < D)[None, :])
 
     if tl.program_id(1) == 0:
-        tl.store(row_min_ptr + rows, tl.where(count == 0, 0.0, low), mask=live)
-        tl.store(row_sum_ptr + rows, tl.where(constant, 0.0, total), mask=live)
+        tl.store(row_min_ptr + rows, tl.where(count == 0, 0.0, low), mask=row_mask)
+        tl.store(row_sum_ptr + rows, tl.where(constant, 0.0, total), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["L", "BL"])
@@ -317,15 +317,15 @@ def _statistics_kernel(
     """Grid (B x token blocks): all that a row must know before its gradients can be recomputed tile by tile."""
     b, block = _sample_and_block(tl.cdiv(L, BLOCK_L))
     l = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    live = l < L
+    row_mask = l < L
     rows = b.to(tl.int64) * L + l
     threshold = tl.load(threshold_ptr + b)
-    total = tl.load(row_sum_ptr + rows, mask=live, other=0.0)
+    total = tl.load(row_sum_ptr + rows, mask=row_mask, other=0.0)
     constant = total == 0
     inverse = tl.where(constant, 0.0, 1.0 / tl.where(constant, 1.0, total))
 
     low, high, first, count = _row_extremes(
-        text_ptr, rows, live, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
+        text_ptr, rows, row_mask, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
     )
     cutoff = _cutoff(low, high, threshold)
     c = tl.zeros((BLOCK_L,), tl.float32)
@@ -334,8 +334,8 @@ def _statistics_kernel(
     for start in range(0, N, BLOCK_N):
         _n, patches, exist = _patches(b, start, N, BLOCK_N)
         keep = _kept(mask_ptr, patches, exist, HAS_MASK)
-        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = _products(text_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         u = s - low[:, None]
         passed = _passed(u, cutoff, keep) & (constant == 0)[:, None]
         c += tl.sum(tl.where(passed, u * inverse[:, None] * da, 0.0), 1)
@@ -344,31 +344,31 @@ def _statistics_kernel(
 
     out = statistics_ptr + rows
     BL = BL.to(tl.int64)
-    tl.store(out, tl.where(constant, 0.0, low), mask=live)
-    tl.store(out + BL, cutoff, mask=live)
-    tl.store(out + 2 * BL, inverse, mask=live)
-    tl.store(out + 3 * BL, tl.where(constant, 1.0 / tl.maximum(count, 1), 0.0), mask=live)
-    tl.store(out + 4 * BL, c, mask=live)
-    tl.store(out + 5 * BL, (kept_da - kept * c) * inverse, mask=live)
-    tl.store(first_ptr + rows, first, mask=live)
+    tl.store(out, tl.where(constant, 0.0, low), mask=row_mask)
+    tl.store(out + BL, cutoff, mask=row_mask)
+    tl.store(out + 2 * BL, inverse, mask=row_mask)
+    tl.store(out + 3 * BL, tl.where(constant, 1.0 / tl.maximum(count, 1), 0.0), mask=row_mask)
+    tl.store(out + 4 * BL, c, mask=row_mask)
+    tl.store(out + 5 * BL, (kept_da - kept * c) * inverse, mask=row_mask)
+    tl.store(first_ptr + rows, first, mask=row_mask)
 
 
 @triton.jit
-def _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL):
+def _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL):
     """Tiles of a and ds from tiles of s and da and the statistics of their rows."""
     at = statistics_ptr + rows
-    low = tl.load(at, mask=live, other=0.0)
-    cutoff = tl.load(at + BL, mask=live, other=0.0)
-    inverse = tl.load(at + 2 * BL, mask=live, other=0.0)
-    uniform = tl.load(at + 3 * BL, mask=live, other=0.0)
-    c = tl.load(at + 4 * BL, mask=live, other=0.0)
-    minimum_pays = tl.load(at + 5 * BL, mask=live, other=0.0)
-    first = tl.load(first_ptr + rows, mask=live, other=-1)
+    low = tl.load(at, mask=row_mask, other=0.0)
+    cutoff = tl.load(at + BL, mask=row_mask, other=0.0)
+    inverse = tl.load(at + 2 * BL, mask=row_mask, other=0.0)
+    uniform = tl.load(at + 3 * BL, mask=row_mask, other=0.0)
+    c = tl.load(at + 4 * BL, mask=row_mask, other=0.0)
+    at_minimum = tl.load(at + 5 * BL, mask=row_mask, other=0.0)
+    first = tl.load(first_ptr + rows, mask=row_mask, other=-1)
     u = s - low[:, None]
     passed = _passed(u, cutoff, keep) & (inverse != 0)[:, None]
     a = tl.where(passed, u * inverse[:, None], tl.where(keep[None, :], uniform[:, None], 0.0))
     ds = tl.where(passed, (da - c[:, None]) * inverse[:, None], 0.0)
-    ds -= tl.where(n[None, :] == first[:, None], minimum_pays[:, None], 0.0)
+    ds -= tl.where(n[None, :] == first[:, None], at_minimum[:, None], 0.0)
     return a, ds
 
 
@@ -395,19 +395,19 @@ def _dtext_kernel(
     """Grid (B x token blocks, chunks of D): dtext_l = sum_k ds_lk v_k, tile of patches after tile."""
     b, block = _sample_and_block(tl.cdiv(L, BLOCK_L))
     l = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    live = l < L
+    row_mask = l < L
     rows = b.to(tl.int64) * L + l
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dtext = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
     for start in range(0, N, BLOCK_N):
         n, patches, exist = _patches(b, start, N, BLOCK_N)
-        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = _products(text_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         keep = _kept(mask_ptr, patches, exist, HAS_MASK)  # before the products it spills registers
-        _a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64))
+        _a, ds = _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
         dtext = dot_wide(ds, load_rows(image_ptr, patches, exist, d, D), dtext, PRECISION)
     out = dtext_ptr + rows[:, None] * D + d[None, :]
-    tl.store(out, dtext.to(dtext_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+    tl.store(out, dtext.to(dtext_ptr.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["L", "BL"])
@@ -438,14 +438,14 @@ def _dimage_kernel(
     dimage = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
-        live = l < L
+        row_mask = l < L
         rows = b.to(tl.int64) * L + l
-        s = _products(text_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = _products(djoint_ptr, rows, live, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        a, ds = _weights_and_gradient(s, da, n, keep, rows, live, statistics_ptr, first_ptr, BL.to(tl.int64))
+        s = _products(text_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = _products(djoint_ptr, rows, row_mask, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        a, ds = _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
         # djoint is float32 always: with half inputs TF32 is what its product with them has as well.
-        djoint = load_rows(djoint_ptr, rows, live, d, D)
-        text = load_rows(text_ptr, rows, live, d, D)
+        djoint = load_rows(djoint_ptr, rows, row_mask, d, D)
+        text = load_rows(text_ptr, rows, row_mask, d, D)
         if text.dtype == tl.float32:
             dimage = dot_wide(tl.trans(a), djoint, dimage, PRECISION)
         else:
@@ -468,7 +468,7 @@ def forward(
     if N <= ONE_TILE[kind]:
         whole, tile, out, chunks = True, score_tile(N, kind), blocks.WHOLE_OUT, 1
     else:
-        whole, tile, out, chunks = False, WALK, blocks.TILES_OUT, triton.cdiv(D, blocks.TILES_OUT)
+        whole, tile, out, chunks = False, SCORE_TILES, blocks.TILES_OUT, triton.cdiv(D, blocks.TILES_OUT)
     with on_device(image_tokens):
         launch(
             _forward_kernel, (B * triton.cdiv(L, tile["BLOCK_L"]), chunks),
@@ -500,10 +500,10 @@ def backward(
     blocks = choose(BACKWARD, image_tokens)
     flags = {
         "HAS_MASK": image_mask is not None, "PRECISION": dot_precision(image_tokens.dtype),
-        **WALK, "BLOCK_D": blocks.BLOCK_D, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages,
+        **SCORE_TILES, "BLOCK_D": blocks.BLOCK_D, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages,
         **all_registers(device),
     }  # fmt: skip
-    tokens, patches = B * triton.cdiv(L, WALK["BLOCK_L"]), B * triton.cdiv(N, WALK["BLOCK_N"])
+    tokens, patches = B * triton.cdiv(L, SCORE_TILES["BLOCK_L"]), B * triton.cdiv(N, SCORE_TILES["BLOCK_N"])
     out, chunks = {"BLOCK_OUT": blocks.BLOCK_OUT}, triton.cdiv(D, blocks.BLOCK_OUT)
     sizes = (N, L, D, B * L)
     with on_device(image_tokens):

@@ -109,12 +109,12 @@ def _listed_rows(list_ptr, count_ptr, start, total, P, LISTED: tl.constexpr, BLO
     """A block of tokens of x: row in [Bx P], sample i, its token l, and which exist."""
     row = start + tl.arange(0, BLOCK)
     if LISTED:
-        live = row < tl.load(count_ptr)
-        row = tl.load(list_ptr + row, mask=live, other=0)
+        row_mask = row < tl.load(count_ptr)
+        row = tl.load(list_ptr + row, mask=row_mask, other=0)
     else:
-        live = row < total
+        row_mask = row < total
     i = row // P
-    return row.to(tl.int64), i.to(tl.int64), row - i * P, live
+    return row.to(tl.int64), i.to(tl.int64), row - i * P, row_mask
 
 
 @triton.jit(do_not_specialize=["Bx", "Be", "P", "Q", "row_tiles", "column_tiles"])
@@ -164,7 +164,7 @@ def _match_kernel(
     if LIST_X:
         row_total = tl.load(row_count_ptr)
     if (first < last) & (row_tile * BLOCK_M < row_total):
-        row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, row_tile * BLOCK_M, Bx * P, P, LIST_X, BLOCK_M)
+        row, i, l, row_mask = _listed_rows(rows_ptr, row_count_ptr, row_tile * BLOCK_M, Bx * P, P, LIST_X, BLOCK_M)
         out = i * Be * P + l
         c = tl.arange(0, BLOCK_N)
         widest = Q
@@ -174,17 +174,17 @@ def _match_kernel(
             widest = tl.load(counts_ptr + tl.load(order_ptr + first))
 
         running = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-        running_place = tl.zeros((BLOCK_M,), tl.int32)
+        running_index = tl.zeros((BLOCK_M,), tl.int32)
         for start in range(0, widest, BLOCK_N):
             # Columns: sample `first + c // UNIT` and its token `start + c % UNIT`, or its last one.
             sample = first + c // UNIT
             k = start + c % UNIT
-            live_c = (sample < last) & (c < SAMPLES * UNIT)
+            col_mask = (sample < last) & (c < SAMPLES * UNIT)
             j = sample
             if LIST_E:
-                j = tl.load(order_ptr + sample, mask=live_c, other=0)
-                k = tl.minimum(k, tl.load(counts_ptr + j, mask=live_c, other=1) - 1)
-                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + k, mask=live_c, other=0)
+                j = tl.load(order_ptr + sample, mask=col_mask, other=0)
+                k = tl.minimum(k, tl.load(counts_ptr + j, mask=col_mask, other=1) - 1)
+                k = tl.load(tokens_ptr + j.to(tl.int64) * Q + k, mask=col_mask, other=0)
             else:
                 k = tl.minimum(k, Q - 1)
             column = j.to(tl.int64) * Q + k
@@ -192,8 +192,8 @@ def _match_kernel(
             cos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start_d in range(0, D, BLOCK_D):
                 d = start_d + tl.arange(0, BLOCK_D)
-                x = load_rows(x_ptr, row, live, d, D)
-                e = load_columns(e_ptr, column, live_c, d, D)
+                x = load_rows(x_ptr, row, row_mask, d, D)
+                e = load_columns(e_ptr, column, col_mask, d, D)
                 cos = tl.dot(x, e, cos, input_precision=PRECISION)
 
             for g in tl.static_range(SAMPLES):
@@ -204,27 +204,27 @@ def _match_kernel(
                         j_g = tl.load(order_ptr + first + g)
                         count = tl.load(counts_ptr + j_g)
                     # Which sample a column belongs to is known when compiling: other columns cost nothing.
-                    place_c = c - g * UNIT
-                    mine = (place_c >= 0) & (place_c < UNIT)
+                    index_c = c - g * UNIT
+                    mine = (index_c >= 0) & (index_c < UNIT)
                     best = row_max(tl.where(mine[None, :], cos, -float("inf")))
-                    place_g = tl.zeros((BLOCK_M,), tl.int32)
+                    index_g = tl.zeros((BLOCK_M,), tl.int32)
                     if SAVE:
                         # Not below rather than equal: where the best is NaN, all columns are, and the first one wins.
-                        ties = tl.where(mine[None, :] & ((cos < best[:, None]) == 0), place_c[None, :], BIG)
-                        place_g = start + tl.min(ties, 1)  # the lowest k
+                        ties = tl.where(mine[None, :] & ((cos < best[:, None]) == 0), index_c[None, :], BIG)
+                        index_g = start + tl.min(ties, 1)  # the lowest k
                     if SAMPLES == 1:
-                        place_g = tl.where(best > running, place_g, running_place)
+                        index_g = tl.where(best > running, index_g, running_index)
                         best = max_or_nan(best, running)
-                        running, running_place = best, place_g
+                        running, running_index = best, index_g
                     if start + BLOCK_N >= count or SAMPLES > 1:
                         at = out + j_g.to(tl.int64) * P
-                        tl.store(maxima_ptr + at, best.to(maxima_ptr.dtype.element_ty), mask=live)
+                        tl.store(maxima_ptr + at, best.to(maxima_ptr.dtype.element_ty), mask=row_mask)
                         if SAVE:
                             # A product may give equal columns unequal last digits: a copy that won is the last token.
-                            place_g = tl.minimum(place_g, count - 1)
+                            index_g = tl.minimum(index_g, count - 1)
                             if LIST_E:
-                                place_g = tl.load(tokens_ptr + j_g.to(tl.int64) * Q + place_g, mask=live, other=0)
-                            tl.store(winners_ptr + at, place_g.to(winners_ptr.dtype.element_ty), mask=live)
+                                index_g = tl.load(tokens_ptr + j_g.to(tl.int64) * Q + index_g, mask=row_mask, other=0)
+                            tl.store(winners_ptr + at, index_g.to(winners_ptr.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["Bx", "Be", "P", "Q"])
@@ -245,18 +245,20 @@ def _cosine_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Grid (row blocks): the cosine of every winner once more, summed as a tree; NaN stays."""
-    row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, tl.program_id(0) * BLOCK_OWN, Bx * P, P, LIST_X, BLOCK_OWN)
+    row, i, l, row_mask = _listed_rows(
+        rows_ptr, row_count_ptr, tl.program_id(0) * BLOCK_OWN, Bx * P, P, LIST_X, BLOCK_OWN
+    )
     samples = Be
     if LIST_X:
         samples = tl.where(tl.program_id(0) * BLOCK_OWN < tl.load(row_count_ptr), Be, 0)
     for j in range(samples):
         at = (i * Be + j) * P + l
-        winner = tl.load(winners_ptr + at, mask=live, other=-1).to(tl.int64)
-        best = tl.load(maxima_ptr + at, mask=live, other=0.0)
+        winner = tl.load(winners_ptr + at, mask=row_mask, other=-1).to(tl.int64)
+        best = tl.load(maxima_ptr + at, mask=row_mask, other=0.0)
         cos = tl.zeros((BLOCK_OWN,), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            x = load_rows(x_ptr, row, live, d, D)
+            x = load_rows(x_ptr, row, row_mask, d, D)
             cos += tl.sum(x * load_rows(e_ptr, tl.cast(j, tl.int64) * Q + winner, winner >= 0, d, D), 1)
         tl.store(maxima_ptr + at, tl.where(best == best, cos, best), mask=winner >= 0)
 
@@ -319,15 +321,15 @@ def _pool_kernel(
 
 
 @triton.jit
-def _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL: tl.constexpr):
+def _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, row_mask, Be, P, scale, POOL: tl.constexpr):
     """w_ijl = dsim_ij dS_ij/dmax_ijl, and the winners; zero and -1 where nothing won."""
     pair = i * Be + j
     at = pair * P + l
-    winner = tl.load(winners_ptr + at, mask=live, other=-1).to(tl.int32)
-    w = tl.load(dsim_ptr + pair, mask=live, other=0.0)
-    sim = tl.load(sim_ptr + pair, mask=live, other=0.0)
+    winner = tl.load(winners_ptr + at, mask=row_mask, other=-1).to(tl.int32)
+    w = tl.load(dsim_ptr + pair, mask=row_mask, other=0.0)
+    sim = tl.load(sim_ptr + pair, mask=row_mask, other=0.0)
     if POOL == "lse":
-        best = tl.load(maxima_ptr + at, mask=live, other=0.0).to(tl.float32)
+        best = tl.load(maxima_ptr + at, mask=row_mask, other=0.0).to(tl.float32)
         w *= tl.exp(scale * (best - sim))
     else:
         w += sim - sim  # a similarity that is NaN shows in the gradient, too
@@ -361,7 +363,9 @@ def _dx_kernel(
     CHAIN: tl.constexpr,
 ):
     """Grid (row blocks, chunks of D): dx_il = sum_j w_ijl e_jk*."""
-    row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, tl.program_id(0) * BLOCK_OWN, Bx * P, P, LIST_X, BLOCK_OWN)
+    row, i, l, row_mask = _listed_rows(
+        rows_ptr, row_count_ptr, tl.program_id(0) * BLOCK_OWN, Bx * P, P, LIST_X, BLOCK_OWN
+    )
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dx = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
     total = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
@@ -370,7 +374,7 @@ def _dx_kernel(
     if LIST_X:
         samples = tl.where(tl.program_id(0) * BLOCK_OWN < tl.load(row_count_ptr), Be, 0)
     for j in range(samples):
-        w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL)
+        w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, row_mask, Be, P, scale, POOL)
         if not GATHER and PRECISION == "tf32":
             w = nearest_tf32(w)
         first = tl.cast(j, tl.int64) * Q
@@ -389,9 +393,9 @@ def _dx_kernel(
     if IEEE:
         dx += total
     if unscale_ptr is not None:
-        dx *= tl.load(unscale_ptr + i, mask=live, other=0.0)[:, None]
+        dx *= tl.load(unscale_ptr + i, mask=row_mask, other=0.0)[:, None]
     out = dx_ptr + row[:, None] * D + d[None, :]
-    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["dsim_ptr", "sim_ptr", "Bx", "Be", "P", "Q"])
@@ -424,14 +428,14 @@ def _de_kernel(
 ):
     """Grid (Be, token blocks, chunks of D): de_jk = sum over the (i, l) that chose k of w_ijl x_il."""
     j = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    index = tl.program_id(1) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
     count = Q
     if LIST_E:
         count = tl.load(counts_ptr + j)
     if tl.program_id(1) * BLOCK_OWN < count:
-        k = place
+        k = index
         if LIST_E:
-            k = tl.load(tokens_ptr + j * Q + place, mask=place < count, other=-2)
+            k = tl.load(tokens_ptr + j * Q + index, mask=index < count, other=-2)
         d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         row_total = Bx * P
         if LIST_X:
@@ -440,11 +444,11 @@ def _de_kernel(
         total = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
         IEEE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
         for start in range(0, row_total, BLOCK_SUM):
-            row, i, l, live = _listed_rows(rows_ptr, row_count_ptr, start, Bx * P, P, LIST_X, BLOCK_SUM)
-            w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, live, Be, P, scale, POOL)
+            row, i, l, row_mask = _listed_rows(rows_ptr, row_count_ptr, start, Bx * P, P, LIST_X, BLOCK_SUM)
+            w, winner = _weights(dsim_ptr, sim_ptr, maxima_ptr, winners_ptr, i, j, l, row_mask, Be, P, scale, POOL)
             if PRECISION == "tf32":
                 w = nearest_tf32(w)
-            x = load_rows(x_ptr, row, live, d, D)
+            x = load_rows(x_ptr, row, row_mask, d, D)
             weights = tl.where(winner[None, :] == k[:, None], w[None, :], 0.0).to(x.dtype)
             de = tl.dot(weights, x, de, input_precision=PRECISION)
             if IEEE:  # noqa: SIM102, settled when compiled
@@ -456,7 +460,7 @@ def _de_kernel(
         if unscale_ptr is not None:
             de *= tl.load(unscale_ptr + j)
         out = de_ptr + (j * Q + k)[:, None] * D + d[None, :]
-        tl.store(out, de.to(de_ptr.dtype.element_ty), mask=(place < count)[:, None] & (d < D)[None, :])
+        tl.store(out, de.to(de_ptr.dtype.element_ty), mask=(index < count)[:, None] & (d < D)[None, :])
 
 
 def forward(

@@ -53,8 +53,8 @@ PRIVATE_IN_TESTS = {
 }
 NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # public, whatever their underscores say
 LONG_FILES = {
-    "kernels/aggregation.py": 522,
-    "kernels/hard_similarity.py": 568,
+    "kernels/aggregation.py": 525,
+    "kernels/hard_similarity.py": 634,
     "kernels/asdm_tiles.py": 605,
 }
 LONG_FUNCTIONS = {

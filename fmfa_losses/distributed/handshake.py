@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.checks import check_option, describe
+from ..ops.operator import never_compiled
 from ..ops.options import GATHER, Gather
 from .collectives import common_dtype, gather_op
 from .peers import Peers
@@ -58,7 +59,8 @@ def handshake(
         ValueError: unknown gather, a rank outside of the group, tensors or settings that differ between ranks.
         Exception: what `check` raised, on this rank or on another one.
     """
-    check_option("gather", gather, GATHER)
+    if gather is not False:
+        check_option("gather", gather, GATHER)
     if not gather or isinstance(process_group, Peers) or not (dist.is_available() and dist.is_initialized()):
         return _without_exchange(gather, process_group, tensors, check)
     group: Any = dist.group.WORLD if process_group is None else process_group
@@ -137,6 +139,7 @@ def _batch_size(tensors: Mapping[str, Tensor | None]) -> int:
     raise ValueError("no tensor to count pairs of")
 
 
+@never_compiled
 def _exchange(
     loss: str,
     tensors: Mapping[str, Tensor | None],

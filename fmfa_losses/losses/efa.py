@@ -249,8 +249,10 @@ class EFALoss(Loss):
         check_float("image_tokens", image_tokens, "B N D")
         check_float("text_tokens", text_tokens, "B L D")
         check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
-        check_mask("image_mask", image_mask, image_tokens)
-        check_mask("text_mask", text_mask, text_tokens)
+        if image_mask is not None:
+            check_mask("image_mask", image_mask, image_tokens)
+        if text_mask is not None:
+            check_mask("text_mask", text_mask, text_tokens)
         if logit_scale is not None:
             check_scale(logit_scale)
         if sample_weight is not None:

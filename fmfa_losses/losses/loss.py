@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import dataclass_transform  # torch brings it
+from typing_extensions import dataclass_transform
 
 from ..distributed.handshake import handshake
 from ..distributed.peers import Peers
@@ -176,8 +176,9 @@ class Loss(_Declared):
         if self.pids_option is not None:
             option, used, unused, purpose = self.pids_option
             if getattr(self, option) == unused:
-                remedy = f'{option}="{used}" {purpose}'
-                check_unused_ids(type(self).__name__, pids, like, f'{option}="{unused}"', remedy)
+                if pids is not None:
+                    remedy = f'{option}="{used}" {purpose}'
+                    check_unused_ids(type(self).__name__, pids, like, f'{option}="{unused}"', remedy)
                 return None
             if pids is None:
                 raise ValueError(

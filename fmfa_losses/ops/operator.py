@@ -7,14 +7,19 @@ compiler: 150 MB and two seconds that an eager training run does not need.
 them) passes through it, and forward-mode AD is right or an error. PyTorch's own ignores tangents in silence.
 """
 
+import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable_once", "operator", "refusals", "register_gradient"]
+__all__ = ["differentiable_once", "never_compiled", "operator", "refusals", "register_gradient"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _library = torch.library.Library("fmfa_losses", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -153,3 +158,18 @@ def refusals(name: str, losses: str) -> tuple[Callable[..., Any], Callable[..., 
         )
 
     return second, forward_mode
+
+
+def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: torch.compile breaks its graph at the call, and compiles nothing below it.
+
+    Like torch.compiler.disable, which would import the compiler with this package.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        dynamo = sys.modules.get("torch._dynamo")  # who compiles has imported it
+        run: Callable[P, R] = function if dynamo is None else dynamo.disable(function)
+        return run(*args, **kwargs)
+
+    return call

@@ -181,6 +181,7 @@ def compiled() -> dict[str, float]:
     errors, towers, data = {}, Towers(), batch(8)
     for name, arguments, gather, sizes in (
         ("asdm", ASDM[1], True, (4, 4)),
+        ("asdm", ASDM[3], "ring", (3, 5)),
         ("efa", EFA[2], "ring", (3, 5)),
     ):
         equal = sizes == (4, 4)
@@ -262,4 +263,4 @@ def test_training_reductions_compilation_autocast_and_reruns():
     for errors in processes.run(2, other_cases):
         assert isinstance(errors, dict), errors
         wrong = {case: value for case, value in errors.items() if not value <= TOLERANCE}
-        assert len(errors) == 4 + 2 + 1 + 4 + 4 + 3 and not wrong, wrong
+        assert len(errors) == 4 + 2 + 1 + 4 + 4 + 4 and not wrong, wrong

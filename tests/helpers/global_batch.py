@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fmfa_losses.fmfa import FMFALoss, FMFAOutput
 from fmfa_losses.losses.asdm import ASDMLoss
 from fmfa_losses.losses.efa import EFALoss
+from fmfa_losses.losses.itc import ITCLoss
 
 N, L, D, V = 5, 4, 6, 9
 TOLERANCE = 1e-9
@@ -65,6 +66,9 @@ def call(name: str, arguments: dict, towers: nn.Module, data: dict[str, Tensor],
     if name == "asdm":
         loss = ASDMLoss(**arguments, **gathering)
         return loss(image.mean(1), text.mean(1), data["pids"], image_ids=image_ids, logit_scale=scale)
+    if name == "itc":
+        pids = data["pids"] if arguments.get("targets") == "identity" else None
+        return ITCLoss(**arguments, **gathering)(image.mean(1), text.mean(1), pids, logit_scale=scale)
     pids = data["pids"] if arguments.get("negatives") == "different_identity" else None
     return EFALoss(**arguments, **gathering)(image, text, pids=pids, **masks)
 

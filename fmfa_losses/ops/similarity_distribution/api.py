@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backend import select_backend
 from ..checks import check_float, check_ids, check_same, check_scale
-from ..operator import differentiable_once, operator, refusals
+from ..operator import differentiable_once, never_compiled, operator, refusals
 from ..options import Backend, Objective, Positive, Reduction
 from ..precision import accumulation_dtype, full_precision
 from . import blocks, whole
@@ -258,6 +258,7 @@ differentiable_once(
 # The ring: the same row losses of one rank's pairs, while the features of all ranks travel from rank to rank.
 
 
+@never_compiled
 def similarity_distribution_ring(
     features: Tensor,
     pids: Tensor,
