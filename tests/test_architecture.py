@@ -54,8 +54,8 @@ PRIVATE_IN_TESTS = {
 NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # public, whatever their underscores say
 LONG_FILES = {
     "kernels/aggregation.py": 525,
-    "kernels/hard_similarity.py": 634,
-    "kernels/asdm_tiles.py": 605,
+    "kernels/hard_similarity.py": 638,
+    "kernels/asdm_tiles.py": 586,
 }
 LONG_FUNCTIONS = {
     "kernels/asdm_tiles.py: _gradient_kernel": 143,
