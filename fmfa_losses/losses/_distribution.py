@@ -21,7 +21,8 @@ class DistributionLoss(Loss):
     temperature: float = hyperparameter(default=0.02, check=check_divisor)
 
     def row_loss(self) -> dict[str, Any]:
-        return {name: value for name, value in self.settings().items() if name not in ("temperature", "reduction")}
+        names = set(RowLoss._fields) - {"reduction"}
+        return {name: value for name, value in self.settings().items() if name in names}
 
     def forward(
         self,

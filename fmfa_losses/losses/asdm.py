@@ -55,7 +55,8 @@ class ASDMLoss(DistributionLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
-        vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
+        vector has cosine 0 with everything. Memory beyond inputs and
+        gradients: a block of rows of [B, B]; all of it for up to 1024 pairs on the CPU.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit, here or between processes.
@@ -70,6 +71,8 @@ class ASDMLoss(DistributionLoss):
 
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM).
     """
+
+    moved = ("gap", "target")
 
     alpha: float = hyperparameter(default=10.0, check=check_nonnegative)
     _: KW_ONLY

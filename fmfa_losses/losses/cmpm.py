@@ -108,4 +108,4 @@ def cmpm_loss_from_scores(
         >>> cmpm_loss_from_scores(scores, scores, torch.arange(4)) < 1e-6
         tensor(True)
     """
-    return CMPMLoss.of(t2i_scores, i2t_scores, pids, method="from_scores", **options)
+    return CMPMLoss.of_scores(t2i_scores, i2t_scores, pids, **options)

@@ -200,6 +200,8 @@ class EFALoss(Loss):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-12.
     """
 
+    moved = ("ranking",)
+
     margin_text: float = hyperparameter(default=0.1, check=check_finite)
     margin_image: float = hyperparameter(default=0.1, check=check_finite)
     _: KW_ONLY

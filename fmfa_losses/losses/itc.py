@@ -41,7 +41,8 @@ class ITCLoss(DistributionLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0; a zero vector has
-        cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
+        cosine 0 with everything. Memory beyond inputs and
+        gradients: a block of rows of [B, B]; all of it for up to 1024 pairs on the CPU.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -120,4 +121,4 @@ def itc_loss_from_scores(scores: Tensor, pids: Tensor | None = None, **options: 
         >>> itc_loss_from_scores(torch.zeros(4, 4))                   # log 4
         tensor(1.3863)
     """
-    return ITCLoss.of(scores, pids, method="from_scores", **options)
+    return ITCLoss.of_scores(scores, pids, **options)

@@ -74,6 +74,7 @@ def _starting_the_module(generated: Callable[..., None]) -> Callable[..., None]:
         super(_Declared, self).__init__()  # dynamo follows super() alone
         generated(self, *args, **kwargs)
 
+    start.generated = True  # type: ignore[attr-defined]
     return start
 
 
@@ -81,7 +82,7 @@ def _unknown(cls: Any, word: str, known: list[str]) -> str:
     of_call = sorted({name for names in cls._of_call.values() for name in names})
     if word in of_call:
         return f"{cls.__name__} is built without {word!r}, which belongs to the call: loss(..., {word}=...)"
-    near = f"; use {MOVED[word]}." if word in MOVED else did_you_mean(word, [*known, *of_call]) or "."
+    near = f"; use {MOVED[word]}." if word in cls.moved else did_you_mean(word, [*known, *of_call]) or "."
     return f"{cls.__name__} takes no {word!r}{near} It takes {', '.join(known)}; its call {', '.join(of_call)}"
 
 
@@ -92,10 +93,14 @@ class _Declared(Module):
     _checks: ClassVar[Mapping[str, Any]]
     _compared: ClassVar[tuple[str, ...]]  # torch.export of 2.6 reads no dict of a class
     _of_call: ClassVar[Mapping[str, tuple[str, ...]]]
+    moved: ClassVar[tuple[str, ...]] = ()  # options that it had, and compat has now
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        generated = "__init__" not in vars(cls)
+        for name in vars(cls).get("__annotations__", {}):
+            _keep_check(cls, name)
+        declares = bool(vars(cls).get("__annotations__"))
+        generated = "__init__" not in vars(cls) and (declares or getattr(cls.__init__, "generated", False))
         dataclasses.dataclass(eq=False, repr=False, init=generated)(cls)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls._checks = {field.name: field.metadata["check"] for field in fields if field.metadata}
@@ -105,12 +110,23 @@ class _Declared(Module):
         if generated:
             cls.__init__ = _starting_the_module(cls.__init__)  # type: ignore[method-assign]
 
-    def __post_init__(self) -> None:
-        for name, check in self._checks.items():
-            if isinstance(check, tuple):
-                check_option(name, getattr(self, name), check)
-            else:
-                setattr(self, name, check(name, getattr(self, name)))
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A hyperparameter is checked whenever it is set, by the constructor or later."""
+        check = self._checks.get(name)
+        if isinstance(check, tuple):
+            check_option(name, value, check)
+        elif check is not None:
+            value = check(name, value)
+        super().__setattr__(name, value)
+
+
+def _keep_check(cls: Any, name: str) -> None:
+    """A subclass that gives a hyperparameter another default keeps its check."""
+    value = vars(cls).get(name, dataclasses.MISSING)
+    known = next((vars(base)["__dataclass_fields__"].get(name) for base in cls.__mro__[1:]
+                  if "__dataclass_fields__" in vars(base)), None)  # fmt: skip
+    if known is not None and known.metadata and not isinstance(value, dataclasses.Field):
+        setattr(cls, name, dataclasses.field(default=value, kw_only=known.kw_only, metadata=known.metadata))
 
 
 class Loss(_Declared):
@@ -135,7 +151,6 @@ class Loss(_Declared):
     has_kernel: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         name = type(self).__name__
         if self.gather == "ring" and not self.has_ring:
             raise ValueError(f'gather must be False or True, got "ring", which {name} does not have; pass gather=True')
@@ -143,8 +158,17 @@ class Loss(_Declared):
             raise ValueError(f'backend must be "auto" or "torch", got "triton": {name} has no kernel; pass "auto"')
 
     @classmethod
-    def of(cls, *tensors: Tensor | None, method: str = "forward", **options: Any) -> Tensor:
+    def of(cls, /, *tensors: Tensor | None, **options: Any) -> Tensor:
         """The functional form: builds the loss with its keywords, and calls it with those of the call."""
+        return cls._built_and_called("forward", tensors, options)
+
+    @classmethod
+    def of_scores(cls, /, *scores: Tensor | None, **options: Any) -> Tensor:
+        """The same for `from_scores`."""
+        return cls._built_and_called("from_scores", scores, options)
+
+    @classmethod
+    def _built_and_called(cls, method: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:
         of_call = {name: options.pop(name) for name in cls._of_call[method] if name in options}
         value: Tensor = getattr(cls(**options), method)(*tensors, **of_call)
         return value

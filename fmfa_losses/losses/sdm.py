@@ -41,7 +41,8 @@ class SDMLoss(DistributionLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
-        vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows, never [B, B].
+        vector has cosine 0 with everything. Memory beyond inputs and
+        gradients: a block of rows of [B, B]; all of it for up to 1024 pairs on the CPU.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -56,6 +57,8 @@ class SDMLoss(DistributionLoss):
     """
 
     _: KW_ONLY
+    moved = ("target",)
+
     eps: float = hyperparameter(default=1e-8, check=check_positive)
     image_id_factor: float = hyperparameter(default=0.3, check=check_fraction)
 
@@ -103,4 +106,4 @@ def sdm_loss_from_scores(scores: Tensor, pids: Tensor, **options: Unpack[SDMOpti
         >>> sdm_loss_from_scores(torch.eye(4), torch.arange(4)) < 1e-6
         tensor(True)
     """
-    return SDMLoss.of(scores, pids, method="from_scores", **options)
+    return SDMLoss.of_scores(scores, pids, **options)

@@ -139,4 +139,4 @@ def sigmoid_loss_from_scores(scores: Tensor, pids: Tensor | None = None, **optio
         >>> sigmoid_loss_from_scores(torch.zeros(2, 2), torch.arange(2), bias=0.0)    # 2 log 2
         tensor(1.3863)
     """
-    return SigmoidLoss.of(scores, pids, method="from_scores", **options)
+    return SigmoidLoss.of_scores(scores, pids, **options)

@@ -140,7 +140,7 @@ def tal_loss_from_scores(scores: Tensor, pids: Tensor, **options: Unpack[TALOpti
         >>> tal_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.1 - 0 + 0)
         tensor(0.2000)
     """
-    return TALLoss.of(scores, pids, method="from_scores", **options)
+    return TALLoss.of_scores(scores, pids, **options)
 
 
 @functional(TRLLoss)
@@ -163,4 +163,4 @@ def trl_loss_from_scores(scores: Tensor, pids: Tensor, **options: Unpack[TRLOpti
         >>> trl_loss_from_scores(torch.zeros(2, 2), torch.arange(2))  # 2 (0.2 - 0 + 0)
         tensor(0.4000)
     """
-    return TRLLoss.of(scores, pids, method="from_scores", **options)
+    return TRLLoss.of_scores(scores, pids, **options)

@@ -87,4 +87,4 @@ def triplet_loss_from_scores(scores: Tensor, pids: Tensor | None = None, **optio
         >>> triplet_loss_from_scores(torch.zeros(2, 2), torch.arange(2))
         tensor(0.4000)
     """
-    return TripletLoss.of(scores, pids, method="from_scores", **options)
+    return TripletLoss.of_scores(scores, pids, **options)

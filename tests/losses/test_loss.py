@@ -16,7 +16,7 @@ import fmfa_losses as fl
 from fmfa_losses import functional
 from fmfa_losses.losses import asdm, cmpm, efa, itc, sdm, sigmoid, tal, triplet
 from fmfa_losses.losses.loss import Loss, ScaledScoreLoss, hyperparameter
-from fmfa_losses.ops.checks import check_fraction
+from fmfa_losses.ops.checks import check_fraction, check_nonnegative
 
 FILES = {"asdm": asdm, "cmpm": cmpm, "efa": efa, "itc": itc, "sdm": sdm, "sigmoid": sigmoid, "tal": tal, "trl": tal}
 FILES["triplet"] = triplet
@@ -149,3 +149,56 @@ def test_a_loss_of_a_few_lines_has_everything():
     torch._dynamo.reset()
     compiled = torch.compile(lambda i, t: Smoothed.of(i, t, pids), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(image, text), Smoothed()(image, text, pids))
+
+
+class _Milder(fl.ASDMLoss):
+    alpha: float = 3.0
+
+
+class _OwnConstructor(fl.SDMLoss):
+    def __init__(self, extra=0.3):
+        super().__init__()
+        self.extra = extra
+
+
+class _Child(_OwnConstructor):
+    pass
+
+
+class _Counting:
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.built = 1
+
+
+class _Mixed(_Counting, fl.ASDMLoss):
+    pass
+
+
+class _Extended(fl.ASDMLoss):
+    beta: float = hyperparameter(default=1.0, check=check_nonnegative, kw_only=True)
+
+
+def test_subclasses_keep_checks_and_constructors():
+    image, text, pids = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([0, 1, 0, 2])
+    assert _Milder()(image, text, pids) == fl.ASDMLoss(alpha=3.0)(image, text, pids)
+    with pytest.raises(ValueError, match="alpha"):
+        _Milder(alpha=-2.0)
+    assert _Child(0.7).extra == 0.7
+    assert _Mixed(alpha=2.0).built == 1
+    assert _Extended()(image, text, pids) == fl.ASDMLoss()(image, text, pids)
+
+
+@pytest.mark.parametrize(("name", "value"), [("reduction", "avg"), ("alpha", -5.0), ("eps", -1.0), ("backend", "cuda")])
+def test_hyperparameters_are_checked_when_they_are_set_later(name, value):
+    with pytest.raises(ValueError, match=name):
+        setattr(fl.ASDMLoss(), name, value)
+
+
+def test_batched_gradients():
+    image, text = torch.randn(6, 5, dtype=torch.float64).requires_grad_(), torch.randn(6, 5, dtype=torch.float64)
+    loss = fl.ASDMLoss(reduction="none")(image, text, torch.tensor([0, 1, 0, 2, 1, 3]))
+    every = torch.eye(6, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(loss, image, every, is_grads_batched=True, retain_graph=True)
+    for row, g in zip(batched, every, strict=True):
+        torch.testing.assert_close(row, torch.autograd.grad(loss, image, g, retain_graph=True)[0])

@@ -6,7 +6,7 @@
 
 with p_i = softmax_j(s cos(q_i, k_j)). One pass over a row's logits gives a few statistics, and the gradient in
 the logits is a formula of those statistics (`statistics.py`). So the [R, C] matrix exists only in blocks (`blocks.py`),
-or on a GPU in tiles, and the backward recomputes them.
+or on a GPU in tiles, and the backward recomputes them. A small batch on the CPU keeps it (`whole.py`).
 """
 
 from typing import Any
@@ -72,7 +72,7 @@ def similarity_distribution_loss(
 
     Returns:
         Scalar, or [R] with reduction="none"; float32 (float64 when an input is). Memory beyond inputs and gradients:
-        O(R + C) and one tile of logits. A zero vector has cosine 0 with everything. Differentiable once.
+        one block of logits, or on the CPU up to 1024 pairs all. A zero vector has cosine 0. Differentiable once.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options that do not fit.

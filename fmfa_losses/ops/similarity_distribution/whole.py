@@ -28,7 +28,14 @@ def takes(queries: Tensor, keys: Tensor, spec: RowLoss) -> bool:
     """Whether it is the better way: a small batch on the CPU, eager. What traces or transforms sees the operator."""
     if not spec.both or queries.shape[0] > MOST_PAIRS or not (on_host(queries) and on_host(keys)):
         return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    return not _transformed(queries)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether torch.func, forward mode or a batched gradient is at work."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 def whole_row_loss(
@@ -90,14 +97,17 @@ class _WholeRowLoss(torch.autograd.Function):
         loss, final = finalize(running, spec)
         ctx.spec, ctx.scale, ctx.weighted = spec, None if isinstance(scale, Tensor) else scale, spec.weighted
         scale = scale if ctx.scale is None else None
-        ctx.save_for_backward(queries, keys, scale, z, unit, inverse, *labels, *running[5:], *final)
+        ctx.save_for_backward(queries, keys, scale, pids, image_ids, z, unit, inverse, *labels, *running[5:], *final)
         if spec.reduction == "none":
             return loss.sum(dim=0)
         return loss.sum() / B if spec.reduction == "mean" else loss.sum()
 
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
-        queries, keys, scale, *saved = ctx.saved_tensors
+        queries, keys, scale, pids, image_ids, *saved = ctx.saved_tensors
+        if _transformed(dloss):
+            gradients = _by_operator(dloss, queries, keys, scale, pids, image_ids, ctx)  # type: ignore[no-untyped-call]
+            return *gradients, None, None, None
         scale = scale if ctx.scale is None else ctx.scale
         if torch.is_grad_enabled():  # create_graph: a second derivative is refused, when it is taken
             gradients = _Gradient.apply(  # type: ignore[no-untyped-call]
@@ -106,6 +116,16 @@ class _WholeRowLoss(torch.autograd.Function):
         else:
             gradients = _gradient(dloss, queries, keys, scale, ctx.needs_input_grad[2], ctx.spec, *saved)
         return *gradients, None, None, None
+
+
+def _by_operator(dloss, queries, keys, scale, pids, image_ids, ctx):  # type: ignore[no-untyped-def]
+    """The gradients of a backward that is transformed itself: batched gradients, or tangents, which are refused."""
+    arguments = queries, keys, pids, image_ids, None if scale is None else scale.detach(), ctx.scale or 0.0
+    _, *saved = torch.ops.fmfa_losses.similarity_distribution(*arguments, "torch", *ctx.spec)
+    dqueries, dkeys, dscale = torch.ops.fmfa_losses.similarity_distribution_backward(
+        dloss, *saved, *arguments, ctx.needs_input_grad[2], "torch", *ctx.spec
+    )
+    return dqueries, dkeys, None if scale is None else dscale.to(scale.device, scale.dtype)
 
 
 class _Gradient(torch.autograd.Function):
