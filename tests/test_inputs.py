@@ -41,14 +41,8 @@ def fmfa_loss(image, text, pids, cast=lambda ids: ids):
 
 # name: (image_features, text_features, pids) -> loss
 LOSSES = {
-    "asdm": f.asdm_loss,
-    "sdm": f.sdm_loss,
+    **{name.removesuffix("_loss"): getattr(f, name) for name in f.__all__ if name.endswith("_loss")},
     "itc": partial(f.itc_loss, targets="identity"),
-    "cmpm": f.cmpm_loss,
-    "tal": f.tal_loss,
-    "trl": f.trl_loss,
-    "triplet": f.triplet_loss,
-    "sigmoid": f.sigmoid_loss,
     "id": lambda i, t, p: ID(i, t, p),
     "id_loss": lambda i, t, p: id_loss(i[:, :C], t[:, :C], p),
     "fmfa": lambda i, t, p: fmfa_loss(i, t, p, lambda ids: ids.to(p.dtype)),

@@ -1,5 +1,6 @@
 """Every parameter-free loss over real processes: the mean over ranks is the loss of the concatenated batch."""
 
+import inspect
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.errors import explains
 from torch import Tensor
 
 import fmfa_losses as fl
+from fmfa_losses.losses.loss import Loss
 
 B, D = 8, 6
 TOLERANCE = 1e-9
@@ -30,7 +32,9 @@ LOSSES = {
     "sigmoid paired": lambda **k: fl.SigmoidLoss(positives="paired", **k),
     "efa": lambda **k: fl.EFALoss(negatives="different_identity", **k),
 }
-SCALED = {"asdm", "sdm", "itc", "itc identity", "tal", "trl", "sigmoid", "sigmoid paired", "efa"}
+PUBLIC = [x for x in map(vars(fl).get, fl.__all__) if isinstance(x, type) and issubclass(x, Loss)]
+LOSSES |= {loss.__name__: loss for loss in PUBLIC if loss.__name__.removesuffix("Loss").lower() not in LOSSES}
+SCALED = {name for name, loss in LOSSES.items() if "logit_scale" in inspect.signature(loss().forward).parameters}
 WITH_PIDS = {"itc", "triplet all", "sigmoid paired"}  # that pids are of no use to
 RING = ("asdm", "sdm", "itc", "itc identity", "efa")
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import sys
 from dataclasses import KW_ONLY
 from typing import get_type_hints
 
@@ -14,22 +15,16 @@ from torch import Tensor
 
 import fmfa_losses as fl
 from fmfa_losses import functional
-from fmfa_losses.losses import asdm, cmpm, efa, itc, sdm, sigmoid, tal, triplet
 from fmfa_losses.losses.loss import Loss, ScaledScoreLoss, hyperparameter
 from fmfa_losses.ops.checks import check_fraction, check_nonnegative
 
-FILES = {"asdm": asdm, "cmpm": cmpm, "efa": efa, "itc": itc, "sdm": sdm, "sigmoid": sigmoid, "tal": tal, "trl": tal}
-FILES["triplet"] = triplet
-LOSSES = {
-    name: getattr(fl, {"triplet": "Triplet", "sigmoid": "Sigmoid"}.get(name, name.upper()) + "Loss") for name in FILES
-}
+PUBLIC = [x for x in map(vars(fl).get, fl.__all__) if isinstance(x, type) and issubclass(x, Loss)]
+LOSSES = {loss.__name__.removesuffix("Loss").lower(): loss for loss in PUBLIC}
 EVERY = pytest.mark.parametrize("name", LOSSES)
 COMMON = {"reduction", "gather", "process_group", "equal_batches", "backend"}
-FUNCTIONS = [name for name in functional.__all__ if name.split("_loss")[0] in LOSSES]
-
-
-def test_every_loss_is_in_the_table():
-    assert set(LOSSES.values()) == {x for x in vars(fl).values() if isinstance(x, type) and issubclass(x, Loss)}
+FUNCTIONS = {name: short for name in functional.__all__ if (short := name.split("_loss")[0].replace("_", "")) in LOSSES}
+OF_FEATURES = {short: getattr(functional, name) for name, short in FUNCTIONS.items() if name.endswith("_loss")}
+WITH_FUNCTION = pytest.mark.parametrize("name", OF_FEATURES)
 
 
 @EVERY
@@ -43,7 +38,7 @@ def test_every_loss_takes_the_same_options(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_signatures_of_functions_have_the_names_and_defaults_of_the_loss(name):
-    function, short = getattr(functional, name), name.split("_loss")[0]
+    function, short = getattr(functional, name), FUNCTIONS[name]
     shown, built = inspect.signature(function).parameters, inspect.signature(LOSSES[short]).parameters
     assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in shown.values())
     assert "peers" not in shown and {"sample_weight", "reduction"} <= shown.keys()
@@ -54,12 +49,12 @@ def test_signatures_of_functions_have_the_names_and_defaults_of_the_loss(name):
             assert shown[option].default == one.default and shown[option].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-@EVERY
+@WITH_FUNCTION
 def test_type_checkers_are_told_every_keyword_of_the_function(name):
     """The TypedDict beside a loss says its names a second time, for type checkers; here they are compared."""
     prefix = LOSSES[name].__name__.removesuffix("Loss")
-    hints = get_type_hints(getattr(FILES[name], f"{prefix}Options"))
-    shown = inspect.signature(getattr(functional, f"{name}_loss")).parameters
+    hints = get_type_hints(getattr(sys.modules[LOSSES[name].__module__], f"{prefix}Options"))
+    shown = inspect.signature(OF_FEATURES[name]).parameters
     keywords = {word: one for word, one in shown.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
     assert hints.keys() == keywords.keys()
     declared = get_type_hints(LOSSES[name])
@@ -79,9 +74,9 @@ def test_copies_and_pickles_are_equal(name):
         pickle.dumps(shared)
 
 
-@EVERY
+@WITH_FUNCTION
 def test_an_unknown_keyword_names_the_loss_and_the_nearest_one(name):
-    title, function = LOSSES[name].__name__, getattr(functional, f"{name}_loss")
+    title, function = LOSSES[name].__name__, OF_FEATURES[name]
     tensors = (torch.eye(3)[:, None],) * 2 if name == "efa" else (torch.eye(3),) * 2
     pids = {} if name == "efa" else {"pids": torch.arange(3)}
     for call in (lambda **k: LOSSES[name](**k), lambda **k: function(*tensors, **pids, **k)):
