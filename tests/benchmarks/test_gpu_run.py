@@ -95,7 +95,7 @@ def test_dry_run_writes_every_file(dry_run):
     for word in (result["commit"], result["date"], result["machine"]["gpu"], f"torch {result['versions']['torch']}"):
         assert word in page
         assert word in printed
-    assert "torch path takes their place" in printed
+    assert "replaced by the torch path" in printed
     assert of_kind(result, "exact")[0]["errors"].keys() == {"value", "dimage", "dtext"}
 
 

@@ -16,15 +16,15 @@ CASES = [("asdm", {}), ("asdm", ASDM[3]), ("asdm", ASDM[1]), ("itc", {}), ("itc"
 def by_the_kernels() -> dict[str, float]:
     """Error of value and gradients on this rank, by case."""
     warnings.simplefilter("ignore")  # of the interpreter
-    from fmfa_losses.kernels import distribution_blocks
+    from fmfa_losses.kernels import asdm_blocks
 
-    updates, update = [], distribution_blocks.update
+    updates, update = [], asdm_blocks.update
 
     def counted(*arguments, **keywords) -> None:
         updates.append(arguments[1])
         update(*arguments, **keywords)
 
-    distribution_blocks.update = counted
+    asdm_blocks.update = counted
     errors, data = {}, batch(sum(SIZES))
     mine = own({key: x.float() if x.is_floating_point() else x for key, x in data.items()}, SIZES, dist.get_rank())
     for name, arguments in CASES:

@@ -155,8 +155,9 @@ def test_compile_fullgraph_equals_eager(name, dynamic):
     torch._dynamo.reset()
     fn, inputs = losses()[name]
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    # Eager takes a small batch of A-SDM at once, what is compiled is the operator: another order of sums.
     for a, b in zip(value_and_grads(compiled, inputs), value_and_grads(fn, inputs), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def getitem(x, index):
