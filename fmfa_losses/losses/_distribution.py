@@ -16,13 +16,14 @@ __all__ = ["DistributionLoss"]
 
 
 class DistributionLoss(Loss):
-    """A loss whose rows are `similarity_distribution_loss`: `row_loss` names what that takes besides."""
+    """A loss whose rows are `similarity_distribution_loss`: `row_options` names what that takes besides."""
 
     temperature: float = hyperparameter(default=0.02, check=check_divisor)
 
-    def row_loss(self) -> dict[str, Any]:
-        names = set(RowLoss._fields) - {"reduction"}
-        return {name: value for name, value in self.settings().items() if name in names}
+    def row_options(self) -> dict[str, Any]:
+        """Of the hyperparameters, those of a row."""
+        settings = self.settings()
+        return {name: settings[name] for name in RowLoss._fields if name in settings and name != "reduction"}
 
     def forward(
         self,
@@ -81,7 +82,7 @@ class DistributionLoss(Loss):
             ids = torch.arange(start, start + own, device=text.device)
         if self.gather:
             return self.reduce(self._own_rows(image, text, ids, image_ids, scale, peers), sample_weight, peers)
-        spec = RowLoss(**self.row_loss(), reduction=self.reduction if sample_weight is None else "none")
+        spec = RowLoss(**self.row_options(), reduction=self.reduction if sample_weight is None else "none")
         loss = row_loss(image, text, ids, image_ids, scale, spec, self.backend)
         return loss if sample_weight is None else self.reduce(loss, sample_weight, peers)
 
@@ -91,7 +92,7 @@ class DistributionLoss(Loss):
         """What the own texts and images add to the loss of the batch of all ranks, [b]."""
         both_ids = torch.stack([x.long() for x in (ids, image_ids) if x is not None], dim=1)
         every_id = peers.gather(both_ids).T.contiguous()  # [1 or 2, B]
-        spec = RowLoss(**self.row_loss(), offset=peers.offset, both=False, reduction="none")
+        spec = RowLoss(**self.row_options(), offset=peers.offset, both=False, reduction="none")
         if peers.ring:
             return similarity_distribution_ring(
                 torch.stack([image, text], dim=1),

@@ -72,14 +72,14 @@ class ASDMLoss(DistributionLoss):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 1-4; Jiang and Ye, arXiv 2303.12501 (SDM).
     """
 
-    moved = ("gap", "target")
-
     alpha: float = hyperparameter(default=10.0, check=check_nonnegative)
     _: KW_ONLY
     positive: Positive = hyperparameter(default="paired", check=POSITIVES)
     detach_weight: bool = hyperparameter(default=False, check=check_flag)
     eps: float = hyperparameter(default=1e-8, check=check_positive)
     image_id_factor: float = hyperparameter(default=0.3, check=check_fraction)
+
+    moved = ("gap", "target")
 
 
 class ASDMOptions(ScaledOptions, total=False):

@@ -200,8 +200,6 @@ class EFALoss(Loss):
     Reference: Yin et al., arXiv 2509.13754v2, Eq. 5-12.
     """
 
-    moved = ("ranking",)
-
     margin_text: float = hyperparameter(default=0.1, check=check_finite)
     margin_image: float = hyperparameter(default=0.1, check=check_finite)
     _: KW_ONLY
@@ -211,6 +209,7 @@ class EFALoss(Loss):
     negatives: Negatives = hyperparameter(default="all", check=NEGATIVES)
 
     pids_option = ("negatives", "different_identity", "all", "to spare them")
+    moved = ("ranking",)
 
     def forward(
         self,

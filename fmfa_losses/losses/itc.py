@@ -61,7 +61,7 @@ class ITCLoss(DistributionLoss):
 
     pids_option = ("targets", "identity", "paired", "to pull them too")
 
-    def row_loss(self) -> dict[str, Any]:
+    def row_options(self) -> dict[str, Any]:
         return {"objective": "cross_entropy"}
 
     def forward(  # type: ignore[override]

@@ -122,9 +122,7 @@ class _Declared(Module):
 
 def _keep_check(cls: Any, name: str) -> None:
     """A subclass that gives a hyperparameter another default keeps its check."""
-    value = vars(cls).get(name, dataclasses.MISSING)
-    known = next((vars(base)["__dataclass_fields__"].get(name) for base in cls.__mro__[1:]
-                  if "__dataclass_fields__" in vars(base)), None)  # fmt: skip
+    value, known = vars(cls).get(name, dataclasses.MISSING), getattr(cls, "__dataclass_fields__", {}).get(name)
     if known is not None and known.metadata and not isinstance(value, dataclasses.Field):
         setattr(cls, name, dataclasses.field(default=value, kw_only=known.kw_only, metadata=known.metadata))
 
@@ -147,15 +145,6 @@ class Loss(_Declared):
 
     # An option that decides whether pids are used: its name, the values with and without, what using them is good for.
     pids_option: ClassVar[tuple[str, str, str, str] | None] = None
-    has_ring: ClassVar[bool] = True
-    has_kernel: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.gather == "ring" and not self.has_ring:
-            raise ValueError(f'gather must be False or True, got "ring", which {name} does not have; pass gather=True')
-        if self.backend == "triton" and not self.has_kernel:
-            raise ValueError(f'backend must be "auto" or "torch", got "triton": {name} has no kernel; pass "auto"')
 
     @classmethod
     def of(cls, /, *tensors: Tensor | None, **options: Any) -> Tensor:
@@ -234,6 +223,22 @@ class Loss(_Declared):
         return per_sample.sum() * len(peers.sizes) / torch.where(total == 0, torch.ones_like(total), total)
 
 
+def _without_ring(name: str, gather: Any) -> Any:
+    if gather == "ring":
+        raise ValueError(
+            f'{name} must be False or True, got "ring": this loss needs whole rows of scores; pass gather=True'
+        )
+    check_option(name, gather, GATHER)
+    return gather
+
+
+def _without_kernel(name: str, backend: Any) -> Any:
+    if backend == "triton":
+        raise ValueError(f'{name} must be "auto" or "torch", got "triton": this loss has no kernel; pass "auto"')
+    check_option(name, backend, BACKENDS)
+    return backend
+
+
 class ScoreLoss(Loss):
     """A loss over the [B, B] scores of texts and images; a subclass has its equation as `rows`.
 
@@ -248,7 +253,8 @@ class ScoreLoss(Loss):
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
     """
 
-    has_ring = has_kernel = False
+    gather: Gather = hyperparameter(default=False, check=_without_ring, kw_only=True)
+    backend: Backend = hyperparameter(default="auto", check=_without_kernel, kw_only=True)
     rows: ClassVar[Callable[..., Tensor]]
 
     def forward(

@@ -57,10 +57,10 @@ class SDMLoss(DistributionLoss):
     """
 
     _: KW_ONLY
-    moved = ("target",)
-
     eps: float = hyperparameter(default=1e-8, check=check_positive)
     image_id_factor: float = hyperparameter(default=0.3, check=check_fraction)
+
+    moved = ("target",)
 
     def from_scores(
         self,

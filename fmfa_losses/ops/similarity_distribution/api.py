@@ -296,8 +296,9 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, scale, pids, image_ids, *route):  # type: ignore[no-untyped-def]
+        number = blocks.plain_scale(scale, accumulation_dtype(features))
         with full_precision(features):
-            loss, *saved = blocks.ring_forward(features, pids, image_ids, _plain(scale, features), *route)
+            loss, *saved = blocks.ring_forward(features, pids, image_ids, number, *route)
         ctx.route, ctx.number = route, None if isinstance(scale, Tensor) else scale
         ctx.save_for_backward(*saved, features, scale if ctx.number is None else None, pids, image_ids)
         return loss
@@ -315,13 +316,8 @@ class _RingGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dloss, final, index, norms, label_sum, features, pids, image_ids, scale, *route):  # type: ignore[no-untyped-def]
+        saved = dloss, final, index, norms, label_sum, features, pids, image_ids
+        number = blocks.plain_scale(scale, accumulation_dtype(features))
         with full_precision(features):
-            dfeatures, dscale = blocks.ring_backward(
-                dloss, final, index, norms, label_sum, features, pids, image_ids, _plain(scale, features), *route
-            )
+            dfeatures, dscale = blocks.ring_backward(*saved, number, *route)
         return dfeatures, dscale.to(scale.device, scale.dtype) if isinstance(scale, Tensor) else dscale
-
-
-def _plain(scale: float | Tensor, features: Tensor) -> float | Tensor:
-    """A scale that may multiply float32 or better."""
-    return scale.detach().to(accumulation_dtype(features)) if isinstance(scale, Tensor) else scale

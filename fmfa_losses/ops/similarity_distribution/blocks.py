@@ -21,7 +21,8 @@ from .reference import RowLoss
 from .statistics import Final, Labels, Running, dlogits, finalize, merge, nothing, of
 
 __all__ = [
-    "Batch", "BlockBackend", "Ring", "Rows", "backward", "forward", "ring_backward", "ring_forward", "torch_blocks",
+    "Batch", "BlockBackend", "Ring", "Rows", "backward", "forward", "plain_scale", "ring_backward", "ring_forward",
+    "through_norms", "torch_blocks",
 ]  # fmt: skip
 
 
@@ -121,8 +122,9 @@ def backward(
         dz = backend.dlogits(_cosines(q[rows], k, backend), rows, 0, g, batch, out)
         torch.mm(dz, k, out=dq[rows])
         dk.addmm_(dz.T, q[rows])
-    along = _through_norms(dq, q, norms[:, :R, None], scale)
-    _through_norms(dk, k, norms[:, R:, None], scale)
+    inverse = (norms[1] / norms[0]).unsqueeze(-1)
+    along = through_norms(dq, q, inverse[:R], scale)
+    through_norms(dk, k, inverse[R:], scale)
     dscale = along.sum() if scale_gradient else norms.new_empty(0)  # every logit belongs to one query
     return dq.to(queries.dtype), dk.to(keys.dtype), dscale
 
@@ -206,7 +208,7 @@ def ring_backward(
         dkeys = ring.shift(dkeys, ring.sizes[rank - 1])()  # after the last round it is back at its rank
     dscale = (unit * dqueries).sum()
     dfeatures = dqueries.add_(dkeys)
-    _through_norms(dfeatures, unit, norms, scale)
+    through_norms(dfeatures, unit, norms[1] / norms[0], scale)
     return dfeatures.to(features.dtype), dscale
 
 
@@ -245,15 +247,19 @@ def _cosines(q: Tensor, k: Tensor, backend: BlockBackend) -> Tensor:
     return torch.mm(q, k.T, out=q.new_empty(q.shape[0], columns)[:, : k.shape[0]])
 
 
-def _through_norms(dunit: Tensor, unit: Tensor, norms: Tensor, scale: float | Tensor) -> Tensor:
-    """Makes the gradient in unit vectors, but for the scale, one in features. Overwrites both; returns unit . dunit.
+def through_norms(dunit: Tensor, unit: Tensor, inverse: Tensor, scale: float | Tensor) -> Tensor:
+    """Makes the gradient in unit vectors, but for the scale, one in features, in place; returns unit . dunit.
 
-    That is sum_j cos_ij dz_ij: normalising takes it out, and the scale receives it.
+    That is sum_j cos_ij dz_ij: normalising takes it out, and the scale receives it. `inverse` [..., 1] is 1 / |x|.
     """
-    along = (unit * dunit).sum(dim=-1, keepdim=True)
-    norm, factor = norms
-    dunit.sub_(unit.mul_(along)).mul_(scale * (factor / norm))
+    along: Tensor = torch.linalg.vecdot(unit, dunit).unsqueeze(-1)
+    dunit.addcmul_(unit, along, value=-1).mul_(scale * inverse)
     return along
+
+
+def plain_scale(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A scale that may multiply numbers of `dtype`, outside of autograd."""
+    return scale.detach().to(dtype) if isinstance(scale, Tensor) else scale
 
 
 def _label_sum(pids: Tensor, image_ids: Tensor | None, R: int, spec: RowLoss, dtype: torch.dtype) -> Tensor:

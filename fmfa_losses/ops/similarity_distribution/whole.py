@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from ..checks import on_host
 from ..operator import refusals
 from ..precision import USUAL, accumulation_dtype, divide_by_norms, full_precision, row_norms
+from .blocks import plain_scale, through_norms
 from .reference import RowLoss
 from .statistics import Final, Labels, dlogits, finalize, of
 
@@ -88,14 +89,13 @@ class _WholeRowLoss(torch.autograd.Function):
     def forward(ctx, queries, keys, scale, pids, image_ids, spec):  # type: ignore[no-untyped-def]
         B, dtype = queries.shape[0], accumulation_dtype(queries, keys)
         unit, inverse = _unit_rows(torch.cat([queries, keys]), dtype)
-        number = scale.detach().to(dtype) if isinstance(scale, Tensor) else scale
         with full_precision(queries):
-            z = torch.mm(unit[:B], unit[B:].T).mul_(number)
+            z = torch.mm(unit[:B], unit[B:].T).mul_(plain_scale(scale, dtype))
         labels = _labels(pids, image_ids, spec, dtype)
         z = torch.stack([z, z.T])
         running = of(z, labels, inverse, spec, dim=-1)
         loss, final = finalize(running, spec)
-        ctx.spec, ctx.scale, ctx.weighted = spec, None if isinstance(scale, Tensor) else scale, spec.weighted
+        ctx.spec, ctx.scale = spec, None if isinstance(scale, Tensor) else scale
         scale = scale if ctx.scale is None else None
         ctx.save_for_backward(queries, keys, scale, pids, image_ids, z, unit, inverse, *labels, *running[5:], *final)
         if spec.reduction == "none":
@@ -161,9 +161,7 @@ def _gradient(
     with full_precision(queries):
         torch.mm(dz, unit[B:], out=dunit[:B])
         torch.mm(dz.T, unit[:B], out=dunit[B:])
-        # What lies along a unit vector is taken out by the normalisation; summed over the queries it is the scale's.
-        along = torch.linalg.vecdot(unit, dunit).unsqueeze(-1)
-    number = scale.detach().to(inverse.dtype) if isinstance(scale, Tensor) else scale
-    dfeatures = dunit.addcmul_(unit, along, value=-1).mul_(number * inverse)
+        along = through_norms(dunit, unit, inverse, plain_scale(scale, inverse.dtype))
+    # Every logit belongs to one query.
     dscale = along[:B].sum().to(scale.device, scale.dtype) if scale_gradient and isinstance(scale, Tensor) else None
-    return dfeatures[:B].to(queries.dtype), dfeatures[B:].to(keys.dtype), dscale
+    return dunit[:B].to(queries.dtype), dunit[B:].to(keys.dtype), dscale
