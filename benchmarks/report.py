@@ -42,6 +42,7 @@ PAGES = {
     "torchrun": ("distributed.md", "Training in one process and in two"),
     "distributed": ("distributed.md", "The global batch over processes"),
     "retrieval-metrics": ("retrieval.md", "Retrieval metrics"),
+    "small-batch": ("kernels.md", "A-SDM in tiles and in blocks"),
     "tuned": ("kernels.md", "Entries of the block tables"),
 }
 
