@@ -29,7 +29,7 @@ PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 
 
 def gpu_figures(result: dict[str, Any]) -> dict[str, Figure]:
-    """ "time", "memory" and "roof"; those that have something to show."""
+    """ "time", "memory" and "roof"; those that compare two providers at least."""
     shown = toy(PAPER) if result.get("dry_run") else PAPER
     rows = [row for row in of_kind(result, "figure") if row["status"] == "ok" and row["mode"] == "eager"]
     efa = [row for row in rows if row["op"] == "efa" and (row["L"], row["N"], row["D"]) == (shown.L, shown.N, shown.D)]
@@ -57,7 +57,7 @@ def draw_gpu(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
 
 def _against_batch(rows: Sequence[dict[str, Any]], title: str, label: str, value: Any) -> Figure | None:
     shown = [precision for precision in PRECISIONS if any(row["dtype"] == precision for row in rows)]
-    if not shown:
+    if len({row["provider"] for row in rows}) < 2:
         return None
     figure = Figure(figsize=(max(6.4, 1 + 3.2 * len(shown)), 4.8), layout="constrained")
     figure.suptitle(title)
@@ -101,7 +101,7 @@ def _roof(rows: Sequence[dict[str, Any]], device: str, ceilings: dict[str, float
     cases = list(dict.fromkeys(row["case"] for row in chosen))
     keys = [(case, dtype) for case in cases for dtype in PRECISIONS]
     keys = [key for key in keys if any((row["case"], row["dtype"]) == key for row in chosen)]
-    if not keys:
+    if len({row["provider"] for row in chosen}) < 2:
         return None
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(keys)), layout="constrained")
     figure.suptitle(f"Share of the roof (counted work at the measured ceilings) on {device}")

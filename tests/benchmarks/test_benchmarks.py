@@ -520,6 +520,13 @@ def test_gpu_targets_without_a_figure():
     assert plots.gpu_figures({"records": [], "machine": MACHINE}) == {}
 
 
+def test_one_provider_is_no_picture():
+    result = fake_result()
+    assert plots.gpu_figures(result)
+    result["records"] = [row for row in result["records"] if row.get("provider") in (None, "reference")]
+    assert plots.gpu_figures(result) == {}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a CUDA device")
 def test_gpu_needs_a_device(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "gpu")]) == 2
