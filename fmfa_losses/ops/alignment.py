@@ -1,0 +1,116 @@
+"""Both similarities of EFA in one operator, by the kernels: Eq. 5-10 from raw tokens.
+
+    e_i = sparse aggregation of image i's patches for the tokens of text i              aggregation.py
+    S_ij = pool_l max_k cos(x_il, e_jk) for x = text and for x = image                  hard_similarity.py
+
+What the two operators compute one after the other. Together they keep less: unit tokens are never saved, and what
+several gradients add to one input is added where it is written (kernels/alignment.py).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hard_similarity import SCALES, matches_like
+from .operator import differentiable_once, operator
+
+__all__ = ["alignment_similarities"]
+
+
+def alignment_similarities(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    *,
+    sparsity: float | None,
+    pool: str,
+    pool_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """S of the texts and of the images (rows) with all joint embeddings, [B, B] float32 each, differentiable once.
+
+    Arguments are checked already, and both kinds of tokens have one dtype that the kernels take. What the masks leave
+    out may hold anything.
+    """
+    scale = min(max(float(pool_scale), SCALES[0]), SCALES[1])
+    outputs = _align(image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, scale, False)
+    return outputs[0], outputs[1]
+
+
+# The operator. Outputs besides the similarities are what the backward needs, `Saved` of kernels/alignment.py; an empty
+# tensor stands for None.
+
+_TOKENS = "Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor? text_mask"
+_SAVED = "Tensor joint, Tensor inverse, Tensor row_sum, Tensor text_matches, Tensor image_matches, Tensor text_lists, Tensor image_lists"
+
+
+@operator(
+    f"alignment({_TOKENS}, float? sparsity, str pool, float pool_scale, bool save)"
+    f" -> ({', '.join(['Tensor'] * 9)})"
+)
+def alignment_op(image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save):  # type: ignore[no-untyped-def]
+    from fmfa_losses.kernels import alignment as kernels
+
+    arguments = (image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save)
+    text_sim, image_sim, saved = kernels.forward(*arguments)
+    nothing = image_tokens.new_empty(0, dtype=torch.int32) if None in saved else None
+    return text_sim, image_sim, *(nothing if x is None else x for x in saved)
+
+
+@operator(
+    f"alignment_backward(Tensor dtext_sim, Tensor dimage_sim, {_SAVED}, {_TOKENS}, float? sparsity, str pool)"
+    " -> (Tensor, Tensor)"
+)
+def alignment_backward_op(dtext_sim, dimage_sim, *arguments):  # type: ignore[no-untyped-def]
+    from fmfa_losses.kernels import alignment as kernels
+
+    *saved, text_lists, image_lists = arguments[:7]
+    lists = (None if x.numel() == 0 else x for x in (text_lists, image_lists))
+    return kernels.backward(dtext_sim, dimage_sim, kernels.Saved(*saved, *lists), *arguments[7:])
+
+
+@torch.library.register_fake(alignment_op)
+def _fake(image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save):  # type: ignore[no-untyped-def]
+    from fmfa_losses.kernels import token_lists
+
+    (B, N, _), L = image_tokens.shape, text_tokens.shape[1]
+    new = image_tokens.new_empty
+    return (
+        new((B, B), dtype=torch.float32),
+        new((B, B), dtype=torch.float32),
+        new(text_tokens.shape),
+        new((B, L), dtype=torch.float32),
+        new((B, L), dtype=torch.float32),
+        matches_like(image_tokens, (B, B, L), L, save),
+        matches_like(image_tokens, (B, B, N), L, save),
+        new(0 if text_mask is None else token_lists.size(B, L), dtype=torch.int32),
+        new(0 if image_mask is None else token_lists.size(B, N), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake(alignment_backward_op)
+def _backward_fake(dtext_sim, dimage_sim, *arguments):  # type: ignore[no-untyped-def]
+    image, text = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[7:9])
+    return image, text
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.sparsity, ctx.pool, _, _ = inputs
+    ctx.save_for_backward(*output[2:], *tensors)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dtext_sim: Tensor | None, dimage_sim: Tensor | None, *_: Any) -> Any:
+    if dtext_sim is None and dimage_sim is None:
+        return (None,) * 8
+    B = ctx.saved_tensors[0].shape[0]
+    dtext_sim, dimage_sim = (
+        ctx.saved_tensors[1].new_zeros(B, B) if x is None else x for x in (dtext_sim, dimage_sim)
+    )
+    gradients = alignment_backward_op(dtext_sim, dimage_sim, *ctx.saved_tensors, ctx.sparsity, ctx.pool)
+    return *gradients, *(None,) * 6
+
+
+_align = differentiable_once(alignment_op, alignment_backward_op, _backward, _setup_context, "efa_loss", "EFA")
