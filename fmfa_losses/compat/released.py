@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..losses.scores import check_features, cosine_scores, divergence, resolve_scale, same_identity
-from ..ops.aggregation import aggregate, thresholds
+from ..ops.aggregation import aggregate
 from ..ops.backend import select_backend
 from ..ops.checks import (
     check_finite,
@@ -80,9 +80,8 @@ def released_aggregate(
     check_float(names[1], text_tokens, "B L D")
     check_same(" and ".join(names), image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
     check_mask("image_mask", image_mask, image_tokens)
-    threshold = thresholds(image_tokens, text_tokens, image_mask, None)
-    above = torch.nextafter(threshold, torch.ones_like(threshold))  # the operator keeps from the threshold on
-    return aggregate(image_tokens, text_tokens, image_mask, above, select_backend(backend, image_tokens, text_tokens))
+    chosen = select_backend(backend, image_tokens, text_tokens)
+    return aggregate(image_tokens, text_tokens, image_mask, None, chosen, strict=True)
 
 
 def released_efa(

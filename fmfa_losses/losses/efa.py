@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..distributed.peers import Peers
-from ..ops.aggregation import aggregate, thresholds
+from ..ops.aggregation import aggregate
 from ..ops.backend import select_backend
 from ..ops.checks import (
     check_divisor,
@@ -33,7 +33,7 @@ from ..ops.checks import (
 from ..ops.hard_similarity import FLAT, UnitTokens, token_lists, unit_similarity
 from ..ops.options import NEGATIVES, Negatives
 from ..ops.padding import longest
-from ..ops.precision import unit_rows
+from ..ops.precision import accumulation_dtype, unit_rows
 from .loss import Loss, ScaledOptions, functional, hyperparameter
 from .scores import check_weight, resolve_scale
 
@@ -57,9 +57,8 @@ def _similarities(
     Everything is normalised once, before it travels. `joint` serves both similarities, so its gradients from both, and
     from all ranks, are added up before they pass through the normalisation.
     """
-    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
-    dtype = threshold.dtype
-    joint = aggregate(image_tokens, text_tokens, image_mask, threshold, backend)
+    dtype = accumulation_dtype(image_tokens, text_tokens)
+    joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend)
     # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
     joint, text = unit_rows(joint, dtype=dtype, backend=backend), unit_rows(text_tokens, dtype=dtype, backend=backend)
     image = unit_rows(image_tokens, image_mask, dtype=dtype, backend=backend)

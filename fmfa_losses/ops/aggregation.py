@@ -19,7 +19,7 @@ from .operator import differentiable_once, operator
 from .options import Backend
 from .precision import accumulation_dtype, full_precision
 
-__all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference", "thresholds"]
+__all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference"]
 
 # A row whose range is within this many roundings of its largest entry is constant: its order is noise.
 CONSTANT_ROW_EPS = 8
@@ -95,107 +95,119 @@ def sparse_aggregate(
     check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
     check_mask("image_mask", image_mask, image_tokens)
     sparsity = None if sparsity is None else check_fraction("sparsity", sparsity)
-    threshold = thresholds(image_tokens, text_tokens, image_mask, sparsity)
     return aggregate(
-        image_tokens, text_tokens, image_mask, threshold, select_backend(backend, image_tokens, text_tokens)
+        image_tokens, text_tokens, image_mask, sparsity, select_backend(backend, image_tokens, text_tokens)
     )
 
 
-def thresholds(image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, sparsity: float | None) -> Tensor:
-    """What n of a patch is compared with, [B]: `sparsity`, or one over the number of kept patches."""
-    acc = accumulation_dtype(image_tokens, text_tokens)
-    B, N, _ = image_tokens.shape
-    if image_mask is not None and sparsity is None:
-        return 1 / image_mask.sum(dim=1).clamp(min=1).to(acc)
-    return image_tokens.new_full((B,), 1 / N if sparsity is None else sparsity, dtype=acc)
-
-
 def aggregate(
-    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor, backend: str
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    sparsity: float | None,
+    backend: str,
+    *,
+    text_mask: Tensor | None = None,
+    strict: bool = False,
 ) -> Tensor:
-    """`sparse_aggregate` of inputs that are checked; threshold [B], `backend` is "triton" or "torch"."""
-    if image_mask is not None:
-        image_tokens = image_tokens.masked_fill(~image_mask.unsqueeze(-1), 0)
+    """`sparse_aggregate` of inputs that are checked; `backend` is "triton" or "torch".
+
+    A token that text_mask leaves out has a joint embedding of 0, and gets and sends no gradient. `strict`: a patch
+    passes with n > sparsity, not with n >= sparsity.
+    """
     if backend == "torch" or image_tokens.dtype != text_tokens.dtype:
-        image_tokens, text_tokens = image_tokens.to(threshold.dtype), text_tokens.to(threshold.dtype)
-    joint: Tensor = sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, backend)[0]
+        acc = accumulation_dtype(image_tokens, text_tokens)
+        image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
+    inputs = image_tokens, text_tokens, image_mask, text_mask
+    joint: Tensor = sparse_aggregation_op(*inputs, sparsity, strict, backend)[0]
     return joint
 
 
-# The operator: one schema, one fake kernel, one gradient formula for both backends. threshold [B];
-# row_min, row_sum [B, L] are min_k s_ik and sum of u (0 marks a constant row), what the backward needs besides inputs.
-
-
 @operator(
-    "sparse_aggregate(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor threshold, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "sparse_aggregation(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor? text_mask,"
+    " float? sparsity, bool strict, str backend) -> (Tensor, Tensor)",
 )
-def sparse_aggregate_op(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
+def sparse_aggregation_op(image_tokens, text_tokens, image_mask, text_mask, sparsity, strict, backend):  # type: ignore[no-untyped-def]
+    """joint [B, L, D] and sum u of every row [B, L], which only the kernels read again."""
     if backend == "triton":
         from fmfa_losses.kernels import aggregation as kernels
 
-        return kernels.forward(image_tokens, text_tokens, image_mask, threshold)
+        return kernels.forward(image_tokens, text_tokens, image_mask, text_mask, sparsity, strict=strict)
+    image_tokens, text_tokens = _zeroed(image_tokens, image_mask), _zeroed(text_tokens, text_mask)
     with full_precision(image_tokens):
-        a, row_min, row_sum = _weights(image_tokens, text_tokens, image_mask, threshold)[:3]
-        return a @ image_tokens, row_min, row_sum
+        a, total = _weights(image_tokens, text_tokens, image_mask, sparsity, strict)[:2]
+        return _zeroed(a @ image_tokens, text_mask), total
 
 
 @operator(
-    "sparse_aggregate_backward(Tensor djoint, Tensor image_tokens, Tensor text_tokens, Tensor? image_mask,"
-    " Tensor threshold, Tensor row_min, Tensor row_sum, str backend) -> (Tensor, Tensor)",
+    "sparse_aggregation_backward(Tensor djoint, Tensor image_tokens, Tensor text_tokens, Tensor? image_mask,"
+    " Tensor? text_mask, Tensor row_sum, float? sparsity, bool strict, str backend) -> (Tensor, Tensor)",
 )
-def sparse_aggregate_backward_op(  # type: ignore[no-untyped-def]
-    djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend
+def sparse_aggregation_backward_op(  # type: ignore[no-untyped-def]
+    djoint, image_tokens, text_tokens, image_mask, text_mask, row_sum, sparsity, strict, backend
 ):
     if backend == "triton":
         from fmfa_losses.kernels import aggregation as kernels
 
-        return kernels.backward(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum)
+        return kernels.backward(djoint, image_tokens, text_tokens, image_mask, sparsity, row_sum, strict=strict)
+    image_tokens, text_tokens = _zeroed(image_tokens, image_mask), _zeroed(text_tokens, text_mask)
     with full_precision(djoint):
-        return _backward_torch(djoint, image_tokens, text_tokens, image_mask, threshold)
+        dimage, dtext = _backward_torch(
+            _zeroed(djoint, text_mask), image_tokens, text_tokens, image_mask, sparsity, strict
+        )
+        return _zeroed(dimage, image_mask), _zeroed(dtext, text_mask)
 
 
-@torch.library.register_fake(sparse_aggregate_op)
-def _fake(image_tokens, text_tokens, image_mask, threshold, backend):  # type: ignore[no-untyped-def]
+@torch.library.register_fake(sparse_aggregation_op)
+def _fake(image_tokens, text_tokens, image_mask, text_mask, sparsity, strict, backend):  # type: ignore[no-untyped-def]
     acc = accumulation_dtype(image_tokens)
-    row = text_tokens.shape[:2]
-    return (
-        text_tokens.new_empty(text_tokens.shape, dtype=acc),
-        text_tokens.new_empty(row, dtype=acc),
-        text_tokens.new_empty(row, dtype=acc),
-    )
+    return text_tokens.new_empty(text_tokens.shape, dtype=acc), text_tokens.new_empty(text_tokens.shape[:2], dtype=acc)
 
 
-@torch.library.register_fake(sparse_aggregate_backward_op)
-def _backward_fake(djoint, image_tokens, text_tokens, image_mask, threshold, row_min, row_sum, backend):  # type: ignore[no-untyped-def]
+@torch.library.register_fake(sparse_aggregation_backward_op)
+def _backward_fake(djoint, image_tokens, text_tokens, image_mask, text_mask, row_sum, sparsity, strict, backend):  # type: ignore[no-untyped-def]
     # Contiguous, as both backends return them, whatever the strides of the tokens.
     image, text = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image_tokens, text_tokens))
     return image, text
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, sparsity, strict, backend = inputs
+    ctx.options = sparsity, strict, backend
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, djoint, drow_min, drow_sum):  # type: ignore[no-untyped-def]
+def _backward(ctx, djoint, drow_sum):  # type: ignore[no-untyped-def]
     if djoint is None:
-        return None, None, None, None, None
-    dimage, dtext = sparse_aggregate_backward_op(djoint, *ctx.saved_tensors, ctx.backend)
-    return dimage, dtext, None, None, None
+        return (None,) * 7
+    return *sparse_aggregation_backward_op(djoint, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 differentiable_once(
-    sparse_aggregate_op, sparse_aggregate_backward_op, _backward, _setup_context, "sparse_aggregate", "EFA"
+    sparse_aggregation_op, sparse_aggregation_backward_op, _backward, _setup_context, "sparse_aggregate", "EFA"
 )
 
 
+def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, T, D], zero where the mask [B, T] leaves it out."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def _threshold(keep: Tensor, sparsity: float | None, strict: bool, dtype: torch.dtype) -> Tensor:
+    """What n of a patch is compared with, [B | 1, 1, 1]: `sparsity`, or one over the number of kept patches."""
+    if sparsity is None:
+        threshold = 1 / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(dtype)
+    else:
+        threshold = torch.full((1, 1, 1), sparsity, dtype=dtype, device=keep.device)
+    return torch.nextafter(threshold, torch.ones_like(threshold)) if strict else threshold
+
+
 def _weights(
-    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a [B, L, N], min s and sum u [B, L], which patches passed [B, L, N], and the index of the minimum [B, L, 1]."""
+    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, sparsity: float | None, strict: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a [B, L, N], sum u [B, L], which patches passed [B, L, N], and the index of the minimum [B, L, 1]."""
     s = text_tokens @ image_tokens.mT
     keep = torch.ones_like(s[:, :1], dtype=torch.bool) if image_mask is None else image_mask.unsqueeze(1)
     if image_mask is not None:
@@ -207,19 +219,24 @@ def _weights(
     constant &= span < torch.inf  # where the range overflows, u / span is inf / inf, and shows
     u = s - low
     # "not below" rather than "at or above": a NaN passes and shows.
-    passed = keep & ~constant & ~(u / span < threshold.view(-1, 1, 1))
+    passed = keep & ~constant & ~(u / span < _threshold(keep, sparsity, strict, s.dtype))
     u = torch.where(passed, u, 0)
     total = u.sum(dim=-1, keepdim=True)
     total.masked_fill_(total == torch.inf, torch.nan)  # or its weights were 0
     uniform = keep / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(s.dtype)
     a = torch.where(constant, uniform, u / torch.where(constant, torch.ones_like(total), total))
-    return a, low.squeeze(-1), total.squeeze(-1), passed, argmin
+    return a, total.squeeze(-1), passed, argmin
 
 
 def _backward_torch(
-    djoint: Tensor, image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, threshold: Tensor
+    djoint: Tensor,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    sparsity: float | None,
+    strict: bool,
 ) -> tuple[Tensor, Tensor]:
-    a, _, total, passed, argmin = _weights(image_tokens, text_tokens, image_mask, threshold)
+    a, total, passed, argmin = _weights(image_tokens, text_tokens, image_mask, sparsity, strict)
     da = djoint @ image_tokens.mT
     centred = (da - (a * da).sum(dim=-1, keepdim=True)) / total.unsqueeze(-1)
     ds = torch.where(passed, centred, 0)

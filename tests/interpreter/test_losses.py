@@ -5,7 +5,7 @@ import torch
 from helpers.compare import relative_error, value_and_grads
 
 from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, itc_loss, sparse_aggregate
-from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
+from fmfa_losses.ops.aggregation import sparse_aggregation_backward_op, sparse_aggregation_op
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
 
 B, N, L, D = 5, 21, 9, 24
@@ -90,13 +90,14 @@ def test_opcheck_hard_similarity(dtype, pool):
 
 def test_opcheck_sparse_aggregate():
     image, text = inputs()
-    args = (image.requires_grad_(), text.requires_grad_(), masks()["image_mask"], torch.full((B,), 0.1), "triton")
+    given, options = tuple(masks().values()), (0.1, False, "triton")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(sparse_aggregate_op, args, test_utils=tests)
-    joint, low, total = (t.detach() for t in sparse_aggregate_op(*args))
+    args = (image.requires_grad_(), text.requires_grad_(), *given, *options)
+    torch.library.opcheck(sparse_aggregation_op, args, test_utils=tests)
+    joint, total = (t.detach() for t in sparse_aggregation_op(*args))
     torch.library.opcheck(
-        sparse_aggregate_backward_op,
-        (torch.ones_like(joint), image.detach(), text.detach(), *args[2:4], low, total, "triton"),
+        sparse_aggregation_backward_op,
+        (torch.ones_like(joint), image.detach(), text.detach(), *given, total, *options),
         test_utils=tests,
     )
 

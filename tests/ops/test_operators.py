@@ -24,7 +24,7 @@ from fmfa_losses.functional import (
     trl_loss,
 )
 from fmfa_losses.ops import backend as _backend
-from fmfa_losses.ops.aggregation import sparse_aggregate_backward_op, sparse_aggregate_op
+from fmfa_losses.ops.aggregation import sparse_aggregation_backward_op, sparse_aggregation_op
 from fmfa_losses.ops.backend import select_backend, why_not_triton
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
 from fmfa_losses.ops.precision import kernels_run
@@ -44,19 +44,20 @@ def test_opcheck_hard_similarity(pool, masked):
     )
 
 
+def opcheck_sparse_aggregate(image, text, *masks, strict=False):
+    options = None, strict, "torch"
+    torch.library.opcheck(sparse_aggregation_op, (image.requires_grad_(), text.requires_grad_(), *masks, *options))
+    image, text = image.detach(), text.detach()
+    joint, total = sparse_aggregation_op(image, text, *masks, *options)
+    args = (torch.ones_like(joint), image, text, *masks, total, *options)
+    torch.library.opcheck(sparse_aggregation_backward_op, args)
+    return joint, total, *sparse_aggregation_backward_op(*args)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck_sparse_aggregate(masked):
-    image, text = torch.randn(2, 6, 4), torch.randn(2, 3, 4)
-    mask = torch.rand(2, 6) > 0.3 if masked else None
-    threshold = torch.full((2,), 1 / 6)
-    torch.library.opcheck(
-        sparse_aggregate_op, (image.requires_grad_(), text.requires_grad_(), mask, threshold, "torch")
-    )
-    joint, low, total = (t.detach() for t in sparse_aggregate_op(image, text, mask, threshold, "torch"))
-    torch.library.opcheck(
-        sparse_aggregate_backward_op,
-        (torch.ones_like(joint), image.detach(), text.detach(), mask, threshold, low, total, "torch"),
-    )
+    masks = (torch.rand(2, 6) > 0.3, torch.rand(2, 3) > 0.3) if masked else (None, None)
+    opcheck_sparse_aggregate(torch.randn(2, 6, 4), torch.randn(2, 3, 4), *masks, strict=masked)
 
 
 def permuted_tokens():
@@ -66,15 +67,7 @@ def permuted_tokens():
 
 
 def test_opcheck_sparse_aggregate_permuted():
-    image, text, mask = permuted_tokens()
-    threshold = torch.full((2,), 1 / 6)
-    torch.library.opcheck(
-        sparse_aggregate_op, (image.requires_grad_(), text.requires_grad_(), mask, threshold, "torch")
-    )
-    joint, low, total = (t.detach() for t in sparse_aggregate_op(image, text, mask, threshold, "torch"))
-    args = (torch.ones_like(joint), image.detach(), text.detach(), mask, threshold, low, total, "torch")
-    torch.library.opcheck(sparse_aggregate_backward_op, args)
-    assert all(t.is_contiguous() for t in (joint, low, total, *sparse_aggregate_backward_op(*args)))
+    assert all(t.is_contiguous() for t in opcheck_sparse_aggregate(*permuted_tokens(), None))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -115,13 +108,12 @@ class Stop(torch.autograd.Function):
 
 def test_sparse_aggregate_backward_is_given_no_zeros():
     image, text = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
-    joint, low, total = sparse_aggregate_op(image, text, None, torch.full((2,), 0.3), "torch")
+    joint, total = sparse_aggregation_op(image, text, None, None, 0.3, False, "torch")
     assert joint.requires_grad
-    assert not low.requires_grad
     assert not total.requires_grad
     with Made() as made:
         joint.backward(torch.ones_like(joint))
-    at = made.names.index("fmfa_losses.sparse_aggregate_backward.default")
+    at = made.names.index("fmfa_losses.sparse_aggregation_backward.default")
     assert [name for name in made.names[:at] if "zero" in name] == []
 
 
@@ -132,7 +124,7 @@ def test_sparse_aggregate_without_a_gradient_of_joint_gives_none():
         Stop.apply(joint).sum().backward()
     assert image.grad is None
     assert text.grad is None
-    assert "fmfa_losses.sparse_aggregate_backward.default" not in made.names
+    assert "fmfa_losses.sparse_aggregation_backward.default" not in made.names
 
 
 def losses(dtype=torch.float32):
@@ -283,7 +275,7 @@ OUTPUTS = {
     "hard_similarity": [(2, 3), (2, 3, 4), (2, 3, 4)],
     "row_norms": [(2, 2, 1)],
     "similarity_distribution": [(), (2, 4, 2), (2, 2, 2), (2, 4), (2,)],
-    "sparse_aggregate": [(2, 4, 5), (2, 4), (2, 4)],
+    "sparse_aggregation": [(2, 4, 5), (2, 4)],
     "token_lists": [(32,)],
 }
 
@@ -300,7 +292,7 @@ def test_an_operator_with_other_outputs_has_another_name(name):
             "hard_similarity": (x, e, None, None, "lse", 1.0, True, "torch"),
             "row_norms": (x[:, 0], False, False),
             "similarity_distribution": (x[:, 0], x[:, 1], ids, None, None, 50.0, "torch", *row_loss),
-            "sparse_aggregate": (e[:2], x, None, torch.full((2,), 1 / 6), "torch"),
+            "sparse_aggregation": (e[:2], x, None, None, None, False, "torch"),
             "token_lists": (torch.ones(2, 4, dtype=torch.bool),),
         }
         outputs = getattr(torch.ops.fmfa_losses, name).default(*arguments[name])
