@@ -30,7 +30,8 @@ from benchmarks import stand_in
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 REGISTERS = 65536  # of an NVIDIA multiprocessor, for one block at most; the compiler does not check
 NO_OPERATION = 0x918  # of sm_80 and later
-KINDS = ("float32", "tf32", "float16", "bfloat16")
+# float32 by torch.set_float32_matmul_precision: highest, medium, and high, which has a match of its own.
+KINDS = ("float32", "tf32", "tf32x3", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ def record(chip: str, kind: str) -> list[Any]:
     from fmfa_losses.ops.similarity_distribution import blocks
     from fmfa_losses.ops.similarity_distribution.api import RowLoss
 
-    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    dtype = getattr(torch, kind) if hasattr(torch, kind) else torch.float32
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision({"tf32": "medium", "tf32x3": "high"}.get(kind, "highest"))
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     try:
         with recording(chip) as launches:
             _hard_similarity(empty)
+            if kind == "tf32x3":  # all other kernels are those of TF32
+                return launches
             if kind != "float16":  # compiles to what bfloat16 compiles to
                 _aggregation(empty)
             # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One
@@ -104,32 +107,36 @@ def record(chip: str, kind: str) -> list[Any]:
                 backward(torch.empty_like(loss), *saved, *arguments, scale is not None, *last)
         return launches
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 def _hard_similarity(empty: Callable[..., torch.Tensor]) -> None:
-    """Tokens of the paper without and with masks, and samples of e of the wider classes.
+    """Tokens of the paper without and with masks, samples of e of the wider classes, and x of several tiles of tokens.
 
-    Pools whose scale is small or large have kernels of their own; their dx and de are those of "lse".
+    dx and de do not know the pool. EFA writes dx over the unit tokens, and adds the second de to the first.
     """
-    from fmfa_losses.kernels import hard_similarity
+    from fmfa_losses.kernels import hard_similarity, token_lists
 
-    for P, Q, masked, pool, scale, gathers in (
-        (192, 77, False, "lse", 1.0, (True, False)),
-        (77, 77, True, "lse", 1.0, (True,)),
-        (77, 100, False, "lse", 1.0, ()),
-        (77, 192, False, "sum", 1.0, (True,)),
-        (77, 301, True, "lse", 1.0, ()),
-        (77, 77, False, "log_mean", 0.1, (True,)),
-        (77, 77, True, "log_mean", 0.1, ()),
-        (77, 77, False, "lse", 100.0, (True,)),
-        (77, 77, True, "lse", 100.0, (True,)),
+    for P, Q, masked, pool, scale, D in (
+        (192, 77, False, "lse", 1.0, 512),
+        (77, 77, True, "lse", 1.0, 512),
+        (77, 100, False, "lse", 1.0, 512),
+        (77, 192, False, "sum", 1.0, 1024),
+        (301, 301, True, "lse", 1.0, 512),
+        (77, 77, False, "log_mean", 0.1, 512),
+        (77, 77, True, "log_mean", 0.1, 512),
     ):
-        x, e = empty(128, P, 512), empty(128, Q, 512)
+        x, e = empty(128, P, D), empty(128, Q, D)
         masks = (empty(128, P, dtype=torch.bool), empty(128, Q, dtype=torch.bool)) if masked else (None, None)
-        sim, maxima, winners = hard_similarity.forward(x, e, *masks, pool, scale, True)
-        for gather in gathers:
-            hard_similarity.backward(sim, sim, maxima, winners, x, e, *masks, pool, scale, gather)
+        sim, matches = hard_similarity.forward(x, e, *masks, pool, scale, True)
+        hard_similarity.forward(x, e, *masks, pool, scale, False)
+        if pool == "log_mean":
+            continue
+        hard_similarity.backward(sim, matches, x, e, *masks, pool)
+        lists = [token_lists.make(mask) if masked else None for mask in masks]
+        inverse, de = empty(128, P, dtype=torch.float32), empty(128, Q, D, dtype=torch.float32)
+        for accumulate in (False, True):
+            hard_similarity.add_gradients(sim, matches, x, e, masks[0], pool, *lists, inverse, de, accumulate)
 
 
 def _aggregation(empty: Callable[..., torch.Tensor]) -> None:
@@ -231,7 +238,7 @@ def describe(launch: Any) -> str:
     options = launch.options
     blocks = "x".join(str(v) for k, v in options.items() if k.startswith("BLOCK_"))
     flags = [k.lower() if v is True else f"{k.lower()} {v}" for k, v in options.items()
-             if k in ("UNIT", "POOL") or v is True]  # fmt: skip
+             if k in ("UNIT", "UNROLL", "POOL") or v is True]  # fmt: skip
     return f"{blocks} w{options['num_warps']} s{options.get('num_stages', '-')} {' '.join(flags)}"
 
 

@@ -4,6 +4,7 @@
 under it on meta tensors: they see the kernel, argument types, compile-time sizes and block table that a GPU would get.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -109,6 +110,28 @@ def precision(dtype: torch.dtype) -> str:
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     allowed = matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
     return "tf32" if allowed else "ieee"
+
+
+def match_precision(like: Tensor) -> str:
+    """Of the match of hard similarity: "tf32x3", three TF32 products, where torch asks for "high" float32 products.
+
+    A winner is a matter of digits, which one product of TF32 has not; "medium" takes it all the same. AMD's compiler
+    has no such product: IEEE there, which is never less exact.
+    """
+    kind = precision(like.dtype)
+    if kind != "tf32" or _matmul_precision() == "medium":
+        return kind
+    return "ieee" if chip_class(like.device) == LDS else "tf32x3"
+
+
+def _matmul_precision() -> str:
+    """torch.get_float32_matmul_precision(), which raises or warns where newer switches were set by hand: "high"."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return torch.get_float32_matmul_precision()
+    except (RuntimeError, Warning):
+        return "high"
 
 
 def dot_precision(dtype: torch.dtype) -> str:

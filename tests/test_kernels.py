@@ -32,25 +32,25 @@ def test_kernels_through_the_interpreter(file):
 
 
 def test_the_compile_gate_refuses_what_does_not_fit(monkeypatch):
-    from fmfa_losses.kernels import _launch, hard_similarity
+    from fmfa_losses.kernels import _launch, match
 
     from benchmarks import compile_check
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, triton 3.9 warns
 
-    def match(*block):
-        monkeypatch.setitem(hard_similarity.MATCH, (_launch.SMALL, "half"), block)
+    def match_of(*block):
+        monkeypatch.setitem(match.MATCH, (_launch.SMALL, "half"), block)
         launches = compile_check.record("sm_86", "float16")
         return next(launch for launch in launches if launch.kernel.__name__ == "_match_kernel")
 
-    fits = compile_check.compile_launch("sm_86", "float16", match(64, 64, 32, 8, 2))
+    fits = compile_check.compile_launch("sm_86", "float16", match_of(64, 64, 32, 8, 2))
     assert fits.failures == []
     assert fits.registers > 0
     assert fits.instructions > 100
     assert 0 < fits.shared <= fits.limit == 99 * 1024
-    too_big = compile_check.compile_launch("sm_86", "float16", match(128, 256, 64, 8, 4))
+    too_big = compile_check.compile_launch("sm_86", "float16", match_of(128, 256, 64, 8, 4))
     assert ["shared memory" in failure for failure in too_big.failures].count(True) == 1
-    spills = compile_check.compile_launch("sm_86", "float16", match(128, 256, 32, 4, 2))
+    spills = compile_check.compile_launch("sm_86", "float16", match_of(128, 256, 32, 4, 2))
     assert any("spilled" in failure for failure in spills.failures)
     threads = compile_check.Report("sm_90", "float16", "_match_kernel", "", registers=218, threads=512, wgmma=True)
     assert ["218 registers for each of 512 threads" in failure for failure in threads.failures] == [True]

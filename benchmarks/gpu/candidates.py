@@ -41,14 +41,14 @@ def tables() -> dict[str, "Table"]:
 # Kernels without a matrix product have no pipeline, so their number of stages changes nothing and does not vary.
 TABLES = (
     Table(
-        _entry("hard_similarity", "DE", HALF, ("_de_kernel",)),
+        _entry("winner_gradient", "DE", HALF, ("_de_kernel",)),
         ("BLOCK_OWN", "BLOCK_SUM", "BLOCK_OUT", "num_warps", "num_stages"),
         ((64, 128), (16, 32, 64), (128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
-        _entry("hard_similarity", "DX", HALF, ("_dx_kernel",)),
-        ("BLOCK_OWN", "BLOCK_OUT", "num_warps", "num_stages"),
-        ((1, 2, 4, 8, 16, 32), (128, 256, 512), (1, 2, 4), (1,)),
+        _entry("gather_gradient", "DX", HALF, ("_dx_kernel",)),
+        ("BLOCK_OWN", "BLOCK_D", "num_warps", "UNROLL"),
+        ((1, 2, 4, 8, 16), (512,), (1, 2, 4), (1, 2, 4, 8)),
     ),
     Table(
         _entry("aggregation", "BACKWARD", HALF, ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel")),
@@ -56,13 +56,13 @@ TABLES = (
         ((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
-        _entry("hard_similarity", "MATCH", HALF, ("_match_kernel",)),
+        _entry("match", "MATCH", HALF, ("_match_kernel",)),
         ("BLOCK_M", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
         ((64, 128), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4)),
     ),
     Table(
-        _entry("hard_similarity", "POOL", None, ("_pool_kernel",)),
+        _entry("pool", "POOL", 256, ("_pool_kernel",)),
         ("BLOCK_J", "BLOCK_P", "num_warps"),
-        ((4, 8, 16, 32), (32, 64, 128), (1, 2, 4)),
+        ((2, 4, 8, 16, 32), (256,), (1, 2, 4)),
     ),
 )

@@ -39,7 +39,7 @@ FLAT = 0.25
 # Beyond, float64 cannot tell "lse" from the maximum, and a log mean from the mean; float32 can still hold the number.
 SCALES = (1e-20, 1e30)
 INT16 = torch.iinfo(torch.int16).max  # the largest index of a token that int16 holds
-EXPONENTIAL = ("lse", "log_mean")  # pools whose weights need the maxima
+EXPONENTIAL = ("lse", "log_mean")  # pools whose weights are not 1
 
 
 def hard_similarity_reference(
@@ -184,14 +184,15 @@ def _token_lists_fake(mask):  # type: ignore[no-untyped-def]
 
 
 # The operator: one schema, one fake kernel, one gradient formula for both backends.
-# pool is one of POOLS or "log_mean". maxima [Bx, Be, P] are the best cosines, winners [Bx, Be, P] the k that won
-# (-1: none); both empty unless `save`, which is True where the gradient is wanted. The kernels make the lists of a mask
-# that comes without them.
+# pool is one of POOLS or "log_mean". With `save`, which is True where the gradient is wanted, each x_il and e_j leave a
+# weight dS_ij / dmax_ijl (of the means: times the count) and the k that won (-1: none). The kernels put both in one
+# integer, weights [Bx, Be, P], and leave winners empty; the torch path leaves weights empty where all of them are 1.
+# The kernels make the lists of a mask that comes without them.
 
 
 @operator(
-    "hard_similarity(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save,"
-    " str backend, Tensor? x_lists=None, Tensor? e_lists=None) -> (Tensor, Tensor, Tensor)",
+    "match_and_pool(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save,"
+    " str backend, Tensor? x_lists=None, Tensor? e_lists=None) -> (Tensor sim, Tensor weights, Tensor winners)",
 )
 def hard_similarity_op(  # type: ignore[no-untyped-def]
     x, e, x_mask, e_mask, pool, pool_scale, save, backend, x_lists=None, e_lists=None
@@ -199,44 +200,50 @@ def hard_similarity_op(  # type: ignore[no-untyped-def]
     if backend == "triton":
         from fmfa_losses.kernels import hard_similarity as kernels
 
-        return kernels.forward(x.contiguous(), e.contiguous(), x_mask, e_mask, pool, pool_scale, save, x_lists, e_lists)
+        masks, lists = (x_mask, e_mask), (x_lists, e_lists)
+        sim, matches = kernels.forward(x.contiguous(), e.contiguous(), *masks, pool, pool_scale, save, *lists)
+        return sim, matches, matches.new_empty(0)
     with full_precision(x):
         return _forward_torch(x, e, x_mask, e_mask, pool, pool_scale, save)
 
 
 @operator(
-    "hard_similarity_backward(Tensor dsim, Tensor sim, Tensor maxima, Tensor winners, Tensor x, Tensor e,"
-    " Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, str backend, Tensor? x_lists=None,"
-    " Tensor? e_lists=None) -> (Tensor, Tensor)",
+    "match_and_pool_backward(Tensor dsim, Tensor weights, Tensor winners, Tensor x, Tensor e, Tensor? x_mask,"
+    " Tensor? e_mask, str pool, str backend, Tensor? x_lists=None, Tensor? e_lists=None) -> (Tensor, Tensor)",
 )
 def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
-    dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend, x_lists=None, e_lists=None
+    dsim, weights, winners, x, e, x_mask, e_mask, pool, backend, x_lists=None, e_lists=None
 ):
     if backend == "triton":
         from fmfa_losses.kernels import hard_similarity as kernels
 
-        saved, masks, lists = (sim, maxima, winners), (x_mask, e_mask), (x_lists, e_lists)
-        return kernels.backward(dsim, *saved, x.contiguous(), e.contiguous(), *masks, pool, pool_scale, True, *lists)
-    return _backward_torch(dsim, sim, maxima, winners, x, e, x_mask, pool, pool_scale)
+        masks, lists = (x_mask, e_mask), (x_lists, e_lists)
+        return kernels.backward(dsim, weights, x.contiguous(), e.contiguous(), *masks, pool, *lists)
+    return _backward_torch(dsim, weights, winners, x, e, x_mask, pool)
 
 
 @torch.library.register_fake(hard_similarity_op)
 def _fake(  # type: ignore[no-untyped-def]
     x, e, x_mask, e_mask, pool, pool_scale, save, backend, x_lists=None, e_lists=None
 ):
-    matches = (x.shape[0], e.shape[0], x.shape[1])
+    pairs = (x.shape[0], e.shape[0])
+    matches = (*pairs, x.shape[1])
     acc = accumulation_dtype(x)
-    saved = x.dtype if backend == "triton" and x.dtype != torch.float32 else acc
+    if backend == "triton":
+        # kernels/_matches.py. A Q that is only known when it runs: the kernels are not traced, torch.compile asks here.
+        saved = torch.int64 if x.dtype == torch.float32 or e.shape[1] > INT16 else torch.int32
+        weights = x.new_empty(matches if save else (0,), dtype=saved)
+        return x.new_empty(pairs, dtype=acc), weights, weights.new_empty(0)
     return (
-        x.new_empty(matches[:2], dtype=acc),
-        x.new_empty(matches if save and pool in EXPONENTIAL else (0,), dtype=_maxima_dtype(saved)),
+        x.new_empty(pairs, dtype=acc),
+        x.new_empty(matches if save and pool in EXPONENTIAL else (0,), dtype=acc),
         x.new_empty(matches if save else (0,), dtype=torch.int16 if e.shape[1] <= INT16 else torch.int32),
     )
 
 
 @torch.library.register_fake(hard_similarity_backward_op)
 def _backward_fake(  # type: ignore[no-untyped-def]
-    dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, pool_scale, backend, x_lists=None, e_lists=None
+    dsim, weights, winners, x, e, x_mask, e_mask, pool, backend, x_lists=None, e_lists=None
 ):
     # Both backends write contiguous gradients, whatever the strides of the tokens.
     dx, de = (torch.empty_like(tokens, memory_format=torch.contiguous_format) for tokens in (x, e))
@@ -244,27 +251,22 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for maxima and winners
-    x, e, x_mask, e_mask, ctx.pool, ctx.pool_scale, _, ctx.backend, x_lists, e_lists = inputs
-    ctx.save_for_backward(*output, x, e, x_mask, e_mask, x_lists, e_lists)
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for weights and winners
+    x, e, x_mask, e_mask, ctx.pool, _, _, ctx.backend, x_lists, e_lists = inputs
+    ctx.save_for_backward(*output[1:], x, e, x_mask, e_mask, x_lists, e_lists)
 
 
-def _backward(ctx, dsim, dmaxima, dwinners):  # type: ignore[no-untyped-def]
+def _backward(ctx, dsim, dweights, dwinners):  # type: ignore[no-untyped-def]
     if dsim is None:
         return (None,) * 10
     *tensors, x_lists, e_lists = ctx.saved_tensors
-    dx, de = hard_similarity_backward_op(dsim, *tensors, ctx.pool, ctx.pool_scale, ctx.backend, x_lists, e_lists)
+    dx, de = hard_similarity_backward_op(dsim, *tensors, ctx.pool, ctx.backend, x_lists, e_lists)
     return dx, de, *(None,) * 8
 
 
 differentiable_once(
     hard_similarity_op, hard_similarity_backward_op, _backward, _setup_context, "hard_similarity", "EFA"
 )
-
-
-def _maxima_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A cosine lies in [-1, 1]: float16 holds it more exactly than bfloat16."""
-    return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 # The torch path: one matrix product a tile of x rows and whole e samples, reduced before the next one starts.
@@ -287,7 +289,7 @@ def _forward_torch(
     step_e = min(Be, max(1, 640 // Q))  # about 640 columns make an efficient product
     step_x = min(Bx, max(1, TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "accelerator"] // (step_e * P * Q)))
     sim = x.new_empty(Bx, Be)
-    maxima = x.new_empty((Bx, Be, P) if save and pool in EXPONENTIAL else (0,))
+    weights = x.new_empty((Bx, Be, P) if save and pool in EXPONENTIAL else (0,))
     winners = x.new_empty((Bx, Be, P) if save else (0,), dtype=torch.int16 if Q <= INT16 else torch.int32)
     for first_x in range(0, Bx, step_x):
         i = slice(first_x, min(first_x + step_x, Bx))
@@ -306,8 +308,8 @@ def _forward_torch(
                 winner = rearrange(winner, "(i l) j -> i j l", l=P)
                 winners[i, j] = winner.to(winners.dtype).masked_fill(best == -torch.inf, -1)
                 if pool in EXPONENTIAL:
-                    maxima[i, j] = best
-    return sim, maxima, winners
+                    weights[i, j] = _weights(best, sim[i, j], pool, pool_scale)
+    return sim, weights, winners
 
 
 def _pool(best: Tensor, pool: str, pool_scale: float) -> Tensor:
@@ -327,16 +329,21 @@ def _pool(best: Tensor, pool: str, pool_scale: float) -> Tensor:
     return mean if pool == "mean" else torch.log1p(mean) / pool_scale
 
 
+def _weights(best: Tensor, sim: Tensor, pool: str, pool_scale: float) -> Tensor:
+    """dS_ij / dmax_ijl, of "log_mean" times the count; [i, j, l], where -inf is masked out anything."""
+    if pool == "log_mean":
+        return torch.exp(pool_scale * (best - sim.unsqueeze(-1)))
+    return torch.softmax(pool_scale * (best - best.amax(dim=-1, keepdim=True)), dim=-1)
+
+
 def _backward_torch(
     dsim: Tensor,
-    sim: Tensor,
-    maxima: Tensor,
+    weights: Tensor,
     winners: Tensor,
     x: Tensor,
     e: Tensor,
     x_mask: Tensor | None,
     pool: str,
-    pool_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """dx_il = sum_j w_ijl e_jk*,  de_jk = sum over the (i, l) that k won of w_ijl x_il, with w = dsim * dS/dmax."""
     (Bx, P, D), (Be, Q, _) = x.shape, e.shape
@@ -349,11 +356,8 @@ def _backward_torch(
         """Weights w_ijl and rows j Q + k* of e for a block of pairs, [i, j, l] each."""
         winner = winners[i, j].to(torch.int64)
         weight = dsim[i, j].unsqueeze(-1).to(x.dtype)
-        if pool == "lse":
-            best = maxima[i, j]
-            weight = weight * torch.softmax(pool_scale * (best - best.amax(dim=-1, keepdim=True)), dim=-1)
-        if pool == "log_mean":
-            weight = weight * torch.exp(pool_scale * (maxima[i, j] - sim[i, j].unsqueeze(-1)))
+        if pool in EXPONENTIAL:
+            weight = weight * weights[i, j]
         weight = weight.expand(winner.shape).masked_fill(winner < 0, 0)
         first = torch.arange(winner.shape[1], device=x.device).unsqueeze(-1) * Q
         return weight, winner.clamp(min=0) + first

@@ -89,7 +89,7 @@ def test_an_edited_table_leaves_the_cache_usable(folder, tmp_path):
     checkout, prebuilt = tmp_path / "checkout", shutil.copytree(folder, tmp_path / "prebuilt")
     for name in ("benchmarks", "fmfa_losses", "kernels"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    edited(checkout, "hard_similarity.py", lambda text: text.replace("(128, 64, 256, 8, 3)", "(128, 32, 256, 8, 3)"))
+    edited(checkout, "gather_gradient.py", lambda text: text.replace("(2, 512, 1, 2)", "(4, 512, 1, 2)"))
     script = f"""
 import benchmarks
 from benchmarks.gpu import prebuild, triton_cache
@@ -105,11 +105,11 @@ print(triton_cache.prepare(__import__('pathlib').Path({str(prebuilt)!r}))[1])
 
 def test_candidates_are_prebuilt_too(tmp_path):
     entry = tables()["DX"].entry
-    rows = [{"table": "DX", "candidate": [8, 128, 2, 1]}, {"table": "DX", "candidate": [2, 256, 1, 1]}]
+    rows = [{"table": "DX", "candidate": [8, 512, 2, 1]}, {"table": "DX", "candidate": [2, 512, 2, 1]}]
     dropped = rows[0] | {"dropped": "8 spilled"}
     results.write(tmp_path / "candidates.json", results.head("candidates", "c") | {"records": [*rows, dropped]})
     others = prebuild.candidates(tmp_path / "candidates.json", entry.precision)
-    assert others == [(entry, (8, 128, 2, 1)), (entry, (2, 256, 1, 1))]
+    assert others == [(entry, (8, 512, 2, 1)), (entry, (2, 512, 2, 1))]
     assert prebuild.candidates(tmp_path / "candidates.json", "fp32") == prebuild.candidates(None, "bf16") == []
     with stand_in.gpu() as device:
         prebuild.run(Job("c", "kernels", entry.case, precision="bf16"), others)

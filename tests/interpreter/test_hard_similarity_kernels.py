@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fmfa_losses.kernels import _tile, hard_similarity
+from fmfa_losses.kernels import _tile, gather_gradient, hard_similarity, match, winner_gradient
+from fmfa_losses.kernels import pool as pooling
 from fmfa_losses.kernels._launch import recording
+from fmfa_losses.kernels._matches import buffer_of, sections_of
 from fmfa_losses.kernels._tile import max_or_nan, operands, row_max
 from helpers.budget import assert_within_budget
 from helpers.compare import assert_close, default_dtype, value_and_grads
@@ -12,6 +14,7 @@ from helpers.reference import unit_similarity_reference
 
 from fmfa_losses import functional
 from fmfa_losses.compat.released import released_efa
+from fmfa_losses.ops import hard_similarity as operators
 from fmfa_losses.ops.hard_similarity import (
     FLAT,
     UnitTokens,
@@ -36,9 +39,9 @@ POOLS = [("lse", 1.0), ("lse", 50.0), ("sum", 1.0), ("mean", 1.0)]
 @pytest.fixture(autouse=True)
 def _many_rows_a_program(monkeypatch):
     """The interpreter runs one program at a time; test_losses.py has the blocks of the table."""
-    for key, (_, *others) in hard_similarity.DX.items():
-        monkeypatch.setitem(hard_similarity.DX, key, (32, *others))
-    monkeypatch.setattr(hard_similarity, "COSINE", (32, *hard_similarity.COSINE[1:]))
+    for key, (_, *others) in gather_gradient.DX.items():
+        monkeypatch.setitem(gather_gradient.DX, key, (32, *others))
+    monkeypatch.setattr(match, "COSINE", (32, *match.COSINE[1:]))
 
 
 def inputs(Bx, Be, P, Q, D, dtype, masked=False):
@@ -52,10 +55,22 @@ def inputs(Bx, Be, P, Q, D, dtype, masked=False):
     return x.masked_fill(~x_mask.unsqueeze(-1), 0), e.masked_fill(~e_mask.unsqueeze(-1), 0), x_mask, e_mask
 
 
-def run(x, e, x_mask, e_mask, pool, scale, dsim, gather):
-    sim, maxima, winners = hard_similarity.forward(x, e, x_mask, e_mask, pool, scale, True)
-    grads = hard_similarity.backward(dsim, sim, maxima, winners, x, e, x_mask, e_mask, pool, scale, gather)
-    return (sim, *grads), winners
+def winners_of(matches):
+    """And -1 where there is none, in the lower halves."""
+    return matches.to(torch.int16 if matches.dtype == torch.int32 else torch.int32).long()
+
+
+def values_of(matches):
+    """Weights, in the upper halves."""
+    if matches.dtype == torch.int32:
+        return (matches >> 16).to(torch.int16).view(torch.float16)
+    return (matches >> 32).to(torch.int32).view(torch.float32)
+
+
+def run(x, e, x_mask, e_mask, pool, scale, dsim):
+    sim, matches = hard_similarity.forward(x, e, x_mask, e_mask, pool, scale, True)
+    grads = hard_similarity.backward(dsim, matches, x, e, x_mask, e_mask, pool)
+    return (sim, *grads), winners_of(matches)
 
 
 def plain(x, e, x_mask, e_mask, pool, scale, dsim, dtype):
@@ -64,30 +79,28 @@ def plain(x, e, x_mask, e_mask, pool, scale, dsim, dtype):
     return (sim.detach(), *torch.autograd.grad(sim, (x, e), dsim.to(dtype))), winners
 
 
-def check(case, pool, scale, gather):
+def check(case, pool, scale):
     x, e = case[:2]
     dsim = torch.randn(x.shape[0], e.shape[0]) * 1e-3
     exact, right_winners = plain(*case, pool, scale, dsim, torch.float64)
     rounded, _ = plain(*case, pool, scale, dsim, x.dtype)
-    values, winners = run(*case, pool, scale, dsim, gather)
-    assert torch.equal(winners.long(), right_winners)
-    assert winners.dtype == torch.int16
+    values, winners = run(*case, pool, scale, dsim)
+    assert torch.equal(winners, right_winners)
     assert [value.dtype for value in values] == [torch.float32, x.dtype, x.dtype]
     for value, right, same_dtype in zip(values, exact, rounded, strict=True):
         assert_within_budget(value, right, same_dtype, amplification=8 + scale)
 
 
-@pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_float32(shape, masked, gather):
-    pool, scale = POOLS[(SHAPES.index(shape) + 2 * masked + gather) % len(POOLS)]
-    check(inputs(*shape, torch.float32, masked), pool, scale, gather)
+def test_values_and_gradients_float32(shape, masked):
+    pool, scale = POOLS[(SHAPES.index(shape) + 2 * masked) % len(POOLS)]
+    check(inputs(*shape, torch.float32, masked), pool, scale)
 
 
 @pytest.mark.parametrize("pool, scale", POOLS)
 def test_every_pool(pool, scale):
-    check(inputs(3, 4, 20, 33, 16, torch.float32, masked=True), pool, scale, True)
+    check(inputs(3, 4, 20, 33, 16, torch.float32, masked=True), pool, scale)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e-3, 0.24, 0.25, 4.0, 33.0, 1e4, 1e30])
@@ -101,28 +114,27 @@ def test_every_scale_of_the_pooling(scale):
     units = [UnitTokens(t.double(), mask, None) for t, mask in ((x, x_mask), (e, e_mask))]
     if scale < FLAT:  # the log mean, which no level hides
         exact = unit_similarity(*units, pool="log_mean", pool_scale=scale, backend="torch")
-        sim, _, _ = hard_similarity.forward(x, e, x_mask, e_mask, "log_mean", scale, False)
+        sim, _ = hard_similarity.forward(x, e, x_mask, e_mask, "log_mean", scale, False)
         assert_close([sim], [exact], 1e-6)
 
 
-@pytest.mark.parametrize("gather", [True, False])
-@pytest.mark.parametrize("pool, scale", POOLS[:3])
-def test_values_and_gradients_float16(pool, scale, gather):
-    check(inputs(3, 4, 40, 33, 64, torch.float16, masked=gather), pool, scale, gather)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pool, scale", POOLS)
+def test_values_and_gradients_float16(pool, scale, masked):
+    check(inputs(3, 4, 40, 33, 64, torch.float16, masked), pool, scale)
 
 
 def test_gradients_far_below_float16_keep_their_digits():
     x, e, _, _ = inputs(2, 3, 20, 17, 16, torch.float16)
     dsim = torch.randn(2, 3)
-    ones = run(x.float(), e.float(), None, None, "sum", 1.0, dsim, False)[0]
-    _, dx, de = run(x, e, None, None, "sum", 1.0, dsim * 2.0**-12, False)[0]
+    ones = run(x.float(), e.float(), None, None, "sum", 1.0, dsim)[0]
+    _, dx, de = run(x, e, None, None, "sum", 1.0, dsim * 2.0**-12)[0]
     torch.testing.assert_close(dx.float() * 2.0**12, ones[1], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(de.float() * 2.0**12, ones[2], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("what", ["mask", "zeros"])
-@pytest.mark.parametrize("gather", [True, False])
-def test_samples_that_move_nothing_do_not_drown_the_others(gather, what):
+def test_samples_that_move_nothing_do_not_drown_the_others(what):
     """Float16: a released row of similarities that is all zero sends 1e12 times the gradient back, to no token."""
     x, e, x_mask, e_mask = inputs(4, 5, 9, 7, 16, torch.float16)
     if what == "mask":
@@ -134,7 +146,7 @@ def test_samples_that_move_nothing_do_not_drown_the_others(gather, what):
     dsim[1] *= 1e12
     dsim[:, 3] *= 1e12
     exact, _ = plain(x, e, x_mask, e_mask, "mean", 1.0, dsim, torch.float64)
-    got, _ = run(x, e, x_mask, e_mask, "mean", 1.0, dsim, gather)
+    got, _ = run(x, e, x_mask, e_mask, "mean", 1.0, dsim)
     others = torch.arange(4) != 1, torch.arange(5) != 3  # the gradient of a zero vector is large itself
     for value, right, kept in zip(got[1:], exact[1:], others, strict=True):
         assert_close([value[kept]], [right[kept]], 2e-3)
@@ -144,9 +156,9 @@ def test_every_sample_of_e_has_its_own_range():
     """Float16: cotangents of 1e-9 next to others of 1."""
     x, e, _, _ = inputs(3, 4, 20, 17, 16, torch.float16)
     dsim = torch.randn(3, 4)
-    right = run(x.float(), e.float(), None, None, "sum", 1.0, dsim, True)[0][2]
+    right = run(x.float(), e.float(), None, None, "sum", 1.0, dsim)[0][2]
     ranges = torch.tensor([1.0, 2.0**-13, 2.0**10, 2.0**-4])
-    de = run(x, e, None, None, "sum", 1.0, dsim * ranges, True)[0][2]
+    de = run(x, e, None, None, "sum", 1.0, dsim * ranges)[0][2]
     for j in range(4):
         assert_close([de[j].float() / ranges[j]], [right[j]], 3e-3)
 
@@ -156,7 +168,7 @@ def test_a_cotangent_that_is_not_finite_shows_in_its_own_pairs(pool):
     x, e, _, _ = inputs(3, 4, 5, 7, 16, torch.float16)
     dsim = torch.ones(3, 4)
     dsim[0, 1], dsim[2, 3] = torch.nan, torch.inf
-    (_, dx, de), _ = run(x, e, None, None, pool, 2.0, dsim, True)
+    (_, dx, de), _ = run(x, e, None, None, pool, 2.0, dsim)
     assert [dx[i].isfinite().all().item() for i in range(3)] == [False, True, False]
     assert [de[j].isfinite().all().item() for j in range(4)] == [True, False, True, False]
 
@@ -186,11 +198,11 @@ def test_ties_go_to_the_lowest_token(Q, masked):
     e[:, Q // 2 :] = e[:, : Q - Q // 2]  # every token twice, in different tiles when there are several
     e_mask = torch.ones(2, Q, dtype=torch.bool)
     e_mask[1, 0] = not masked
-    _, _, winners = hard_similarity.forward(x, e, None, e_mask if masked else None, "sum", 1.0, True)
+    _, matches = hard_similarity.forward(x, e, None, e_mask if masked else None, "sum", 1.0, True)
     products = torch.einsum("ild,jkd->ijlk", x, e).masked_fill(~e_mask[None, :, None], -1000)
     ties = products == products.amax(-1, keepdim=True)
     assert (ties.sum(-1) > 1).float().mean() > 0.9
-    assert torch.equal(winners.long(), ties.to(torch.uint8).argmax(-1))
+    assert torch.equal(winners_of(matches), ties.to(torch.uint8).argmax(-1))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -198,27 +210,32 @@ def test_ties_go_to_the_lowest_token(Q, masked):
 def test_columns_that_hold_no_token_never_win(Q, masked):
     x, e, x_mask, e_mask = inputs(2, 5, 9, Q, 16, torch.float32, masked)
     x, e = x.abs(), -e.abs()  # every cosine is negative: a zero would win
-    sim, _, winners = hard_similarity.forward(x, e, x_mask, e_mask, "mean", 1.0, True)
+    sim, matches = hard_similarity.forward(x, e, x_mask, e_mask, "mean", 1.0, True)
     right, right_winners = unit_similarity_reference(x.double(), e.double(), x_mask, e_mask, "mean", 1.0)
     torch.testing.assert_close(sim, right.float())
-    assert torch.equal(winners.long(), right_winners)
+    assert torch.equal(winners_of(matches), right_winners)
 
 
-@pytest.mark.parametrize("pool, saved", [("lse", (2, 3, 5)), ("sum", (0,))])
-def test_what_is_saved(pool, saved):
-    x, e, _, _ = inputs(2, 3, 5, 7, 16, torch.float32)
-    sim, maxima, winners = hard_similarity.forward(x, e, None, None, pool, 1.0, False)
-    again, kept_maxima, kept_winners = hard_similarity.forward(x, e, None, None, pool, 1.0, True)
-    assert (maxima.shape, winners.shape) == ((0,), (0,))
-    assert (kept_maxima.shape, kept_winners.shape) == (saved, (2, 3, 5))
+@pytest.mark.parametrize("pool", ["lse", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_saved(pool, dtype):
+    x, e, _, _ = inputs(2, 3, 5, 7, 16, dtype)
+    sim, matches = hard_similarity.forward(x, e, None, None, pool, 1.0, False)
+    again, kept = hard_similarity.forward(x, e, None, None, pool, 1.0, True)
+    assert (matches.shape, kept.shape) == ((0,), (2, 3, 5))
+    assert kept.dtype == (torch.int64 if dtype == torch.float32 else torch.int32)
     assert torch.equal(sim, again)
 
 
-def test_many_tokens_need_wider_winners():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_tokens_need_wider_winners(dtype):
     x, e, _, _ = inputs(1, 1, 2, 32800, 16, torch.float32)
-    _, _, winners = hard_similarity.forward(x, e, None, None, "sum", 1.0, True)
-    assert winners.dtype == torch.int32
-    assert torch.equal(winners.long(), torch.einsum("ild,jkd->ijlk", x, e).argmax(-1))
+    x, e = x.to(dtype), e.to(dtype)
+    e[0, 32790] = x[0, 0] * 4
+    _, matches = hard_similarity.forward(x, e, None, None, "sum", 1.0, True)
+    assert matches.dtype == torch.int64
+    assert torch.equal(winners_of(matches), torch.einsum("ild,jkd->ijlk", x.double(), e.double()).argmax(-1))
+    assert winners_of(matches)[0, 0, 0] == 32790
 
 
 @triton.jit
@@ -243,10 +260,11 @@ def test_one_nan_token_shows_wherever_it_stands(Q, pool):
     for token in (0, Q // 2, Q - 1):
         x, e, _, _ = inputs(2, 4, 5, Q, 16, torch.float32)
         e[2, token, 3] = float("nan")
-        sim, maxima, winners = hard_similarity.forward(x, e, None, None, pool, 2.0, True)
+        sim, matches = hard_similarity.forward(x, e, None, None, pool, 2.0, True)
+        winners = winners_of(matches)
         assert torch.equal(sim.isnan(), torch.tensor([[False, False, True, False]] * 2))
         assert ((winners >= 0) & (winners < Q)).all()
-        dx, de = hard_similarity.backward(torch.ones_like(sim), sim, maxima, winners, x, e, None, None, pool, 2.0)
+        dx, de = hard_similarity.backward(torch.ones_like(sim), matches, x, e, None, None, pool)
         assert dx.isnan().any(-1).all()
         assert torch.equal(de.isnan().flatten(1).any(1), torch.tensor([False, False, True, False]))
 
@@ -258,19 +276,18 @@ def test_nan_shows_in_its_own_pairs_and_nowhere_else(pool):
     e[2] = float("nan")
     broken = torch.zeros(3, 4, dtype=torch.bool)
     broken[1], broken[:, 2] = True, True
-    sim, maxima, winners = hard_similarity.forward(x, e, None, None, pool, 2.0, True)
+    sim, matches = hard_similarity.forward(x, e, None, None, pool, 2.0, True)
     assert torch.equal(sim.isnan(), broken)
-    dsim = torch.ones_like(sim)
-    dx, _ = hard_similarity.backward(dsim, sim, maxima, winners, x, e, None, None, pool, 2.0)
+    assert torch.equal(values_of(matches).isnan(), broken.unsqueeze(-1).expand(matches.shape))
+    dx, _ = hard_similarity.backward(torch.ones_like(sim), matches, x, e, None, None, pool)
     assert dx.isnan().any()
 
 
 def test_two_runs_are_equal_bit_for_bit():
     case = inputs(3, 4, 40, 33, 24, torch.float32, masked=True)
     dsim = torch.randn(3, 4)
-    for gather in (True, False):
-        runs = [run(*case, "lse", 3.0, dsim, gather)[0] for _ in range(2)]
-        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    runs = [run(*case, "lse", 3.0, dsim)[0] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 STRIDED = {
@@ -331,7 +348,7 @@ def test_permuted_tokens_are_promised_and_compiled_as_they_come():
         torch.library.opcheck(hard_similarity_op, args, test_utils=tests)
         saved = [t.detach() for t in hard_similarity_op(*args)]
         tokens = [t.detach() for t in args[:2]]
-        backward = (torch.ones_like(saved[0]), *saved, *tokens, *args[2:6], backend)
+        backward = (torch.ones_like(saved[0]), *saved[1:], *tokens, *args[2:5], backend)
         torch.library.opcheck(hard_similarity_backward_op, backward, test_utils=tests)
 
 
@@ -355,13 +372,14 @@ def test_permuted_tokens_compile(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_default_dtype_does_not_show(monkeypatch, dtype, default):
     x, e, x_mask, e_mask = inputs(3, 4, 9, 7, 16, dtype, masked=True)
-    dtypes, launch = [], hard_similarity.launch  # of what the kernels get: the interpreter takes any
+    dtypes, launch = [], match.launch  # of what the kernels get: the interpreter takes any
 
     def recorded(kernel, grid, *args, **options):
         dtypes.append([arg.dtype for arg in args if isinstance(arg, torch.Tensor)])
         launch(kernel, grid, *args, **options)
 
-    monkeypatch.setattr(hard_similarity, "launch", recorded)
+    for module in (match, pooling, gather_gradient, winner_gradient):
+        monkeypatch.setattr(module, "launch", recorded)
 
     def run():
         return (
@@ -380,12 +398,17 @@ def test_the_default_dtype_does_not_show(monkeypatch, dtype, default):
     assert dtypes[: len(dtypes) // 2] == dtypes[len(dtypes) // 2 :]
 
 
-def test_a_similarity_nobody_differentiates_costs_no_backward(monkeypatch):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_similarity_nobody_differentiates_costs_no_backward(monkeypatch, backend):
     x, e, _, _ = inputs(2, 3, 5, 7, 16, torch.float32)
-    x.requires_grad_()
-    _, maxima, _ = hard_similarity_op(x, e, None, None, "lse", 1.0, True, "triton")
-    monkeypatch.setattr(hard_similarity, "backward", lambda *args, **kwargs: pytest.fail("nobody asked"))
-    assert torch.autograd.grad(maxima.sum(), x, allow_unused=True) == (None,)
+    sim, weights, winners = hard_similarity_op(x.requires_grad_(), e, None, None, "lse", 1.0, True, backend)
+    assert sim.requires_grad
+    assert not winners.requires_grad
+    if backend == "triton":
+        assert not weights.requires_grad
+    else:
+        monkeypatch.setattr(operators, "hard_similarity_backward_op", lambda *args: pytest.fail("nobody asked"))
+        assert torch.autograd.grad(weights.sum(), x, allow_unused=True) == (None,)
 
 
 def launched(B, P, Q, masked):
@@ -393,8 +416,8 @@ def launched(B, P, Q, masked):
     x, e = (torch.empty(B, tokens, 16, dtype=torch.bfloat16, device="meta") for tokens in (P, Q))
     masks = [torch.empty(B, tokens, dtype=torch.bool, device="meta") if masked else None for tokens in (P, Q)]
     with recording("sm_90") as launches:
-        sim, *saved = hard_similarity.forward(x, e, *masks, "lse", 1.0, True)
-        hard_similarity.backward(sim, sim, *saved, x, e, *masks, "lse", 1.0)
+        sim, matches = hard_similarity.forward(x, e, *masks, "lse", 1.0, True)
+        hard_similarity.backward(sim, matches, x, e, *masks, "lse")
     return {
         (one.kernel.__name__, *one.options.items(), *(getattr(arg, "dtype", arg is None) for arg in one.args))
         for one in launches
@@ -414,7 +437,7 @@ def test_neither_batch_nor_length_make_another_kernel(masked):
 def test_every_class_of_width(Q):
     x, e, _, e_mask = inputs(1, 7, 3, Q, 16, torch.float32, masked=True)
     for mask in (None, e_mask):
-        check((x, e, None, mask), "lse", 2.0, True)
+        check((x, e, None, mask), "lse", 2.0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -423,36 +446,106 @@ def test_cosines_of_winners(shape, masked):
     """Whatever stood there: of a winner its cosine, where nothing won what was there, and NaN stays."""
     x, e, x_mask, e_mask = inputs(*shape, torch.float32, masked)
     Bx, Be, P, Q, D = shape
-    _, before, winners = hard_similarity.forward(x, e, x_mask, e_mask, "lse", 1.0, True)
-    maxima = torch.full_like(before, 7.0)
-    maxima[0, 0, 0] = float("nan")
-    sizes = {"LIST_X": False, "BLOCK_OWN": 16, "BLOCK_D": 256}
-    hard_similarity._cosine_kernel[(-(-Bx * P // 16),)](
-        maxima, winners, x, e, None, None, Bx, Be, P, Q, D, **sizes, num_warps=1
-    )
-    exact = torch.einsum(
-        "ild,ijld->ijl", x.double(), e.double()[torch.arange(Be)[:, None], winners.clamp(min=0).long()]
-    )
+    _, before = hard_similarity.forward(x, e, x_mask, e_mask, "sum", 1.0, True)
+    winners = winners_of(before)
     won = winners >= 0
     assert won.all() != masked
-    assert maxima[0, 0, 0].isnan()
-    maxima[0, 0, 0] = exact[0, 0, 0]
-    torch.testing.assert_close(maxima[won].double(), exact[won], rtol=0, atol=2e-7)
-    assert (maxima[~won] == 7).all()
-    torch.testing.assert_close(before[won].double(), exact[won], rtol=0, atol=2e-7)
+    values = torch.full(before.shape, 7.0)
+    values[0, 0, 0] = float("nan")
+    matches = (values.view(torch.int32).long() << 32) | (winners & 0xFFFFFFFF)
+    sections = [sections_of(buffer_of(mask, None), *t.shape[:2]) for t, mask in ((x, x_mask), (e, e_mask))]
+    sizes = {"LIST_X": masked, "LIST_E": masked, "BLOCK_OWN": 16, "BLOCK_D": 256}
+    match._cosine_kernel[(-(-Bx * P // 16),)](
+        matches, x, e, *sections[0][-2:], sections[1][1], Bx, Be, P, Q, D, **sizes, num_warps=1
+    )
+    exact = torch.einsum("ild,ijld->ijl", x.double(), e.double()[torch.arange(Be)[:, None], winners.clamp(min=0)])
+    got = values_of(matches)
+    assert torch.equal(winners_of(matches), winners)
+    assert got[0, 0, 0].isnan()
+    got[0, 0, 0] = exact[0, 0, 0]
+    torch.testing.assert_close(got[won].double(), exact[won], rtol=0, atol=2e-7)
+    assert (got[~won] == 7).all()
 
 
-@pytest.mark.parametrize(("dtype", "scale", "changes"), [(torch.float32, 4.0, False), (torch.float32, 1.0, True),
-                                                         (torch.float16, 4.0, True)])  # fmt: skip
-def test_weights_add_up_to_one_whatever_sim_was_rounded_to(dtype, scale, changes):
-    x, e, *_ = inputs(2, 3, 9, 7, 16, dtype)
-    sim, maxima, winners = hard_similarity.forward(x, e, None, None, "lse", scale, True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.2, 1.0, 50.0, 1e4, 1e6])
+@pytest.mark.parametrize("P", [1, 77, 130, 300])
+def test_weights_of_every_pool(P, scale, dtype):
+    """Of given maxima, against float64: similarities, and weights in place. What is not pooled is not read."""
+    Bx, Be = 3, 18
+    maxima = (torch.rand(Bx, Be, P) * 2 - 1).to(dtype)
+    maxima[0, 0, -1] = maxima[0, 0, 0]
+    winners = torch.randint(0, 500, (Bx, Be, P))
+    x_mask, counts = torch.rand(Bx, P) < 0.7, torch.ones(Be, dtype=torch.int32)
+    x_mask[1], x_mask[0, 0], counts[3] = False, True, 0
+    kept = x_mask[:, None, :] & (counts > 0)[None, :, None]
+    width, integers = (32, torch.int32) if dtype == torch.float32 else (16, torch.int16)
+    garbage = torch.where(kept, maxima, torch.tensor(float("nan"), dtype=dtype))
+    matches = garbage.view(integers).long() << width | (winners & (2**width - 1))
+    matches = matches if width == 32 else matches.to(torch.int32)
+    exact, n = maxima.double().masked_fill(~kept, 0), kept.sum(-1)
+    z = (scale * exact).masked_fill(~kept, -torch.inf)
+    some = torch.where(n > 0, 1.0, 0.0)
+    for how in ("lse", "log_mean", "sum", "mean"):
+        if how == "log_mean" and scale >= FLAT:
+            continue
+        saved = matches.clone()
+        sim = pooling.pool(saved, x_mask, counts, how, scale, True)
+        assert torch.equal(sim, pooling.pool(garbage, x_mask, counts, how, scale, False))
+        right, weights = exact.sum(-1), kept.double()
+        if how == "mean":
+            right = right / n.clamp(min=1)
+        elif how == "lse":
+            right, weights = z.logsumexp(-1).nan_to_num(0, neginf=0) / scale, z.softmax(-1).nan_to_num(0)
+        elif how == "log_mean":
+            right = torch.log1p(torch.expm1(scale * exact).sum(-1) / n.clamp(min=1)) / scale
+            weights = torch.exp(scale * (exact - right.unsqueeze(-1))) * kept
+        torch.testing.assert_close(sim.double(), right * some, rtol=1e-6, atol=1e-6)
+        unit = 2**-24 if dtype == torch.float32 else 2**-11
+        got = values_of(saved).double()
+        assert ((got - weights).abs() <= 8 * unit * weights + 1e-6 * (dtype == torch.float16) + 1e-9).all()
+        assert torch.equal(winners_of(saved), winners.masked_fill(~kept, -1))
 
-    def gradients(sim):
-        return hard_similarity.backward(torch.ones(2, 3), sim, maxima, winners, x, e, None, None, "lse", scale)
 
-    expected, got = gradients(sim), gradients(sim + 0.01)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) != changes for a, b in zip(got, expected, strict=True))
+@pytest.mark.parametrize("how", ["lse", "log_mean", "sum", "mean"])
+def test_a_nan_maximum_has_nan_weights_and_no_pair_else(how):
+    maxima = torch.rand(2, 3, 300)
+    maxima[1, 2, 280] = float("nan")
+    matches = maxima.view(torch.int32).long() << 32 | 5
+    sim = pooling.pool(matches, None, None, how, 0.1, True)
+    broken = torch.zeros(2, 3, dtype=torch.bool)
+    broken[1, 2] = True
+    assert torch.equal(sim.isnan(), broken)
+    assert torch.equal(values_of(matches).isnan(), broken.unsqueeze(-1).expand(2, 3, 300))
+    assert (winners_of(matches) == 5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("D", [16, 530, 1030, 2050])
+def test_the_gradient_through_the_normalisation_in_place(D, masked, dtype):
+    """In `units`, whose rows become the gradient of the tokens they were made of; de is added to what there is."""
+    torch.manual_seed(D)
+    tokens = torch.randn(3, 9, D).double()
+    _, e, x_mask, e_mask = inputs(3, 4, 9, 7, D, dtype, masked)
+    tokens[0, 1] = 0
+    if masked:
+        tokens = tokens.masked_fill(~x_mask.unsqueeze(-1), 0)
+    lengths = tokens.norm(dim=-1)
+    lengths = torch.where(lengths == 0, 1, lengths)
+    units = (tokens / lengths.unsqueeze(-1)).to(dtype)
+    dsim = torch.randn(3, 4)
+    _, matches = hard_similarity.forward(units, e, x_mask, e_mask, "lse", 2.0, True)
+    dx, de = hard_similarity.backward(dsim, matches, units.float(), e.float(), x_mask, e_mask, "lse")
+    exact = dx.double() - units.double() * (units.double() * dx).sum(-1, keepdim=True)
+    exact = exact / lengths.unsqueeze(-1)
+    before = torch.randn(e.shape)
+    added, lists = before.clone(), [buffer_of(mask, None) for mask in (x_mask, e_mask)]
+    hard_similarity.add_gradients(
+        dsim, matches, units, e, x_mask, "lse", *lists, (1 / lengths).float(), added, accumulate=True
+    )
+    assert_close([units.float()], [exact.float()], 2e-6 if dtype == torch.float32 else 1e-3)
+    assert_close([added], [before + de], 2e-6 if dtype == torch.float32 else 1e-3)
 
 
 def test_operands_are_the_nearest_tf32(monkeypatch):

@@ -80,10 +80,10 @@ def test_opcheck_hard_similarity(dtype, pool):
     args = (x.requires_grad_(), e.requires_grad_(), *masks().values(), pool, 1.0, True, "triton")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(hard_similarity_op, args, test_utils=tests)
-    sim, maxima, winners = (t.detach() for t in hard_similarity_op(*args))
+    sim, *saved = (t.detach() for t in hard_similarity_op(*args))
     torch.library.opcheck(
         hard_similarity_backward_op,
-        (torch.ones_like(sim), sim, maxima, winners, x.detach(), e.detach(), *args[2:6], "triton"),
+        (torch.ones_like(sim), *saved, x.detach(), e.detach(), *args[2:5], "triton"),
         test_utils=tests,
     )
 
@@ -137,7 +137,7 @@ def test_products_in_tf32_read_rounded_operands(operation):
         return value_and_grads(lambda v, t: operation(v, t, **backend, **options), [image.to(dtype), text.to(dtype)])
 
     exact = run(torch.float64)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("medium")  # "high" matches with three products
     try:
         got = run(torch.float32, backend="triton")
     finally:

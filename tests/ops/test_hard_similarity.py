@@ -128,11 +128,12 @@ def test_ties_go_to_the_lowest_k():
 
 def test_no_gradient_needed_saves_nothing():
     x, e = draw(2, 2, 3, 4, 5)
-    _, maxima, winners = module.hard_similarity_op(x, e, None, None, "lse", 1.0, False, "torch")
-    assert maxima.numel() == winners.numel() == 0
-    _, maxima, winners = module.hard_similarity_op(x, e, None, None, "lse", 1.0, True, "torch")
+    _, weights, winners = module.hard_similarity_op(x, e, None, None, "lse", 1.0, False, "torch")
+    assert weights.numel() == winners.numel() == 0
+    _, weights, winners = module.hard_similarity_op(x, e, None, None, "lse", 1.0, True, "torch")
     assert winners.dtype == torch.int16
-    assert winners.shape == maxima.shape == (2, 2, 3)
+    assert winners.shape == weights.shape == (2, 2, 3)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, dtype=weights.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -37,10 +37,10 @@ def test_opcheck_hard_similarity(pool, masked):
     x_mask, e_mask = (torch.rand(2, 3) > 0.3, torch.rand(3, 5) > 0.3) if masked else (None, None)
     args = (x.requires_grad_(), e.requires_grad_(), x_mask, e_mask, pool, 1.0, True, "torch")
     torch.library.opcheck(hard_similarity_op, args)
-    sim, maxima, winners = (t.detach() for t in hard_similarity_op(*args))
+    sim, *saved = (t.detach() for t in hard_similarity_op(*args))
     torch.library.opcheck(
         hard_similarity_backward_op,
-        (torch.ones_like(sim), sim, maxima, winners, x.detach(), e.detach(), x_mask, e_mask, pool, 1.0, "torch"),
+        (torch.ones_like(sim), *saved, x.detach(), e.detach(), x_mask, e_mask, pool, "torch"),
     )
 
 
@@ -272,7 +272,7 @@ def test_a_checkout_without_its_kernels_says_so(monkeypatch):
 
 
 OUTPUTS = {
-    "hard_similarity": [(2, 3), (2, 3, 4), (2, 3, 4)],
+    "match_and_pool": [(2, 3), (2, 3, 4), (2, 3, 4)],
     "row_norms": [(2, 2, 1)],
     "similarity_distribution": [(), (2, 4, 2), (2, 2, 2), (2, 4), (2,)],
     "sparse_aggregation": [(2, 4, 5), (2, 4)],
@@ -289,7 +289,7 @@ def test_an_operator_with_other_outputs_has_another_name(name):
     with FakeTensorMode():
         x, e, ids = torch.randn(2, 4, 5), torch.randn(3, 6, 5), torch.arange(2)
         arguments = {
-            "hard_similarity": (x, e, None, None, "lse", 1.0, True, "torch"),
+            "match_and_pool": (x, e, None, None, "lse", 1.0, True, "torch"),
             "row_norms": (x[:, 0], False, False),
             "similarity_distribution": (x[:, 0], x[:, 1], ids, None, None, 50.0, "torch", *row_loss),
             "sparse_aggregation": (e[:2], x, None, None, None, False, "torch"),

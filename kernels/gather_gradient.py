@@ -1,0 +1,120 @@
+"""dx of a match: every token of x gathers the tokens that won for it; with unit rows given, through the normalisation.
+
+    dx(dsim [Bx, Be] float32, matches [Bx, Be, P], e [Be, Q, D], rows, row_count, out [Bx, P, D], units, inverse) -> out
+
+    dx_il = sum_j w_ijl e_jk*,   w_ijl = dsim_ij p_ijl,   p and the winner k* from `matches` (pool.py made them)
+
+With `units` [Bx, P, D] (x = t / |t| of the tokens t) and `inverse` [Bx, P] = 1 / |t| the result is the gradient of t:
+(dx - x (x . dx)) / |t|. `units` may be `out`: a program reads its rows before it writes them, and no other's.
+rows, row_count: tokens of x that a mask leaves (token_lists.py), or None; the others get zeros.
+
+A row gathers one e_jk* a sample: Q times fewer operations than the match. A program has all of D of its rows, so that
+a match is read once and the normalisation is an epilogue: two rows of 512 numbers or one of 1024 in a warp, a wider
+one in several. Sums are float32, of float32 tokens CHAIN samples at a time: one chain over a large batch would lose a
+digit. Deterministic: see CONTRIBUTING.md, "A kernel file".
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import LARGE, all_registers, choose, launch, on_device
+from ._matches import listed_rows, unpack
+from ._tile import load_rows
+
+# (BLOCK_OWN rows of dx, their numbers BLOCK_D, num_warps, UNROLL samples whose loads are made together)
+DX = {
+    (LARGE, "half"): (2, 512, 1, 2),
+    (LARGE, "tf32"): (2, 512, 1, 1),
+    (LARGE, "ieee"): (2, 512, 1, 1),
+}
+WIDE_ROW = 1024  # numbers of a row of more than BLOCK_D that one warp has; a row is a program's
+MOST_WARPS = 16
+CHAIN = 16  # samples whose float32 sum is made on its own
+
+
+@triton.jit(do_not_specialize=["dsim_ptr", "Bx", "Be", "P", "Q"])
+def _dx_kernel(
+    dsim_ptr,  # [Bx, Be] float32
+    matches_ptr,  # [Bx, Be, P] int32 or int64
+    e_ptr,  # [Be, Q, D]
+    rows_ptr,  # [Bx P] int32: the tokens that are left first, then the others; or None
+    row_count_ptr,  # [1] int32: how many are left; or None
+    units_ptr,  # [Bx P, D], may be dx; or None
+    inverse_ptr,  # [Bx P] float32, or None
+    dx_ptr,  # [Bx P, D]
+    Bx,
+    Be,
+    P,
+    Q,
+    D,
+    LIST_X: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    """Grid (row blocks): dx_il = sum_j w_ijl e_jk*."""
+    WIDE: tl.constexpr = matches_ptr.dtype.element_ty == tl.int64
+    CHAINED: tl.constexpr = e_ptr.dtype.element_ty == tl.float32
+    start = tl.program_id(0) * BLOCK_OWN
+    row, i, l, row_mask = listed_rows(rows_ptr, row_count_ptr, start, Bx * P, P, LIST_X, BLOCK_OWN)
+    d = tl.arange(0, BLOCK_D)
+    dx = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    samples = Be
+    if LIST_X:
+        samples = tl.where(start < tl.load(row_count_ptr), Be, 0)
+    pair = dsim_ptr + i * Be
+    match = matches_ptr + i * Be * P + l
+    for j in tl.range(0, samples, loop_unroll_factor=UNROLL):
+        weight, winner = unpack(tl.load(match + tl.cast(j, tl.int64) * P, mask=row_mask, other=-1), WIDE)
+        won = winner >= 0
+        w = tl.load(pair + j, mask=won, other=0.0) * weight
+        e = load_rows(e_ptr + tl.cast(j, tl.int64) * Q * D, winner.to(tl.int64), won, d, D)
+        dx += tl.where(won, w, 0.0)[:, None] * e.to(tl.float32)
+        if CHAINED:  # noqa: SIM102, settled when compiled
+            if (j + 1) % CHAIN == 0:
+                total += dx
+                dx = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    if CHAINED:
+        dx += total
+    if NORMALISED:
+        unit = load_rows(units_ptr, row, row_mask, d, D).to(tl.float32)
+        dx -= unit * tl.sum(unit * dx, 1)[:, None]
+        dx *= tl.load(inverse_ptr + row, mask=row_mask, other=0.0)[:, None]
+    if LIST_X:  # the others get the zeros that they have been added up to
+        exists = start + tl.arange(0, BLOCK_OWN) < Bx * P
+        row = tl.load(rows_ptr + start + tl.arange(0, BLOCK_OWN), mask=exists, other=0).to(tl.int64)
+        row_mask = exists
+    out = dx_ptr + row[:, None] * D + d[None, :]
+    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
+
+
+def dx(
+    dsim: Tensor,
+    matches: Tensor,
+    e: Tensor,
+    rows: Tensor | None,
+    row_count: Tensor | None,
+    out: Tensor,
+    units: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Tensor:
+    """Writes all of `out`."""
+    (Bx, Be, P), (_, Q, D) = matches.shape, e.shape
+    own, width, warps, unroll = choose(DX, e)
+    if D <= width:
+        width = min(width, triton.next_power_of_2(D))
+    else:
+        own, width = 1, triton.next_power_of_2(D)
+        warps = min(max(1, width // WIDE_ROW), MOST_WARPS)
+    with on_device(e):
+        launch(
+            _dx_kernel, (triton.cdiv(Bx * P, own),),
+            dsim, matches, e, rows, row_count, units, inverse, out, Bx, Be, P, Q, D,
+            LIST_X=rows is not None, NORMALISED=units is not None, BLOCK_OWN=own, BLOCK_D=width, UNROLL=unroll,
+            CHAIN=CHAIN, num_warps=warps, **(all_registers(e.device) if e.element_size() == 2 else {}),
+        )  # fmt: skip
+    return out
