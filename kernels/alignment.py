@@ -49,9 +49,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved]:
     """text_sim, image_sim, and what the backward needs; without `save` there are no matches."""
     image, text = image.contiguous(), text.contiguous()
-    raw_joint, row_sum = aggregation.forward(image, text, image_mask, text_mask, sparsity)
-    joint, inverse = unit_rows.forward(raw_joint, text_mask, text.dtype)
-    del raw_joint
+    raw, row_sum = aggregation.forward(image, text, image_mask, text_mask, sparsity)
+    joint, inverse = unit_rows.forward(raw, text_mask, text.dtype)
+    del raw
     text_lists, image_lists = (None if mask is None else token_lists.make(mask) for mask in (text_mask, image_mask))
 
     def similarity(tokens: Tensor, mask: Tensor | None, lists: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,5 +91,5 @@ def backward(
             dsim, matches, unit, joint, mask, pool, lists, saved.text_lists, inverse, de, accumulate=number > 0
         )
     unit_rows.backward(de, joint, saved.inverse, text_mask, out=de)
-    aggregation.backward(de, image, text, image_mask, text_mask, sparsity, saved.row_sum, dimage, dtext)
+    aggregation.backward(de, image, text, image_mask, sparsity, saved.row_sum, dimage, dtext)
     return dimage, dtext

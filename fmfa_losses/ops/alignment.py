@@ -46,16 +46,14 @@ _SAVED = "Tensor joint, Tensor inverse, Tensor row_sum, Tensor text_matches, Ten
 
 
 @operator(
-    f"alignment({_TOKENS}, float? sparsity, str pool, float pool_scale, bool save)"
-    f" -> ({', '.join(['Tensor'] * 9)})"
+    f"alignment({_TOKENS}, float? sparsity, str pool, float pool_scale, bool save) -> ({', '.join(['Tensor'] * 9)})"
 )
 def alignment_op(image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save):  # type: ignore[no-untyped-def]
     from fmfa_losses.kernels import alignment as kernels
 
     arguments = (image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save)
     text_sim, image_sim, saved = kernels.forward(*arguments)
-    nothing = image_tokens.new_empty(0, dtype=torch.int32) if None in saved else None
-    return text_sim, image_sim, *(nothing if x is None else x for x in saved)
+    return text_sim, image_sim, *(image_tokens.new_empty(0, dtype=torch.int32) if x is None else x for x in saved)
 
 
 @operator(
@@ -106,11 +104,11 @@ def _backward(ctx: Any, dtext_sim: Tensor | None, dimage_sim: Tensor | None, *_:
     if dtext_sim is None and dimage_sim is None:
         return (None,) * 8
     B = ctx.saved_tensors[0].shape[0]
-    dtext_sim, dimage_sim = (
-        ctx.saved_tensors[1].new_zeros(B, B) if x is None else x for x in (dtext_sim, dimage_sim)
-    )
-    gradients = alignment_backward_op(dtext_sim, dimage_sim, *ctx.saved_tensors, ctx.sparsity, ctx.pool)
+    dtext_sim, dimage_sim = (ctx.saved_tensors[1].new_zeros(B, B) if x is None else x for x in (dtext_sim, dimage_sim))
+    gradients = _align_backward(dtext_sim, dimage_sim, *ctx.saved_tensors, ctx.sparsity, ctx.pool)
     return *gradients, *(None,) * 6
 
 
-_align = differentiable_once(alignment_op, alignment_backward_op, _backward, _setup_context, "efa_loss", "EFA")
+_align, _align_backward = differentiable_once(
+    alignment_op, alignment_backward_op, _backward, _setup_context, "efa_loss", "EFA"
+)

@@ -222,6 +222,13 @@ def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
     return _backward_torch(dsim, weights, winners, x, e, x_mask, pool)
 
 
+def matches_like(x: Tensor, shape: tuple[int, int, int], Q: int, save: bool) -> Tensor:
+    """What the kernels save for tokens x [Bx, P, D] and samples of Q tokens, kernels/_matches.py: empty memory."""
+    # A Q that is only known when it runs: the kernels are not traced, torch.compile asks here.
+    dtype = torch.int64 if x.dtype == torch.float32 or Q > INT16 else torch.int32
+    return x.new_empty(shape if save else (0,), dtype=dtype)
+
+
 @torch.library.register_fake(hard_similarity_op)
 def _fake(  # type: ignore[no-untyped-def]
     x, e, x_mask, e_mask, pool, pool_scale, save, backend, x_lists=None, e_lists=None
@@ -230,9 +237,7 @@ def _fake(  # type: ignore[no-untyped-def]
     matches = (*pairs, x.shape[1])
     acc = accumulation_dtype(x)
     if backend == "triton":
-        # kernels/_matches.py. A Q that is only known when it runs: the kernels are not traced, torch.compile asks here.
-        saved = torch.int64 if x.dtype == torch.float32 or e.shape[1] > INT16 else torch.int32
-        weights = x.new_empty(matches if save else (0,), dtype=saved)
+        weights = matches_like(x, matches, e.shape[1], save)
         return x.new_empty(pairs, dtype=acc), weights, weights.new_empty(0)
     return (
         x.new_empty(pairs, dtype=acc),

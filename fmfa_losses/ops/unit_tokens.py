@@ -33,9 +33,7 @@ def unit_tokens_op(x, mask, dtype):  # type: ignore[no-untyped-def]
     return kernels.forward(x, mask, dtype)
 
 
-@operator(
-    "unit_tokens_backward(Tensor dunit, Tensor unit, Tensor inverse, Tensor? mask, ScalarType dtype) -> Tensor"
-)
+@operator("unit_tokens_backward(Tensor dunit, Tensor unit, Tensor inverse, Tensor? mask, ScalarType dtype) -> Tensor")
 def unit_tokens_backward_op(dunit, unit, inverse, mask, dtype):  # type: ignore[no-untyped-def]
     from fmfa_losses.kernels import unit_rows as kernels
 
@@ -63,9 +61,9 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, dunit: Tensor | None, dinverse: Tensor | None) -> Any:
     if dunit is None:
         return None, None, None
-    return unit_tokens_backward_op(dunit, *ctx.saved_tensors, ctx.dtype), None, None
+    return _unit_backward(dunit, *ctx.saved_tensors, ctx.dtype), None, None
 
 
-_unit = differentiable_once(
+_unit, _unit_backward = differentiable_once(
     unit_tokens_op, unit_tokens_backward_op, _backward, _setup_context, "hard_similarity", "EFA"
 )

@@ -111,8 +111,7 @@ def test_no_matches_are_kept_without_a_gradient():
     assert [alignment_op(*arguments, save)[5].numel() for save in (False, True)] == [0, B * B * L]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.float32, True), (torch.float16, False)])
 def test_opcheck(dtype, masked):
     both = masks() if masked else (None, None)
     inputs = [x.requires_grad_() for x in tokens(dtype)]

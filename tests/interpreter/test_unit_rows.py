@@ -37,7 +37,9 @@ def test_values_and_gradients(shape, dtype):
 
 def test_a_float32_row_in_half_precision_is_rounded_once():
     x = torch.randn(4, 9)
-    assert torch.equal(unit_rows.forward(x, None, torch.float16)[0], unit_rows.forward(x, None, torch.float32)[0].half())
+    assert torch.equal(
+        unit_rows.forward(x, None, torch.float16)[0], unit_rows.forward(x, None, torch.float32)[0].half()
+    )
 
 
 def test_masked_rows_are_zero_whatever_they_hold():
