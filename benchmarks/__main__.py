@@ -14,6 +14,7 @@ COMMANDS = {
     "prebuild": ("benchmarks.gpu.prebuild", "the kernels of a GPU run, compiled for that machine without its GPU"),
     "compile-check": ("benchmarks.compile_check", "every kernel compiled for every architecture, without a GPU"),
     "launches": ("benchmarks.launches", "what a step launches, compiles, moves and allocates, without a GPU"),
+    "host": ("benchmarks.host", "host time of a training step, on a GPU that launches nothing"),
     "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
 }
 

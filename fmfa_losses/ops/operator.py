@@ -3,6 +3,10 @@
 Below autograd and opaque to torch.compile, like `torch.library.custom_op`, which at its first call would import torch's
 compiler: 150 MB and two seconds that an eager training run does not need.
 
+`differentiable_once` returns what the library calls. In eager mode that is the implementation itself, inside of a plain
+autograd.Function: the dispatcher costs more host time than the launches of a small batch. Whoever traces, transforms or
+replaces what runs (torch.compile, torch.export, torch.func, forward-mode AD, fake tensors) meets the operator.
+
 `register_gradient` is `torch.library.register_autograd` with two differences: torch.func (grad, vjp, jacrev, vmap of
 them) passes through it, and forward-mode AD is right or an error. PyTorch's own ignores tangents in silence.
 """
@@ -21,6 +25,7 @@ __all__ = ["differentiable_once", "never_compiled", "operator", "refusals", "reg
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_implementations: dict[Any, Callable[..., Any]] = {}  # by operator
 _library = torch.library.Library("fmfa_losses", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -37,6 +42,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
         name = _library.define(schema)  # type: ignore[no-untyped-call]
         _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         op = getattr(torch.ops.fmfa_losses, name.partition("::")[2] or name).default
+        _implementations[op] = implementation
 
         def one_by_one(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
             batched = list(zip(inputs, in_dims, strict=True))
@@ -124,22 +130,95 @@ def differentiable_once(
     setup_context: Callable[..., None],
     name: str,
     losses: str,
-) -> None:
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`register_gradient` with a backward made of `backward_op`, which has no gradient itself.
 
     A second derivative raises, and so does forward-mode AD. Without it PyTorch takes the gradient for a constant, and a
     gradient penalty would change nothing.
 
     Args:
-        op, backward, setup_context: as above.
-        backward_op: the operator that `backward` calls.
+        op, backward, setup_context: as above; the contexts do what those of an autograd.Function can.
+        backward_op: the operator of the gradient.
         name: what the user calls.
         losses: those that are made of it.
+
+    Returns:
+        What to call instead of `op` and, in `backward`, of `backward_op`. They take every argument, by position.
     """
 
     refuse_second, refuse_forward = refusals(name, losses)
     register_gradient(op, backward, setup_context, refuse_forward)
     register_gradient(backward_op, refuse_second, lambda ctx, inputs, output: None, refuse_forward)
+    return _direct(op, backward, setup_context), _direct_gradient(backward_op)
+
+
+def _direct(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """Calls the implementation of an operator where nothing but autograd must know of the call, else the operator."""
+    implementation = _implementations[op]
+    saves = [n for n, argument in enumerate(op._schema.arguments) if argument.name == "save"]
+
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        if saves:
+            inputs = tuple(True if n in saves else x for n, x in enumerate(inputs))
+        with torch._C._AutoDispatchBelowAutograd():  # as the operator: its outputs are views of nothing
+            output = implementation(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(op._opname, (torch.autograd.Function,), methods)
+    # What Function.apply does before this is for torch.func.
+    apply = super(torch.autograd.Function, function).apply
+
+    def call(*inputs: Any) -> Any:
+        if not _nothing_but_autograd(inputs):
+            return op(*inputs)
+        if torch.is_grad_enabled():
+            for x in inputs:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*inputs)
+
+    return call
+
+
+def _direct_gradient(op: Any) -> Callable[..., Any]:
+    """The same for a gradient: with create_graph the operator, whose own gradient says that there is none."""
+    implementation = _implementations[op]
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _nothing_but_autograd(inputs):
+            return op(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*inputs)
+
+    return call
+
+
+# Of dispatch modes these replace what runs; others, such as counters, see what the implementation does.
+_MODES = (
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _nothing_but_autograd(inputs: tuple[Any, ...]) -> bool:
+    """Whether this is an eager call on real tensors, which nobody traces or transforms."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return False
+    if forward_ad._current_level >= 0 or torch._ops._len_torch_dispatch_stack_pre_dispatch():  # type: ignore[no-untyped-call]
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        for mode in _MODES:
+            if torch._C._get_dispatch_mode(mode) is not None:
+                return False
+    for x in inputs:  # noqa: SIM110, faster than any()
+        if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta):
+            return False
+    return True
 
 
 def refusals(name: str, losses: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

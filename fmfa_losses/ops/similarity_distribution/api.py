@@ -24,6 +24,7 @@ from .reference import RowLoss, similarity_distribution_loss_reference
 
 __all__ = [
     "RowLoss",
+    "refuse_capture",
     "row_loss",
     "similarity_distribution_loss",
     "similarity_distribution_loss_reference",
@@ -107,7 +108,7 @@ def row_loss(
     if chosen == "torch" and whole.takes(queries, keys, spec):
         return whole.whole_row_loss(queries, keys, pids, image_ids, scale, spec)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    loss: Tensor = similarity_distribution_op(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
+    loss: Tensor = _similarity_distribution(queries, keys, pids, image_ids, tensor, number, chosen, *spec)[0]
     return loss
 
 
@@ -153,7 +154,7 @@ _ROW_LOSS = (
 def similarity_distribution_op(  # type: ignore[no-untyped-def]
     queries, keys, pids, image_ids, logit_scale, scale, backend, *row_loss
 ):
-    _refuse_capture(logit_scale, queries)
+    refuse_capture(logit_scale, queries)
     spec, (tiles, block_backend) = RowLoss(*row_loss), _implementation(backend, queries, keys)
     if tiles is not None:
         return tiles.forward(queries, keys, pids, image_ids, logit_scale, scale, spec)
@@ -171,7 +172,7 @@ def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
     dloss, final, index, norms, label_sum, queries, keys, pids, image_ids, logit_scale, scale, scale_gradient,
     backend, *row_loss
 ):  # fmt: skip
-    _refuse_capture(logit_scale, queries)
+    refuse_capture(logit_scale, queries)
     spec, (tiles, block_backend) = RowLoss(*row_loss), _implementation(backend, queries, keys)
     arguments = (dloss, final, index, norms, label_sum, queries, keys, pids, image_ids)
     if tiles is not None:
@@ -181,7 +182,7 @@ def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
         return blocks.backward(*arguments, scale, scale_gradient, spec, block_backend)
 
 
-def _refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
+def refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
     """The host reads a scale on the CPU while it launches: a CUDA graph would keep the number that it was then."""
     if logit_scale is None or not queries.is_cuda or not logit_scale.is_cpu:
         return
@@ -237,7 +238,7 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     if dloss is None:
         return (None,) * (7 + len(row_loss))
     scale_gradient = ctx.needs_input_grad[4]
-    dqueries, dkeys, dscale = similarity_distribution_backward_op(
+    dqueries, dkeys, dscale = _similarity_distribution_backward(
         dloss, *saved, logit_scale, scale, scale_gradient, backend, *row_loss
     )
     # A scale that the user keeps on the CPU gets its gradient there.
@@ -245,7 +246,7 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     return dqueries, dkeys, None, None, dscale, *[None] * (2 + len(row_loss))
 
 
-differentiable_once(
+_similarity_distribution, _similarity_distribution_backward = differentiable_once(
     similarity_distribution_op,
     similarity_distribution_backward_op,
     _backward,
