@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 
 from ..distributed.peers import Peers
 from ..ops.aggregation import aggregate
+from ..ops.alignment import alignment_similarities
 from ..ops.backend import select_backend
 from ..ops.checks import (
     check_divisor,
@@ -33,7 +34,9 @@ from ..ops.checks import (
 from ..ops.hard_similarity import FLAT, UnitTokens, token_lists, unit_similarity
 from ..ops.options import NEGATIVES, Negatives
 from ..ops.padding import longest
-from ..ops.precision import accumulation_dtype, unit_rows
+from ..ops.precision import accumulation_dtype
+from ..ops.ranking import rank
+from ..ops.unit_tokens import unit_tokens
 from .loss import Loss, ScaledOptions, functional, hyperparameter
 from .scores import check_weight, resolve_scale
 
@@ -52,32 +55,36 @@ def _similarities(
     pool_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each; masked-out text is 0.
+    """S of the own texts and of the own images (rows) with all joint embeddings, [b, B] each.
 
     Everything is normalised once, before it travels. `joint` serves both similarities, so its gradients from both, and
     from all ranks, are added up before they pass through the normalisation.
     """
+    if backend == "triton" and peers.group is None and image_tokens.dtype == text_tokens.dtype:
+        masks = image_mask, text_mask
+        return alignment_similarities(
+            image_tokens, text_tokens, *masks, sparsity=sparsity, pool=pool, pool_scale=pool_scale
+        )
     dtype = accumulation_dtype(image_tokens, text_tokens)
-    joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend)
-    # Masked-out text is zero already, and joint embeddings are finite there: no need to fill them again.
-    joint, text = unit_rows(joint, dtype=dtype, backend=backend), unit_rows(text_tokens, dtype=dtype, backend=backend)
-    image = unit_rows(image_tokens, image_mask, dtype=dtype, backend=backend)
     # The tensor cores multiply in the precision of the tokens.
     text_dtype, image_dtype = (text_tokens.dtype, image_tokens.dtype) if backend == "triton" else (dtype, dtype)
-    if backend == "triton":
-        text_lists, image_lists = token_lists(text_mask, backend), token_lists(image_mask, backend)
-    else:
-        text_lists = image_lists = None
+    joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend, text_mask=text_mask)
+    joint = unit_tokens(joint, None, dtype, backend)  # zero where masked out
+    text, image = (
+        unit_tokens(text_tokens, text_mask, text_dtype, backend),
+        unit_tokens(image_tokens, image_mask, image_dtype, backend),
+    )
+    text_lists, image_lists = token_lists(text_mask, backend), token_lists(image_mask, backend)
 
     def both(
         text: Tensor, image: Tensor, joint: Tensor, mask: Tensor | None, lists: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         joints = UnitTokens(joint.to(text_dtype), mask, lists)
-        texts = UnitTokens(text.to(text_dtype), text_mask, text_lists)
+        texts = UnitTokens(text, text_mask, text_lists)
         text_sim = unit_similarity(texts, joints, pool=pool, pool_scale=pool_scale, backend=backend)
         if image_dtype != text_dtype:
             joints = UnitTokens(joint.to(image_dtype), mask, lists)
-        images = UnitTokens(image.to(image_dtype), image_mask, image_lists)
+        images = UnitTokens(image, image_mask, image_lists)
         return text_sim, unit_similarity(images, joints, pool=pool, pool_scale=pool_scale, backend=backend)
 
     if peers.group is None:
@@ -129,11 +136,11 @@ def _ranking(
     sim: Tensor,
     excluded: Tensor,
     margin: float,
-    temperature: float | Tensor,
+    scale: float | Tensor,
     offset: int,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """log sum_{j not excluded} exp((S_ij - S_ii + margin) / temperature), [..., b]; 0 for a row without negatives.
+    """log sum_{j not excluded} exp((S_ij - S_ii + margin) scale), [..., b]; 0 for a row without negatives.
 
     Row i of sim [..., b, B] belongs to column offset + i; excluded [b, B]. `levels` [..., b, B] are added to the
     differences; the largest one of a row, which may leave the others no digits, after the sum.
@@ -144,9 +151,9 @@ def _ranking(
         top = levels.masked_fill(excluded, lowest).amax(dim=-1, keepdim=True)
         logits = logits + (levels - top)
     # Finite, so that a row without negatives has a finite gradient for its last fill to stop.
-    terms = (logits / temperature).masked_fill(excluded, lowest).logsumexp(dim=-1)
+    terms = (logits * scale).masked_fill(excluded, lowest).logsumexp(dim=-1)
     if top is not None:
-        terms = terms + top.squeeze(-1) / temperature
+        terms = terms + top.squeeze(-1) * scale
     return terms.masked_fill(excluded.all(dim=1), 0)
 
 
@@ -272,32 +279,33 @@ class EFALoss(Loss):
         peers: Peers,
     ) -> Tensor:
         """The four terms of the own pairs, added, [b]."""
-        if text_mask is not None:
-            if not self.gather:  # what travels has the same L everywhere
-                L = longest(text_mask)
-                text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
-            text_tokens = text_tokens.masked_fill(~text_mask.unsqueeze(-1), 0)
+        if text_mask is not None and not self.gather:  # what travels has the same L everywhere
+            L = longest(text_mask)
+            text_tokens, text_mask = text_tokens[:, :L], text_mask[:, :L]
         chosen = select_backend(self.backend, image_tokens, text_tokens)
         flat = self.pool_scale < FLAT
         text_sim, image_sim = _similarities(
             image_tokens, text_tokens, image_mask, text_mask, peers,
             sparsity=self.sparsity, pool="log_mean" if flat else "lse", pool_scale=self.pool_scale, backend=chosen,
         )  # fmt: skip
+        # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
+        # of the margins in each.
+        margin = (self.margin_text + self.margin_image) / 2
+        scale = 1 / self.temperature if logit_scale is None else resolve_scale(logit_scale, 1.0, text_sim)
+        if peers.group is None and not flat:
+            return rank(text_sim, image_sim, pids, margin, scale, chosen)
         b, B, offset = *text_sim.shape, peers.offset
         if pids is None:
             everyone = torch.arange(B, device=text_sim.device)
             excluded = everyone[offset : offset + b, None] == everyone
         else:
             excluded = pids[:, None] == peers.gather(pids)
-        # A margin is added to every logit of a row, and so to its term: the four terms add up to the same with the mean
-        # of the margins in each.
         sims = torch.stack([text_sim, image_sim, peers.transpose(text_sim), peers.transpose(image_sim)])
-        margin, levels = (self.margin_text + self.margin_image) / 2, None
+        levels = None
         if flat:
             levels = _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype)
             levels = levels / self.pool_scale
-        temperature = self.temperature if logit_scale is None else 1 / resolve_scale(logit_scale, 1.0, sims)
-        return _ranking(sims, excluded, margin, temperature, offset, levels).sum(dim=0)
+        return _ranking(sims, excluded, margin, scale, offset, levels).sum(dim=0)
 
 
 class EFAOptions(ScaledOptions, total=False):

@@ -119,7 +119,7 @@ def aggregate(
         acc = accumulation_dtype(image_tokens, text_tokens)
         image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
     inputs = image_tokens, text_tokens, image_mask, text_mask
-    joint: Tensor = sparse_aggregation_op(*inputs, sparsity, strict, backend)[0]
+    joint: Tensor = _aggregation(*inputs, sparsity, strict, backend)[0]
     return joint
 
 
@@ -182,10 +182,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, djoint, drow_sum):  # type: ignore[no-untyped-def]
     if djoint is None:
         return (None,) * 7
-    return *sparse_aggregation_backward_op(djoint, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+    return *_aggregation_backward(djoint, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
-differentiable_once(
+_aggregation, _aggregation_backward = differentiable_once(
     sparse_aggregation_op, sparse_aggregation_backward_op, _backward, _setup_context, "sparse_aggregate", "EFA"
 )
 

@@ -42,7 +42,10 @@ def alignment_similarities(
 # tensor stands for None.
 
 _TOKENS = "Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor? text_mask"
-_SAVED = "Tensor joint, Tensor inverse, Tensor row_sum, Tensor text_matches, Tensor image_matches, Tensor text_lists, Tensor image_lists"
+_SAVED = (
+    "Tensor joint, Tensor inverse, Tensor row_sum, Tensor text_matches, Tensor image_matches, Tensor text_lists,"
+    " Tensor image_lists"
+)
 
 
 @operator(

@@ -23,6 +23,7 @@ from .checks import check_divisor, check_float, check_mask, check_option, check_
 from .operator import differentiable_once, operator
 from .options import POOLS, Backend, Pool
 from .precision import accumulation_dtype, full_precision, unit_rows
+from .unit_tokens import unit_tokens
 
 __all__ = [
     "FLAT",
@@ -118,9 +119,9 @@ def hard_similarity(
     check_option("pool", pool, POOLS)
     pool_scale = check_divisor("pool_scale", pool_scale)
     chosen = select_backend(backend, x, e)
-    dtype, product = accumulation_dtype(x, e), product_dtype(x, e, chosen)
+    product = product_dtype(x, e, chosen)
     x_units, e_units = (
-        UnitTokens(unit_rows(tokens, mask, dtype=dtype, backend=chosen).to(product), mask, token_lists(mask, chosen))
+        UnitTokens(unit_tokens(tokens, mask, product, chosen), mask, token_lists(mask, chosen))
         for tokens, mask in ((x, x_mask), (e, e_mask))
     )
     return unit_similarity(x_units, e_units, pool=pool, pool_scale=pool_scale, backend=chosen)
@@ -149,7 +150,7 @@ def unit_similarity(x: UnitTokens, e: UnitTokens, *, pool: str, pool_scale: floa
     """
     leveled = pool == "lse" and pool_scale < FLAT
     scale = min(max(float(pool_scale), SCALES[0]), SCALES[1])
-    sim: Tensor = hard_similarity_op(
+    sim: Tensor = _match_and_pool(
         x.rows, e.rows, x.mask, e.mask, "log_mean" if leveled else pool, scale, False, backend, x.lists, e.lists
     )[0]
     if not leveled:
@@ -265,11 +266,11 @@ def _backward(ctx, dsim, dweights, dwinners):  # type: ignore[no-untyped-def]
     if dsim is None:
         return (None,) * 10
     *tensors, x_lists, e_lists = ctx.saved_tensors
-    dx, de = hard_similarity_backward_op(dsim, *tensors, ctx.pool, ctx.backend, x_lists, e_lists)
+    dx, de = _match_and_pool_backward(dsim, *tensors, ctx.pool, ctx.backend, x_lists, e_lists)
     return dx, de, *(None,) * 8
 
 
-differentiable_once(
+_match_and_pool, _match_and_pool_backward = differentiable_once(
     hard_similarity_op, hard_similarity_backward_op, _backward, _setup_context, "hard_similarity", "EFA"
 )
 

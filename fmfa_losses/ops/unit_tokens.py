@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from .operator import differentiable_once, operator
-from .precision import accumulation_dtype, unit_rows
+from .precision import unit_rows
 
 __all__ = ["unit_tokens"]
 
 
 def unit_tokens(x: Tensor, mask: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
-    """u = x / |x| along the last dimension, computed in float32 or better and rounded to `dtype` once.
+    """u = x / |x| along the last dimension, computed in float32 or better and rounded once.
 
     Args:
         x: [B, T, D].
         mask: [B, T] bool; rows where it is False become zero vectors with zero gradient, whatever they held.
-        dtype: of the result.
+        dtype: of the result; float32 or float64 for the torch path.
         backend: "triton" or "torch". The kernel's result is differentiable once.
     """
     if backend == "torch":
-        return unit_rows(x, mask, dtype=accumulation_dtype(x), backend=backend).to(dtype)
+        return unit_rows(x, mask, dtype=dtype, backend=backend)
     unit: Tensor = _unit(x, mask, dtype)[0]
     return unit
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from fmfa_losses.kernels import unit_rows
 from helpers.budget import assert_within_budget
 from helpers.compare import value_and_grads
-
-from fmfa_losses.kernels import unit_rows
 
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 5, 64), (1, 3, 1025)]
 HALF = {torch.float16: "fp16", torch.float32: "fp32"}

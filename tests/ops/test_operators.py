@@ -113,7 +113,7 @@ def test_sparse_aggregate_backward_is_given_no_zeros():
     assert not total.requires_grad
     with Made() as made:
         joint.backward(torch.ones_like(joint))
-    at = made.names.index("fmfa_losses.sparse_aggregation_backward.default")
+    at = next(n for n, name in enumerate(made.names) if "bmm" in name)  # the first product of the gradient
     assert [name for name in made.names[:at] if "zero" in name] == []
 
 
@@ -124,7 +124,7 @@ def test_sparse_aggregate_without_a_gradient_of_joint_gives_none():
         Stop.apply(joint).sum().backward()
     assert image.grad is None
     assert text.grad is None
-    assert "fmfa_losses.sparse_aggregation_backward.default" not in made.names
+    assert not any("bmm" in name for name in made.names)
 
 
 def losses(dtype=torch.float32):
