@@ -37,7 +37,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: an excluded column 
 # BLOCK_M, BLOCK_N, num_warps. A few rows a program: 128 pairs are 32 programs, and the columns of a few neighbours
 # share the 32 bytes that one access brings.
 RANKING = (4, 128, 4)
-GRADIENT = (16, 128, 4)
+GRADIENT = (8, 128, 4)
 
 
 @triton.jit

@@ -203,6 +203,7 @@ _MODES = (
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
 
 
 def _nothing_but_autograd(inputs: tuple[Any, ...]) -> bool:
@@ -216,7 +217,7 @@ def _nothing_but_autograd(inputs: tuple[Any, ...]) -> bool:
             if torch._C._get_dispatch_mode(mode) is not None:
                 return False
     for x in inputs:  # noqa: SIM110, faster than any()
-        if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta):
+        if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta or _is_batched(x)):
             return False
     return True
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
 from helpers.compare import value_and_grads
 from helpers.errors import explains
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmfa_losses.functional import (
@@ -28,6 +30,8 @@ from fmfa_losses.ops.aggregation import sparse_aggregation_backward_op, sparse_a
 from fmfa_losses.ops.backend import select_backend, why_not_triton
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
 from fmfa_losses.ops.precision import kernels_run
+from fmfa_losses.ops.ranking import ranking
+from fmfa_losses.ops.similarity_distribution import similarity_distribution_loss
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -298,3 +302,132 @@ def test_an_operator_with_other_outputs_has_another_name(name):
         outputs = getattr(torch.ops.fmfa_losses, name).default(*arguments[name])
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     assert [tuple(output.shape) for output in outputs] == OUTPUTS[name], "give the operator another name as well"
+
+
+# What `differentiable_once` returns: the implementation in eager mode, and else the operator.
+
+
+def offset_loss(queries, keys):
+    """A-SDM of queries that begin at key 1, which no shortcut takes on the CPU."""
+    pids = torch.arange(len(keys), device=keys.device) // 2
+    return similarity_distribution_loss(queries, keys, pids, logit_scale=4.0, alpha=1.0, offset=1, both=False)
+
+
+DIRECT = {
+    "ranking": (lambda x, y: ranking(x, y, margin=0.2, logit_scale=3.0).mean(), [(4, 4), (4, 4)]),
+    "similarity_distribution": (offset_loss, [(3, 5), (4, 5)]),
+}
+
+
+def leaves(name, **options):
+    return [torch.randn(shape, requires_grad=True, **options) for shape in DIRECT[name][1]]
+
+
+def step(name, inputs):
+    return torch.autograd.grad(DIRECT[name][0](*inputs), inputs)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_eager_mode_does_without_the_operator(name):
+    inputs = leaves(name)
+    with Made() as made:
+        step(name, inputs)
+        with torch.no_grad():
+            DIRECT[name][0](*inputs)
+    assert [called for called in made.names if called.startswith(f"fmfa_losses.{name}")] == []
+    assert len(made.names) > 5
+    with Made() as made:
+        torch.autograd.grad(DIRECT[name][0](*inputs), inputs, create_graph=True)
+    assert f"fmfa_losses.{name}_backward.default" in made.names, "its gradient refuses a second derivative"
+
+
+class Seen(torch.Tensor):
+    """Notes the operators that meet it."""
+
+    names: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.names.append(str(func))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.filterwarnings("ignore")  # exporters warn about their own internals, by version
+def test_whoever_traces_or_replaces_meets_the_operator(name):
+    operator, function = f"fmfa_losses.{name}.default", DIRECT[name][0]
+    inputs = [x.detach() for x in leaves(name)]
+    of = lambda graph: [str(node.target) for node in graph.graph.nodes]  # noqa: E731
+    assert operator in of(make_fx(function)(*inputs))
+    assert operator in of(make_fx(function, pre_dispatch=True)(*inputs))
+    assert operator in of(make_fx(torch.func.functionalize(function))(*inputs))
+
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return function(x, y)
+
+    for strict in (False, True):
+        assert operator in of(torch.export.export(Model(), tuple(inputs), strict=strict))
+    with FakeTensorMode() as mode:
+        assert isinstance(function(*map(mode.from_tensor, inputs)), FakeTensor)
+    assert function(*(x.to("meta") for x in inputs)).is_meta
+    Seen.names.clear()
+    function(*(x.as_subclass(Seen) for x in inputs))
+    assert operator in Seen.names
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_the_graph_of_an_eager_step(name):
+    function, inputs = DIRECT[name][0], leaves(name)
+    expected = step(name, inputs)
+    value = function(*inputs)
+    for _ in range(2):
+        for got, gradient in zip(torch.autograd.grad(value, inputs, retain_graph=True), expected, strict=True):
+            assert torch.equal(got, gradient)
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+    twice = torch.autograd.grad(function(*inputs) + function(*inputs), inputs)
+    for got, gradient in zip(twice, expected, strict=True):
+        torch.testing.assert_close(got, 2 * gradient)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert function(*inputs).grad_fn is None
+            assert torch.equal(function(*inputs), value)
+    frozen = function(inputs[0], inputs[1].detach())
+    assert torch.equal(torch.autograd.grad(frozen, inputs[0])[0], expected[0])
+    assert function(*(x.detach() for x in inputs)).grad_fn is None
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_what_an_eager_step_saves_goes_through_hooks(name):
+    inputs, packed = leaves(name), []
+    expected = step(name, inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or len(packed) - 1, lambda n: packed[n]):
+        value = DIRECT[name][0](*inputs)
+    assert len(packed) >= 3
+    for got, gradient in zip(torch.autograd.grad(value, inputs), expected, strict=True):
+        assert torch.equal(got, gradient)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_changed_input_is_noticed_and_a_missing_gradient_is_none(name):
+    inputs = leaves(name)
+    value = DIRECT[name][0](*inputs)
+    with torch.no_grad():
+        inputs[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+    inputs = leaves(name)
+    Stop.apply(DIRECT[name][0](*inputs)).backward()
+    assert all(x.grad is None for x in inputs)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_batched_gradients_of_an_eager_graph(name):
+    inputs = leaves(name)
+    value, expected = DIRECT[name][0](*inputs), step(name, inputs)
+    batched = torch.autograd.grad(value, inputs, torch.tensor([1.0, 3.0]), is_grads_batched=True)
+    for got, gradient in zip(batched, expected, strict=True):
+        torch.testing.assert_close(got, torch.stack([gradient, 3 * gradient]))
