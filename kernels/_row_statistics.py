@@ -98,7 +98,6 @@ def update_tile(
 
 @triton.jit
 def finalize(
-    loss_ptr,  # of the rows, as the next two
     statistics_ptr,  # [STATISTICS, R]
     index_ptr,  # [2, R], or anything
     at,  # [BLOCK_M]
@@ -116,7 +115,7 @@ def finalize(
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Stores the losses of the rows after all tiles so far, and what their gradient needs."""
+    """The losses of the rows after all tiles so far, [BLOCK_M]; stores what their gradient needs."""
     # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
     log_sum = tl.log(sum_e)
     tl.store(statistics_ptr + at, top, mask=row_mask)
@@ -135,7 +134,7 @@ def finalize(
             tl.store(statistics_ptr + 3 * R + at, gap, mask=row_mask)
             tl.store(index_ptr + at, top_index, mask=row_mask)
             tl.store(index_ptr + R + at, positive_index, mask=row_mask)
-    tl.store(loss_ptr + at, loss * loss_weight, mask=row_mask)
+    return loss * loss_weight
 
 
 @triton.jit

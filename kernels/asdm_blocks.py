@@ -133,11 +133,12 @@ def _update_kernel(
         tl.store(running_ptr + 3 * R + at, sum_t, mask=row_mask)
         if WEIGHTED:
             tl.store(running_ptr + 4 * R + at, positive, mask=row_mask)
-    finalize(
-        loss_ptr, statistics_ptr, index_ptr, at, row_mask, R,
+    loss = finalize(
+        statistics_ptr, index_ptr, at, row_mask, R,
         top, sum_e, excess, sum_t, top_index, positive, positive_index,
         alpha, 1.0, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
+    tl.store(loss_ptr + at, loss, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_DIRECTION, "R", "X", "C", "x_first", "y_first", "offset", "g_stride"])

@@ -46,7 +46,7 @@ from .asdm_prepare import prepare
 
 __all__ = ["backward", "forward", "prepare", "takes"]
 
-SUM_BLOCK = tl.constexpr(2048)  # row losses in one step of their sum
+SUM_BLOCK = tl.constexpr(1024)  # programs whose losses are added at once
 
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, "X", "Y", "offset"])
@@ -58,7 +58,7 @@ def _row_loss_kernel(
     scale_ptr,  # [], or anything
     norms_ptr,  # [2, R + C]: |f x| and f
     label_sum_ptr,  # [X]
-    loss_ptr,  # [S, X]
+    loss_ptr,  # [S, X]; with SUM [programs], the sum of each one's rows
     statistics_ptr,  # [S, STATISTICS, X]
     index_ptr,  # [S, 2, X], or anything
     cos_ptr,  # [S, X, cos_stride]: the cosines of each direction, or anything
@@ -135,25 +135,26 @@ def _row_loss_kernel(
             total, factor, eps, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED, POSITIVE,
         )  # fmt: skip
 
-    finalize(
-        loss_ptr + direction.to(tl.int64) * X, statistics_ptr + direction.to(tl.int64) * STATISTICS * X,
-        index_ptr + direction.to(tl.int64) * 2 * X, rows, row_mask, X,
-        top, sum_e, excess, sum_t, top_index, positive, positive_index,
+    loss = finalize(
+        statistics_ptr + direction.to(tl.int64) * STATISTICS * X, index_ptr + direction.to(tl.int64) * 2 * X,
+        rows, row_mask, X, top, sum_e, excess, sum_t, top_index, positive, positive_index,
         alpha, loss_weight, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
     if SUM:
-        # Whoever comes last adds up all losses, in the same order whoever that is. The barrier puts the stores of all
-        # threads of the program before its atomic, which releases them to the whole device; the last one to arrive has
-        # acquired what every other one released. `.cg` reads the second-level cache, which the device shares.
-        tl.debug_barrier()
+        # The program that comes last adds up the sums of all, in an order that does not depend on which one it is.
+        # One thread stores this program's sum and then adds to the counter: its release shows the sum to the device
+        # first. Whoever reads the highest count has acquired all others'. `.cg` reads the cache that the device shares.
         programs = tl.num_programs(0) * tl.num_programs(1)
+        tl.store(loss_ptr + direction * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(row_mask, loss, 0.0), 0))
+        tl.debug_barrier()
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
             losses = tl.zeros((SUM_BLOCK,), tl.float32)
-            n = tl.num_programs(1) * X
-            for start in range(0, n, SUM_BLOCK):
+            for start in range(0, programs, SUM_BLOCK):
                 at = start + tl.arange(0, SUM_BLOCK)
-                losses += tl.load(loss_ptr + at, mask=at < n, other=0.0, cache_modifier=".cg")
+                losses += tl.load(loss_ptr + at, mask=at < programs, other=0.0, cache_modifier=".cg")
             tl.store(sum_ptr, tl.sum(losses, 0))
+    else:
+        tl.store(loss_ptr + direction.to(tl.int64) * X + rows, loss, mask=row_mask)
 
 
 # Launchers. `spec` is a `RowLoss`: objective, alpha, positive, detach_weight, eps, image_id_factor, offset,
@@ -185,15 +186,16 @@ def forward(
     indices = torch.empty((S, 2, R) if spec.weighted else (0,), dtype=torch.int32, device=keys.device)
     counter, adds = torch.empty(1, dtype=torch.int32, device=keys.device), spec.reduction != "none"
     norms, label_sum = prepare(queries, keys, pids, image_ids, spec, counter)
-    loss, kept = torch.empty(S, R, **numbers), size(queries, keys) == "kept"
+    block, kept = blocks("row_loss", queries, keys), size(queries, keys) == "kept"
+    grid = triton.cdiv(R, block["BLOCK_M"]), S
+    loss = torch.empty(grid[0] * S if adds else (S, R), **numbers)
     total = torch.empty((), **numbers) if adds else loss
     cos, cos_stride = asdm_kept.cosines_of(queries, keys, norms, spec.both) if kept else (norms, 16)
     scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
     ids = contiguous_ids(pids, image_ids)
     with on_device(keys):
-        block = blocks("row_loss", queries, keys)
         launch(
-            _row_loss_kernel, (triton.cdiv(R, block["BLOCK_M"]), S),
+            _row_loss_kernel, grid,
             Strided(queries), Strided(keys), *ids, norms if scale_ptr is None else scale_ptr, norms, label_sum,
             loss, statistics, indices if spec.weighted else statistics, cos, counter, total,
             R, C, D, spec.offset, scale, spec.alpha, spec.eps, spec.image_id_factor,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from fmfa_losses.kernels import _asdm, asdm_blocks, asdm_gradient, asdm_kept, asdm_prepare
 from fmfa_losses.kernels import asdm_tiles as kernels
 from fmfa_losses.kernels._launch import launch
@@ -353,6 +354,25 @@ def test_nan_comes_out() -> None:
     )
     assert got["value"].isnan().tolist() == [i == 4 for i in range(9)]
     assert got["dkeys"].isnan().all()
+
+
+@pytest.mark.parametrize("way", ["small tiles", "kept", "tiles"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_last_program_adds_up_all(way: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of many programs, more than are added at once; the last one has rows beyond the end."""
+    go(way, monkeypatch)
+    monkeypatch.setattr(kernels, "SUM_BLOCK", tl.constexpr(4))
+    inputs, options = features(70, 70, 16), {"alpha": 3.0, "backend": "triton"}
+    plain = {name: t for name, t in inputs.items() if t is not None}
+    rows, total = (similarity_distribution_loss(**plain, **options, reduction=r) for r in ("none", reduction))
+    torch.testing.assert_close(total, getattr(rows, reduction)(), rtol=1e-6, atol=0)
+
+
+def test_many_tiles_of_kept_dlogits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sums along rows and columns than a program adds at once, of the radial terms and of the scale's gradient."""
+    go("kept", monkeypatch)
+    monkeypatch.setitem(_asdm.BLOCKS, ("logits", "kept", "ieee"), (4, 16, 16, None, 4, 4))
+    check(features(132, 132, 16), alpha=10.0)
 
 
 @pytest.mark.usefixtures("large")
