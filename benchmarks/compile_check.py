@@ -83,12 +83,12 @@ def record(chip: str, kind: str) -> list[Any]:
                 return launches
             if kind != "float16":  # compiles to what bfloat16 compiles to
                 _aggregation(empty)
-            # Small and large batches: the paper's loss, and rows of one direction with all that a row can carry. One
+            # Batches of every size: the paper's loss, and rows of one direction with all that a row can carry. One
             # pair of one number, on one chip: an argument of 1 is a constant to the compiler.
             paper = RowLoss(alpha=10.0)
             full = RowLoss(alpha=0.1, positive="any", both=False, offset=16)
-            cases = [(128, 128, 512, paper), (2048, 2048, 512, paper), (4096, 4096, 512, paper)]
-            cases += [(2048, 4096, 512, full)]
+            cases = [(B, B, 512, paper) for B in (128, 512, 2048, 4096)]
+            cases += [(512, 1024, 512, full), (2048, 4096, 512, full)]
             if chip == CHIPS[0]:
                 cases += [(1, 1, 1, paper), (128, 128, 512, RowLoss("cross_entropy"))]
             for R, C, D, spec in cases:

@@ -49,8 +49,8 @@ class Limit(NamedTuple):
 
 # What was counted, and 5 %; every kernel of the first step. `--suggest` prints these lines anew.
 LIMITS = {
-    ("asdm", NO_MASK, "bf16"): Limit(6, 3, 0, 0.01, 11, 0.05, 0.02),
-    ("asdm", NO_MASK, "fp32"): Limit(6, 3, 0, 0.01, 11, 0.09, 0.02),
+    ("asdm", NO_MASK, "bf16"): Limit(4, 3, 0, 0.01, 11, 0.05, 0.02),
+    ("asdm", NO_MASK, "fp32"): Limit(4, 3, 0, 0.01, 11, 0.09, 0.02),
     ("efa", NO_MASK, "bf16"): Limit(92, 10, 2, 230.6, 77, 102.22, 37.1),
     ("efa", NO_MASK, "fp32"): Limit(86, 10, 1, 206.79, 69, 106.84, 40.41),
     ("efa", TEXT, "bf16"): Limit(109, 18, 0, 280.91, 81, 104.96, 38.52),

@@ -98,7 +98,6 @@ def update_tile(
 
 @triton.jit
 def finalize(
-    loss_ptr,  # of the rows, as the next two
     statistics_ptr,  # [STATISTICS, R]
     index_ptr,  # [2, R], or anything
     at,  # [BLOCK_M]
@@ -116,7 +115,7 @@ def finalize(
     CROSS_ENTROPY: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Stores the losses of the rows after all tiles so far, and what their gradient needs."""
+    """The losses of the rows after all tiles so far, [BLOCK_M]; stores what their gradient needs."""
     # lse in two parts: z - top is exact where p is large, top + log_sum would round that away.
     log_sum = tl.log(sum_e)
     tl.store(statistics_ptr + at, top, mask=row_mask)
@@ -135,7 +134,7 @@ def finalize(
             tl.store(statistics_ptr + 3 * R + at, gap, mask=row_mask)
             tl.store(index_ptr + at, top_index, mask=row_mask)
             tl.store(index_ptr + R + at, positive_index, mask=row_mask)
-    tl.store(loss_ptr + at, loss * loss_weight, mask=row_mask)
+    return loss * loss_weight
 
 
 @triton.jit
@@ -203,4 +202,63 @@ def add_dlogits(
             ends = (columns == top_index).to(tl.float32) - (columns == positive_index).to(tl.float32)
             excess += of_gap * (ends - gap)
         dz += g * p * excess
+    return dz
+
+
+@triton.jit
+def tile_dlogits(
+    z,  # [BLOCK_M, BLOCK_N]
+    rows,  # [BLOCK_M], indices of queries
+    columns,  # [BLOCK_N], of keys
+    row_mask,
+    col_mask,
+    pids_ptr,  # [C]
+    image_ids_ptr,  # [C], or anything
+    label_sum_ptr,  # [R]
+    statistics_ptr,  # [S, STATISTICS, R]
+    index_ptr,  # [S, 2, R], or anything
+    g_ptr,  # [R], any stride
+    R,
+    offset,
+    g_stride,
+    loss_weight,
+    alpha,
+    gap_alpha,
+    eps,
+    factor,
+    BOTH: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    HAS_IMAGES: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """Gradient in the logits of the losses of the tile's rows and, with BOTH, of its columns."""
+    own_pid = tl.load(pids_ptr + offset + rows, mask=row_mask, other=0)
+    same = own_pid[:, None] == tl.load(pids_ptr + columns, mask=col_mask, other=0)[None, :]
+    same_image = same
+    if HAS_IMAGES:
+        own_image = tl.load(image_ids_ptr + offset + rows, mask=row_mask, other=0)
+        same_image = own_image[:, None] == tl.load(image_ids_ptr + columns, mask=col_mask, other=0)[None, :]
+    row_total = tl.load(label_sum_ptr + rows, mask=row_mask, other=1.0)
+    g, top, log_sum, third, gap, top_index, positive_index = load_final(
+        g_ptr, statistics_ptr, index_ptr, rows, row_mask, R, g_stride, loss_weight, WEIGHTED
+    )
+    dz = add_dlogits(
+        tl.zeros_like(z), z, same, same_image, columns[None, :], row_total[:, None],
+        g[:, None], top[:, None], log_sum[:, None], third[:, None], gap[:, None],
+        top_index[:, None], positive_index[:, None],
+        alpha, gap_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
+    )  # fmt: skip
+    if BOTH:
+        column_total = tl.load(label_sum_ptr + columns, mask=col_mask, other=1.0)
+        g, top, log_sum, third, gap, top_index, positive_index = load_final(
+            g_ptr, statistics_ptr + STATISTICS * R, index_ptr + 2 * R, columns, col_mask, R, g_stride, loss_weight,
+            WEIGHTED,
+        )  # fmt: skip
+        dz = add_dlogits(
+            dz, z, same, same_image, rows[:, None], column_total[None, :],
+            g[None, :], top[None, :], log_sum[None, :], third[None, :], gap[None, :],
+            top_index[None, :], positive_index[None, :],
+            alpha, gap_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
+        )  # fmt: skip
     return dz

@@ -27,9 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._asdm import ANY_ADDRESS, alike, by_device, contiguous_ids, flags, launch_options
 from ._launch import Strided, launch, on_device
-from ._row_statistics import LOWEST, add_dlogits, finalize, load_final, update_tile
-from .asdm_tiles import ANY_ADDRESS, alike, by_device, contiguous_ids, flags, launch_options, prepare
+from ._row_statistics import LOWEST, finalize, tile_dlogits, update_tile
+from .asdm_prepare import prepare
 
 __all__ = ["block_elements", "dlogits", "norms", "row_multiple", "update"]
 
@@ -132,11 +133,12 @@ def _update_kernel(
         tl.store(running_ptr + 3 * R + at, sum_t, mask=row_mask)
         if WEIGHTED:
             tl.store(running_ptr + 4 * R + at, positive, mask=row_mask)
-    finalize(
-        loss_ptr, statistics_ptr, index_ptr, at, row_mask, R,
+    loss = finalize(
+        statistics_ptr, index_ptr, at, row_mask, R,
         top, sum_e, excess, sum_t, top_index, positive, positive_index,
         alpha, 1.0, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
+    tl.store(loss_ptr + at, loss, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, *OF_DIRECTION, "R", "X", "C", "x_first", "y_first", "offset", "g_stride"])
@@ -181,35 +183,11 @@ def _dlogits_kernel(
     inside = row_mask[:, None] & col_mask[None, :]
     cos = tl.load(entries, mask=inside, other=0.0)
     z = scale * cos
-    own_pid = tl.load(pids_ptr + offset + at, mask=row_mask, other=0)
-    same = own_pid[:, None] == tl.load(pids_ptr + columns, mask=col_mask, other=0)[None, :]
-    same_image = same
-    if HAS_IMAGES:
-        own_image = tl.load(image_ids_ptr + offset + at, mask=row_mask, other=0)
-        same_image = own_image[:, None] == tl.load(image_ids_ptr + columns, mask=col_mask, other=0)[None, :]
-    row_total = tl.load(label_sum_ptr + at, mask=row_mask, other=1.0)
-
-    dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    g, top, log_sum, third, gap, top_index, positive_index = load_final(
-        g_ptr, statistics_ptr, index_ptr, at, row_mask, R, g_stride, 1.0, WEIGHTED
-    )
-    dz = add_dlogits(
-        dz, z, same, same_image, columns[None, :], row_total[:, None],
-        g[:, None], top[:, None], log_sum[:, None], third[:, None], gap[:, None],
-        top_index[:, None], positive_index[:, None],
-        alpha, gap_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
+    dz = tile_dlogits(
+        z, at, columns, row_mask, col_mask, pids_ptr, image_ids_ptr, label_sum_ptr, statistics_ptr, index_ptr, g_ptr,
+        R, offset, g_stride, 1.0, alpha, gap_alpha, eps, factor,
+        BOTH, STATISTICS, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
     )  # fmt: skip
-    if BOTH:
-        column_total = tl.load(label_sum_ptr + columns, mask=col_mask, other=1.0)
-        g, top, log_sum, third, gap, top_index, positive_index = load_final(
-            g_ptr, statistics_ptr + STATISTICS * R, index_ptr + 2 * R, columns, col_mask, R, g_stride, 1.0, WEIGHTED
-        )
-        dz = add_dlogits(
-            dz, z, same, same_image, at[:, None], column_total[None, :],
-            g[None, :], top[None, :], log_sum[None, :], third[None, :], gap[None, :],
-            top_index[None, :], positive_index[None, :],
-            alpha, gap_alpha, eps, factor, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
-        )  # fmt: skip
     tl.store(entries, dz, mask=inside)
 
 

@@ -57,7 +57,7 @@ def _put(module: Any, row: Alternative, new: Any) -> None:
 EFA = Case("efa", 128)
 HALF = ("227 KiB", "half")  # a column of the block tables (kernels/_launch.py)
 ALTERNATIVES = (
-    # As CUDA graphs tiles lose above 64 pairs, eager they win: the host decides, until blocks are one launch each way.
-    Alternative("asdm_tiles", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
-    Alternative("asdm_tiles", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
+    # One launch more and [R, C] kept, where a graph's time counts; blocks, where the BLAS library's products would.
+    Alternative("_asdm", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.3),
+    Alternative("_asdm", "KEPT", "ieee", 256, Case("asdm", 1024), "fp32", (), 2.0),
 )  # fmt: skip

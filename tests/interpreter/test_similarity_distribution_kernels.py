@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from fmfa_losses.kernels import asdm_blocks
+import triton.language as tl
+from fmfa_losses.kernels import _asdm, asdm_blocks, asdm_gradient, asdm_kept, asdm_prepare
 from fmfa_losses.kernels import asdm_tiles as kernels
 from fmfa_losses.kernels._launch import launch
 from helpers.compare import assert_close, default_dtype, value_and_grads
@@ -35,12 +36,20 @@ from fmfa_losses.ops.similarity_distribution.api import (
 from fmfa_losses.ops.similarity_distribution.blocks import torch_blocks
 
 
-@pytest.fixture(params=["tiles", "blocks"])
+def go(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way of larger batches at sizes that the interpreter can bear."""
+    if way != "small tiles":
+        monkeypatch.setattr(_asdm, "SMALL", dict.fromkeys(_asdm.SMALL, 0))
+    if way != "kept":
+        monkeypatch.setattr(_asdm, "KEPT", dict.fromkeys(_asdm.KEPT, 0))
+    if way == "tiles":
+        monkeypatch.setattr(_asdm, "precision", lambda dtype: "half")
+
+
+@pytest.fixture(params=["kept", "tiles", "blocks"])
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of large batches at sizes that the interpreter can bear: half precision's tiles, float32's blocks."""
-    monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
-    if request.param == "tiles":
-        monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
+    """[R, C] kept, half precision's tiles, float32's blocks."""
+    go(request.param, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
     return request.param
 
@@ -70,7 +79,7 @@ def test_large(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(77, 507), (40, 16)])
 def test_rows_of_wide_blocks(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     B, D = shape
-    monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
+    go("blocks", monkeypatch)
     monkeypatch.setattr(asdm_blocks, "WIDE", B)
     monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
     check(features(B, B, D), alpha=10.0, positive="any")
@@ -79,9 +88,9 @@ def test_rows_of_wide_blocks(shape: tuple[int, int], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("pairs", "dtypes", "tiles"),
     [
-        (256, (torch.float32, torch.float32), True),
-        (257, (torch.float32, torch.float32), False),
-        (257, (torch.float16, torch.float32), False),
+        (1024, (torch.float32, torch.float32), True),
+        (1025, (torch.float32, torch.float32), False),
+        (1025, (torch.float16, torch.float32), False),
         (5000, (torch.float16, torch.float16), True),
     ],
 )
@@ -143,9 +152,9 @@ def test_labels(objective: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [1024, 0])
-def test_dtypes(dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, size))
+@pytest.mark.parametrize("way", ["small tiles", "kept", "blocks"])
+def test_dtypes(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 400)
     check(features(40, 40, 64, dtype=dtype, images=False), alpha=10.0)
 
@@ -169,14 +178,11 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("way", ["small tiles", "tiles", "blocks"])
+@pytest.mark.parametrize("way", ["small tiles", "kept", "tiles", "blocks"])
 @pytest.mark.parametrize("ids", [column, every_second, expanded])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ids_of_any_stride(loss: str, ids: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way != "small tiles":
-        monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
-    if way == "tiles":
-        monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
+    go(way, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 100)
     inputs = features(23, 23, 16)
     pids = ids(inputs["pids"])
@@ -195,7 +201,7 @@ def test_ids_of_any_stride(loss: str, ids: Any, way: str, monkeypatch: pytest.Mo
 def test_a_launch_refuses_what_is_not_contiguous() -> None:
     ids = column(torch.arange(5))
     with pytest.raises(RuntimeError, match=r"_prepare_kernel reads pids_ptr as contiguous, got shape \[5\]"):
-        launch(kernels._prepare_kernel, (1, 2), torch.ones(5, 4), torch.ones(5, 4), ids)
+        launch(asdm_prepare._prepare_kernel, (1, 2), torch.ones(5, 4), torch.ones(5, 4), ids)
 
 
 @pytest.mark.usefixtures("large")
@@ -311,16 +317,13 @@ def test_any_scale_without_weights(scale: float, options: dict[str, object], mon
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in reduce:RuntimeWarning")
-@pytest.mark.parametrize("way", ["small tiles", "tiles", "blocks"])
+@pytest.mark.parametrize("way", ["small tiles", "kept", "tiles", "blocks"])
 @pytest.mark.parametrize(
     "options", [{"alpha": 10.0}, {"alpha": 1.0, "positive": "any"}, {"objective": "cross_entropy"}]
 )
 def test_rows_of_any_length(way: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Squares of float32 overflow from 1e19 on and vanish below 1e-23: the loss does not see it."""
-    if way != "small tiles":
-        monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 0))
-    if way == "tiles":
-        monkeypatch.setattr(kernels, "precision", lambda dtype: "half")
+    go(way, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
     for inputs, more in (
         (features(40, 40, 72), {}),
@@ -351,6 +354,25 @@ def test_nan_comes_out() -> None:
     )
     assert got["value"].isnan().tolist() == [i == 4 for i in range(9)]
     assert got["dkeys"].isnan().all()
+
+
+@pytest.mark.parametrize("way", ["small tiles", "kept", "tiles"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_last_program_adds_up_all(way: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of many programs, more than are added at once; the last one has rows beyond the end."""
+    go(way, monkeypatch)
+    monkeypatch.setattr(kernels, "SUM_BLOCK", tl.constexpr(4))
+    inputs, options = features(70, 70, 16), {"alpha": 3.0, "backend": "triton"}
+    plain = {name: t for name, t in inputs.items() if t is not None}
+    rows, total = (similarity_distribution_loss(**plain, **options, reduction=r) for r in ("none", reduction))
+    torch.testing.assert_close(total, getattr(rows, reduction)(), rtol=1e-6, atol=0)
+
+
+def test_many_tiles_of_kept_dlogits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sums along rows and columns than a program adds at once, of the radial terms and of the scale's gradient."""
+    go("kept", monkeypatch)
+    monkeypatch.setitem(_asdm.BLOCKS, ("logits", "kept", "ieee"), (4, 16, 16, None, 4, 4))
+    check(features(132, 132, 16), alpha=10.0)
 
 
 @pytest.mark.usefixtures("large")
@@ -386,7 +408,8 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.inside = False
-        monkeypatch.setattr(kernels, "launch", self.launch)
+        for module in (kernels, asdm_prepare, asdm_gradient, asdm_kept):
+            monkeypatch.setattr(module, "launch", self.launch)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.names.append(kernel.__name__)
@@ -402,28 +425,35 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_at_most_four_launches_a_pass(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_launches_of_a_small_batch(reduction: str, both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = features(17, 17, 16)
-    spec = RowLoss(alpha=10.0, both=both)
+    spec = RowLoss(alpha=10.0, both=both, reduction=reduction)
     arguments = (inputs["queries"], inputs["keys"], inputs["pids"], inputs["image_ids"], inputs["logit_scale"], 1.0)
-    gradient = torch.ones(())
+    gradient = torch.ones(() if reduction == "mean" else 17)
     with Launches(monkeypatch) as count:
         _, *saved = kernels.forward(*arguments, spec)
-        assert count.names == ["_prepare_kernel", "_row_loss_kernel", "sum"]
+        assert count.names == ["_prepare_kernel", "_row_loss_kernel", *["sum"] * (reduction == "none")]
         count.names.clear()
         kernels.backward(gradient, *saved, *arguments, True, spec)
         assert count.names == [*["_gradient_kernel"] * (1 if both else 2), "sum"]
 
 
 @pytest.mark.parametrize("scale_learns", [False, True])
-def test_at_most_six_launches_a_step(scale_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["small tiles", "kept"])
+def test_launches_of_a_step(way: str, scale_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of autograd's own, for the gradient of the loss; none for statistics that nobody differentiates.
 
-    With the sums inside the operators, which the test above counts, five launches; six where the scale learns.
+    Four for a small batch, five where the scale learns (the sum inside the operator, which the test above counts).
     """
+    go(way, monkeypatch)
     inputs = features(17, 17, 16)
     leaves = [inputs[name].requires_grad_() for name in ("queries", "keys", "logit_scale")][: 3 if scale_learns else 2]
     with Launches(monkeypatch) as count:
         loss = asdm_loss(*leaves[:2], inputs["pids"], logit_scale=inputs["logit_scale"], backend="triton")
         torch.autograd.grad(loss, leaves)
-    assert count.names == ["_prepare_kernel", "_row_loss_kernel", "ones_like", "_gradient_kernel"]
+    if way == "small tiles":
+        assert count.names == ["_prepare_kernel", "_row_loss_kernel", "ones_like", "_gradient_kernel"]
+    else:
+        forward = ["_prepare_kernel", "_cosines_kernel", "_row_loss_kernel"]
+        assert count.names == [*forward, "ones_like", "_kept_dlogits_kernel", "_kept_gradient_kernel"]

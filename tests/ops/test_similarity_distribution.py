@@ -254,15 +254,18 @@ def test_float32_products_follow_torch(switch: str, expected: str) -> None:
 def test_what_changes_with_the_batch_is_not_specialised() -> None:
     """Triton compiles a kernel anew for every divisibility by 16, and every 1, among arguments that it specialises."""
     pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
-    from fmfa_losses.kernels import asdm_blocks, asdm_tiles
+    from fmfa_losses.kernels import asdm_blocks, asdm_gradient, asdm_kept, asdm_prepare, asdm_tiles
 
     fixed = {"D", "q_stride", "k_stride", "x_stride", "y_stride"}  # of the features
-    fixed |= {"cos_stride"}  # always a multiple of 16, and never 1
+    fixed |= {"cos_stride", "row_stride", "col_stride"}  # always a multiple of 16, and never 1
     fixed |= {"scale", "alpha", "gap_alpha", "eps", "factor", "loss_weight"}  # floats are never specialised
     kernels = (
-        asdm_tiles._prepare_kernel,
+        asdm_prepare._prepare_kernel,
         asdm_tiles._row_loss_kernel,
-        asdm_tiles._gradient_kernel,
+        asdm_gradient._gradient_kernel,
+        asdm_kept._cosines_kernel,
+        asdm_kept._kept_dlogits_kernel,
+        asdm_kept._kept_gradient_kernel,
         asdm_blocks._update_kernel,
         asdm_blocks._dlogits_kernel,
     )

@@ -1,0 +1,307 @@
+"""A-SDM, SDM and ITC with [R, C] in memory: each logit is made once a pass, for some hundred pairs.
+
+    forward     cosines     one program for each tile: cos_ij, and for the other direction cos_ji
+                row loss    reads them (asdm_tiles.py)
+    backward    dlogits     one program for each tile: the logits again, dz_ij of the losses of both directions, and
+
+                                U_ij = dz_ij / |y_j|    [R, C]         sum over the tile's columns of dz_ij cos_ij
+                                V_ji = dz_ij / |x_i|    [C, R]         and over its rows
+
+                gradient    one program for each block [rows, chunk of D] of an input's gradient:
+
+                                dx_i = s / |x_i| (sum_j U_ij y_j  -  a_i x_i / |x_i|),    a_i = sum_j dz_ij cos_ij
+
+                            and dy_j with V; the sums of the tiles are added up in the order of the tiles
+
+Products of size R C D: one forward, three backward, whatever D. In one launch without [R, C] (asdm_gradient.py) there
+are two forward and 2 + 2 D / BLOCK_OUT backward. Memory: 4 (1 + directions) ... 8 R C bytes, at 1024 pairs 8 MiB.
+The logits of the two passes are the same numbers: the same blocks make them.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._asdm import (
+    ANY_ADDRESS,
+    alike,
+    any_factor_of,
+    blocks,
+    by_device,
+    by_direction,
+    contiguous_ids,
+    cosines,
+    flags,
+)  # fmt: skip
+from ._launch import Strided, dot_precision, launch, on_device
+from ._row_statistics import tile_dlogits
+from ._tile import dot_wide, nearest_tf32
+
+__all__ = ["backward", "cosines_of"]
+
+
+@triton.jit(do_not_specialize=["R", "C"])
+def _cosines_kernel(
+    x_ptr,  # [R, D]
+    y_ptr,  # [C, D]
+    norms_ptr,  # [2, R + C]: |f x| and f
+    cos_ptr,  # [R, row_stride], then with BOTH its transpose; there R is C
+    R,
+    C,
+    D,
+    x_stride,
+    y_stride,
+    row_stride,
+    BOTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (column blocks, row blocks): cosines of a tile."""
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_inverse = 1.0 / tl.load(norms_ptr + rows, mask=rows < R, other=1.0)
+    y_inverse = 1.0 / tl.load(norms_ptr + R + cols, mask=cols < C, other=1.0)
+    cos = cosines(
+        x_ptr, y_ptr, norms_ptr + R + C, rows, cols, x_inverse, y_inverse, 0, R, R, C, D, x_stride, y_stride,
+        any_factor_of(norms_ptr + R + C, R + C), BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    entries = cos_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
+    tl.store(entries, cos, mask=(rows < R)[:, None] & (cols < C)[None, :])
+    if BOTH:
+        entries = cos_ptr + (R + cols.to(tl.int64))[:, None] * row_stride + rows[None, :]
+        tl.store(entries, tl.trans(cos), mask=(cols < C)[:, None] & (rows < R)[None, :])
+
+
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, "along_ptr", "R", "C", "offset", "dloss_stride"])
+def _kept_dlogits_kernel(
+    x_ptr,  # [R, D]
+    y_ptr,  # [C, D]
+    pids_ptr,  # [C]
+    image_ids_ptr,  # [C], or anything
+    scale_ptr,  # [], or anything
+    norms_ptr,  # [2, R + C]: |f x| and f
+    label_sum_ptr,  # [R]
+    statistics_ptr,  # [S, STATISTICS, R]
+    index_ptr,  # [S, 2, R], or anything
+    dloss_ptr,  # [R], any stride
+    dz_ptr,  # [R, row_stride], U above; then [C, col_stride], V
+    along_ptr,  # [column blocks, R], sums of dz cos over the columns of a tile; then [row blocks, C], over its rows
+    R,
+    C,
+    D,
+    offset,
+    scale,
+    alpha,
+    gap_alpha,  # alpha, or 0 where the weight is detached
+    eps,
+    factor,
+    loss_weight,
+    x_stride,
+    y_stride,
+    row_stride,
+    col_stride,
+    dloss_stride,
+    BOTH: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    HAS_IMAGES: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROUND: tl.constexpr,  # to TF32, in which the products that follow are made
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (column blocks, row blocks): gradient in the logits of a tile, as the two products need it."""
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < R, cols < C
+    x_inverse = 1.0 / tl.load(norms_ptr + rows, mask=row_mask, other=1.0)
+    y_inverse = 1.0 / tl.load(norms_ptr + R + cols, mask=col_mask, other=1.0)
+    cos = cosines(
+        x_ptr, y_ptr, norms_ptr + R + C, rows, cols, x_inverse, y_inverse, 0, R, R, C, D, x_stride, y_stride,
+        any_factor_of(norms_ptr + R + C, R + C), BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    dz = tile_dlogits(
+        scale * cos, rows, cols, row_mask, col_mask, pids_ptr, image_ids_ptr, label_sum_ptr, statistics_ptr, index_ptr,
+        dloss_ptr, R, offset, dloss_stride, loss_weight, alpha, gap_alpha, eps, factor,
+        BOTH, STATISTICS, HAS_IMAGES, CROSS_ENTROPY, WEIGHTED,
+    )  # fmt: skip
+    dz = tl.where(row_mask[:, None] & col_mask[None, :], dz, 0.0)
+    tl.store(along_ptr + tl.program_id(0) * R + rows, tl.sum(dz * cos, 1), mask=row_mask)
+    of_columns = along_ptr + tl.num_programs(0) * R + tl.program_id(1) * C
+    tl.store(of_columns + cols, tl.sum(dz * cos, 0), mask=col_mask)
+
+    U, V = dz * y_inverse[None, :], dz * x_inverse[:, None]
+    if ROUND:  # once here, and nothing is left to cut off in the products
+        U, V = nearest_tf32(U), nearest_tf32(V)
+    entries = dz_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
+    tl.store(entries, U, mask=row_mask[:, None] & col_mask[None, :])
+    entries = dz_ptr + R.to(tl.int64) * row_stride + cols.to(tl.int64)[:, None] * col_stride + rows[None, :]
+    tl.store(entries, tl.trans(V), mask=col_mask[:, None] & row_mask[None, :])
+
+
+@triton.jit(do_not_specialize=[*ANY_ADDRESS, "along_ptr", "R", "C", "row_blocks", "column_blocks"])
+def _kept_gradient_kernel(
+    q_ptr,  # [R, D]
+    k_ptr,  # [C, D]
+    scale_ptr,  # [], or anything
+    norms_ptr,  # [2, R + C]: |f x| and f
+    dz_ptr,  # [R, row_stride], then [C, col_stride]
+    along_ptr,  # [column_blocks, R], then [row_blocks, C]
+    dq_ptr,  # [R, D]
+    dk_ptr,  # [C, D]
+    dscale_ptr,  # [], or anything
+    R,
+    C,
+    D,
+    row_blocks,  # tiles of dlogits
+    column_blocks,
+    scale,
+    q_stride,
+    k_stride,
+    row_stride,
+    col_stride,
+    HAS_SCALE: tl.constexpr,
+    SCALE_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Grid (row blocks, 2 inputs, chunks of D): gradient of the program's rows, normalisation included."""
+    direction = tl.program_id(1)
+    X, Y = by_direction(direction, R, C)
+    x_norm, y_norm = by_direction(direction, 0, R)
+    x_stride, y_stride = by_direction(direction, q_stride, k_stride)
+    dz_stride, _ = by_direction(direction, row_stride, col_stride)
+    tiles, _ = by_direction(direction, column_blocks, row_blocks)
+    x_ptr, y_ptr, out_ptr = q_ptr, k_ptr, dq_ptr
+    if direction == 1:
+        x_ptr, y_ptr, out_ptr = k_ptr, q_ptr, dk_ptr
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr).to(tl.float32)
+
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < X
+    d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    any_factor = any_factor_of(norms_ptr + R + C, R + C)
+    dz_rows = dz_ptr + direction.to(tl.int64) * R * row_stride + rows.to(tl.int64)[:, None] * dz_stride
+    dx = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
+    for start in range(0, Y, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        col_mask = cols < Y
+        dz = tl.load(dz_rows + cols[None, :], mask=row_mask[:, None] & col_mask[None, :], other=0.0)
+        y_rows = y_ptr + cols.to(tl.int64)[:, None] * y_stride
+        y = tl.load(y_rows + d[None, :], mask=col_mask[:, None] & (d < D)[None, :], other=0.0)
+        if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
+            if any_factor:
+                y_factor = tl.load(norms_ptr + R + C + y_norm + cols, mask=col_mask, other=1.0)
+                y = (y * y_factor[:, None]).to(y.dtype)
+        if PRECISION == "tf32" and y_ptr.dtype.element_ty == tl.float32:
+            y = nearest_tf32(y)
+        if (
+            y_ptr.dtype.element_ty == tl.float16
+        ):  # a gradient in float16 has as many digits as TF32: rounded in two parts
+            high = nearest_tf32(dz)
+            dx = dot_wide(dz - high, y, dx, PRECISION)
+            dz = high
+        dx = dot_wide(dz, y, dx, PRECISION)
+
+    # Component of the gradient along x_i: normalising removes it; dscale is its sum over i.
+    sums = along_ptr + direction.to(tl.int64) * R * column_blocks
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, tiles, 32):
+        tile = first + tl.arange(0, 32)
+        parts = sums + tile[:, None] * X + rows[None, :]
+        along += tl.sum(tl.load(parts, mask=(tile < tiles)[:, None] & row_mask[None, :], other=0.0), 0)
+
+    edge = row_mask[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d[None, :], mask=edge, other=0.0).to(tl.float32)
+    x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
+    x_factor = tl.load(norms_ptr + R + C + x_norm + rows, mask=row_mask, other=1.0)[:, None]
+    dx = scale * dx - (scale * along * x_inverse)[:, None] * (x * x_factor)
+    dx = dx * x_inverse[:, None] * x_factor
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + d[None, :], dx.to(out_ptr.dtype.element_ty), mask=edge)
+    if SCALE_GRADIENT:  # noqa: SIM102, settled when compiled
+        if (tl.program_id(0) == 0) & (direction == 0) & (tl.program_id(2) == 0):
+            total = tl.zeros((1024,), tl.float32)
+            for start in range(0, column_blocks * R, 1024):
+                at = start + tl.arange(0, 1024)
+                total += tl.load(along_ptr + at, mask=at < column_blocks * R, other=0.0)
+            tl.store(dscale_ptr, tl.sum(total, 0))
+
+
+def padded(columns: int) -> int:
+    """Stride of a kept row: 16 bytes can be loaded at once, and it is one specialisation whatever the batch."""
+    return triton.cdiv(columns, 16) * 16
+
+
+def cosines_of(queries: Tensor, keys: Tensor, norms: Tensor, both: bool) -> tuple[Tensor, int]:
+    """[S, R, stride] and its stride: cosines, and with both their transpose. The inputs are alike."""
+    (R, D), C = queries.shape, keys.shape[0]
+    cos = torch.empty(2 if both else 1, R, padded(C), dtype=torch.float32, device=keys.device)
+    block = blocks("logits", queries, keys)
+    with on_device(keys):
+        launch(
+            _cosines_kernel, (triton.cdiv(C, block["BLOCK_N"]), triton.cdiv(R, block["BLOCK_M"])),
+            Strided(queries), Strided(keys), norms, cos, R, C, D, queries.stride(0), keys.stride(0), padded(C),
+            BOTH=both, PRECISION=dot_precision(keys.dtype), **block,
+        )  # fmt: skip
+    return cos, padded(C)
+
+
+def backward(
+    dloss: Tensor,
+    statistics: Tensor,
+    indices: Tensor,
+    norms: Tensor,
+    label_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    image_ids: Tensor | None,
+    logit_scale: Tensor | None,
+    scale: float,
+    scale_gradient: bool,
+    spec: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and scale."""
+    dqueries = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    dkeys = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    queries, keys = alike(queries, keys)
+    (R, D), C = queries.shape, keys.shape[0]
+    numbers = {"dtype": torch.float32, "device": keys.device}
+    tile, block = blocks("logits", queries, keys), blocks("gradient", queries, keys)
+    grid = triton.cdiv(C, tile["BLOCK_N"]), triton.cdiv(R, tile["BLOCK_M"])
+    dz, along = torch.empty(R * padded(C) + C * padded(R), **numbers), torch.empty(grid[0] * R + grid[1] * C, **numbers)
+    dscale = torch.empty(() if scale_gradient else (0,), **numbers)
+    scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
+    compiled, dot = flags(image_ids, scale_ptr, spec), dot_precision(keys.dtype)
+    scale_at, dloss = norms if scale_ptr is None else scale_ptr, dloss.expand(R)
+    with on_device(keys):
+        launch(
+            _kept_dlogits_kernel, grid,
+            Strided(queries), Strided(keys), *contiguous_ids(pids, image_ids), scale_at, norms, label_sum,
+            statistics, indices if spec.weighted else statistics, Strided(dloss), dz, along,
+            R, C, D, spec.offset, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
+            spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,
+            queries.stride(0), keys.stride(0), padded(C), padded(R), dloss.stride(0),
+            BOTH=spec.both, **compiled, ROUND=keys.dtype == torch.bfloat16 or dot == "tf32", PRECISION=dot, **tile,
+        )  # fmt: skip
+        launch(
+            _kept_gradient_kernel, (triton.cdiv(max(R, C), block["BLOCK_M"]), 2, triton.cdiv(D, block["BLOCK_OUT"])),
+            Strided(queries), Strided(keys), scale_at, norms, dz, along, dqueries, dkeys,
+            dscale if scale_gradient else norms, R, C, D, grid[1], grid[0], scale,
+            queries.stride(0), keys.stride(0), padded(C), padded(R),
+            HAS_SCALE=scale_ptr is not None, SCALE_GRADIENT=scale_gradient, PRECISION=dot, **block,
+        )  # fmt: skip
+    return dqueries, dkeys, dscale
