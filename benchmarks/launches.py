@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fmfa_losses.functional import asdm_loss, efa_loss
 
-from . import stand_in
+from . import products, stand_in
 
 L, N, D = 77, 192, 64  # tokens, patches, width: everything but the bytes is the same at WIDE
 WIDE = 512  # the paper's width
@@ -201,8 +201,8 @@ torch's alike, and so does every kernel that is compiled: they decide how fast a
 torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
 "Compiled" is what a step compiles that none before it did. Captions of at most {SHORT} tokens are a class of their own:
 a text mask compiles both classes at once, without one the first short batch compiles its own. Limits at width {D} are
-what was counted, and 5 %. Those at width {WIDE}, the paper's, are targets: {MOVED:g} MB moved, and {PEAK:g} MB (60 MiB) of
-memory above inputs and gradients.
+what was counted, and 5 %. Those at width {WIDE}, the paper's, are targets: {MOVED:g} MB moved, and {PEAK:g} MB (60 MiB)
+of memory above inputs and gradients.
 """
 COLUMNS = (
     "loss", "masks", "dtype", "B", "L", "D", "launches", "Triton", "torch", "compiled", "moved, MB", "buffers",
@@ -263,9 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     form.add_argument("--suggest", action="store_true", help="lines for LIMITS, from what is counted now")
     options = parser.parse_args(argv)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
-    measured = rows()
+    measured, multiplied = rows(), products.measured()
     if options.out:
-        options.out.write_text(f"{HEAD}\n{table(measured)}\n")
+        options.out.write_text(f"{HEAD}\n{table(measured)}\n\n{products.PAGE}\n{products.table(multiplied)}\n")
         print(f"written to {options.out}")
     elif options.json:
         for row in measured:
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     elif options.suggest:
         print(suggestion(measured))
     elif not options.check:
-        print(table(measured))
+        print(f"{table(measured)}\n\n{products.table(multiplied)}")
     bad = [row for row in measured if row.exceeded]
     for row in bad:
         print(
@@ -281,7 +281,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     print(f"{len(measured)} steps, {len(bad)} exceed a limit", file=sys.stderr)
-    return 1 if bad else 0
+    more = products.exceeded(multiplied)
+    print(*more, sep="\n", end="\n" * bool(more), file=sys.stderr)
+    return 1 if bad or more else 0
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
 tl = triton.language
-
-from fmfa_losses.kernels._launch import Launch  # noqa: E402
 
 from benchmarks import compile_check, compiled, sass  # noqa: E402
 
@@ -33,7 +32,8 @@ def loops_kernel(x_ptr, out_ptr, outer, inner, BLOCK: tl.constexpr):
 
 def compile_loops(chip):
     x = torch.empty(4096, device="meta")
-    launch = Launch(loops_kernel, (1,), (x, x, 5, 7), {"BLOCK": 256, "num_warps": 4})
+    options = {"BLOCK": 256, "num_warps": 4}
+    launch = SimpleNamespace(kernel=loops_kernel, grid=(1,), args=(x, x, 5, 7), options=options)
     ((_, kernel),) = compile_check.specialised(chip, [launch])
     return launch, kernel, kernel.compile()
 

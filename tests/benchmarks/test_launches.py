@@ -55,7 +55,8 @@ def test_a_figure_over_its_limit_is_named_and_bold():
     limit = launches.LIMITS["efa", launches.TEXT, "bf16"]
     fits = launches.Row(
         "efa", launches.TEXT, "bf16", 128, 77, launches.D, first=True, triton=10, torch=limit.launches - 10,
-        kernels=limit.kernels, moved=limit.moved, buffers=limit.buffers, allocated=limit.allocated, peak=limit.peak, waits=0,
+        kernels=limit.kernels, moved=limit.moved, buffers=limit.buffers, allocated=limit.allocated, peak=limit.peak,
+        waits=0,
     )  # fmt: skip
     assert fits.exceeded == []
     assert "**" not in launches.table([fits])
