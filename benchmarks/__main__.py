@@ -15,6 +15,7 @@ COMMANDS = {
     "compile-check": ("benchmarks.compile_check", "every kernel compiled for every architecture, without a GPU"),
     "products": ("benchmarks.products", "products that a step executes, against those that it needs, without a GPU"),
     "launches": ("benchmarks.launches", "what a step launches, compiles, moves and allocates, without a GPU"),
+    "step-picture": ("benchmarks.step_picture", "one EFA step as a picture: launches and bytes, without a GPU"),
     "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
 }
 
