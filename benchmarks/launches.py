@@ -256,8 +256,8 @@ def roomy(megabytes: float) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
     form.add_argument("--json", action="store_true", help="every row as JSON, one per line")
     form.add_argument("--check", action="store_true", help="only what exceeds its limit")
     form.add_argument("--suggest", action="store_true", help="lines for LIMITS, from what is counted now")
@@ -266,13 +266,13 @@ def main(argv: list[str] | None = None) -> int:
     measured, multiplied = rows(), products.measured()
     if options.out:
         options.out.write_text(f"{HEAD}\n{table(measured)}\n\n{products.PAGE}\n{products.table(multiplied)}\n")
-        print(f"written to {options.out}")
-    elif options.json:
+        print(f"written to {options.out}", file=sys.stderr)
+    if options.json:
         for row in measured:
             print(json.dumps(asdict(row) | {"launches": row.launches, "exceeded": row.exceeded}))
     elif options.suggest:
         print(suggestion(measured))
-    elif not options.check:
+    elif not (options.check or options.out):
         print(f"{table(measured)}\n\n{products.table(multiplied)}")
     bad = [row for row in measured if row.exceeded]
     for row in bad:

@@ -93,8 +93,7 @@ def _gathered(a: Call) -> int:
 
 
 def _dx(a: Call) -> int:
-    each = a["Be"] if a["GATHER"] else a["Be"] * a.padded("Q", "BLOCK_SUM")
-    return a.programs * a["BLOCK_OWN"] * each * a["BLOCK_OUT"]
+    return a.grid[0] * a["BLOCK_OWN"] * a["Be"] * a["D"]
 
 
 def _de_needed(a: Call) -> int:
@@ -178,6 +177,7 @@ PRODUCTS: dict[str, Products] = {
     "_match_kernel": Products(_alignment, _match),
     "_dx_kernel": Products(_gathered, _dx),
     "_de_kernel": Products(_de_needed, _de),  # as one-hot weights [Be Q, Bx P] times x
+    "_products_kernel": Products(_de_needed, _de),
     "_forward_kernel": Products(_aggregation(2), _forward),
     "_statistics_kernel": Products(_aggregation(1), _statistics),  # da
     "_dtext_kernel": Products(_aggregation(1), _dtext),
@@ -190,6 +190,8 @@ PRODUCTS: dict[str, Products] = {
     "_kept_dlogits_kernel": Products(_nothing, _tile_of_logits),
     "_kept_gradient_kernel": Products(_logits("R", "C", 2), _kept_gradient),
 }
+
+GATHERS = {"_dx_kernel"}  # no tiles of products, but as many multiply-adds
 
 
 def multiplies_tiles(kernel: Any, seen: frozenset[str] = frozenset()) -> bool:
@@ -222,9 +224,10 @@ def count(calls: Iterable[Call]) -> list[Counted]:
     """Kernels with products, in the order in which they come; and all together."""
     kernels: dict[str, list[Call]] = {}
     for call in calls:
-        if call.name in PRODUCTS:
-            kernels.setdefault(call.name, []).append(call)
-        elif multiplies_tiles(call.kernel):
+        if call.name not in GATHERS and not multiplies_tiles(call.kernel):
+            continue
+        kernels.setdefault(call.name, []).append(call)
+        if call.name not in PRODUCTS:
             raise KeyError(f"{call.name} multiplies tiles; benchmarks/products.py needs a line in PRODUCTS for it")
     rows = [
         Counted(

@@ -11,7 +11,7 @@ from benchmarks.products import PRODUCTS, Call, Counted
 
 
 def call(name, grid, **arguments):
-    return Call(SimpleNamespace(__name__=name, src="", fn=None), grid, arguments)
+    return Call(SimpleNamespace(__name__=name, src="tl.dot(a, b)"), grid, arguments)
 
 
 # 5 tokens of 2 samples against 4 of 7 samples, 3 a tile of 48 columns.
