@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 RUN := $(BIN)/python
-TRITON_TESTS := tests/test_kernels.py tests/benchmarks/test_stand_in.py tests/benchmarks/test_launches.py
+TRITON_TESTS := tests/test_kernels.py tests/benchmarks/test_stand_in.py tests/benchmarks/test_launches.py tests/benchmarks/test_compiled.py
 VERSIONS := 3.3.1 3.4.0 3.6.0 3.7.1 3.9.0
 OLDEST := torch==2.6.0 einops==0.7.0 numpy==2.2.6
 # test_derivatives asks for what torch.func learnt later.
@@ -13,7 +13,7 @@ OLDEST_TESTS := tests/losses tests/heads tests/retrieval tests/compat tests/doct
 # A stamp that make would take for an intermediate file.
 .PRECIOUS: .venv/triton-%/installed
 
-.PHONY: demo test test-versions test-oldest lint compile-check launches bench gpu-bench wheel-check clean help
+.PHONY: demo test test-versions test-oldest lint compile-check record-compiled launches bench gpu-bench wheel-check clean help
 
 help:
 	@echo "make demo   train on rendered pedestrians and show where the pictures are"
@@ -31,8 +31,8 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 # Another Triton over the same environment, `make test-triton-3.6.0`: the kernels interpreted, specialised, and compiled
-# for sm_90; block tables are those of newer ones, and 3.3 and 3.4 spill registers in some. Its interpreter may need an
-# older numpy; torch stays.
+# for sm_90, where 3.6.0 compares with what was recorded; block tables are those of newer ones, and 3.3 and 3.4 spill
+# registers in some. Its interpreter may need an older numpy; torch stays.
 .venv/triton-%/installed: .venv/installed
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) "triton==$*" "numpy<2.4"
@@ -40,7 +40,13 @@ test: .venv/installed
 
 test-triton-%: .venv/triton-%/installed
 	PYTHONPATH=$(CURDIR)/.venv/triton-$* OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(TRITON_TESTS)
-	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(RUN) -m benchmarks compile-check --chip sm_90 $(if $(filter 3.3.% 3.4.%,$*),--spills)
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(RUN) -m benchmarks compile-check --chip sm_90 $(if $(filter 3.3.% 3.4.%,$*),--spills) \
+		$(if $(filter 3.6.0,$*),--against benchmarks/results/compiled_sm_90.json)
+
+# After a kernel became better: the table that test-triton-3.6.0 compares with.
+record-compiled: .venv/triton-3.6.0/installed
+	PYTHONPATH=$(CURDIR)/.venv/triton-3.6.0 $(RUN) -m benchmarks compile-check --chip sm_90 \
+		--record benchmarks/results/compiled_sm_90.json
 
 # The oldest torch, einops and numpy beside which the losses hold, without triton: an environment of its own, of 5 GB
 # where the index has no CPU build.

@@ -13,8 +13,10 @@ COMMANDS = {
     "tune": ("benchmarks.gpu.tune", "candidates for the block tables: compiled anywhere, timed on a CUDA device"),
     "prebuild": ("benchmarks.gpu.prebuild", "the kernels of a GPU run, compiled for that machine without its GPU"),
     "compile-check": ("benchmarks.compile_check", "every kernel compiled for every architecture, without a GPU"),
+    "products": ("benchmarks.products", "products that a step executes, against those that it needs, without a GPU"),
     "launches": ("benchmarks.launches", "what a step launches, compiles, moves and allocates, without a GPU"),
     "host": ("benchmarks.host", "host time of a training step, on a GPU that launches nothing"),
+    "step-picture": ("benchmarks.step_picture", "one EFA step as a picture: launches and bytes, without a GPU"),
     "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
 }
 

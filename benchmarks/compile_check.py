@@ -1,18 +1,17 @@
 """Compiles every kernel as a GPU would get it, without a GPU, and reads what the compiler says.
 
-    python -m benchmarks compile-check [--chip sm_90 ...] [--workers 2]
+    python -m benchmarks compile-check [--chip sm_90 ...] [--workers 2] [--record FILE | --against FILE]
 
 The launchers run on meta tensors and their launches are recorded (`_launch.recording`); a stand-in for the chip then
 specialises them through Triton's own JIT (`stand_in.gpu`). What is compiled here is what runs there, with the same
 arguments, compile-time sizes and block table. A launch fails when it does not compile, when a block asks for more
-shared memory or registers than the chip has, when registers spill to memory, or when a hard-similarity match for sm_90
-does not use Hopper's matrix instruction.
+shared memory or registers than the chip has, when registers spill to memory, when a hard-similarity match for sm_90
+does not use Hopper's matrix instruction, or when it costs more than in a table of before (`compiled.py`).
 """
 
 import argparse
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -25,11 +24,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import stand_in
+from benchmarks import compiled, stand_in
+from benchmarks.sass import amd_inner_loops, inner_loops, instruction_count
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 REGISTERS = 65536  # of an NVIDIA multiprocessor, for one block at most; the compiler does not check
-NO_OPERATION = 0x918  # of sm_80 and later
 # float32 by torch.set_float32_matmul_precision: highest, medium, and high, which has a match of its own.
 KINDS = ("float32", "tf32", "tf32x3", "float16", "bfloat16")
 
@@ -47,6 +46,7 @@ class Report:
     spills: int = 0  # bytes of stack (NVIDIA), spilled registers (AMD)
     wgmma: bool = False
     instructions: int = 0  # of machine code, NVIDIA
+    loops: tuple[int, ...] = ()  # instructions of each innermost loop, in order of address
     error: str = ""
     seconds: float = 0.0  # of processor time
 
@@ -187,9 +187,11 @@ def compile_kernel(chip: str, kind: str, launch: Any, kernel: Any) -> Report:
         number = lambda pattern: sum(int(n) for n in re.findall(pattern, text))  # noqa: E731
         # Spilled scalar registers stay on the chip, in lanes of vector registers.
         registers, spills = number(r"\.vgpr_count:\s+(\d+)"), number(r"\.vgpr_spill_count:\s+(\d+)")
+        loops = amd_inner_loops(text)
     else:
         registers, spills = resource_usage(binary.asm["cubin"])
         instructions = instruction_count(binary.asm["cubin"])
+        loops = inner_loops(binary.asm["cubin"], kernel.target.arch)
     return Report(
         **report,
         shared=binary.metadata.shared,
@@ -199,6 +201,7 @@ def compile_kernel(chip: str, kind: str, launch: Any, kernel: Any) -> Report:
         spills=spills,
         wgmma="wgmma.mma_async" in binary.asm.get("ptx", ""),
         instructions=instructions,
+        loops=loops,
         seconds=sum(os.times()[:4]) - sum(before[:4]),
     )
 
@@ -216,23 +219,6 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return use["REG"], use["STACK"] + use["LOCAL"]
 
 
-def instruction_count(cubin: bytes) -> int:
-    """Machine instructions, without the no-operations that fill the end.
-
-    What `cuobjdump -sass` lists, without its half second. A cubin is an ELF file; its sections .text.* hold
-    instructions of 16 bytes, with the operation in the low 12 bits.
-    """
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, number, names = struct.unpack_from("<HHH", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + n * size) for n in range(number)]
-    total = 0
-    for name, _, _, _, start, length in sections:
-        if cubin.startswith(b".text.", sections[names][4] + name):
-            words = struct.iter_unpack("<QQ", cubin[start : start + length])
-            total += sum(low & 0xFFF != NO_OPERATION for low, _ in words)
-    return total
-
-
 def describe(launch: Any) -> str:
     """Blocks, warps, stages and the switches that are on."""
     options = launch.options
@@ -246,15 +232,15 @@ def check(chip: str, kind: str) -> list[Report]:
     return [compile_kernel(chip, kind, *kernel) for kernel in specialised(chip, record(chip, kind))]
 
 
-HEADER = (
-    f"{'kernel':18} {'config':56} {'dtype':8} {'chip':6} {'shared':>6} {'regs':>4} {'spills':>6} {'instr':>5} wgmma"
-)
+NUMBERS = f"{'shared':>6} {'regs':>4} {'spills':>6} {'instr':>5}"
+HEADER = f"{'kernel':18} {'config':56} {'dtype':8} {'chip':6} {NUMBERS} wgmma loops"
 
 
 def line(r: Report) -> str:
+    loops = ",".join(map(str, r.loops)) or "-"
     return (
         f"{r.kernel.strip('_'):18} {r.config:56} {r.kind:8} {r.chip:6} {r.shared:6} {r.registers:4} {r.spills:6} "
-        f"{r.instructions or '-':>5} {'yes' if r.wgmma else '-':5}" + "".join(f"  <- {what}" for what in r.failures)
+        f"{r.instructions or '-':>5} {'yes' if r.wgmma else '-':5} {loops}" + "".join(f"  <- {w}" for w in r.failures)
     ).rstrip()
 
 
@@ -266,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--spills", action="store_true", help="spilled registers are listed and do not fail")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what the kernels need there")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="fail where a kernel needs more than there")
     options = parser.parse_args(argv)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
     start = time.perf_counter()
@@ -282,6 +270,11 @@ def main(argv: list[str] | None = None) -> int:
     busy = sum(report.seconds for report in reports)
     took = time.perf_counter() - start
     print(f"{len(reports)} kernels compiled in {took:.0f} s ({busy:.0f} s of processor), {bad} fail")
+    if options.against:
+        bad += compiled.check(reports, options.against, triton.__version__)
+    if options.record:
+        compiled.write(options.record, compiled.rows(reports), triton.__version__)
+        print(f"written to {options.record}")
     return 1 if bad else 0
 
 

@@ -4,7 +4,8 @@
 
 A-SDM and EFA, forward and backward, on the stand-in of `benchmarks/stand_in`: launches of Triton kernels and of what
 torch does around them, kernels that a step compiles anew, bytes that torch's operators read and write, and the memory
-that they allocate. The command fails when a figure exceeds its limit; every limit is in `LIMITS`.
+that they allocate. The command fails when a figure exceeds its limit: `LIMITS` is what was counted and a little more,
+so that no step gets worse unseen, and `GATES` what a step at the paper's width may need at all.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from fmfa_losses.functional import asdm_loss, efa_loss
 
-from . import stand_in
+from . import products, stand_in
 
-L, N, D = 77, 192, 64  # tokens, patches, width: everything but the bytes is the same at 512
+L, N, D = 77, 192, 64  # tokens, patches, width: everything but the bytes is the same at WIDE
+WIDE = 512  # the paper's width
 BATCHES = (64, 128, 37, 1)  # the first step, a larger batch, a ragged last one, one pair
 LENGTHS = (64, 50, 33, 16, 12)  # captions that a loader pads to the longest
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,6 +64,22 @@ LIMITS = {
 }
 
 
+class Gate(NamedTuple):
+    launches: int
+    moved: float = inf  # MB
+    peak: float = inf
+
+
+# The targets of issue 12, at the largest batch and L, N and WIDE as above: 0.3 GB, 60 MiB.
+MOVED, PEAK = 300.0, round(60 * 2**20 / 1e6, 2)
+GATES = {
+    ("asdm", NO_MASK, "bf16"): Gate(4),
+    ("efa", NO_MASK, "bf16"): Gate(40, MOVED, PEAK),
+    ("efa", NO_MASK, "fp32"): Gate(40, MOVED),
+    ("efa", BOTH, "bf16"): Gate(60, MOVED),
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """One step, forward and backward."""
@@ -71,6 +89,7 @@ class Row:
     dtype: str
     B: int
     L: int
+    D: int
     first: bool  # of its data type and masks, and of at most SHORT tokens or more
     triton: int
     torch: int
@@ -93,6 +112,9 @@ class Row:
     @property
     def limits(self) -> dict[str, float]:
         """The most that this step may need."""
+        if self.D == WIDE:
+            gate = GATES[self.loss, self.masks, self.dtype]._asdict()
+            return {what: most for what, most in gate.items() if most < inf} | {"waits": 0}
         limit = LIMITS[self.loss, self.masks, self.dtype]
         share = self.B / max(BATCHES)
         megabytes = {what: round(share * getattr(limit, what), 2) for what in ("moved", "allocated", "peak")}
@@ -106,26 +128,41 @@ def steps(loss: str, masks: str, dtype: str) -> Iterator[Row]:
     short_before: set[bool] = set()
     with stand_in.gpu() as device:
         for batch, length in sizes:
-            leaves, arguments = inputs(loss, masks, DTYPES[dtype], batch, length)
-            with device.step() as step:
-                value = asdm_loss(*leaves, **arguments) if loss == "asdm" else efa_loss(*leaves, **arguments)
-                gradients = torch.autograd.grad(value, leaves)
-            yield Row(
-                loss, masks, dtype, batch, length,
-                first=(length <= SHORT) not in short_before,
-                triton=len(step.launches),
-                torch=step.device_launches - len(step.launches),
-                kernels=len(step.compiled),
-                moved=megabytes(step.moved),
-                buffers=len(step.buffers),
-                allocated=megabytes(sum(step.buffers)),
-                peak=megabytes(step.peak - sum(g.numel() * g.element_size() for g in gradients)),
-                waits=step.waits,
-            )  # fmt: skip
-            short_before.add(length <= SHORT)
+            short = length <= SHORT
+            yield counted(device, loss, masks, dtype, batch, length, D, first=short not in short_before)
+            short_before.add(short)
 
 
-def inputs(loss: str, masks: str, dtype: torch.dtype, B: int, L: int) -> tuple[list[Tensor], dict[str, Any]]:
+def wide_step(loss: str, masks: str, dtype: str) -> Row:
+    """One step of the largest batch at the paper's width."""
+    with stand_in.gpu() as device:
+        return counted(device, loss, masks, dtype, max(BATCHES), L, WIDE, first=True)
+
+
+def counted(
+    device: stand_in.Device, loss: str, masks: str, dtype: str, B: int, L: int, width: int, *, first: bool
+) -> Row:
+    """One step, forward and backward."""
+    leaves, arguments = inputs(loss, masks, DTYPES[dtype], B, L, width)
+    with device.step() as step:
+        value = asdm_loss(*leaves, **arguments) if loss == "asdm" else efa_loss(*leaves, **arguments)
+        gradients = torch.autograd.grad(value, leaves)
+    return Row(
+        loss, masks, dtype, B, L, width, first,
+        triton=len(step.launches),
+        torch=step.device_launches - len(step.launches),
+        kernels=len(step.compiled),
+        moved=megabytes(step.moved),
+        buffers=len(step.buffers),
+        allocated=megabytes(sum(step.buffers)),
+        peak=megabytes(step.peak - sum(g.numel() * g.element_size() for g in gradients)),
+        waits=step.waits,
+    )  # fmt: skip
+
+
+def inputs(
+    loss: str, masks: str, dtype: torch.dtype, B: int, L: int, D: int = D
+) -> tuple[list[Tensor], dict[str, Any]]:
     """What the loss differentiates, and its other arguments."""
     shapes = [(B, D), (B, D)] if loss == "asdm" else [(B, N, D), (B, L, D)]
     leaves = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
@@ -151,38 +188,42 @@ def megabytes(count: int) -> float:
 def rows() -> list[Row]:
     torch.manual_seed(0)
     runs = [(loss, masks, dtype) for loss, choices in MASKS.items() for masks in choices for dtype in DTYPES]
-    return [row for run in runs for row in steps(*run)]
+    return [row for run in runs for row in steps(*run)] + [wide_step(*run) for run in GATES]
 
 
 HEAD = f"""# Launches
 
 Written by `python -m benchmarks launches --out docs/launches.md`; do not edit it by hand.
 
-Every row is one training step, forward and backward, of {N} patches and width {D}, counted without a GPU on a stand-in
+Every row is one training step, forward and backward, of {N} patches and width D, counted without a GPU on a stand-in
 that sends each launch through Triton's own JIT (`benchmarks/stand_in`). Every launch costs host time, Triton's and
 torch's alike, and so does every kernel that is compiled: they decide how fast a small batch is. "Moved" is what
 torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
 "Compiled" is what a step compiles that none before it did. Captions of at most {SHORT} tokens are a class of their own:
-a text mask compiles both classes at once, without one the first short batch compiles its own.
+a text mask compiles both classes at once, without one the first short batch compiles its own. Limits at width {D} are
+what was counted, and 5 %. Those at width {WIDE}, the paper's, are targets: {MOVED:g} MB moved, and {PEAK:g} MB (60 MiB)
+of memory above inputs and gradients.
 """
 COLUMNS = (
-    "loss", "masks", "dtype", "B", "L", "launches", "Triton", "torch", "compiled", "moved, MB", "buffers",
+    "loss", "masks", "dtype", "B", "L", "D", "launches", "Triton", "torch", "compiled", "moved, MB", "buffers",
     "allocated, MB", "peak, MB",
 )  # fmt: skip
 
 
 def table(measured: list[Row]) -> str:
     """Markdown, figures beside their limits; what exceeds its limit is bold."""
-    lines = [COLUMNS, ["---"] * 5 + ["---:"] * (len(COLUMNS) - 5)]
+    lines = [COLUMNS, ["---"] * 6 + ["---:"] * (len(COLUMNS) - 6)]
     for row in measured:
 
         def beside(what: str, row: Row = row) -> str:
-            figure, most = getattr(row, what), row.limits[what]
+            figure, most = getattr(row, what), row.limits.get(what)
+            if most is None:
+                return f"{figure:g}"
             return f"**{figure:g}** / {most:g}" if figure > most else f"{figure:g} / {most:g}"
 
         lines.append((
             row.loss.replace("asdm", "A-SDM").replace("efa", "EFA"), row.masks, row.dtype, str(row.B),
-            "-" if row.loss == "asdm" else str(row.L), beside("launches"), str(row.triton),
+            "-" if row.loss == "asdm" else str(row.L), str(row.D), beside("launches"), str(row.triton),
             str(row.torch), beside("kernels"), beside("moved"),
             beside("buffers"), beside("allocated"), beside("peak"),
         ))  # fmt: skip
@@ -193,7 +234,7 @@ def suggestion(measured: list[Row]) -> str:
     """Lines for `LIMITS`."""
     lines = []
     for loss, masks, dtype in LIMITS:
-        run = [row for row in measured if (row.loss, row.masks, row.dtype) == (loss, masks, dtype)]
+        run = [row for row in measured if (row.loss, row.masks, row.dtype, row.D) == (loss, masks, dtype, D)]
         most = {what: max(getattr(row, what) for row in run) for what in Limit._fields if what != "short"}
         limit = Limit(
             launches=ceil(1.05 * most["launches"]),
@@ -215,29 +256,34 @@ def roomy(megabytes: float) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
     form.add_argument("--json", action="store_true", help="every row as JSON, one per line")
     form.add_argument("--check", action="store_true", help="only what exceeds its limit")
     form.add_argument("--suggest", action="store_true", help="lines for LIMITS, from what is counted now")
     options = parser.parse_args(argv)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
-    measured = rows()
+    measured, multiplied = rows(), products.measured()
     if options.out:
-        options.out.write_text(f"{HEAD}\n{table(measured)}\n")
-        print(f"written to {options.out}")
-    elif options.json:
+        options.out.write_text(f"{HEAD}\n{table(measured)}\n\n{products.PAGE}\n{products.table(multiplied)}\n")
+        print(f"written to {options.out}", file=sys.stderr)
+    if options.json:
         for row in measured:
             print(json.dumps(asdict(row) | {"launches": row.launches, "exceeded": row.exceeded}))
     elif options.suggest:
         print(suggestion(measured))
-    elif not options.check:
-        print(table(measured))
+    elif not (options.check or options.out):
+        print(f"{table(measured)}\n\n{products.table(multiplied)}")
     bad = [row for row in measured if row.exceeded]
     for row in bad:
-        print(f"{row.loss}, {row.masks}, {row.dtype}, B {row.B}, L {row.L}: {'; '.join(row.exceeded)}", file=sys.stderr)
+        print(
+            f"{row.loss}, {row.masks}, {row.dtype}, B {row.B}, L {row.L}, D {row.D}: {'; '.join(row.exceeded)}",
+            file=sys.stderr,
+        )
     print(f"{len(measured)} steps, {len(bad)} exceed a limit", file=sys.stderr)
-    return 1 if bad else 0
+    more = products.exceeded(multiplied)
+    print(*more, sep="\n", end="\n" * bool(more), file=sys.stderr)
+    return 1 if bad or more else 0
 
 
 if __name__ == "__main__":

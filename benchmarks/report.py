@@ -43,6 +43,8 @@ PAGES = {
     "distributed": ("distributed.md", "The global batch over processes"),
     "retrieval-metrics": ("retrieval.md", "Retrieval metrics"),
     "small-batch": ("kernels.md", "A-SDM in tiles and in blocks"),
+    "compiled": ("kernels.md", "What the compiler gives for every kernel"),
+    "step": ("kernels.md", "One training step: kernels, launches, bytes"),
     "tuned": ("kernels.md", "Entries of the block tables"),
 }
 
