@@ -283,6 +283,15 @@ def test_nan_shows_in_its_own_pairs_and_nowhere_else(pool):
     assert dx.isnan().any()
 
 
+def test_a_nan_does_not_show_where_a_row_is_masked_out():
+    x, e, x_mask, _ = inputs(3, 4, 9, 7, 16, torch.float32, masked=True)
+    e[1] = float("nan")
+    sim, matches = hard_similarity.forward(x, e, x_mask, None, "lse", 2.0, True)
+    dx, _ = hard_similarity.backward(torch.ones_like(sim), matches, x, e, x_mask, None, "lse")
+    assert dx[x_mask].isnan().all()
+    assert (dx[~x_mask] == 0).all()
+
+
 def test_two_runs_are_equal_bit_for_bit():
     case = inputs(3, 4, 40, 33, 24, torch.float32, masked=True)
     dsim = torch.randn(3, 4)
