@@ -113,15 +113,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def match_precision(like: Tensor) -> str:
-    """Of the match of hard similarity: "tf32x3", three TF32 products, where torch asks for "high" float32 products.
+    """Of the match of hard similarity: "tf32x3", three products of TF32, where torch asks for "high" float32 products.
 
-    A winner is a matter of digits, which one product of TF32 has not; "medium" takes it all the same. AMD's compiler
-    has no such product: IEEE there, which is never less exact.
+    Which token wins is a matter of digits that one product of TF32 does not have; "medium" takes it all the same.
     """
     kind = precision(like.dtype)
-    if kind != "tf32" or _matmul_precision() == "medium":
-        return kind
-    return "ieee" if chip_class(like.device) == LDS else "tf32x3"
+    return "tf32x3" if kind == "tf32" and _matmul_precision() != "medium" else kind
 
 
 def _matmul_precision() -> str:

@@ -24,7 +24,7 @@ from ._tile import load_rows
 
 # (BLOCK_OWN rows of dx, their numbers BLOCK_D, num_warps, UNROLL samples whose loads are made together)
 DX = {
-    (LARGE, "half"): (2, 512, 1, 2),
+    (LARGE, "half"): (2, 512, 1, 1),
     (LARGE, "tf32"): (2, 512, 1, 1),
     (LARGE, "ieee"): (2, 512, 1, 1),
 }
@@ -47,7 +47,7 @@ def _dx_kernel(
     Be,
     P,
     Q,
-    D,
+    D: tl.constexpr,  # addresses are a third of the instructions, half of them where it is known
     LIST_X: tl.constexpr,
     NORMALISED: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
@@ -63,17 +63,26 @@ def _dx_kernel(
     d = tl.arange(0, BLOCK_D)
     dx = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    inside = None
+    if D < BLOCK_D:
+        inside = (d < D)[None, :]
     samples = Be
     if LIST_X:
         samples = tl.where(start < tl.load(row_count_ptr), Be, 0)
     pair = dsim_ptr + i * Be
     match = matches_ptr + i * Be * P + l
+    tokens = e_ptr
     for j in tl.range(0, samples, loop_unroll_factor=UNROLL):
-        weight, winner = unpack(tl.load(match + tl.cast(j, tl.int64) * P, mask=row_mask, other=-1), WIDE)
-        won = winner >= 0
-        w = tl.load(pair + j, mask=won, other=0.0) * weight
-        e = load_rows(e_ptr + tl.cast(j, tl.int64) * Q * D, winner.to(tl.int64), won, d, D)
-        dx += tl.where(won, w, 0.0)[:, None] * e.to(tl.float32)
+        weight, winner = unpack(tl.load(match, mask=row_mask, other=-1), WIDE)
+        # Where nothing won any token stands in: it is finite, or the row gets zeros. A mask would cost an instruction
+        # for every four numbers.
+        token = tl.maximum(winner, 0).to(tl.int64)[:, None] * D + d[None, :]
+        e = tl.load(tokens + token, mask=inside).to(tl.float32)
+        w = tl.where(winner >= 0, tl.load(pair, mask=row_mask, other=0.0) * weight, 0.0)
+        dx += w[:, None] * e
+        match += P
+        pair += 1
+        tokens += tl.cast(Q, tl.int64) * D
         if CHAINED:  # noqa: SIM102, settled when compiled
             if (j + 1) % CHAIN == 0:
                 total += dx
@@ -84,7 +93,8 @@ def _dx_kernel(
         unit = load_rows(units_ptr, row, row_mask, d, D).to(tl.float32)
         dx -= unit * tl.sum(unit * dx, 1)[:, None]
         dx *= tl.load(inverse_ptr + row, mask=row_mask, other=0.0)[:, None]
-    if LIST_X:  # the others get the zeros that they have been added up to
+    if LIST_X:  # the others get zeros: whatever token stood in, it may have been NaN
+        dx = tl.where(row_mask[:, None], dx, 0.0)
         exists = start + tl.arange(0, BLOCK_OWN) < Bx * P
         row = tl.load(rows_ptr + start + tl.arange(0, BLOCK_OWN), mask=exists, other=0).to(tl.int64)
         row_mask = exists
@@ -113,8 +123,8 @@ def dx(
     with on_device(e):
         launch(
             _dx_kernel, (triton.cdiv(Bx * P, own),),
-            dsim, matches, e, rows, row_count, units, inverse, out, Bx, Be, P, Q, D,
-            LIST_X=rows is not None, NORMALISED=units is not None, BLOCK_OWN=own, BLOCK_D=width, UNROLL=unroll,
+            dsim, matches, e, rows, row_count, units, inverse, out, Bx, Be, P, Q,
+            D=D, LIST_X=rows is not None, NORMALISED=units is not None, BLOCK_OWN=own, BLOCK_D=width, UNROLL=unroll,
             CHAIN=CHAIN, num_warps=warps, **(all_registers(e.device) if e.element_size() == 2 else {}),
         )  # fmt: skip
     return out

@@ -17,7 +17,8 @@
 
     cosine   float32 alone: the winners' cosines once more, summed as a tree. In IEEE the match adds D terms in one
              chain, whose error an exponential multiplies; from three TF32 products it is a little larger in any pool.
-    TF32     products read copies rounded to it (_tile.operands); three of them read the tokens as they are.
+    TF32     products read copies rounded to it (_tile.operands). For three of them, x e = high high + high low + low
+             high, a copy has both parts, rows of 2 D, and a product is 3 D long; low low is beyond a float32's digits.
 
 Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left; e is sorted by length and
 matched in classes of width. Deterministic: see CONTRIBUTING.md, "A kernel file".
@@ -41,7 +42,7 @@ from ._launch import (
     on_device,
 )
 from ._matches import Lists, listed_rows, matches_dtype, pack, unpack
-from ._tile import BIG, load_columns, load_rows, max_or_nan, operands, row_max
+from ._tile import BIG, load_columns, load_rows, max_or_nan, nearest_tf32, operands, row_max
 from .token_lists import SHORT
 
 # Blocks by memory of the chip and precision.
@@ -49,15 +50,12 @@ from .token_lists import SHORT
 MATCH = {
     (LARGE, "half"): (128, 256, 64, 8, 4),
     (LARGE, "tf32"): (128, 256, 32, 8, 3),
-    (LARGE, "tf32x3"): (64, 256, 32, 8, 3),
     (LARGE, "ieee"): (64, 256, 16, 8, 2),
     (MEDIUM, "half"): (128, 256, 64, 8, 3),
     (MEDIUM, "tf32"): (128, 256, 32, 8, 3),
-    (MEDIUM, "tf32x3"): (64, 256, 32, 8, 3),
     (MEDIUM, "ieee"): (64, 256, 16, 8, 2),
     (SMALL, "half"): (128, 256, 32, 8, 3),
     (SMALL, "tf32"): (128, 256, 16, 8, 3),
-    (SMALL, "tf32x3"): (64, 256, 16, 8, 3),
     (SMALL, "ieee"): (64, 256, 16, 8, 3),
     (LDS, "half"): (128, 256, 32, 8, 2),
     (LDS, "tf32"): (128, 256, 16, 8, 2),
@@ -74,8 +72,8 @@ SUPER = 8  # row tiles that go through the column tiles together, so that both s
 
 @triton.jit(do_not_specialize=["Bx", "Be", "P", "Q", "row_tiles", "column_tiles"])
 def _match_kernel(
-    x_ptr,  # [Bx P, D]
-    e_ptr,  # [Be, Q, D]
+    x_ptr,  # [Bx P, D]; with SPLIT [Bx P, 2, D]: high and low parts
+    e_ptr,  # [Be, Q, D], or [Be, Q, 2, D]
     rows_ptr,  # [Bx P] int32: the tokens of x that are left, first; or None
     row_count_ptr,  # [1] int32: how many; or None
     tokens_ptr,  # [Be, Q] int32: the tokens of each e that are left, first, in order; or None
@@ -96,6 +94,7 @@ def _match_kernel(
     SAVE: tl.constexpr,
     UNIT: tl.constexpr,  # columns that a sample of e has in a tile
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -120,6 +119,11 @@ def _match_kernel(
     if (first < last) & (row_tile * BLOCK_M < row_total):
         row, i, l, row_mask = listed_rows(rows_ptr, row_count_ptr, row_tile * BLOCK_M, Bx * P, P, LIST_X, BLOCK_M)
         out = out_ptr + i * Be * P + l
+        length, padded = D, D
+        if SPLIT:
+            row *= 2
+            padded = (D + BLOCK_D - 1) // BLOCK_D * BLOCK_D
+            length = 3 * padded
         c = tl.arange(0, BLOCK_N)
         widest = Q
         if SAMPLES > 1:
@@ -144,10 +148,18 @@ def _match_kernel(
             column = j.to(tl.int64) * Q + k
 
             cos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for start_d in range(0, D, BLOCK_D):
-                d = start_d + tl.arange(0, BLOCK_D)
-                x = load_rows(x_ptr, row, row_mask, d, D)
-                e = load_columns(e_ptr, column, col_mask, d, D)
+            if SPLIT:
+                column *= 2
+            for start_d in range(0, length, BLOCK_D):
+                x_from, e_from, first_d = x_ptr, e_ptr, start_d
+                if SPLIT:  # low high, high low, high high: small terms first
+                    part = (start_d >= padded).to(tl.int32) + (start_d >= 2 * padded).to(tl.int32)
+                    first_d -= part * padded
+                    x_from += tl.where(part == 0, D, 0)
+                    e_from += tl.where(part == 1, D, 0)
+                d = first_d + tl.arange(0, BLOCK_D)
+                x = load_rows(x_from, row, row_mask, d, D)
+                e = load_columns(e_from, column, col_mask, d, D)
                 cos = tl.dot(x, e, cos, input_precision=PRECISION)
 
             for g in tl.static_range(SAMPLES):
@@ -180,6 +192,17 @@ def _match_kernel(
                         else:
                             match = best.to(out_ptr.dtype.element_ty)
                         tl.store(out + j_g.to(tl.int64) * P, match, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _split_kernel(x_ptr, out_ptr, n, D, BLOCK: tl.constexpr):
+    """Grid (blocks of all elements)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    high = nearest_tf32(x)
+    out = out_ptr + at + at // D * D
+    tl.store(out, high, mask=at < n)
+    tl.store(out + D, nearest_tf32(x - high), mask=at < n)
 
 
 @triton.jit(do_not_specialize=["Bx", "Be", "P", "Q"])
@@ -234,18 +257,18 @@ def match(x: Tensor, e: Tensor, x_lists: Lists, e_lists: Lists, save: bool, expo
     out = torch.empty(Bx, Be, P, dtype=matches_dtype(x, Q) if save else maxima_dtype, device=x.device)
 
     table, memory = MATCH if rows is None and tokens is None else MATCH_LISTED, chip_class(x.device)
-    M, N, BLOCK_D, warps, stages = table[memory if (memory, kind) in table else LARGE, kind]
+    blocks = "tf32" if kind == "tf32x3" else kind
+    M, N, BLOCK_D, warps, stages = table[memory if (memory, blocks) in table else LARGE, blocks]
     with on_device(x):
-        if kind == "tf32":
-            x, e = operands(x, e)
+        a, b = (_split(x), _split(e)) if kind == "tf32x3" else operands(x, e)
         for number, width in enumerate((SHORT, Q) if counts is not None and Q > SHORT else (Q,)):
             columns, unit = _columns(width, N)
             tiles = triton.cdiv(Bx * P, M), triton.cdiv(Be, columns // unit)
             launch(
                 _match_kernel, (tiles[0] * tiles[1],),
-                x, e, rows, row_count, tokens, counts, order, bounds, out, Bx, Be, P, Q, D, *tiles,
+                a, b, rows, row_count, tokens, counts, order, bounds, out, Bx, Be, P, Q, D, *tiles,
                 CLASS=number, LIST_X=rows is not None, LIST_E=counts is not None, SAVE=save, UNIT=unit,
-                PRECISION="ieee" if kind == "half" else kind,
+                PRECISION="tf32" if blocks == "tf32" else "ieee", SPLIT=kind == "tf32x3",
                 BLOCK_M=M, BLOCK_N=columns, BLOCK_D=BLOCK_D, SUPER=SUPER,
                 num_warps=warps, num_stages=stages, **all_registers(x.device),
             )  # fmt: skip
@@ -256,6 +279,13 @@ def match(x: Tensor, e: Tensor, x_lists: Lists, e_lists: Lists, save: bool, expo
                 LIST_X=rows is not None, LIST_E=counts is not None,
                 BLOCK_OWN=own, BLOCK_D=min(width, triton.next_power_of_2(D)), num_warps=warps,
             )  # fmt: skip
+    return out
+
+
+def _split(x: Tensor) -> Tensor:
+    """x [..., D] -> [..., 2, D]: x rounded to TF32, and what is left of it."""
+    out = torch.empty(*x.shape[:-1], 2, x.shape[-1], dtype=x.dtype, device=x.device)
+    launch(_split_kernel, (triton.cdiv(x.numel(), 1024),), x, out, x.numel(), x.shape[-1], BLOCK=1024, num_warps=4)
     return out
 
 

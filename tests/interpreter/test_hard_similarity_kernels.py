@@ -12,6 +12,7 @@ from helpers.budget import assert_within_budget
 from helpers.compare import assert_close, default_dtype, value_and_grads
 from helpers.reference import unit_similarity_reference
 
+from benchmarks.budget import relative_error
 from fmfa_losses import functional
 from fmfa_losses.compat.released import released_efa
 from fmfa_losses.ops import hard_similarity as operators
@@ -283,6 +284,15 @@ def test_nan_shows_in_its_own_pairs_and_nowhere_else(pool):
     assert dx.isnan().any()
 
 
+def test_a_nan_does_not_show_where_a_row_is_masked_out():
+    x, e, x_mask, _ = inputs(3, 4, 9, 7, 16, torch.float32, masked=True)
+    e[1] = float("nan")
+    sim, matches = hard_similarity.forward(x, e, x_mask, None, "lse", 2.0, True)
+    dx, _ = hard_similarity.backward(torch.ones_like(sim), matches, x, e, x_mask, None, "lse")
+    assert dx[x_mask].isnan().all()
+    assert (dx[~x_mask] == 0).all()
+
+
 def test_two_runs_are_equal_bit_for_bit():
     case = inputs(3, 4, 40, 33, 24, torch.float32, masked=True)
     dsim = torch.randn(3, 4)
@@ -546,6 +556,52 @@ def test_the_gradient_through_the_normalisation_in_place(D, masked, dtype):
     )
     assert_close([units.float()], [exact.float()], 2e-6 if dtype == torch.float32 else 1e-3)
     assert_close([added], [before + de], 2e-6 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.fixture
+def high():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 63, 77, 64), (2, 2, 20, 150, 40), (2, 3, 5, 9, 507)])
+@pytest.mark.parametrize("pool, scale", [("lse", 50.0), ("mean", 1.0)])
+def test_three_products_of_tf32_have_the_error_budget_of_ieee(high, shape, masked, pool, scale):
+    """The interpreter multiplies exactly what it is given, and what it is given are TF32 numbers."""
+    case = inputs(*shape, torch.float32, masked)
+    dsim = torch.randn(shape[:2])
+    exact, right_winners = plain(*case, pool, scale, dsim, torch.float64)
+    rounded, _ = plain(*case, pool, scale, dsim, torch.float32)
+    values, winners = run(*case, pool, scale, dsim)
+    assert torch.equal(winners, right_winners)
+    for value, right, same_dtype in list(zip(values, exact, rounded, strict=True))[:2]:  # de is another product
+        assert_within_budget(value, right, same_dtype, amplification=8 + scale)
+
+
+def test_the_two_parts_of_an_operand_are_tf32_and_add_up(monkeypatch):
+    x, e, *_ = inputs(3, 4, 40, 33, 512, torch.float32)
+    captured, launch = [], match.launch
+
+    def recorded(kernel, grid, *args, **options):
+        launch(kernel, grid, *args, **options)
+        if kernel.__name__ == "_split_kernel":
+            captured.append(args[1])
+
+    monkeypatch.setattr(match, "launch", recorded)
+    monkeypatch.setattr(match, "match_precision", lambda like: "tf32x3")
+    nothing = sections_of(None, 1, 1)
+    match.match(x, e, nothing, nothing, False, False)
+    for parts, whole in zip(captured, (x, e), strict=True):
+        assert (parts.view(torch.int32) & 8191 == 0).all()
+        assert ((parts.double().sum(-2) - whole).abs() <= 2.0**-23 * whole.abs()).all()
+    # The products themselves, before winners get better ones: as good as float32's.
+    (xh, xl), (eh, el) = (parts.flatten(0, 1).unbind(1) for parts in captured)
+    exact = x.flatten(0, 1).double() @ e.flatten(0, 1).double().T
+    assert_within_budget(xl @ eh.T + xh @ el.T + xh @ eh.T, exact, x.flatten(0, 1) @ e.flatten(0, 1).T)
+    one = relative_error(xh @ eh.T, exact)
+    assert one > 1e-4
 
 
 def test_operands_are_the_nearest_tf32(monkeypatch):

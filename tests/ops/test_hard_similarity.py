@@ -1,5 +1,7 @@
 """Hard similarity: the torch path against its reference, golden values, properties, degenerate and bad input."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -10,6 +12,7 @@ from helpers.golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import ROOT
 from fmfa_losses.functional import hard_similarity
 from fmfa_losses.ops import hard_similarity as module
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
@@ -199,6 +202,37 @@ def test_nan_shows():
     sim = hard_similarity(x, e)
     assert sim[:, 1].isnan().all()
     assert sim[:, [0, 2]].isfinite().all()
+
+
+SWITCHES = [
+    ("", "ieee", "ieee"),
+    ("torch.set_float32_matmul_precision('high')", "tf32", "tf32x3"),
+    ("torch.set_float32_matmul_precision('medium')", "tf32", "tf32"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32", "tf32x3"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32", "tf32x3"),
+    ("torch.backends.fp32_precision = 'tf32'", "tf32", "tf32x3"),
+]
+PRECISION = """
+import warnings
+import torch
+import benchmarks  # noqa: F401, a checkout that is not installed finds its kernels
+from fmfa_losses.kernels._launch import match_precision, precision
+SWITCH
+warnings.simplefilter("error")
+x = torch.ones(1)
+print(precision(x.dtype), match_precision(x), match_precision(x.half()), match_precision(x.bfloat16()))
+"""
+
+
+@pytest.mark.parametrize(("switch", "products", "match"), SWITCHES)
+def test_the_match_follows_torch(switch, products, match):
+    """Each in its own process: torch raises where older switches are read after a newer one was set."""
+    if "fp32_precision" in switch and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has no fp32_precision")
+    code = PRECISION.replace("SWITCH", switch)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [products, match, "half", "half"]
 
 
 def test_autocast_does_not_lower_the_precision():
