@@ -42,6 +42,7 @@ PRODUCTS = {
 }
 WEIGHTS = (16, 4)  # (BLOCK_J samples of e, num_warps)
 EXPONENTS = (16, 64, 4)  # (BLOCK_J samples of e, BLOCK_I samples of x, num_warps)
+POSITIONS = (128, 4)  # (BLOCK tokens of a sample of e, num_warps)
 NOTHING = (4096, 4)  # (BLOCK numbers of a sample of x, num_warps)
 BLOCK_B = 128  # samples of e whose granules are counted together
 
@@ -95,7 +96,23 @@ def _power_of_two(n):
     return ((n + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["dsim_ptr", "Bx", "Be", "P"])
+@triton.jit(do_not_specialize=["Q"])
+def _positions_kernel(
+    tokens_ptr,  # [Be, Q] int32: the tokens of each e that are left, first, in order
+    counts_ptr,  # [Be] int32: how many
+    positions_ptr,  # [Be, Q] int32
+    Q,
+    BLOCK: tl.constexpr,
+):
+    """Grid (Be, token blocks): where in that list a token is; of tokens that are left."""
+    j = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    kept = position < tl.load(counts_ptr + j)
+    token = tl.load(tokens_ptr + j * Q + position, mask=kept, other=0)
+    tl.store(positions_ptr + j * Q + token, position, mask=kept)
+
+
+@triton.jit(do_not_specialize=["dsim_ptr", "Bx", "Be", "P", "Q"])
 def _weights_kernel(
     dsim_ptr,  # [Bx, Be] float32
     matches_ptr,  # [Bx, Be, P] int32
@@ -103,11 +120,13 @@ def _weights_kernel(
     row_count_ptr,  # [1] int32: how many; or None
     nothing_ptr,  # [Bx] int32, or None
     exponents_ptr,  # [Be] int32, or None
+    positions_ptr,  # [Be, Q] int32: of winners; or None: token k is in position k
     x_ptr,  # of the dtype of the weights, not read
     weights_ptr,  # [row blocks, Be, BLOCK_SUM] int32
     Bx,
     Be,
     P,
+    Q,
     LIST_X: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
@@ -128,7 +147,10 @@ def _weights_kernel(
             nothing = tl.load(nothing_ptr + i, mask=row_mask, other=0) > 0
             w = tl.where(nothing[None, :] & (tl.abs(w) < float("inf")), 0.0, w)
             w *= _power_of_two(-tl.load(exponents_ptr + j, mask=j < Be, other=0))[:, None]
-        w = tl.where(winner >= 0, w * p, 0.0).to(x_ptr.dtype.element_ty)
+        won = winner >= 0
+        if positions_ptr is not None:
+            winner = tl.load(positions_ptr + j.to(tl.int64)[:, None] * Q + winner, mask=won, other=-1)
+        w = tl.where(won, w * p, 0.0).to(x_ptr.dtype.element_ty)
         weight = (w.to(tl.int16, bitcast=True).to(tl.int32) << 16) | (winner & 0xFFFF)
         at = (tl.program_id(0).to(tl.int64) * Be + j)[:, None] * BLOCK_SUM + tl.arange(0, BLOCK_SUM)[None, :]
         tl.store(weights_ptr + at, weight, mask=(j < Be)[:, None])
@@ -149,6 +171,19 @@ def _granules(granule, counts_ptr, Be, BLOCK_B: tl.constexpr, GRANULE: tl.conste
         earlier = tl.maximum(earlier, tl.max(tl.where(passed, end[None, :], 0), 1))
         total += tl.sum(count, 0)
     return j, granule - earlier
+
+
+@triton.jit
+def _halves(tile):
+    """[R, C] -> its left and right columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _add(out_ptr, tile, row, row_mask, d, D):
+    out = out_ptr + row[:, None] * D + d[None, :]
+    tile += load_rows(out_ptr, row, row_mask, d, D).to(tl.float32)
+    tl.store(out, tile.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["Bx", "Be", "P", "Q", "granules"])
@@ -189,6 +224,37 @@ def _products_kernel(
         j = granule // granules
         number = granule - j * granules
     exists = j < Be
+
+    if LIST_E and not ACCUMULATE:
+        # The tiles of granules are no fewer than tiles of tokens: each writes the zeros of a tile of the list's rest.
+        position = tl.program_id(0) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+        gone = (position < Be * Q) & (position >= tl.load(e_row_count_ptr))
+        rest = tl.load(e_rows_ptr + position, mask=gone, other=0).to(tl.int64)
+        zeros = tl.zeros((BLOCK_OWN, BLOCK_OUT), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rest[:, None] * D + d[None, :], zeros, mask=gone[:, None] & (d < D)[None, :])
+
+    total = Bx * P
+    if LIST_X:
+        total = tl.load(row_count_ptr)
+    if LIST_E:
+        total = tl.where(tl.min(j, 0) < Be, total, 0)  # no granule: no row
+    de = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+    r = tl.arange(0, BLOCK_SUM)
+    at = weights_ptr + tl.minimum(j, Be - 1).to(tl.int64)[:, None] * BLOCK_SUM + r[None, :]
+    stride = tl.cast(Be, tl.int64) * BLOCK_SUM  # of a row block
+    for block in range(tl.cdiv(total, BLOCK_SUM)):
+        weight = tl.load(at + block * stride)
+        row = block * BLOCK_SUM + r
+        row_mask = row < total
+        if LIST_X:
+            row = tl.load(rows_ptr + row, mask=row_mask, other=0)
+        x = load_rows(x_ptr, row.to(tl.int64), row_mask, d, D)
+        # Which granule's token a row is, is known when compiling.
+        winner = (weight & 0xFFFF) - (number * GRANULE)[:, None]
+        w = tl.where(winner[None, :, :] == own[:, None, None], (weight >> 16)[None, :, :], 0).to(tl.int16)
+        w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_OWN, BLOCK_SUM)).to(x_ptr.dtype.element_ty, bitcast=True)
+        de = tl.dot(w, x, de)
+
     index = number[:, None] * GRANULE + own[None, :]
     if LIST_E:
         count = tl.load(counts_ptr + j, mask=exists, other=0)
@@ -197,49 +263,25 @@ def _products_kernel(
     else:
         kept = exists[:, None] & (index < Q)
         k = index
-
-    if LIST_E and not ACCUMULATE:
-        # The tiles of granules are no fewer than tiles of tokens: each writes the zeros of a tile of the list's rest.
-        position = tl.program_id(0) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-        gone = (position < Be * Q) & (position >= tl.load(e_row_count_ptr))
-        row = tl.load(e_rows_ptr + position, mask=gone, other=0).to(tl.int64)
-        zeros = tl.zeros((BLOCK_OWN, BLOCK_OUT), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row[:, None] * D + d[None, :], zeros, mask=gone[:, None] & (d < D)[None, :])
-
-    if tl.min(j, 0) < Be:
-        total = Bx * P
-        if LIST_X:
-            total = tl.load(row_count_ptr)
-        de = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
-        r = tl.arange(0, BLOCK_SUM)
-        at = weights_ptr + j.to(tl.int64)[:, None] * BLOCK_SUM + r[None, :]
-        stride = tl.cast(Be, tl.int64) * BLOCK_SUM  # of a row block
-        for block in range(tl.cdiv(total, BLOCK_SUM)):
-            weight = tl.load(at + block * stride, mask=exists[:, None], other=-1)
-            row = block * BLOCK_SUM + r
-            row_mask = row < total
-            if LIST_X:
-                row = tl.load(rows_ptr + row, mask=row_mask, other=0)
-            x = load_rows(x_ptr, row.to(tl.int64), row_mask, d, D)
-            winner = weight & 0xFFFF
-            if LIST_E:
-                won = winner[:, None, :] == k[:, :, None]
-            else:  # numbers of tokens in a granule are known when compiling
-                won = (winner - (number * GRANULE)[:, None])[:, None, :] == own[None, :, None]
-            w = tl.where(won, (weight >> 16)[:, None, :], 0).to(tl.int16)
-            w = tl.reshape(w, (BLOCK_OWN, BLOCK_SUM)).to(x_ptr.dtype.element_ty, bitcast=True)
-            de = tl.dot(w, x, de)
-
-        row = tl.reshape(j.to(tl.int64)[:, None] * Q + k, (BLOCK_OWN,))
-        mask = tl.reshape(kept, (BLOCK_OWN,))[:, None] & (d < D)[None, :]
-        if exponents_ptr is not None:
-            exponent = tl.load(exponents_ptr + j, mask=exists, other=0)
-            factor = _power_of_two(exponent)[:, None] + tl.zeros((GRANULES, GRANULE), tl.float32)
-            de *= tl.reshape(factor, (BLOCK_OWN,))[:, None]
-        out = out_ptr + row[:, None] * D + d[None, :]
-        if ACCUMULATE:
-            de += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out, de.to(out_ptr.dtype.element_ty), mask=mask)
+    own_row = tl.reshape(j.to(tl.int64)[:, None] * Q + k, (BLOCK_OWN,))
+    own_mask = tl.reshape(kept, (BLOCK_OWN,))
+    if exponents_ptr is not None:
+        exponent = tl.load(exponents_ptr + j, mask=exists, other=0)
+        factor = _power_of_two(exponent)[:, None] + tl.zeros((GRANULES, GRANULE), tl.float32)
+        de *= tl.reshape(factor, (BLOCK_OWN,))[:, None]
+    if ACCUMULATE:  # in quarters: registers hold what is there beside the sum
+        QUARTER: tl.constexpr = BLOCK_OUT // 4
+        left, right = _halves(de)
+        a, b = _halves(left)
+        c, f = _halves(right)
+        d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, QUARTER)
+        _add(out_ptr, a, own_row, own_mask, d, D)
+        _add(out_ptr, b, own_row, own_mask, d + QUARTER, D)
+        _add(out_ptr, c, own_row, own_mask, d + 2 * QUARTER, D)
+        _add(out_ptr, f, own_row, own_mask, d + 3 * QUARTER, D)
+    else:
+        out = out_ptr + own_row[:, None] * D + d[None, :]
+        tl.store(out, de.to(out_ptr.dtype.element_ty), mask=own_mask[:, None] & (d < D)[None, :])
 
 
 def de(
@@ -253,10 +295,17 @@ def de(
     granules = triton.cdiv(Q, GRANULE)
     nothing, exponents = _exponents(dsim, x, x_counts)
     weights = torch.empty(triton.cdiv(Bx * P, block), Be, block, dtype=torch.int32, device=x.device)
+    positions = None
+    if tokens is not None:
+        positions = torch.empty_like(tokens)
+        launch(
+            _positions_kernel, (Be, triton.cdiv(Q, POSITIONS[0])), tokens, counts, positions, Q, BLOCK=POSITIONS[0],
+            num_warps=POSITIONS[1],
+        )  # fmt: skip
     samples, weight_warps = WEIGHTS
     launch(
         _weights_kernel, (weights.shape[0], triton.cdiv(Be, samples)), dsim, matches, rows, row_count, nothing,
-        exponents, x, weights, Bx, Be, P,
+        exponents, positions, x, weights, Bx, Be, P, Q,
         LIST_X=rows is not None, BLOCK_J=samples, BLOCK_SUM=block, num_warps=weight_warps,
     )  # fmt: skip
     launch(
