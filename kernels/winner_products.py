@@ -180,9 +180,10 @@ def _halves(tile):
 
 
 @triton.jit
-def _add(out_ptr, tile, row, row_mask, d, D):
+def _write(out_ptr, tile, row, row_mask, d, D, ACCUMULATE: tl.constexpr):
+    if ACCUMULATE:
+        tile += load_rows(out_ptr, row, row_mask, d, D).to(tl.float32)
     out = out_ptr + row[:, None] * D + d[None, :]
-    tile += load_rows(out_ptr, row, row_mask, d, D).to(tl.float32)
     tl.store(out, tile.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
 
 
@@ -225,14 +226,6 @@ def _products_kernel(
         number = granule - j * granules
     exists = j < Be
 
-    if LIST_E and not ACCUMULATE:
-        # The tiles of granules are no fewer than tiles of tokens: each writes the zeros of a tile of the list's rest.
-        position = tl.program_id(0) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-        gone = (position < Be * Q) & (position >= tl.load(e_row_count_ptr))
-        rest = tl.load(e_rows_ptr + position, mask=gone, other=0).to(tl.int64)
-        zeros = tl.zeros((BLOCK_OWN, BLOCK_OUT), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + rest[:, None] * D + d[None, :], zeros, mask=gone[:, None] & (d < D)[None, :])
-
     total = Bx * P
     if LIST_X:
         total = tl.load(row_count_ptr)
@@ -269,19 +262,25 @@ def _products_kernel(
         exponent = tl.load(exponents_ptr + j, mask=exists, other=0)
         factor = _power_of_two(exponent)[:, None] + tl.zeros((GRANULES, GRANULE), tl.float32)
         de *= tl.reshape(factor, (BLOCK_OWN,))[:, None]
-    if ACCUMULATE:  # in quarters: registers hold what is there beside the sum
-        QUARTER: tl.constexpr = BLOCK_OUT // 4
-        left, right = _halves(de)
-        a, b = _halves(left)
-        c, f = _halves(right)
-        d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, QUARTER)
-        _add(out_ptr, a, own_row, own_mask, d, D)
-        _add(out_ptr, b, own_row, own_mask, d + QUARTER, D)
-        _add(out_ptr, c, own_row, own_mask, d + 2 * QUARTER, D)
-        _add(out_ptr, f, own_row, own_mask, d + 3 * QUARTER, D)
-    else:
-        out = out_ptr + own_row[:, None] * D + d[None, :]
-        tl.store(out, de.to(out_ptr.dtype.element_ty), mask=own_mask[:, None] & (d < D)[None, :])
+    # In quarters: registers hold what is added to, or addresses, beside the sum.
+    QUARTER: tl.constexpr = BLOCK_OUT // 4
+    left, right = _halves(de)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, QUARTER)
+    _write(out_ptr, first, own_row, own_mask, columns, D, ACCUMULATE)
+    _write(out_ptr, second, own_row, own_mask, columns + QUARTER, D, ACCUMULATE)
+    _write(out_ptr, third, own_row, own_mask, columns + 2 * QUARTER, D, ACCUMULATE)
+    _write(out_ptr, fourth, own_row, own_mask, columns + 3 * QUARTER, D, ACCUMULATE)
+
+    if LIST_E and not ACCUMULATE:
+        # The tiles of granules are no fewer than tiles of tokens: each writes the zeros of a tile of the list's rest.
+        left = tl.load(e_row_count_ptr)
+        for start in range(tl.program_id(0) * BLOCK_OWN, (tl.program_id(0) + 1) * BLOCK_OWN, GRANULE):
+            gone = (start + own < Be * Q) & (start + own >= left)
+            rest = tl.load(e_rows_ptr + start + own, mask=gone, other=0).to(tl.int64)
+            zeros = tl.zeros((GRANULE, BLOCK_OUT), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + rest[:, None] * D + d[None, :], zeros, mask=gone[:, None] & (d < D)[None, :])
 
 
 def de(
