@@ -61,10 +61,8 @@ def _similarities(
     from all ranks, are added up before they pass through the normalisation.
     """
     if backend == "triton" and peers.group is None and image_tokens.dtype == text_tokens.dtype:
-        masks = image_mask, text_mask
-        return alignment_similarities(
-            image_tokens, text_tokens, *masks, sparsity=sparsity, pool=pool, pool_scale=pool_scale
-        )
+        inputs = image_tokens, text_tokens, image_mask, text_mask
+        return alignment_similarities(*inputs, sparsity=sparsity, pool=pool, pool_scale=pool_scale)
     dtype = accumulation_dtype(image_tokens, text_tokens)
     # The tensor cores multiply in the precision of the tokens.
     text_dtype, image_dtype = (text_tokens.dtype, image_tokens.dtype) if backend == "triton" else (dtype, dtype)
