@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Strided, launch, on_device
+from ._launch import Strided, all_registers, launch, on_device
 from .asdm_tiles import by_device
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: an excluded column counts as this logit
@@ -246,7 +246,7 @@ def forward(
             _ranking_kernel, (triton.cdiv(B, M),), text_sim, image_sim, *_optional(pids, scale_ptr, loss),
             loss, statistics, moment if learned else loss, B, margin, scale,
             HAS_PIDS=pids is not None, HAS_SCALE=scale_ptr is not None, SCALE_GRADIENT=learned,
-            BLOCK_M=M, BLOCK_N=N, num_warps=warps,
+            BLOCK_M=M, BLOCK_N=N, num_warps=warps, **all_registers(text_sim.device),
         )  # fmt: skip
     return loss, statistics, moment
 
