@@ -42,6 +42,8 @@ from ._tile import dot_wide, nearest_tf32
 
 __all__ = ["backward", "cosines_of"]
 
+TILES, SUMS = tl.constexpr(32), tl.constexpr(1024)  # tiles of a row, and sums of the tiles, that are added at once
+
 
 @triton.jit(do_not_specialize=["R", "C"])
 def _cosines_kernel(
@@ -219,8 +221,8 @@ def _kept_gradient_kernel(
     # Component of the gradient along x_i: normalising removes it; dscale is its sum over i.
     sums = along_ptr + direction.to(tl.int64) * R * column_blocks
     along = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(0, tiles, 32):
-        tile = first + tl.arange(0, 32)
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
         parts = sums + tile[:, None] * X + rows[None, :]
         along += tl.sum(tl.load(parts, mask=(tile < tiles)[:, None] & row_mask[None, :], other=0.0), 0)
 
@@ -233,9 +235,9 @@ def _kept_gradient_kernel(
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + d[None, :], dx.to(out_ptr.dtype.element_ty), mask=edge)
     if SCALE_GRADIENT:  # noqa: SIM102, settled when compiled
         if (tl.program_id(0) == 0) & (direction == 0) & (tl.program_id(2) == 0):
-            total = tl.zeros((1024,), tl.float32)
-            for start in range(0, column_blocks * R, 1024):
-                at = start + tl.arange(0, 1024)
+            total = tl.zeros((SUMS,), tl.float32)
+            for start in range(0, column_blocks * R, SUMS):
+                at = start + tl.arange(0, SUMS)
                 total += tl.load(along_ptr + at, mask=at < column_blocks * R, other=0.0)
             tl.store(dscale_ptr, tl.sum(total, 0))
 

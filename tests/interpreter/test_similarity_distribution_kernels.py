@@ -371,8 +371,10 @@ def test_the_last_program_adds_up_all(way: str, reduction: str, monkeypatch: pyt
 def test_many_tiles_of_kept_dlogits(monkeypatch: pytest.MonkeyPatch) -> None:
     """More sums along rows and columns than a program adds at once, of the radial terms and of the scale's gradient."""
     go("kept", monkeypatch)
-    monkeypatch.setitem(_asdm.BLOCKS, ("logits", "kept", "ieee"), (4, 16, 16, None, 4, 4))
-    check(features(132, 132, 16), alpha=10.0)
+    monkeypatch.setitem(_asdm.BLOCKS, ("logits", "kept", "ieee"), (8, 16, 16, None, 4, 4))
+    monkeypatch.setattr(asdm_kept, "TILES", tl.constexpr(2))
+    monkeypatch.setattr(asdm_kept, "SUMS", tl.constexpr(64))
+    check(features(70, 70, 16), alpha=10.0)
 
 
 @pytest.mark.usefixtures("large")
