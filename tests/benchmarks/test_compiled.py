@@ -150,3 +150,19 @@ def test_a_table_is_written_and_compared(tmp_path, capsys):
     assert compiled.check(twice, path, "3.9.0") == 1
     assert "is of Triton 3.6.0, this is 3.9.0" in capsys.readouterr().out
     assert compiled.check(twice, tmp_path / "none.json", "3.6.0") == 1
+
+
+def test_waiting_and_code_moved_to_the_end_are_no_loops(monkeypatch):
+    section = [0x7918] * 300
+    branch = lambda here, target: ((target - here - 1) * 16 % 2**32) << 32 | 0x7947  # noqa: E731
+    section[100] = branch(100, 20)  # a loop of 81
+    section[50] = branch(50, 48)  # that waits for a barrier in its middle
+    section[200] = sass.EXIT
+    section[210] = branch(210, 60)  # seldom needed code goes back into it
+    section[299] = branch(299, 299)
+    monkeypatch.setattr(sass, "code", lambda cubin: [section])
+    assert sass.inner_loops(b"", 80) == (81,)
+    section[70] = branch(70, 30)
+    assert sass.inner_loops(b"", 80) == (41,)  # the loop in the loop
+    section[90] = branch(90, 20)  # another way back to the first instruction is no loop of its own
+    assert sass.inner_loops(b"", 80) == (41,)
