@@ -61,8 +61,12 @@ MATCH = {
     (LDS, "tf32"): (128, 256, 16, 8, 2),
     (LDS, "ieee"): (64, 256, 16, 8, 1),
 }
-# Lists of tokens take registers, which spill where accumulators come back from tensor memory.
-MATCH_LISTED = MATCH | {(BLACKWELL, "half"): (64, 256, 64, 8, 3), (BLACKWELL, "tf32"): (64, 256, 32, 8, 3)}
+# Lists of tokens take registers, which spill where accumulators come back from tensor memory, or many loads are made.
+MATCH_LISTED = MATCH | {
+    (BLACKWELL, "half"): (64, 256, 64, 8, 3),
+    (BLACKWELL, "tf32"): (64, 256, 32, 8, 3),
+    (MEDIUM, "half"): (128, 256, 32, 8, 4),
+}
 COSINE = (2, 512, 1)  # (BLOCK_OWN rows of x, BLOCK_D, num_warps)
 # Columns of one sample of e in a tile that holds several. With few classes of width, no kernel is compiled for a Q.
 # Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
@@ -118,7 +122,7 @@ def _match_kernel(
         row_total = tl.load(row_count_ptr)
     if (first < last) & (row_tile * BLOCK_M < row_total):
         row, i, l, row_mask = listed_rows(rows_ptr, row_count_ptr, row_tile * BLOCK_M, Bx * P, P, LIST_X, BLOCK_M)
-        out = out_ptr + i * Be * P + l
+        out = i * Be * P + l
         length, padded = D, D
         if SPLIT:
             row *= 2
@@ -191,7 +195,7 @@ def _match_kernel(
                             match = pack(best, index_g, out_ptr.dtype.element_ty == tl.int64)
                         else:
                             match = best.to(out_ptr.dtype.element_ty)
-                        tl.store(out + j_g.to(tl.int64) * P, match, mask=row_mask)
+                        tl.store(out_ptr + (out + j_g.to(tl.int64) * P), match, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["n"])
