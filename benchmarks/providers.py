@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fmfa_losses import IDHead, IRRHead, IRROutput, mask_tokens
 from fmfa_losses.functional import asdm_loss, hard_similarity, sparse_aggregate
-from fmfa_losses.losses.efa import _ranking, efa_loss
+from fmfa_losses.losses.efa import efa_loss
 from fmfa_losses.ops.aggregation import sparse_aggregate_reference
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 from fmfa_losses.ops.precision import unit_rows
+from fmfa_losses.ops.ranking import ranking_reference
 
 Provider = Callable[..., Any]
 
@@ -39,14 +40,13 @@ def released_similarity(x: Tensor, e: Tensor, *, x_mask: Tensor | None = None, e
 def plain_efa(
     similarity: Provider, image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None = None
 ) -> Tensor:
-    """Eq. 5-12 with margins 0.1, from the reference of the aggregation and the given similarity."""
+    """Eq. 5-12 with margins 0.1, from the references of aggregation and ranking and the given similarity."""
     joint = sparse_aggregate_reference(image_tokens, text_tokens)
-    positive = torch.eye(len(joint), dtype=torch.bool, device=joint.device)
-    total = joint.new_zeros(())
-    for tokens, mask in ((text_tokens, text_mask), (image_tokens, None)):
-        sim = similarity(tokens, joint, x_mask=mask, e_mask=text_mask)
-        total = total + (_ranking(sim, positive, 0.1, 1.0, 0) + _ranking(sim.T, positive, 0.1, 1.0, 0)).mean()
-    return total
+    text_sim, image_sim = (
+        similarity(tokens, joint, x_mask=mask, e_mask=text_mask)
+        for tokens, mask in ((text_tokens, text_mask), (image_tokens, None))
+    )
+    return ranking_reference(text_sim, image_sim, margin=0.1).mean()
 
 
 def plain_asdm(image_features: Tensor, text_features: Tensor, pids: Tensor) -> Tensor:
