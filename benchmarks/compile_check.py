@@ -83,6 +83,9 @@ def record(chip: str, kind: str) -> list[Any]:
                 return launches
             if kind != "float16":  # compiles to what bfloat16 compiles to
                 _aggregation(empty)
+                _unit_rows(empty)
+            if kind == "float32":  # whatever the tokens are
+                _ranking(empty)
             # Batches of every size: the paper's loss, and rows of one direction with all that a row can carry. One
             # pair of one number, on one chip: an argument of 1 is a constant to the compiler.
             paper = RowLoss(alpha=10.0)
@@ -154,6 +157,29 @@ def _aggregation(empty: Callable[..., torch.Tensor]) -> None:
         if N != 432:
             aggregation.forward(image, text, *masks, None)
             aggregation.backward(joint, image, text, masks[0], None, row_sum, image, text)
+
+
+def _unit_rows(empty: Callable[..., torch.Tensor]) -> None:
+    """Tokens with a mask, and joint embeddings, whose gradient is float32, with and without."""
+    from fmfa_losses.kernels import unit_rows
+
+    x, mask, joint = empty(128, 77, 512), empty(128, 77, dtype=torch.bool), empty(128, 77, 512, dtype=torch.float32)
+    unit_rows.forward(x, mask, x.dtype)
+    for some in (None, mask):
+        unit, inverse = unit_rows.forward(joint, some, x.dtype)
+        unit_rows.backward(joint, unit, inverse, some, joint)
+        unit_rows.backward(x, unit, inverse, some, x)
+    unit_rows.forward(empty(128, 77, 2048), None, x.dtype)  # rows wider than one tile
+
+
+def _ranking(empty: Callable[..., torch.Tensor]) -> None:
+    """All other pairs, and those of other identities with a scale that learns."""
+    from fmfa_losses.kernels import ranking
+
+    sim, pids, scale = empty(128, 128), empty(128, dtype=torch.int64), empty()
+    for arguments in ((None, None, 0.1, 1.0), (pids, scale, 0.1, 1.0)):
+        loss, *saved = ranking.forward(sim, sim, *arguments)
+        ranking.backward(loss, *saved, sim, sim, *arguments, arguments[1] is not None)
 
 
 def specialised(chip: str, launches: list[Any]) -> list[tuple[Any, Any]]:

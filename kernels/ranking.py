@@ -152,7 +152,7 @@ def _own_share(top, total):
 
 
 @triton.jit(do_not_specialize=["pids_ptr", "scale_ptr", "g_ptr", "B", "g_stride"])
-def _gradient_kernel(
+def _ranking_gradient_kernel(
     text_ptr,  # [B, B]
     image_ptr,  # [B, B]
     pids_ptr,  # [B], or anything
@@ -277,7 +277,7 @@ def backward(
     M, N, warps = GRADIENT
     with on_device(text_sim):
         launch(
-            _gradient_kernel, (triton.cdiv(B, M), triton.cdiv(B, N)), text_sim, image_sim,
+            _ranking_gradient_kernel, (triton.cdiv(B, M), triton.cdiv(B, N)), text_sim, image_sim,
             *_optional(pids, scale_ptr, statistics), statistics,
             moment if scale_gradient else statistics, Strided(dper_sample),
             dtext, dimage, dscale if scale_gradient else statistics, B, margin, scale, dper_sample.stride(0),
