@@ -71,9 +71,7 @@ def _sort_kernel(
     before = tl.zeros((BLOCK_ROWS,), tl.int32)  # rows that a token before `first` won
     count = tl.zeros((BLOCK_K,), tl.int32)
     for start in range(0, total, BLOCK_ROWS):
-        _, winner, _, _, _ = _winners(
-            matches_ptr, rows_ptr, row_count_ptr, start, j, Bx, Be, P, LIST_X, BLOCK_ROWS
-        )
+        _, winner, _, _, _ = _winners(matches_ptr, rows_ptr, row_count_ptr, start, j, Bx, Be, P, LIST_X, BLOCK_ROWS)
         before += ((winner >= 0) & (winner < first)).to(tl.int32)
         count += tl.sum((winner[None, :] == k[:, None]).to(tl.int32), 1)
     starts = tl.sum(before, 0) + tl.cumsum(count, 0) - count

@@ -28,16 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, launch
+from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, launch
 from ._matches import Lists, listed_rows, unpack
 from ._tile import load_rows
 
 GRANULE = 16  # tokens of e: the rows of an instruction of the tensor cores
-# Blocks by memory of the chip: (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages)
+# By memory of the chip: (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages).
+# Two programs of 4 warps share a multiprocessor: one makes W while the other multiplies, and the last round is shorter.
 PRODUCTS = {
-    (LARGE, "half"): (256, 64, 128, 8, 3),
+    (LARGE, "half"): (128, 64, 128, 4, 3),
+    (BLACKWELL, "half"): (256, 64, 128, 8, 3),
     (MEDIUM, "half"): (256, 64, 128, 8, 3),
-    (SMALL, "half"): (256, 64, 128, 8, 3),
+    (SMALL, "half"): (128, 64, 128, 4, 3),
     (LDS, "half"): (256, 64, 128, 8, 2),
 }
 WEIGHTS = (16, 4)  # (BLOCK_J samples of e, num_warps)
