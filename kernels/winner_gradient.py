@@ -5,15 +5,15 @@
 
     de_jk = sum over the (i, l) whose winner is k of w_ijl x_il,   w_ijl = dsim_ij p_ijl
 
-A match is winner and weight p in one number (_matches.py). `out` is float32 or the tokens' dtype, and contiguous: all of
-it is written, zeros where no token won, or with `accumulate` added to. x_lists and e_lists are buffers of
+A match is winner and weight p in one number (_matches.py). `out` is float32 or the tokens' dtype, and contiguous: all
+of it is written, zeros where no token won, or with `accumulate` added to. x_lists and e_lists are buffers of
 token_lists.make(mask). There are two ways:
 
-    winner_products.py   16-bit tokens: products of weights, zero where another token won, with tokens of x. Q times more
-                         operations than there are terms, and tensor cores make them in less time than loads take.
-    winner_lists.py      float32 tokens, for which products in float32 have no tensor cores, whatever torch's setting for
-                         TF32: matches are sorted by winner, and a token loads the rows that it won. Also for 16-bit
-                         tokens that are too many for 16 bits.
+    winner_products.py   16-bit tokens: products of weights, zero where another token won, with tokens of x. Q times
+                         more operations than there are terms, and tensor cores make them sooner than loads would.
+    winner_lists.py      float32 tokens, whose IEEE products have no tensor cores, whatever torch's setting for TF32:
+                         matches are sorted by winner, and a token loads the rows that it won. Also 16-bit tokens
+                         where a sample has more of them than 16 bits count.
 """
 
 import torch

@@ -2,10 +2,10 @@
 
     de(dsim [Bx, Be] float32, matches [Bx, Be, P] int64, x [Bx, P, D], lists of x, Q, out [Be, Q, D], accumulate)
 
-    sort     a counting sort of the rows (i, l) by winner, for every j. A program counts how often each of BLOCK_K tokens
-             won, and how often one before them; a row's position is the start of its winner and the number of earlier
-             rows that the same token won, so equal winners stay in order of rows. Its record is row and weight
-             w_ijl = dsim_ij p_ijl in one int64; where nothing won there is none.
+    sort     a counting sort of the rows (i, l) by winner, for every j. A program counts how often each of BLOCK_K
+             tokens won, and how often one before them; a row's position is the start of its winner and the number of
+             earlier rows that the same token won, so equal winners stay in order of rows. Its record is row and
+             weight w_ijl = dsim_ij p_ijl in one int64; where nothing won there is none.
 
                  winners of j    2 0 - 2 1 0        starts [0, 2, 3, 5],   records  1 5 | 4 | 0 3
                  rows            0 1 2 3 4 5
@@ -14,11 +14,10 @@
              next records are loaded before the rows of these arrive. Of CHAIN additions the sum is put aside: one
              chain over a large batch would lose a digit.
 
-IEEE float32. The work is Bx Be P D multiplications and as many loads, where products would need Q times as many; the sort
-compares Bx Be P winners with Q tokens twice, in integers. A token that won all rows is one program's work: its
-Bx P rows of D numbers, at the rate at which one program loads (at B 128 and P 192, one such token in every
-sample leaves 128 programs with 24576 rows each, as many bytes as ever, over fewer programs). Memory: 8 Bx Be P bytes of records.
-Deterministic: see CONTRIBUTING.md, "A kernel file".
+IEEE float32. The work is Bx Be P D multiplications and as many loads, where products would need Q times as many; the
+sort compares Bx Be P winners with Q tokens twice, in integers. A token that won all rows is the work of one program,
+Bx P rows of D numbers: no more bytes than ever, but where one token of each sample wins everything, Be programs for
+each chunk of D load them. Memory: 8 Bx Be P bytes of records. Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
 import torch

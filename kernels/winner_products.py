@@ -3,24 +3,25 @@
     de(dsim [Bx, Be] float32, matches [Bx, Be, P] int32, x [Bx, P, D], lists of x, lists of e, Q, out [Be, Q, D],
        accumulate)
 
-    weights   w_ijl = dsim_ij p_ijl in the tokens' dtype, and the winner, in one int32: what the products load, four bytes
-              a row and sample that a GPU fetches ahead, and no more arithmetic than a comparison. Rows are the tokens of
-              x that are left, one after the other; [row blocks, Be, BLOCK_SUM].
-    products  de [tokens of e, D] += W [tokens of e, rows] x [rows, D]. The tokens of e are in granules of 16, of one
-              sample each, one granule after the other across samples: 77 tokens take 80 rows of a tile, and a tile may
-              begin inside a sample. With a mask, granules hold the tokens that are left. W is made in registers: a
-              granule loads its sample's weights once for its 16 tokens.
+    weights   w_ijl = dsim_ij p_ijl in the tokens' dtype, and the winner, in one int32: what the products load, four
+              bytes a row and sample, which a GPU fetches ahead. Rows are the tokens of x that are left, one after the
+              other: [row blocks, Be, BLOCK_SUM].
+    products  de [tokens of e, D] += W [tokens of e, rows] x [rows, D]. The tokens of e are in granules of 16 of one
+              sample, one granule after the other across samples: 77 tokens take 80 rows, and a tile may begin inside a
+              sample. With a mask, granules hold the tokens that are left, and a winner is its position among them. W
+              is made in registers: a granule loads the weights of its sample once for its 16 tokens.
 
                  granule 0   tokens  0..15 of e_0  [ w where the winner is the token ]     [ x_i,l  ]
                  granule 1   tokens 16..31 of e_0  [ 0 elsewhere                     ]  x  [ D wide ]
                  ..
                  granule 5   tokens  0..15 of e_1  [        rows of x                ]
 
-    float16   has no room for gradients of any size. Every column of dsim is multiplied by the power of two that brings its
-              largest entry into [1/2, 1), and its de by the inverse. A sample of x that adds nothing, because no token of
-              it is left or all are zero vectors, does not count: its dsim may be large without bound.
+    float16   has no room for gradients of any size. Every column of dsim is multiplied by the power of two that brings
+              its largest entry into [1/2, 1), and its de by the inverse. A sample of x that adds nothing, because no
+              token of it is left or all are zero vectors, does not count: its dsim may be large without bound.
 
-Sums are float32. Memory: 4 Bx Be P bytes of weights. Deterministic: see CONTRIBUTING.md, "A kernel file".
+Executed products for needed ones: ceil(Q / 16) 16 / Q, 1.04 for 77 tokens. Sums are float32. Memory: 4 Bx Be P bytes of
+weights. Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
 import torch
@@ -28,16 +29,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, launch
+from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, launch
 from ._matches import Lists, listed_rows, unpack
 from ._tile import load_rows
 
 GRANULE = 16  # tokens of e: the rows of an instruction of the tensor cores
-# Blocks by memory of the chip: (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages)
+# By memory of the chip: (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages).
+# Two programs of 4 warps share a multiprocessor: one makes W while the other multiplies, and the last round is shorter.
 PRODUCTS = {
-    (LARGE, "half"): (256, 64, 128, 8, 3),
+    (LARGE, "half"): (128, 64, 128, 4, 3),
+    (BLACKWELL, "half"): (256, 64, 128, 8, 3),
     (MEDIUM, "half"): (256, 64, 128, 8, 3),
-    (SMALL, "half"): (256, 64, 128, 8, 3),
+    (SMALL, "half"): (256, 64, 128, 8, 2),
     (LDS, "half"): (256, 64, 128, 8, 2),
 }
 WEIGHTS = (16, 4)  # (BLOCK_J samples of e, num_warps)

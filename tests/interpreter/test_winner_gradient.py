@@ -42,7 +42,6 @@ def case(dtype, Bx=3, Be=2, P=19, Q=77, D=64, masked=False, pool="lse"):
 
 def formula(dsim, weights, winners, x, Q, dtype=torch.float64):
     """de_jk = sum over (i, l) with winner k of dsim_ij p_ijl x_il."""
-    Bx, Be, P = winners.shape
     w = torch.where(winners >= 0, dsim.to(dtype)[:, :, None] * weights.to(dtype), 0)
     chosen = torch.nn.functional.one_hot(winners.clamp(min=0).long(), Q).to(dtype)
     return torch.einsum("ijl,ijlk,ild->jkd", w, chosen, x.to(dtype))
@@ -154,7 +153,7 @@ def test_the_same_bits_twice(dtype, masked):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in reduce:RuntimeWarning")
 def test_what_is_no_number_shows_where_it_belongs(dtype, value):
-    dsim, weights, winners, matches, x, masks = case(dtype)
+    dsim, _, winners, matches, x, masks = case(dtype)
     right = launched(dsim, matches, x, masks, 77)
     dsim[1, 0] = value
     got = launched(dsim, matches, x, masks, 77)
