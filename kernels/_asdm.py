@@ -44,12 +44,12 @@ BLOCKS: dict[tuple[str, str, str], tuple[Any, ...]] = {
 
 
 def kind_of(queries: Tensor, keys: Tensor) -> str:
-    """ "half", "tf32" or "ieee": how the products of both are made."""
+    """How the products of both are made: "half", "tf32" or "ieee"."""
     return precision(torch.promote_types(queries.dtype, keys.dtype))
 
 
 def size(queries: Tensor, keys: Tensor) -> str:
-    """ "small", "kept" or "large": see above."""
+    """Which of the three sizes above the batch has: "small", "kept" or "large"."""
     pairs, kind = max(queries.shape[0], keys.shape[0]), kind_of(queries, keys)
     return "small" if pairs <= SMALL[kind] else "kept" if pairs <= KEPT[kind] else "large"
 

@@ -14,7 +14,7 @@
                             and dy_j with V; the sums of the tiles are added up in the order of the tiles
 
 Products of size R C D: one forward, three backward, whatever D. In one launch without [R, C] (asdm_gradient.py) there
-are two forward and 2 + 2 D / BLOCK_OUT backward. Memory: 4 (1 + directions) ... 8 R C bytes, at 1024 pairs 8 MiB.
+are two forward and 2 + 2 D / BLOCK_OUT backward. Memory: 8 R C bytes while a pass lasts, at 1024 pairs 8 MiB.
 The logits of the two passes are the same numbers: the same blocks make them.
 """
 

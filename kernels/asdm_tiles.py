@@ -1,22 +1,21 @@
-"""A-SDM, SDM and ITC in tiles: row losses and input gradients from raw features, for small batches and half precision.
+"""A-SDM, SDM and ITC in tiles: row losses from raw features, for small batches and half precision.
 
 The logits z_ij = s cos(x_i, y_j) exist only in registers, as tiles [BLOCK_M, BLOCK_N], and so do the running statistics
-of Eq. 1-4. Memory is O(R + C).
+of Eq. 1-4. Memory is O(R + C). From SMALL to KEPT pairs the cosines are read from memory instead (asdm_kept.py).
 
-    prepare      norms of both inputs, and sum_k y_ik of every query: D and the ids are read once. A row whose squares
-                 leave float32's range gets a factor, a power of two; where there is one, products are redone
+    prepare      norms of both inputs, and sum_k y_ik of every query (asdm_prepare.py); sets a counter to zero
     row loss     one program for each block of rows. It loops over all columns and keeps running statistics
 
                      y_0   y_1   y_2 ...
             x_0 [    z  -> z  -> z  -> ]   top, sum e, sum e (z - top - log(t + eps)), positive  ->  loss
 
-    gradient     one program for each block [rows, chunk of D] of an input's gradient. It computes each tile of logits
-                 again, adds up dlogits of its rows and of its columns (rows of the other direction), multiplies with y,
-                 and applies the derivative of the normalisation
+                 Each program stores the sum of its rows' losses; the counter tells which program comes last, and that
+                 one adds up all sums in the order of the programs
+    gradient     asdm_gradient.py, or asdm_kept.py
 
 With `both` the second grid axis is the direction: rows and columns are exchanged. Every tile of logits is computed once
-for each direction, and in the gradient once for each chunk of D. In a small batch the launches take longer than this
-repeated work; a large batch in float32 uses `asdm_blocks`. Deterministic: see CONTRIBUTING.md, "A kernel file".
+for each direction. In a small batch the launches take longer than this repeated work; a large batch in float32 uses
+`asdm_blocks`. Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
 from typing import Any
@@ -144,6 +143,7 @@ def _row_loss_kernel(
         # The program that comes last adds up the sums of all, in an order that does not depend on which one it is.
         # One thread stores this program's sum and then adds to the counter: its release shows the sum to the device
         # first. Whoever reads the highest count has acquired all others'. `.cg` reads the cache that the device shares.
+        # (The barrier keeps this true should a compiler give the store and the atomic to different threads.)
         programs = tl.num_programs(0) * tl.num_programs(1)
         tl.store(loss_ptr + direction * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(row_mask, loss, 0.0), 0))
         tl.debug_barrier()
