@@ -41,9 +41,9 @@ def tables() -> dict[str, "Table"]:
 # Kernels without a matrix product have no pipeline, so their number of stages changes nothing and does not vary.
 TABLES = (
     Table(
-        _entry("winner_gradient", "DE", HALF, ("_de_kernel",)),
+        _entry("winner_products", "PRODUCTS", HALF, ("_products_kernel",)),
         ("BLOCK_OWN", "BLOCK_SUM", "BLOCK_OUT", "num_warps", "num_stages"),
-        ((64, 128), (16, 32, 64), (128, 256), (4, 8), (2, 3, 4)),
+        ((64, 128, 256), (32, 64), (128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
         _entry("gather_gradient", "DX", HALF, ("_dx_kernel",)),
@@ -51,9 +51,14 @@ TABLES = (
         ((1, 2, 4, 8, 16), (512,), (1, 2, 4), (1, 2, 4, 8)),
     ),
     Table(
-        _entry("aggregation", "BACKWARD", HALF, ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel")),
+        _entry("aggregation_rows", "ROWS", HALF, ("_rows_kernel",)),
         ("BLOCK_D", "BLOCK_OUT", "num_warps", "num_stages"),
-        ((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4)),
+        ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
+    ),
+    Table(
+        _entry("aggregation_rows", "DIMAGE", HALF, ("_dimage_product_kernel",)),
+        ("BLOCK_N", "BLOCK_L", "BLOCK_OUT", "num_warps", "num_stages"),
+        ((32, 64, 128), (16, 32), (64, 128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
         _entry("match", "MATCH", HALF, ("_match_kernel",)),

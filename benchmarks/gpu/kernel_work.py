@@ -12,7 +12,8 @@ Arguments = dict[str, Any]
 
 def _rows(a: Arguments) -> float:
     """Tokens of x: those that a mask left, where there is one."""
-    return float(a["row_count_ptr"].sum()) if isinstance(a["row_count_ptr"], Tensor) else a["Bx"] * a["P"]
+    count = a.get("row_count_ptr")
+    return float(count.sum()) if isinstance(count, Tensor) else a["Bx"] * a["P"]
 
 
 def _columns(a: Arguments) -> float:
@@ -30,7 +31,7 @@ def _gathered(a: Arguments) -> float:
 
 def _scores(products: int) -> Callable[[Arguments], float]:
     """So many products of [L, N] with D, a sample."""
-    return lambda a: 2.0 * products * a["image_ptr"].shape[0] * a["L"] * a["N"] * a["D"]
+    return lambda a: 2.0 * products * a["text_ptr"].shape[0] * a["L"] * a["N"] * a["D"]
 
 
 def _logits(products: int) -> Callable[[Arguments], float]:
@@ -43,8 +44,11 @@ def _logits(products: int) -> Callable[[Arguments], float]:
 FLOPS: dict[str, Callable[[Arguments], float]] = {
     "_match_kernel": _match,
     "_dx_kernel": _gathered,
-    "_de_kernel": _gathered,
+    "_products_kernel": _gathered,
+    "_gather_kernel": _gathered,
     "_forward_kernel": _scores(2),  # s and the weighted sum
+    "_rows_kernel": _scores(3),  # s, da, ds v
+    "_dimage_product_kernel": _scores(2),  # a^T djoint, ds^T t
     "_statistics_kernel": _scores(2),  # s and da
     "_dtext_kernel": _scores(3),  # s, da, ds v
     "_dimage_kernel": _scores(4),  # s, da, a^T djoint, ds^T t
