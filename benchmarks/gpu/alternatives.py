@@ -57,6 +57,8 @@ def _put(module: Any, row: Alternative, new: Any) -> None:
 EFA = Case("efa", 128)
 HALF = ("227 KiB", "half")  # a column of the block tables (kernels/_launch.py)
 ALTERNATIVES = (
+    # One loop over all tiles of a program: loads go on while a tile is reduced.
+    Alternative("match", "PERSISTENT", None, True, EFA, "bf16", (), 0.98),
     # As CUDA graphs tiles lose above 64 pairs, eager they win: the host decides, until blocks are one launch each way.
     Alternative("asdm_tiles", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.4),
     Alternative("asdm_tiles", "SMALL", "ieee", 1024, Case("asdm", 1024), "fp32", (), 1.6),
