@@ -78,7 +78,7 @@ def record(chip: str, kind: str) -> list[Any]:
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     try:
         with recording(chip) as launches:
-            _hard_similarity(empty)
+            _hard_similarity(chip, empty)
             if kind == "tf32x3":  # all other kernels are those of TF32
                 return launches
             if kind != "float16":  # compiles to what bfloat16 compiles to
@@ -113,13 +113,17 @@ def record(chip: str, kind: str) -> list[Any]:
         torch.set_float32_matmul_precision(before)
 
 
-def _hard_similarity(empty: Callable[..., torch.Tensor]) -> None:
+def _hard_similarity(chip: str, empty: Callable[..., torch.Tensor]) -> None:
     """Tokens of the paper without and with masks, samples of e of the wider classes, and x of several tiles of tokens.
 
     dx and de do not know the pool. EFA writes dx over the unit tokens, and adds the second de to the first.
     """
-    from fmfa_losses.kernels import hard_similarity, token_lists
+    from fmfa_losses.kernels import hard_similarity, match, token_lists
 
+    if chip == "sm_90" and empty().dtype in (torch.float16, torch.bfloat16):  # not in use, but it compiles
+        match.PERSISTENT = True
+        hard_similarity.forward(empty(128, 192, 512), empty(128, 77, 512), None, None, "lse", 1.0, True)
+        match.PERSISTENT = False
     for P, Q, masked, pool, scale, D in (
         (192, 77, False, "lse", 1.0, 512),
         (77, 77, True, "lse", 1.0, 512),

@@ -145,6 +145,13 @@ def all_registers(device: torch.device) -> dict[str, int]:
     return {"maxnreg": 255} if nvidia else {}
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a recorded launch those of an H100; the interpreter has few, so that a program has several tiles."""
+    if _Recorder.chip is not None:
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def on_device(like: Tensor) -> AbstractContextManager[Any]:
     """Launches go to the tensor's device, whichever is current."""
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()

@@ -57,6 +57,8 @@ def _put(module: Any, row: Alternative, new: Any) -> None:
 EFA = Case("efa", 128)
 HALF = ("227 KiB", "half")  # a column of the block tables (kernels/_launch.py)
 ALTERNATIVES = (
+    # One loop over all tiles of a program: loads go on while a tile is reduced.
+    Alternative("match", "PERSISTENT", None, True, EFA, "bf16", (), 0.98),
     # One launch more and [R, C] kept, where a graph's time counts; blocks, where the BLAS library's products would.
     Alternative("_asdm", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.3),
     Alternative("_asdm", "KEPT", "ieee", 256, Case("asdm", 1024), "fp32", (), 2.0),

@@ -43,6 +43,7 @@ def _logits(products: int) -> Callable[[Arguments], float]:
 # they compute.
 FLOPS: dict[str, Callable[[Arguments], float]] = {
     "_match_kernel": _match,
+    "_persistent_match_kernel": lambda a: 2.0 * a["Bx"] * a["P"] * a["Be"] * a["Q"] * a["D"],
     "_dx_kernel": _gathered,
     "_products_kernel": _gathered,
     "_gather_kernel": _gathered,

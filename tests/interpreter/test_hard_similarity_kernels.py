@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fmfa_losses.kernels import _tile, gather_gradient, hard_similarity, match, winner_gradient
+from fmfa_losses.kernels import _tile, gather_gradient, hard_similarity, match, persistent_match, winner_gradient
 from fmfa_losses.kernels import pool as pooling
 from fmfa_losses.kernels._launch import recording
 from fmfa_losses.kernels._matches import buffer_of, sections_of
@@ -556,6 +556,23 @@ def test_the_gradient_through_the_normalisation_in_place(D, masked, dtype):
     )
     assert_close([units.float()], [exact.float()], 2e-6 if dtype == torch.float32 else 1e-3)
     assert_close([added], [before + de], 2e-6 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 63, 77, 64), (9, 7, 63, 20, 130), (5, 2, 3, 100, 16), (1, 1, 1, 1, 16)])
+@pytest.mark.parametrize("save", [True, False])
+def test_a_persistent_match_has_the_same_bits(monkeypatch, shape, save):
+    x, e, *_ = inputs(*shape, torch.float16)
+    e[-1, :, 2] = float("nan") if shape[0] == 3 else 0
+    nothing = sections_of(None, 1, 1)
+    expected = match.match(x, e, nothing, nothing, save, True)
+    launched, launch = [], persistent_match.launch
+    monkeypatch.setattr(
+        persistent_match, "launch", lambda kernel, *args, **kw: launched.append(kernel) or launch(kernel, *args, **kw)
+    )
+    monkeypatch.setattr(match, "PERSISTENT", True)
+    got = match.match(x, e, nothing, nothing, save, True)
+    assert len(launched) == 1
+    assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
 
 
 @pytest.fixture
