@@ -51,9 +51,14 @@ TABLES = (
         ((1, 2, 4, 8, 16, 32), (128, 256, 512), (1, 2, 4), (1,)),
     ),
     Table(
-        _entry("aggregation", "BACKWARD", HALF, ("_statistics_kernel", "_dtext_kernel", "_dimage_kernel")),
+        _entry("aggregation_rows", "ROWS", HALF, ("_rows_kernel",)),
         ("BLOCK_D", "BLOCK_OUT", "num_warps", "num_stages"),
-        ((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4)),
+        ((16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4)),
+    ),
+    Table(
+        _entry("aggregation_rows", "DIMAGE", HALF, ("_dimage_product_kernel",)),
+        ("BLOCK_N", "BLOCK_L", "BLOCK_OUT", "num_warps", "num_stages"),
+        ((32, 64), (16, 32), (64, 128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
         _entry("hard_similarity", "MATCH", HALF, ("_match_kernel",)),

@@ -30,7 +30,7 @@ def _gathered(a: Arguments) -> float:
 
 def _scores(products: int) -> Callable[[Arguments], float]:
     """So many products of [L, N] with D, a sample."""
-    return lambda a: 2.0 * products * a["image_ptr"].shape[0] * a["L"] * a["N"] * a["D"]
+    return lambda a: 2.0 * products * a["text_ptr"].shape[0] * a["L"] * a["N"] * a["D"]
 
 
 def _logits(products: int) -> Callable[[Arguments], float]:
@@ -45,6 +45,8 @@ FLOPS: dict[str, Callable[[Arguments], float]] = {
     "_dx_kernel": _gathered,
     "_de_kernel": _gathered,
     "_forward_kernel": _scores(2),  # s and the weighted sum
+    "_rows_kernel": _scores(3),  # s, da, ds v
+    "_dimage_product_kernel": _scores(2),  # a^T djoint, ds^T t
     "_statistics_kernel": _scores(2),  # s and da
     "_dtext_kernel": _scores(3),  # s, da, ds v
     "_dimage_kernel": _scores(4),  # s, da, a^T djoint, ds^T t
