@@ -2,9 +2,9 @@
 
     s = t . v    u = s - min s where (s - min s) / (max s - min s) >= threshold, else 0
 
-A patch that the forward keeps must be kept in the backward. So a score is made in one way only: BLOCK_D is the same in
-all block tables, and tiles [BLOCK_L, BLOCK_N] have fewer than 64 rows, so that all of them come from the same matrix
-instruction.
+A patch that the forward keeps must be kept in the backward. So a score is made in one way only: from operands of the
+tokens' dtype, in the order of d, one matrix instruction after the other, whatever BLOCK_D is; and tiles
+[BLOCK_L, BLOCK_N] have fewer than 64 rows, so that all of them come from the same instruction.
 
 What a mask leaves out may hold anything, NaN too. Where patches are summed over, they are read as zeros; where each has
 a column of its own, the column is passed over. A token that its mask leaves out has no scores: `row_sum` says so.
@@ -56,12 +56,31 @@ def scores(
 
 @triton.jit
 def add_product(a, v, s, PRECISION: tl.constexpr):
-    """s + a v; a float32 `a` beside half `v` keeps its range."""
+    """s + a v, for `a` of v's dtype or float32."""
     if a.dtype == v.dtype:
         s = tl.dot(a, v, s, input_precision=PRECISION)
     else:
-        s = dot_wide(a, v, s, PRECISION)
+        s = add_wide(a, v, s, PRECISION)
     return s
+
+
+@triton.jit
+def add_wide(a, v, s, PRECISION: tl.constexpr):
+    """s + a v for a float32 `a`, whose range is kept."""
+    if v.dtype == tl.bfloat16:
+        return add_halves(a, v, s)
+    return dot_wide(a, v, s, PRECISION)
+
+
+@triton.jit
+def add_halves(a, v, s):
+    """s + a v, where a is the sum of two numbers of v's dtype, to 2^-17 in bfloat16.
+
+    As many matrix instructions as TF32 takes, closer, and v needs no conversion. Not for numbers above 3.38e38.
+    """
+    upper = a.to(v.dtype)
+    lower = (a - upper.to(tl.float32)).to(v.dtype)
+    return tl.dot(lower, v, tl.dot(upper, v, s))
 
 
 @triton.jit

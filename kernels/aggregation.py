@@ -43,6 +43,7 @@ from ._scores import (
     LEFT_OUT,
     ONE_TILE,
     SCORE_TILES,
+    add_wide,
     block_of_rows,
     cutoff_of,
     extremes,
@@ -56,7 +57,7 @@ from ._scores import (
     scores,
     threshold_of,
 )
-from ._tile import dot_wide, load_rows, operands
+from ._tile import load_rows, operands
 
 
 class Forward(NamedTuple):
@@ -74,10 +75,10 @@ FORWARD = {
     (LARGE, "ieee"): Forward(16, 32, 128, 8, 2),
     (MEDIUM, "half"): Forward(64, 64, 128, 8, 2),
     (MEDIUM, "tf32"): Forward(32, 32, 128, 8, 2),
-    (MEDIUM, "ieee"): Forward(16, 32, 64, 8, 2),
+    (MEDIUM, "ieee"): Forward(16, 16, 64, 8, 2),
     (SMALL, "half"): Forward(32, 32, 128, 8, 2),
     (SMALL, "tf32"): Forward(16, 16, 64, 8, 2),
-    (SMALL, "ieee"): Forward(16, 32, 64, 8, 2),
+    (SMALL, "ieee"): Forward(16, 16, 64, 8, 2),
     (LDS, "half"): Forward(32, 16, 64, 8, 1),
     (LDS, "tf32"): Forward(16, 16, 64, 8, 1),
     (LDS, "ieee"): Forward(16, 16, 64, 8, 1),
@@ -133,7 +134,7 @@ def _forward_kernel(
         for start in range(0, D, BLOCK_OUT):
             d = start + tl.arange(0, BLOCK_OUT)
             v = load_rows(image_ptr, patches, keep, d, D)
-            joint = dot_wide(a, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
+            joint = add_wide(a, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
             joint = tl.where(tokens[:, None], joint, 0.0)
             tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=row_mask[:, None] & (d < D)[None, :])
     else:
@@ -155,7 +156,7 @@ def _forward_kernel(
             u = tl.where(passes(u, cutoff, keep), u, 0.0)
             total += tl.sum(u, 1)
             u = tl.where(constant[:, None], keep[None, :].to(tl.float32), u)
-            joint = dot_wide(u, load_rows(image_ptr, patches, keep, d, D), joint, PRECISION)
+            joint = add_wide(u, load_rows(image_ptr, patches, keep, d, D), joint, PRECISION)
         total = finite_or_nan(total)
         constant = constant & (total == total)
         joint /= tl.where(constant, tl.maximum(count, 1).to(tl.float32), total)[:, None]

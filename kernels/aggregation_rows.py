@@ -33,6 +33,7 @@ from torch import Tensor
 from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch
 from ._scores import (
     add_product,
+    add_wide,
     block_of_rows,
     cutoff_of,
     extremes,
@@ -44,7 +45,7 @@ from ._scores import (
     threshold_of,
     tokens_of,
 )
-from ._tile import dot_wide, load_columns, load_rows
+from ._tile import load_columns, load_rows
 
 BLOCK_L = 16  # tokens of a program of `rows`: 77 fill 80 rows
 
@@ -66,16 +67,16 @@ class Dimage(NamedTuple):
 
 # By memory and precision.
 ROWS = {
-    (LARGE, "half"): Rows(64, 64, 4, 2),
-    (LARGE, "tf32"): Rows(32, 32, 4, 3),
-    (LARGE, "ieee"): Rows(16, 32, 8, 2),
-    (MEDIUM, "half"): Rows(64, 64, 4, 2),
-    (MEDIUM, "tf32"): Rows(32, 32, 4, 2),
-    (MEDIUM, "ieee"): Rows(16, 32, 8, 2),
+    (LARGE, "half"): Rows(32, 64, 4, 3),
+    (LARGE, "tf32"): Rows(16, 32, 4, 3),
+    (LARGE, "ieee"): Rows(16, 16, 8, 2),
+    (MEDIUM, "half"): Rows(32, 64, 4, 2),
+    (MEDIUM, "tf32"): Rows(16, 32, 4, 2),
+    (MEDIUM, "ieee"): Rows(16, 16, 8, 2),
     (SMALL, "half"): Rows(32, 32, 4, 2),
     (SMALL, "tf32"): Rows(16, 16, 4, 2),
-    (SMALL, "ieee"): Rows(16, 32, 8, 2),
-    (LDS, "half"): Rows(32, 16, 4, 1),
+    (SMALL, "ieee"): Rows(16, 16, 8, 2),
+    (LDS, "half"): Rows(16, 16, 4, 1),
     (LDS, "tf32"): Rows(16, 16, 4, 1),
     (LDS, "ieee"): Rows(16, 16, 8, 1),
 }
@@ -125,14 +126,21 @@ def _rows_kernel(
     tokens = tokens_of(row_sum_ptr, rows, row_mask)
     constant, inverse = inverse_sums(row_sum_ptr, rows, row_mask)
     keep = kept(mask_ptr, patches, exist, N, HAS_MASK)
+    # From the program's first token and the sample's first patch on, 32 bits reach: fewer registers than 64.
+    l = tl.arange(0, BLOCK_L)
+    row = b.to(tl.int64) * L + block * BLOCK_L
+    text_ptr += row * D
+    djoint_ptr += row * D
+    dtext_ptr += row * D
+    image_ptr += b.to(tl.int64) * N * D
 
     s = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
     da = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        v = load_columns(image_ptr, patches, exist, d, D)
-        s = add_product(load_rows(text_ptr, rows, tokens, d, D), v, s, PRECISION)
-        da = add_product(load_rows(djoint_ptr, rows, tokens, d, D), v, da, PRECISION)
+        v = load_columns(image_ptr, n, exist, d, D)
+        s = add_product(load_rows(text_ptr, l, tokens, d, D), v, s, PRECISION)
+        da = add_product(load_rows(djoint_ptr, l, tokens, d, D), v, da, PRECISION)
 
     low, high, first = extremes(s, n, keep)
     count = tl.sum(keep.to(tl.int32), 0)
@@ -145,17 +153,17 @@ def _rows_kernel(
     ds -= tl.where(n[None, :] == first[:, None], tl.sum(ds, 1)[:, None], 0.0)
     uniform = tl.where(constant, 1.0 / tl.maximum(count, 1), 0.0)
     a = tl.where(constant[:, None] & keep[None, :], uniform[:, None], a)
-    at = rows[:, None] * N + n[None, :]
+    at = l[:, None] * N + n[None, :]
     there = row_mask[:, None] & exist[None, :]
-    tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=there)
-    tl.store(ds_ptr + at, ds.to(ds_ptr.dtype.element_ty), mask=there)
+    tl.store(a_ptr + row * N + at, a.to(a_ptr.dtype.element_ty), mask=there)
+    tl.store(ds_ptr + row * N + at, ds.to(ds_ptr.dtype.element_ty), mask=there)
 
     for start in range(0, D, BLOCK_OUT):
         d = start + tl.arange(0, BLOCK_OUT)
-        v = load_rows(image_ptr, patches, keep, d, D)
-        dtext = dot_wide(ds, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
+        v = load_rows(image_ptr, n, keep, d, D)
+        dtext = add_wide(ds, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
         # A token that its mask leaves out has ds = 0, but a NaN among the patches would show there too.
-        store_gradient(dtext_ptr, rows, row_mask, d, D, tl.where(tokens[:, None], dtext, 0.0), ADD)
+        store_gradient(dtext_ptr, l, row_mask, d, D, tl.where(tokens[:, None], dtext, 0.0), ADD)
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -191,13 +199,13 @@ def _dimage_product_kernel(
         djoint = load_rows(djoint_ptr, rows, tokens, d, D)
         text = load_rows(text_ptr, rows, tokens, d, D)
         if text.dtype == tl.float32:
-            dimage = dot_wide(a, djoint, dimage, PRECISION)
+            dimage = add_wide(a, djoint, dimage, PRECISION)
         else:
             dimage = tl.dot(a.to(tl.float32), djoint, dimage, input_precision="tf32")
         if ds.dtype == text.dtype and ds.dtype != tl.float32:
             dimage = tl.dot(ds, text, dimage)
         else:
-            dimage = dot_wide(ds, text, dimage, PRECISION)
+            dimage = add_wide(ds, text, dimage, PRECISION)
     # Patches that the mask leaves out are written too: their gradient is zero.
     store_gradient(dimage_ptr, patches, exist, d, D, dimage, ADD)
 

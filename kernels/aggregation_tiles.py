@@ -23,6 +23,7 @@ from torch import Tensor
 from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch
 from ._scores import (
     SCORE_TILES,
+    add_wide,
     block_of_rows,
     cutoff_of,
     inverse_sums,
@@ -35,7 +36,7 @@ from ._scores import (
     threshold_of,
     tokens_of,
 )
-from ._tile import dot_wide, load_rows
+from ._tile import load_rows
 
 STATISTICS = 6  # per row: minimum, cutoff, 1 / sum u, uniform weight, c, what ds at the minimum is reduced by
 STATISTICS_L = 16  # the statistics kernel loops over patches twice and keeps more registers
@@ -174,7 +175,7 @@ def _dtext_kernel(
         da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         keep = kept(mask_ptr, patches, exist, N, HAS_MASK)  # before the products it spills registers
         _a, ds = _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
-        dtext = dot_wide(ds, load_rows(image_ptr, patches, keep, d, D), dtext, PRECISION)
+        dtext = add_wide(ds, load_rows(image_ptr, patches, keep, d, D), dtext, PRECISION)
     # A token that its mask leaves out has ds = 0, but a NaN among the patches would show there too.
     store_gradient(dtext_ptr, rows, row_mask, d, D, tl.where(tokens[:, None], dtext, 0.0), ADD)
 
@@ -217,10 +218,10 @@ def _dimage_kernel(
         djoint = load_rows(djoint_ptr, rows, tokens, d, D)
         text = load_rows(text_ptr, rows, tokens, d, D)
         if text.dtype == tl.float32:
-            dimage = dot_wide(tl.trans(a), djoint, dimage, PRECISION)
+            dimage = add_wide(tl.trans(a), djoint, dimage, PRECISION)
         else:
             dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision="tf32")
-        dimage = dot_wide(tl.trans(ds), text, dimage, PRECISION)
+        dimage = add_wide(tl.trans(ds), text, dimage, PRECISION)
     # Patches that the mask leaves out are written too: their gradient is zero.
     store_gradient(dimage_ptr, patches, exist, d, D, dimage, ADD)
 

@@ -53,12 +53,12 @@ TABLES = (
     Table(
         _entry("aggregation_rows", "ROWS", HALF, ("_rows_kernel",)),
         ("BLOCK_D", "BLOCK_OUT", "num_warps", "num_stages"),
-        ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
+        ((16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4)),
     ),
     Table(
         _entry("aggregation_rows", "DIMAGE", HALF, ("_dimage_product_kernel",)),
         ("BLOCK_N", "BLOCK_L", "BLOCK_OUT", "num_warps", "num_stages"),
-        ((32, 64, 128), (16, 32), (64, 128, 256), (4, 8), (2, 3, 4)),
+        ((32, 64), (16, 32), (64, 128, 256), (4, 8), (2, 3, 4)),
     ),
     Table(
         _entry("match", "MATCH", HALF, ("_match_kernel",)),

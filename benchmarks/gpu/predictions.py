@@ -27,9 +27,9 @@ PREDICTIONS = (
     Prediction("efa", 128, "bf16", "_dx_kernel", (0.6, 0.9), (0.4, 0.4), "four rows of 512 a program"),
     Prediction("efa", 128, "bf16", "_de_kernel", (1.2, 1.6), (0.75, 0.75), "64 rows of the sum at once"),
     Prediction("efa", 128, "bf16", "_forward_kernel", (0.03, 0.05), None, ""),
-    Prediction("efa", 128, "bf16", "_statistics_kernel", (0.12, 0.2), (0.04, 0.05), "4 warps, 3 stages"),
-    Prediction("efa", 128, "bf16", "_dtext_kernel", (0.25, 0.35), (0.05, 0.06), "4 warps, 3 stages"),
-    Prediction("efa", 128, "bf16", "_dimage_kernel", (0.28, 0.4), (0.05, 0.06), "4 warps, 3 stages"),
+    # In place of what three kernels were predicted to take: statistics and dtext, and dimage with scores of its own.
+    Prediction("efa", 128, "bf16", "_rows_kernel", (0.37, 0.55), (0.05, 0.08), "scores made once, in one tile"),
+    Prediction("efa", 128, "bf16", "_dimage_product_kernel", (0.28, 0.4), (0.02, 0.04), "a and ds from memory"),
     Prediction("efa", 128, "fp32", "_match_kernel", (8.3, 8.3), None, ""),
     Prediction("efa", 128, "fp32", "_de_kernel", (11.5, 11.5), None, ""),
     Prediction("efa", 128, "fp32", "_dx_kernel", (1.5, 1.5), None, ""),

@@ -414,3 +414,20 @@ def test_compiled_permuted_tokens():
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     for a, b in zip(both(compiled), both(fn), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_float32_operand_is_two_halves():
+    """As the kernels multiply beside bfloat16; the interpreter has float16, whose two halves hold 22 bits."""
+    a, v, out = torch.randn(16, 64), torch.randn(64, 16).half(), torch.empty(16, 16)
+    _halves_kernel[(1,)](a, v, out, K=64)
+    exact = a.double() @ v.double()
+    assert_within_budget(out, a @ v.float(), exact, amplification=4.0)
+    assert ((a.half().double() @ v.double() - exact).norm() / exact.norm()) > 1e-4  # what one half leaves
+
+
+@triton.jit
+def _halves_kernel(a_ptr, v_ptr, out_ptr, K: tl.constexpr):
+    m, k = tl.arange(0, 16), tl.arange(0, K)
+    a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    v = tl.load(v_ptr + k[:, None] * 16 + m[None, :])
+    tl.store(out_ptr + m[:, None] * 16 + m[None, :], _scores.add_halves(a, v, tl.zeros((16, 16), tl.float32)))
