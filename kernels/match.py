@@ -67,6 +67,7 @@ MATCH_LISTED = MATCH | {
     (BLACKWELL, "half"): (64, 256, 64, 8, 3),
     (BLACKWELL, "tf32"): (64, 256, 32, 8, 3),
     (MEDIUM, "half"): (128, 256, 32, 8, 4),
+    (MEDIUM, "tf32"): (128, 256, 16, 8, 4),
 }
 PERSISTENT = False  # 16-bit tokens without lists in persistent_match.py instead; not measured
 COSINE = (2, 512, 1)  # (BLOCK_OWN rows of x, BLOCK_D, num_warps)
