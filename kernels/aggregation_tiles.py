@@ -51,10 +51,10 @@ class Backward(NamedTuple):
 
 # By memory and precision.
 BACKWARD = {
-    (LARGE, "half"): Backward(64, 128, 4, 3),
+    (LARGE, "half"): Backward(32, 128, 8, 3),
     (LARGE, "tf32"): Backward(32, 128, 8, 3),
     (LARGE, "ieee"): Backward(16, 128, 8, 2),
-    (MEDIUM, "half"): Backward(64, 128, 8, 2),
+    (MEDIUM, "half"): Backward(32, 128, 8, 2),
     (MEDIUM, "tf32"): Backward(32, 128, 8, 2),
     (MEDIUM, "ieee"): Backward(16, 64, 8, 2),
     (SMALL, "half"): Backward(32, 128, 8, 2),
