@@ -29,7 +29,7 @@ from ._launch import launch
 from ._matches import Lists, listed_rows, pack, unpack
 from ._tile import load_rows
 
-SORT = (128, 64, 8)  # (BLOCK_K tokens of e, BLOCK_ROWS, num_warps)
+SORT = (32, 64, 4)  # (BLOCK_K tokens of e, BLOCK_ROWS, num_warps)
 GATHER = (8, 512, 4)  # (BLOCK_SUM rows of x, BLOCK_OUT of D, num_warps)
 CHAIN = 16  # additions after which a sum is put aside
 
