@@ -309,37 +309,37 @@ def _forward_torch(
             best = rearrange(best, "(i l) j -> i j l", l=P)
             if x_mask is not None:
                 best = best.masked_fill(~x_mask[i].unsqueeze(1), -torch.inf)
-            sim[i, j] = _pool(best, pool, pool_scale)
+            sim[i, j], weight = _pool(best, pool, pool_scale)
             if save:
                 winner = rearrange(winner, "(i l) j -> i j l", l=P)
                 winners[i, j] = winner.to(winners.dtype).masked_fill(best == -torch.inf, -1)
                 if pool in EXPONENTIAL:
-                    weights[i, j] = _weights(best, sim[i, j], pool, pool_scale)
+                    weights[i, j] = weight
     return sim, weights, winners
 
 
-def _pool(best: Tensor, pool: str, pool_scale: float) -> Tensor:
-    """[i, j, l] -> [i, j]; -inf marks what is masked out, and a pair with nothing left gives 0."""
+def _pool(best: Tensor, pool: str, pool_scale: float) -> tuple[Tensor, Tensor]:
+    """[i, j, l] -> [i, j], and the weights [i, j, l] of an exponential; -inf marks what is masked out.
+
+    A pair with nothing left gives 0. Weights where something is masked out are anything.
+    """
     gone = best == -torch.inf
     if pool == "lse":
         top = best.amax(dim=-1)
         # The difference is exact, and so is its product with a large scale.
         terms = (best - top.unsqueeze(-1)).mul_(pool_scale).exp_()
-        return terms.sum(dim=-1).log_().div_(pool_scale).add_(top).masked_fill_(gone.all(dim=-1), 0)
-    if pool == "log_mean":
-        best = torch.expm1(pool_scale * best)
-    total = best.masked_fill(gone, 0).sum(dim=-1)
+        total = terms.sum(dim=-1)
+        sim = total.log().div_(pool_scale).add_(top).masked_fill_(gone.all(dim=-1), 0)
+        return sim, terms.div_(total.unsqueeze(-1))
+    kept = (torch.expm1(pool_scale * best) if pool == "log_mean" else best).masked_fill(gone, 0)
+    total = kept.sum(dim=-1)
     if pool == "sum":
-        return total
+        return total, best
     mean = total / (~gone).sum(dim=-1).clamp(min=1)
-    return mean if pool == "mean" else torch.log1p(mean) / pool_scale
-
-
-def _weights(best: Tensor, sim: Tensor, pool: str, pool_scale: float) -> Tensor:
-    """dS_ij / dmax_ijl, of "log_mean" times the count; [i, j, l], where -inf is masked out anything."""
-    if pool == "log_mean":
-        return torch.exp(pool_scale * (best - sim.unsqueeze(-1)))
-    return torch.softmax(pool_scale * (best - best.amax(dim=-1, keepdim=True)), dim=-1)
+    if pool == "mean":
+        return mean, best
+    sim = torch.log1p(mean) / pool_scale
+    return sim, torch.exp(pool_scale * (best - sim.unsqueeze(-1)))
 
 
 def _backward_torch(
