@@ -38,7 +38,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import aggregation_rows, aggregation_tiles
-from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, on_device, precision
+from ._launch import (
+    BLACKWELL,
+    LARGE,
+    LDS,
+    MEDIUM,
+    SMALL,
+    all_registers,
+    choose,
+    dot_precision,
+    launch,
+    on_device,
+    precision,
+)
 from ._scores import (
     LEFT_OUT,
     ONE_TILE,
@@ -73,6 +85,7 @@ FORWARD = {
     (LARGE, "half"): Forward(64, 64, 128, 8, 3),
     (LARGE, "tf32"): Forward(32, 32, 128, 8, 3),
     (LARGE, "ieee"): Forward(16, 32, 128, 8, 2),
+    (BLACKWELL, "ieee"): Forward(16, 16, 128, 8, 2),
     (MEDIUM, "half"): Forward(64, 64, 128, 8, 2),
     (MEDIUM, "tf32"): Forward(32, 32, 128, 8, 2),
     (MEDIUM, "ieee"): Forward(16, 16, 64, 8, 2),

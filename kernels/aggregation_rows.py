@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch
+from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch
 from ._scores import (
     add_product,
     add_wide,
@@ -70,12 +70,14 @@ ROWS = {
     (LARGE, "half"): Rows(32, 64, 4, 3),
     (LARGE, "tf32"): Rows(16, 32, 4, 3),
     (LARGE, "ieee"): Rows(16, 16, 8, 2),
+    (BLACKWELL, "tf32"): Rows(16, 32, 8, 3),
+    (BLACKWELL, "ieee"): Rows(16, 16, 8, 1),
     (MEDIUM, "half"): Rows(32, 64, 4, 2),
     (MEDIUM, "tf32"): Rows(16, 32, 4, 2),
     (MEDIUM, "ieee"): Rows(16, 16, 8, 2),
     (SMALL, "half"): Rows(32, 32, 4, 2),
     (SMALL, "tf32"): Rows(16, 16, 4, 2),
-    (SMALL, "ieee"): Rows(16, 16, 8, 2),
+    (SMALL, "ieee"): Rows(16, 16, 8, 1),
     (LDS, "half"): Rows(16, 16, 4, 1),
     (LDS, "tf32"): Rows(16, 16, 4, 1),
     (LDS, "ieee"): Rows(16, 16, 8, 1),
