@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LDS, chip_class, precision
+from ._launch import BLACKWELL, LDS, chip_class, precision
 from ._tile import dot_nearest
 
 # Pairs up to which the gradient is one launch, and up to which [R, C] is kept.
@@ -41,6 +41,11 @@ BLOCKS: dict[tuple[str, str, str], tuple[Any, ...]] = {
     ("gradient", "kept", "ieee"): (32, 16, None, 64, 4, 4),
     ("gradient", "large", "half"): (64, 32, 64, 256, 8, 2),
 }
+# Triton 3.6 cannot compile, for chips with tensor memory, products of 64 rows in a loop that may be made again.
+ON_BLACKWELL: dict[tuple[str, str, str], tuple[Any, ...]] = {
+    ("row_loss", "large", "half"): (32, 128, 64, None, 8, 3),
+    ("gradient", "large", "half"): (32, 32, 64, 256, 8, 2),
+}
 
 
 def kind_of(queries: Tensor, keys: Tensor) -> str:
@@ -56,7 +61,9 @@ def size(queries: Tensor, keys: Tensor) -> str:
 
 def blocks(kernel: str, queries: Tensor, keys: Tensor) -> dict[str, int]:
     """Compile-time sizes and launch options of a kernel."""
-    *numbers, warps, stages = BLOCKS[kernel, size(queries, keys), kind_of(queries, keys)]
+    key = kernel, size(queries, keys), kind_of(queries, keys)
+    on_chip = ON_BLACKWELL if chip_class(keys.device) == BLACKWELL else {}
+    *numbers, warps, stages = on_chip.get(key, BLOCKS[key])
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_OUT")
     sizes = {name: number for name, number in zip(names, numbers, strict=True) if number is not None}
     return sizes | launch_options(keys, warps, stages)

@@ -136,13 +136,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if precision(dtype) == "tf32" else "ieee"
 
 
-def all_registers(device: torch.device) -> dict[str, int]:
+def all_registers(device: torch.device, num_warps: int = 8) -> dict[str, int]:
     """Launch option: unasked, ptxas aims at two blocks a multiprocessor and spills the odd value to get there."""
     if _Recorder.chip is not None:
         nvidia = _Recorder.chip.startswith("sm_")
     else:
         nvidia = device.type == "cuda" and torch.version.hip is None
-    return {"maxnreg": 255} if nvidia else {}
+    return {"maxnreg": min(255, 2048 // num_warps)} if nvidia else {}
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -227,7 +227,7 @@ def backward(
     add = dimage is not None, dtext is not None
     dimage = torch.empty_like(image, memory_format=torch.contiguous_format) if dimage is None else dimage
     dtext = torch.empty_like(text, memory_format=torch.contiguous_format) if dtext is None else dtext
-    whole = image.shape[1] <= ONE_TILE[precision(image.dtype)]
+    whole = aggregation_rows.takes(image)
     with on_device(image):
         operand, other = operands(image, text)
         # Beside half inputs the kernels want all that djoint has.

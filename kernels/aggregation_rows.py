@@ -30,8 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch
+from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, precision
 from ._scores import (
+    ONE_TILE,
     add_product,
     add_wide,
     block_of_rows,
@@ -65,13 +66,13 @@ class Dimage(NamedTuple):
     num_stages: int
 
 
-# By memory and precision.
-ROWS = {
+# By memory and precision. None: registers spill whatever the blocks, and tiles of long rows do it instead.
+ROWS: dict[tuple[str, str], Rows | None] = {
     (LARGE, "half"): Rows(32, 64, 4, 3),
     (LARGE, "tf32"): Rows(16, 32, 4, 3),
     (LARGE, "ieee"): Rows(16, 16, 8, 2),
-    (BLACKWELL, "tf32"): Rows(16, 32, 8, 3),
-    (BLACKWELL, "ieee"): Rows(16, 16, 8, 1),
+    (BLACKWELL, "tf32"): Rows(16, 16, 4, 3),
+    (BLACKWELL, "ieee"): None,
     (MEDIUM, "half"): Rows(32, 64, 4, 2),
     (MEDIUM, "tf32"): Rows(16, 32, 4, 2),
     (MEDIUM, "ieee"): Rows(16, 16, 8, 2),
@@ -212,6 +213,11 @@ def _dimage_product_kernel(
     store_gradient(dimage_ptr, patches, exist, d, D, dimage, ADD)
 
 
+def takes(image: Tensor) -> bool:
+    """Whether rows of this many patches are one tile, on this chip."""
+    return image.shape[1] <= ONE_TILE[precision(image.dtype)] and choose(ROWS, image) is not None
+
+
 def backward(
     djoint: Tensor,
     image: Tensor,
@@ -230,15 +236,17 @@ def backward(
     a, ds = (torch.empty(B, L, N, dtype=dtype, device=image.device) for _ in range(2))
     blocks, of_dimage = choose(ROWS, image), choose(DIMAGE, image)
     BLOCK_N = max(16, triton.next_power_of_2(N))
-    flags = {"PRECISION": dot_precision(image.dtype), **all_registers(image.device)}
+    num_warps = blocks.num_warps * (2 if BLOCK_N > 256 else 1)
+    flags = {"PRECISION": dot_precision(image.dtype)}
     launch(
         _rows_kernel, (B * triton.cdiv(L, BLOCK_L),),
         djoint, image, text, image_mask, row_sum, a, ds, dtext, sparsity, N, L, D,
         HAS_MASK=image_mask is not None, STRICT=strict, ADD=add[1], BLOCK_L=BLOCK_L, BLOCK_N=BLOCK_N,
         BLOCK_D=blocks.BLOCK_D, BLOCK_OUT=blocks.BLOCK_OUT,
-        num_warps=blocks.num_warps * (2 if BLOCK_N > 256 else 1), num_stages=blocks.num_stages, **flags,
+        num_warps=num_warps, num_stages=blocks.num_stages, **all_registers(image.device, num_warps), **flags,
     )  # fmt: skip
     launch(
         _dimage_product_kernel, (B * triton.cdiv(N, of_dimage.BLOCK_N), triton.cdiv(D, of_dimage.BLOCK_OUT)),
-        djoint, text, row_sum, a, ds, dimage, N, L, D, ADD=add[0], **of_dimage._asdict(), **flags,
+        djoint, text, row_sum, a, ds, dimage, N, L, D,
+        ADD=add[0], **of_dimage._asdict(), **all_registers(image.device), **flags,
     )  # fmt: skip

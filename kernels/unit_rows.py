@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, on_device
+from ._launch import all_registers, launch, on_device
 
 # Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
 LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
@@ -143,4 +143,5 @@ def _launch_rows(kernel: object, like: Tensor, *tensors: Tensor | None) -> None:
         launch(
             kernel, (triton.cdiv(rows, ROWS),), *tensors, rows, D,
             BLOCK_D=min(WIDEST, triton.next_power_of_2(D)), ROWS=ROWS, num_warps=WARPS,
+            **all_registers(like.device),
         )  # fmt: skip
