@@ -49,18 +49,18 @@ class Limit(NamedTuple):
     peak: float  # MB allocated at the same time, above inputs and gradients
 
 
-# What was counted, and 5 %; every kernel of the first step. `--suggest` prints these lines anew.
+# What was counted, and 5 % (launches of A-SDM: none); every kernel of the first step. `--suggest` prints these lines anew.
 LIMITS = {
-    ("asdm", NO_MASK, "bf16"): Limit(4, 3, 0, 0.01, 11, 0.05, 0.02),
-    ("asdm", NO_MASK, "fp32"): Limit(4, 3, 0, 0.01, 11, 0.09, 0.02),
-    ("efa", NO_MASK, "bf16"): Limit(92, 10, 2, 230.6, 77, 102.22, 37.1),
-    ("efa", NO_MASK, "fp32"): Limit(86, 10, 1, 206.79, 69, 106.84, 40.41),
-    ("efa", TEXT, "bf16"): Limit(109, 18, 0, 280.91, 81, 104.96, 38.52),
-    ("efa", TEXT, "fp32"): Limit(102, 19, 0, 288.86, 73, 112.24, 43.15),
-    ("efa", IMAGE, "bf16"): Limit(114, 16, 4, 293.9, 91, 112.62, 40.64),
-    ("efa", IMAGE, "fp32"): Limit(108, 17, 2, 306.43, 82, 127.16, 47.24),
-    ("efa", BOTH, "bf16"): Limit(129, 13, 0, 317.79, 95, 115.37, 42.06),
-    ("efa", BOTH, "fp32"): Limit(122, 13, 0, 348.86, 87, 132.56, 49.99),
+    ("asdm", NO_MASK, "bf16"): Limit(4, 3, 0, 0.01, 12, 0.05, 0.02),
+    ("asdm", NO_MASK, "fp32"): Limit(4, 3, 0, 0.01, 12, 0.08, 0.02),
+    ("efa", NO_MASK, "bf16"): Limit(26, 15, 1, 0.01, 34, 61.5, 36.03),
+    ("efa", NO_MASK, "fp32"): Limit(28, 15, 2, 0.01, 36, 117.14, 69.12),
+    ("efa", TEXT, "bf16"): Limit(32, 24, 0, 0.01, 36, 61.67, 36.15),
+    ("efa", TEXT, "fp32"): Limit(32, 24, 2, 0.01, 36, 117.23, 69.2),
+    ("efa", IMAGE, "bf16"): Limit(28, 21, 2, 0.01, 34, 61.71, 36.23),
+    ("efa", IMAGE, "fp32"): Limit(30, 22, 4, 0.01, 36, 117.34, 69.33),
+    ("efa", BOTH, "bf16"): Limit(34, 19, 0, 0.01, 36, 61.88, 36.36),
+    ("efa", BOTH, "fp32"): Limit(34, 18, 1, 0.01, 36, 117.43, 69.41),
 }
 
 
