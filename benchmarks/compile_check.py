@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import compiled, stand_in
+from benchmarks.measure import matmul_precision
 from benchmarks.sass import amd_inner_loops, inner_loops, instruction_count
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -74,7 +75,7 @@ def record(chip: str, kind: str) -> list[Any]:
 
     dtype = getattr(torch, kind) if hasattr(torch, kind) else torch.float32
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision({"tf32": "medium", "tf32x3": "high"}.get(kind, "highest"))
+    matmul_precision(kind)
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     try:
         with recording(chip) as launches:

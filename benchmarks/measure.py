@@ -20,6 +20,7 @@ from .cases import leaves
 __all__ = [
     "AGREEMENT",
     "DTYPES",
+    "MATMUL",
     "PASSES",
     "autocast",
     "disagreement",
@@ -29,12 +30,21 @@ __all__ = [
     "spread",
 ]
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "tf32x3": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+# What torch.set_float32_matmul_precision is given; "highest" for the others. By "high" the match of hard similarity is
+# made of three products of TF32, and everything else is TF32, as it is by "medium" (kernels/_launch.py).
+MATMUL = {"tf32": "medium", "tf32x3": "high"}
 PASSES = ("forward", "backward", "both")
 
 # Relative difference in value and gradient norm beyond which two providers have not computed the same. Rounding flips
 # near ties between winners, which changes gradients more than values.
-AGREEMENT = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
+AGREEMENT = {"fp32": 1e-3, "tf32": 1e-2, "tf32x3": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
@@ -126,8 +136,8 @@ def peak_process_bytes() -> int:
 
 
 def matmul_precision(name: str) -> None:
-    """float32 products in IEEE arithmetic unless TF32 is what is measured."""
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    """float32 products in IEEE arithmetic unless TF32, or three of its products, is what is measured."""
+    torch.set_float32_matmul_precision(MATMUL.get(name, "highest"))
 
 
 def autocast(name: str, device: str) -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from .cases import Case
 from .providers import REFERENCE, RELEASED, TORCH
 
-__all__ = ["at_least", "below", "find", "micro_targets", "ratio", "target"]
+__all__ = ["at_least", "at_most", "below", "find", "micro_targets", "ratio", "target"]
 
 
 def find(measurements: Sequence[dict[str, Any]], case: Case, provider: str, **fields: Any) -> dict[str, Any] | None:
@@ -29,6 +29,12 @@ def ratio(a: dict[str, Any] | None, b: dict[str, Any] | None, key: str = "both")
 
 def at_least(goal: str, value: float | None, bound: float) -> dict[str, Any]:
     return target(goal, value and f"{value:.1f}x", None if value is None else value >= bound)
+
+
+def at_most(goal: str, row: dict[str, Any] | None, bound: float, key: str = "both") -> dict[str, Any]:
+    """The median milliseconds of a pass."""
+    value = row and row[key]["median"]
+    return target(goal, value and f"{value:.3g} ms", None if value is None else value <= bound)
 
 
 def below(goal: str, row: dict[str, Any] | None, gb: float) -> dict[str, Any]:

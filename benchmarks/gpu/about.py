@@ -17,9 +17,11 @@ LEGEND = """- Times are milliseconds between CUDA events, median with the 20th a
 - *reference*: everything in memory, gradients by autograd, products in the precision of the inputs (autocast). The
   blocked torch path multiplies in float32.
 - Kernels alone: all launches of one kernel together, with a warm L2 and no host time. *GFLOP*, *MB*, *least ms*:
-  counted work, and its time at the ceilings. *predicted ms*: made before any run on a GPU, in
+  counted work, and its time at the ceilings. *predicted ms*: made before the kernels ran on a GPU, in
   `benchmarks/gpu/predictions.py`.
-- Targets are goals; *predicted*: what was expected before any run on a GPU."""
+- Targets are goals; *predicted*: what is expected of the kernels as they are now. A result of an older commit, which
+  its heading names, was of other kernels.
+- *tf32*: float32 tensors by torch's "medium", every product in TF32. *tf32x3*: by "high", and a match has three."""
 
 
 def gpu_page(result: dict[str, Any], tables: str) -> str:

@@ -22,7 +22,8 @@ def _columns(a: Arguments) -> float:
 
 
 def _match(a: Arguments) -> float:
-    return 2.0 * _rows(a) * _columns(a) * a["D"]
+    products = 3 if a.get("SPLIT") else 1  # of TF32, that make one of float32
+    return 2.0 * products * _rows(a) * _columns(a) * a["D"]
 
 
 def _gathered(a: Arguments) -> float:
@@ -39,6 +40,11 @@ def _logits(products: int) -> Callable[[Arguments], float]:
     return lambda a: 2.0 * products * 2 * a["X"] * a["Y"] * a["D"]
 
 
+def _kept(products: int) -> Callable[[Arguments], float]:
+    """So many products of [R, C] with D, of which both directions are made."""
+    return lambda a: 2.0 * products * a["R"] * a["C"] * a["D"]
+
+
 # The least that gives a kernel's results. Kernels that are not here make no products, or move bytes for longer than
 # they compute.
 FLOPS: dict[str, Callable[[Arguments], float]] = {
@@ -53,8 +59,11 @@ FLOPS: dict[str, Callable[[Arguments], float]] = {
     "_statistics_kernel": _scores(2),  # s and da
     "_dtext_kernel": _scores(3),  # s, da, ds v
     "_dimage_kernel": _scores(4),  # s, da, a^T djoint, ds^T t
-    "_row_loss_kernel": _logits(1),
+    "_row_loss_kernel": lambda a: 0.0 if a.get("KEPT") else _logits(1)(a),  # else it reads what _cosines_kernel made
     "_gradient_kernel": _logits(2),  # the logits and one gradient
+    "_cosines_kernel": _kept(1),
+    "_kept_dlogits_kernel": _kept(1),  # the logits once more
+    "_kept_gradient_kernel": _kept(2),  # dz k and dz^T q
 }
 
 

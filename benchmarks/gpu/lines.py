@@ -53,15 +53,25 @@ def _kernels(record: dict[str, Any], references: Any, ceilings: dict[str, float]
     if least is not None:
         said += f", least {least:.2g} ms ({least / ms:.0%} of the roof)"
     if "predicted" in record:
-        said += f"; predicted {_span(record['after'] or record['predicted'])}"
-        if record["after"]:
-            said += f" (before the change {_span(record['predicted'])})"
+        bounds, before = prediction(record)
+        said += f"; predicted {span(bounds)}" + (f" (before the change {span(before)})" if before else "")
     return said + f"  [{record['config']}]"
 
 
-def _span(bounds: Any) -> str:
-    low, high = bounds
-    return f"{low:.2f}" if low == high else f"{low:.2f}-{high:.2f}"
+def prediction(record: dict[str, Any]) -> tuple[Any, Any]:
+    """Bounds of the time predicted for a kernel, and of its time before the change, or None each.
+
+    Older records have two predictions in these places: of the code before a change, and after it.
+    """
+    if record.get("after"):
+        return record["after"], record["predicted"]
+    before = record.get("before_ms")
+    return record.get("predicted"), before and (before, before)
+
+
+def span(bounds: Any) -> str:
+    """0.65-0.80, or 0.005 where both are that."""
+    return "-".join(dict.fromkeys(f"{ms:.2f}" if ms >= 0.01 else f"{ms:.3f}" for ms in bounds))
 
 
 def _alternative(record: dict[str, Any], references: Any, ceilings: Any) -> str:

@@ -31,7 +31,7 @@ STAGES = (
     Stage("c", "alternatives", 20, "entries of the block tables against the other candidate"),
     Stage("d", "losses", 95, "EFA and A-SDM, eager and as CUDA graphs, against PyTorch and torch.compile"),
     Stage("e", "peers", 95, "MaxSim against late-interaction-kernels and flash-maxsim"),
-    Stage("f", "wider", 40, "float32 and TF32, large batches, short captions, ViT-L/14"),
+    Stage("f", "wider", 40, "float32 and TF32, short captions, large batches, ViT-L/14"),
     Stage("g", "tests", 60, "tests/gpu, one outcome per test"),
     Stage("h", "max-autotune", 90, "torch.compile at its best"),
 )
@@ -88,7 +88,7 @@ def _dry(job: Job) -> Job:
     """The same job for a dry run: Triton's interpreter knows no bfloat16, a CPU no TF32, and tests/gpu is skipped."""
     if job.case is None:
         return replace(job, guess=30, prebuilt=30) if job.kind == "tests" else job
-    precision = {"bf16": "fp16", "tf32": "fp32"}.get(job.precision, job.precision)
+    precision = {"bf16": "fp16", "tf32": "fp32", "tf32x3": "fp32"}.get(job.precision, job.precision)
     return replace(job, case=toy(job.case), precision=precision)
 
 
@@ -142,13 +142,14 @@ def _exact() -> list[Job]:
     ]
     some = [cases[0], patches, cases[5]]
     plan = [(case, precision) for precision in ("bf16", "fp32") for case in cases]
-    plan += [(case, precision) for precision in ("tf32", "fp16") for case in some]
+    plan += [(case, precision) for precision in ("tf32", "fp16", "tf32x3") for case in some]
     return [Job("a", "exact", case, TRITON, precision, guess=15, prebuilt=3) for case, precision in plan]
 
 
 def _alone() -> list[Job]:
     cases = [(_efa(128), "bf16"), (Case("asdm", 64), "fp32"), (Case("asdm", 1024), "fp32"), (_efa(128), "fp32")]
-    cases += [(_efa(128, mean_length=25), "bf16"), (_efa(128), "tf32"), (Case("asdm", 16384), "fp32")]
+    cases += [(_efa(128, mean_length=25), "bf16"), (_efa(128), "tf32x3"), (_efa(128), "tf32")]
+    cases += [(Case("asdm", 16384), "fp32")]
     return [Job("b", "kernels", case, TRITON, precision, guess=20, prebuilt=3) for case, precision in cases]
 
 
@@ -163,6 +164,7 @@ def _losses() -> list[Job]:
     jobs = _figures("d", [_efa(128), _efa(64)], EVERY, ("bf16",), BOTH)
     small = [Case("asdm", B) for B in (64, 256, 1024)]
     jobs += _figures("d", [*small, Case("asdm", 16384)], (REFERENCE, TRITON, COMPILED), ("fp32",), BOTH)
+    jobs += _figures("d", [Case("asdm", 65536)], (TORCH, TRITON), ("bf16",))
     jobs += _figures("d", [Case("asdm", 65536)], (TORCH, TRITON), ("fp32",), BOTH)
     jobs += _figures("d", [*small, Case("asdm", 16384)], (TORCH,), ("fp32",), BOTH)
     return jobs + _figures("d", [Case("asdm", 65536)], (REFERENCE, COMPILED), ("fp32",), BOTH)  # if 128 GiB are free
@@ -177,7 +179,9 @@ def _peers() -> list[Job]:
 def _wider() -> list[Job]:
     captions, large = _efa(128, mean_length=25), Case("efa", 128, **LARGE)
     parts = [Case("hard_similarity", 128, **PAPER), Case("sparse_aggregate", 128, **PAPER)]
-    jobs = _figures("f", [_efa(128)], EVERY, ("fp32", "tf32"))
+    jobs = _figures("f", [_efa(128)], EVERY, ("fp32",))
+    jobs += _figures("f", [_efa(128)], (REFERENCE, TRITON), ("tf32x3",))
+    jobs += _figures("f", [_efa(128)], EVERY, ("tf32",))
     jobs += _figures("f", [captions], (REFERENCE, TRITON), ("bf16",))
     jobs += _figures("f", [_efa(1024)], (TRITON,), ("bf16",))
     jobs += _figures("f", [large], EVERY, ("bf16",))

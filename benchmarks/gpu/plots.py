@@ -25,7 +25,7 @@ STYLES = {
     **{name: {"color": color, "marker": "v"} for name, color in zip(PEERS, ("#009E73", "#CC79A7"), strict=True)},
 }
 PAPER = Case("efa", 128)  # the paper's tokens; all batches of it, and the roof at this one
-PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
+PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3", "fp32")
 
 
 def gpu_figures(result: dict[str, Any]) -> dict[str, Figure]:

@@ -44,7 +44,7 @@ import torch
 
 from .. import ROOT, stand_in
 from ..cases import Case, inputs, leaves
-from ..measure import DTYPES
+from ..measure import DTYPES, matmul_precision
 from ..providers import TRITON, provider
 from . import exact
 from .alternatives import ALTERNATIVES, Alternative, swapped
@@ -114,7 +114,7 @@ def fill(precision: str, only: str, cache: Path, key: str, file: Path | None) ->
         os.environ.pop(name)
     os.environ |= {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    matmul_precision(precision)
     knobs.compilation.listener = note
     with mock.patch.object(triton.runtime.cache, "triton_key", lambda: key), stand_in.gpu(compile=True, chip=CHIP):
         for job in jobs(precision, only):

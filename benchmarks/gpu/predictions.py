@@ -1,9 +1,9 @@
-"""The time predicted for each kernel before any had run on a GPU; stage b puts the outcome beside it.
+"""The time predicted for each kernel; stage b puts the outcome beside it.
 
-From the instructions and the occupancy of the sm_90 code (triton 3.6.0) and counted work, for an H100 at 1.7 GHz: EFA
-at B 128, L 77, N 192, D 512 without masks, A-SDM at D 512. Both directions of EFA together. `before` is the code as it
-was then (commit 0c2b729), `after` what the change named beside it is predicted to give. A-SDM at B 1024 in float32 was
-predicted in tiles (0.12 ms for the row losses, 0.7 for the gradient), which stage c now has as an alternative.
+EFA at B 128, L 77, N 192, D 512 without masks, all launches of a kernel in a step together, both similarities of it.
+`after` is predicted of the kernels as they are, for an H100 at 1.7 GHz, from the instructions, the occupancy and the
+bytes of the sm_90 code (triton 3.6.0) and counted work. `before` is what an H200 measured of the kernels that they
+replace or continue (docs/kernels.md, "Each kernel alone"); None, where there was no such kernel.
 """
 
 from typing import NamedTuple
@@ -16,23 +16,30 @@ class Prediction(NamedTuple):
     B: int
     precision: str
     kernel: str
-    before: tuple[float, float]  # ms
-    after: tuple[float, float] | None
-    change: str
+    after: tuple[float, float]  # ms
+    before: float | None = None  # ms, measured
+    change: str = ""
 
 
+EFA = ("efa", 128)
 PREDICTIONS = (
-    Prediction("efa", 128, "bf16", "_match_kernel", (0.75, 0.95), (0.65, 0.80), "NaN by propagation, four stages"),
-    Prediction("efa", 128, "bf16", "_pool_kernel", (0.02, 0.02), None, ""),
-    Prediction("efa", 128, "bf16", "_dx_kernel", (0.6, 0.9), (0.4, 0.4), "four rows of 512 a program"),
-    Prediction("efa", 128, "bf16", "_de_kernel", (1.2, 1.6), (0.75, 0.75), "64 rows of the sum at once"),
-    Prediction("efa", 128, "bf16", "_forward_kernel", (0.03, 0.05), None, ""),
-    # In place of what three kernels were predicted to take: statistics and dtext, and dimage with scores of its own.
-    Prediction("efa", 128, "bf16", "_rows_kernel", (0.37, 0.55), (0.05, 0.08), "scores made once, in one tile"),
-    Prediction("efa", 128, "bf16", "_dimage_product_kernel", (0.28, 0.4), (0.02, 0.04), "a and ds from memory"),
-    Prediction("efa", 128, "fp32", "_match_kernel", (8.3, 8.3), None, ""),
-    Prediction("efa", 128, "fp32", "_de_kernel", (11.5, 11.5), None, ""),
-    Prediction("efa", 128, "fp32", "_dx_kernel", (1.5, 1.5), None, ""),
+    Prediction(*EFA, "bf16", "_match_kernel", (0.70, 0.75), 0.747, "a match is one number"),
+    Prediction(*EFA, "bf16", "_pool_kernel", (0.03, 0.04), 0.028, "maxima become weights"),
+    Prediction(*EFA, "bf16", "_dx_kernel", (0.41, 0.50), 0.588, "no division; the normalisation within"),
+    Prediction(*EFA, "bf16", "_products_kernel", (0.70, 0.85), 1.662, "de: 80 rows of three samples, no division"),
+    Prediction(*EFA, "bf16", "_weights_kernel", (0.02, 0.02), None, "weights of de, once"),
+    Prediction(*EFA, "bf16", "_unit_kernel", (0.03, 0.05), None, "with the next one 0.06, in place of PyTorch"),
+    Prediction(*EFA, "bf16", "_unit_gradient_kernel", (0.01, 0.02)),
+    Prediction(*EFA, "bf16", "_forward_kernel", (0.07, 0.07), 0.071),
+    Prediction(*EFA, "bf16", "_rows_kernel", (0.05, 0.08), 0.308, "in place of statistics and dtext: scores made once"),
+    Prediction(*EFA, "bf16", "_dimage_product_kernel", (0.02, 0.04), 0.316, "a and ds from memory"),
+    Prediction(*EFA, "bf16", "_ranking_kernel", (0.005, 0.005), None, "in place of some seventy of PyTorch's"),
+    Prediction(*EFA, "bf16", "_ranking_gradient_kernel", (0.005, 0.005)),
+    Prediction(*EFA, "fp32", "_match_kernel", (21.0, 21.0), 21.4),
+    Prediction(*EFA, "fp32", "_sort_kernel", (0.7, 0.7), None, "de: matches sorted by winner"),
+    Prediction(*EFA, "fp32", "_gather_kernel", (1.6, 2.2), 14.9, "de: rows that were won, in place of products"),
+    Prediction(*EFA, "fp32", "_dx_kernel", (0.75, 0.75), 0.745),
+    Prediction(*EFA, "tf32x3", "_match_kernel", (3.1, 3.5), None, "three products of TF32 in place of IEEE"),
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..cases import Case
 from . import device, plan, roofline
 
 __all__ = ["CUDA", "install"]
@@ -87,11 +88,14 @@ def install(set: Callable[[Any, str, Any], None] = setattr) -> None:
     set(device, "NAME", "cpu")
     set(roofline, "COPY_BYTES", 2**12)
     set(roofline, "MATMUL_SIZE", 16)
-    from fmfa_losses.kernels import asdm_tiles
+    from fmfa_losses.kernels import _asdm, asdm_tiles
 
     takes = asdm_tiles.takes
     large = plan.LARGE_TOY
-    # Large batches of A-SDM have kernels of their own in float32.
+    # A-SDM keeps [B, B] from 257 to 1024 pairs; larger batches have kernels of their own in float32.
+    middle = plan.toy(Case("asdm", 256)).B, plan.toy(Case("asdm", 1024)).B
+    for table, pairs in zip(("SMALL", "KEPT"), middle, strict=True):
+        set(_asdm, table, dict.fromkeys(getattr(_asdm, table), pairs))
     set(
         asdm_tiles,
         "takes",

@@ -7,7 +7,7 @@ from ..providers import REFERENCE, TRITON
 from ..results import ceilings_of, of_kind
 from ..tables import markdown, milliseconds, number, speedup, target_table
 from .device_tests import FILES
-from .lines import least_ms
+from .lines import least_ms, prediction, span
 from .roofline import share_of_roof
 from .targets import gpu_targets
 
@@ -100,11 +100,7 @@ def _kernel_table(result: dict[str, Any]) -> str:
             rows.append((row["case"], row.get("kernel", "all"), row["dtype"], "-", row["status"], *["-"] * 7))
             continue
         least = least_ms(row, ceilings_of(result))
-        changed = row.get("after")
-        spans = [
-            "-" if not bounds else "-".join(f"{ms:.2f}" for ms in dict.fromkeys(bounds))
-            for bounds in (changed or row.get("predicted"), changed and row["predicted"])
-        ]
+        spans = [span(bounds) if bounds else "-" for bounds in prediction(row)]
         rows.append(
             (row["case"], row["kernel"].strip("_"), row["dtype"], str(row["launches"]), milliseconds(row, "ms"), *spans,
              f"{row['flops'] / 1e9:.3g}", f"{row['bytes'] / 1e6:.3g}", "-" if least is None else number(least),

@@ -67,7 +67,7 @@ def _kernels(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
     for record in alone.measure(step_of(job), often=1 if dry else alone.IN_A_GRAPH):
         expected = predicted(job.case.op, job.case.B, job.precision, record["kernel"])
         if expected is not None:
-            record |= {"predicted": expected.before, "after": expected.after, "change": expected.change}
+            record |= {"predicted": expected.after, "before_ms": expected.before, "change": expected.change}
         yield record
 
 

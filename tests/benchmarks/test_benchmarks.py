@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from contextlib import closing
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +21,7 @@ from benchmarks.gpu.plan import STAGES, Job, gpu_jobs, stage_jobs
 from benchmarks.gpu.predictions import PREDICTIONS, predicted
 from benchmarks.gpu.tables import gpu_report, gpu_tables
 from benchmarks.gpu.targets import gpu_targets
-from benchmarks.measure import DTYPES, disagreement, measure_cpu, spread
+from benchmarks.measure import DTYPES, PASSES, disagreement, matmul_precision, measure_cpu, spread
 from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON
 from benchmarks.tables import micro_table
 from benchmarks.targets import micro_targets
@@ -36,6 +36,16 @@ MACHINE = {
     "gpu_memory_gib": 1.0,
     "cuda": "0",
 }
+
+
+@contextmanager
+def gpu_precision(name):
+    before = torch.get_float32_matmul_precision()
+    try:
+        matmul_precision(name)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +170,10 @@ def test_plan_is_ordered_and_complete():
     assert wanted <= {(job.case.op, job.provider) for job in figures()}
     assert {(128, 1024), (128, 192), (512, 192)} == {(job.case.D, job.case.N) for job in stage_jobs("e")}
     assert {job.case.B for job in figures() if job.case.op == "efa"} == {64, 128, 256, 512, 1024}
-    assert {job.precision for job in figures() if job.case.op == "efa"} == {"fp32", "tf32", "bf16", "fp16"}
+    assert {job.precision for job in figures() if job.case.op == "efa"} == set(DTYPES)
+    for stage in "abf":  # float32 in each of its three ways
+        chosen = {job.precision for job in stage_jobs(stage) if job.case.op in ("efa", "hard_similarity")}
+        assert {"fp32", "tf32", "tf32x3"} <= chosen
     assert stage_jobs("h")[0] == Job("h", "figure", Case("efa", 128), AUTOTUNED, "bf16", guess=75, prebuilt=75)
 
 
@@ -210,15 +223,29 @@ def test_alternatives_change_an_entry(row):
 def test_predictions_are_of_kernels_that_are_timed():
     timed = {(job.case.op, job.case.B, job.precision) for job in stage_jobs("b")}
     assert {row[:3] for row in PREDICTIONS} <= timed
-    for op, B, precision in {row[:3] for row in PREDICTIONS}:
+    for op, B, precision in sorted({row[:3] for row in PREDICTIONS}):
         sizes = {"D": 32} if op == "asdm" else {"L": 77, "N": 192, "D": 32}
         arguments = inputs(Case(op, B if op == "asdm" else 4, **sizes), dtype=DTYPES[precision])
-        with stand_in.gpu() as device:
+        with stand_in.gpu() as device, gpu_precision(precision):
             torch.autograd.grad(providers.provider(TRITON, op)(**arguments), leaves(arguments))
         launched = {launch.kernel for launch in device.launches}
         assert {row.kernel for row in PREDICTIONS if row[:3] == (op, B, precision)} <= launched
-    assert predicted("efa", 128, "bf16", "_de_kernel").before == (1.2, 1.6)
-    assert predicted("efa", 64, "bf16", "_de_kernel") is None
+    assert predicted("efa", 128, "bf16", "_products_kernel").after == (0.70, 0.85)
+    assert predicted("efa", 64, "bf16", "_products_kernel") is None
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_precision_is_what_torch_is_told_and_what_the_kernels_make_of_it(precision):
+    from fmfa_losses.kernels._launch import match_precision
+    from fmfa_losses.kernels._launch import precision as of_products
+
+    like = torch.empty(0, dtype=DTYPES[precision])
+    with gpu_precision(precision):
+        assert torch.get_float32_matmul_precision() == {"tf32": "medium", "tf32x3": "high"}.get(precision, "highest")
+        found = of_products(like.dtype), match_precision(like)
+    assert found == {"fp32": ("ieee", "ieee"), "tf32": ("tf32", "tf32"), "tf32x3": ("tf32", "tf32x3")}.get(
+        precision, ("half", "half")
+    )
 
 
 def test_kernel_work_by_hand():
@@ -228,6 +255,11 @@ def test_kernel_work_by_hand():
     whole = sizes | {"row_count_ptr": None, "counts_ptr": None}
     assert kernel_work.flops_of("_match_kernel", [whole]) == 2 * 10 * 12 * 7
     assert kernel_work.flops_of("_dx_kernel", [whole]) == 2 * 10 * 3 * 7
+    assert kernel_work.flops_of("_match_kernel", [whole | {"SPLIT": True}]) == 3 * 2 * 10 * 12 * 7
+    pairs = {"R": 3, "C": 5, "D": 7, "X": 3, "Y": 5, "q_ptr": x}
+    names = ("_cosines_kernel", "_kept_dlogits_kernel", "_kept_gradient_kernel", "_row_loss_kernel")
+    assert [kernel_work.flops_of(name, [pairs]) / (2 * 3 * 5 * 7) for name in names] == [1, 1, 2, 2]
+    assert kernel_work.flops_of("_row_loss_kernel", [pairs | {"KEPT": True}]) == 0
     left = sizes | {"row_count_ptr": torch.tensor(6), "counts_ptr": torch.tensor([1, 0, 4])}
     assert kernel_work.flops_of("_match_kernel", [left | {"CLASS": 0}, left | {"CLASS": 1}]) == 2 * 6 * 5 * 7
     other = whole | {"x_ptr": torch.zeros(2, 5, 7)}
@@ -353,7 +385,7 @@ def test_worker_writes_every_record(fake_device, monkeypatch):
     assert statuses[2].startswith('failed: RuntimeError: backend="triton" cannot run')  # no device, no interpreter
     assert "GiB are free" in statuses[3]
     assert statuses[4] == "not run: no-such-peer is not installed"
-    assert set(written[5]["ceilings"]) == {"copy", "fp32", "tf32", "bf16", "fp16"}
+    assert set(written[5]["ceilings"]) == {"copy", *DTYPES}
 
 
 @pytest.mark.parametrize("message", ["CUBLAS_STATUS_EXECUTION_FAILED", "operation failed during capture", "a bug"])
@@ -486,7 +518,7 @@ def fake_result():
         found = {"status": "ok", "checked": True, "above_mib": memory, "first_call_s": 1.0, "compiled": 2}
         rows += [identity | found | spreads for identity in job.identities]
     rows[-1] = {key: value for key, value in rows[-1].items() if key not in spreads} | {"status": "not run: why"}
-    ceilings = {"copy": 4e12, "fp32": 5e13, "tf32": 4e14, "bf16": 8e14, "fp16": 8e14}
+    ceilings = {"copy": 4e12, "fp32": 5e13, "tf32": 4e14, "tf32x3": 4e14, "bf16": 8e14, "fp16": 8e14}
     test = {"kind": "tests", "test": "tests/gpu/test_gpu_efa.py::test_x", "status": "ok"}
     failed = test | {"outcome": "failed", "why": "assert 1 == 2"}
     end = {"kind": "tests", "summary": "1 failed, 1 passed", "status": "failed: exit code 1"}
@@ -564,11 +596,15 @@ def test_a_line_compares_within_a_mode(tmp_path):
 def test_predictions_name_the_code_that_is_measured():
     kernel = {"stage": "b", "kind": "kernels", "status": "ok", "at_s": 0.0, "kernel": "_k", "launches": 1, "flops": 0.0,
               "bytes": 0, "ms": {"median": 1.0, "p20": 1.0, "p80": 1.0}, "config": "w4", "case": "c", "dtype": "bf16",
-              "predicted": [0.75, 0.95], "after": [0.65, 0.8], "change": "four stages"}  # fmt: skip
-    assert "predicted 0.65-0.80 (before the change 0.75-0.95)" in record_line(kernel, {}, None)
-    assert "predicted 0.75-0.95  [" in record_line(kernel | {"after": None}, {}, None)
-    table = gpu_report({"records": [kernel]})
-    assert re.search(r"\| +0.65-0.80 \| +0.75-0.95 \|", table)
+              "predicted": [0.65, 0.8], "before_ms": 0.747, "change": "four stages"}  # fmt: skip
+    older = kernel | {"predicted": [0.75, 0.95], "after": [0.65, 0.8]}  # two predictions, as in records before 2.0 ms
+    table = re.compile(r"\| +0.65-0.80 \| +(0.75|0.75-0.95) \|")
+    for record, before in ((kernel, "0.75"), (older, "0.75-0.95")):
+        assert f"predicted 0.65-0.80 (before the change {before})" in record_line(record, {}, None)
+        assert table.search(gpu_report({"records": [record]}))[1] == before
+    assert "predicted 0.65-0.80  [" in record_line(kernel | {"before_ms": None}, {}, None)
+    assert "predicted 0.005  [" in record_line(kernel | {"before_ms": None, "predicted": [0.005, 0.005]}, {}, None)
+    assert "predicted" not in record_line({key: kernel[key] for key in kernel if key != "predicted"}, {}, None)
 
 
 def test_a_peer_in_a_dry_run_needs_cuda(fake_device, monkeypatch):
@@ -630,8 +666,40 @@ def test_preflight_says_what_is_missing(tmp_path, monkeypatch, capsys):
 def test_targets_are_goals_with_predictions():
     targets = gpu_targets([], None)
     assert {entry["predicted"] for entry in targets} == {"met", "missed", "-"}
-    assert next(entry for entry in targets if "12x" in entry["goal"])["predicted"] == "missed"
-    assert next(entry for entry in targets if "MaxSim" in entry["goal"])["predicted"] == "met"
+    for words, prediction in (("eager: 2.0 ms", "missed"), ("MaxSim, D 512", "met"), ("33 ms", "missed"),
+                              ("under 1 GB", "met"), ("tf32x3", "met"), ("max-autotune", "-")):  # fmt: skip
+        assert next(entry for entry in targets if words in entry["goal"])["predicted"] == prediction
+
+
+def test_targets_are_judged():
+    """By the figure that they name, on the side of the bound where it lies."""
+    rows = fake_result()["records"]
+
+    def judged(words, **fields):
+        """What is said of one target after the figures of one case have changed."""
+        for row in rows:
+            if "both" in row and all(row.get(key) == value for key, value in fields.items() if key not in PASSES):
+                row.update({key: {"median": ms} for key, ms in fields.items() if key in PASSES and key in row})
+        return [entry["met"] for entry in gpu_targets(rows, None) if words in entry["goal"]]
+
+    ours = {"op": "efa", "B": 128, "D": 512, "provider": TRITON, "dtype": "bf16"}
+    for mode, how in (("eager", "eager"), ("graph", "as a CUDA graph")):
+        assert judged(f"{how}: 2.0 ms", **ours, mode=mode, both=2.0) == [True]
+        assert judged(f"{how}: 2.0 ms", **ours, mode=mode, both=2.1) == [False]
+    assert judged("0.8 ms", **ours, mode="eager", forward=0.8) == [True]
+    assert judged("0.8 ms", **ours, mode="eager", forward=0.9) == [False]
+    assert judged("0.7 ms", **ours | {"B": 64}, mode="graph", both=0.71) == [False]
+    small = {"op": "asdm", "B": 64, "provider": TRITON, "dtype": "fp32"}
+    assert judged("0.03 ms", **small, mode="graph", both=0.03) == [True]
+    assert judged("0.15 ms", **small, mode="eager", both=0.2) == [False]
+    large = {"op": "asdm", "B": 65536, "provider": TRITON, "mode": "eager"}
+    assert judged("33 ms", **large, dtype="bf16", both=32.0) == [True]
+    assert judged("33 ms", **large, dtype="fp32", both=400.0) == [True]
+    peer = {"op": "maxsim", "D": 128, "N": 1024, "provider": next(iter(providers.PEERS)), "dtype": "bf16"}
+    assert judged("not slower", **peer) == [True]
+    assert judged("not slower", **peer, both=0.1) == [False]
+    without = [row for row in rows if row.get("provider") not in providers.PEERS]
+    assert [entry["met"] for entry in gpu_targets(without, None) if "MaxSim" in entry["goal"]] == [None, None]
 
 
 @pytest.mark.parametrize("precisions", [("fp32",), ("bf16", "fp32")])

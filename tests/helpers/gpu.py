@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.measure import DTYPES
+from benchmarks.measure import matmul_precision as set_matmul_precision
 from helpers.budget import assert_within_budget
 from helpers.compare import value_and_grads
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def needs_memory(gib: int) -> None:
@@ -26,9 +26,9 @@ def needs_memory(gib: int) -> None:
 
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """float32 products in IEEE arithmetic, or in TF32 for "tf32"."""
+    """float32 products as benchmarks/measure.py makes them for that precision."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    set_matmul_precision(name)
     try:
         yield
     finally:
