@@ -95,7 +95,7 @@ def test_three_products_of_tf32_match_like_ieee():
     for precision in ("fp32", "tf32x3", "tf32"):
         with matmul_precision(precision), torch.no_grad():
             errors[precision] = relative_error(hard_similarity(image, text, pool_scale=50.0, backend="triton"), exact)
-    budget = allowed_error(plain_error, "fp32", amplification=58)
+    budget = allowed_error(plain_error, "fp32", amplification=8)
     assert max(errors["fp32"], errors["tf32x3"]) <= budget < errors["tf32"], errors
 
 
@@ -212,7 +212,8 @@ def test_a_captured_step_of_asdm_replays(B, precision):
     with matmul_precision(precision):
         replays(step, change, runs=3)
         # And what it replays is right.
-        exact = value_and_grads(lambda v, t, s: asdm_loss(v, t, pids, logit_scale=s), [t.double() for t in leaves])
+        plain = lambda v, t, s: asdm_loss(v, t, pids, logit_scale=s)  # noqa: E731
+        exact = value_and_grads(plain, [t.double() for t in leaves], torch.ones((), device="cuda"))
         errors = [relative_error(a, b) for a, b in zip(step(), exact, strict=True)]
     assert max(errors) < {"bf16": 2e-2, "fp32": 1e-4, "tf32": 2e-2}[precision], errors
 
