@@ -45,13 +45,13 @@ def test_what_spills_never_reaches_a_gpu(compiled):
 
 
 def test_order_is_nearest_first_and_every_table_in_turn():
-    de, dx = (value(tune.table_of(name).entry) for name in ("DE", "DX"))
+    de, dx = (value(tune.table_of(name).entry) for name in ("PRODUCTS", "DX"))
 
     def row(table, entry, changes, programs=1):
         return {"table": table, "candidate": [n * 2 if i < changes else n for i, n in enumerate(entry)],
                 "programs": programs}  # fmt: skip
 
-    far, near, roomy = row("DE", de, 3), row("DE", de, 1), row("DE", de, 1, programs=2)
+    far, near, roomy = row("PRODUCTS", de, 3), row("PRODUCTS", de, 1), row("PRODUCTS", de, 1, programs=2)
     other = row("DX", dx, 2)
     dropped = near | {"dropped": "8 spilled"}
     assert tune.in_order([far, near, dropped, other, roomy]) == [roomy, other, near, far]

@@ -9,6 +9,7 @@ from helpers.distribution import assert_differentiable_once
 from helpers.gpu import (
     DTYPES,
     assert_function_within_budget,
+    captured_step,
     compiled,
     matmul_precision,
     needs_cuda,
@@ -121,14 +122,7 @@ def test_captured_graph_replays(B):
         # Without its graph: one that lives on binds the leaves to the stream that it was made on.
         return value.detach(), *torch.autograd.grad(value, (image, text))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_step(step)
     with torch.no_grad():
         image.normal_()
         text.normal_()

@@ -6,6 +6,7 @@ from helpers.compare import default_dtype, value_and_grads
 from helpers.gpu import (
     DTYPES,
     assert_function_within_budget,
+    captured_step,
     clear_tokens,
     compiled,
     directions,
@@ -28,7 +29,7 @@ pytestmark = needs_cuda
 SHAPES = [(1, 1, 1, 1, 16), (3, 5, 63, 77, 64), (7, 2, 193, 129, 96), (4, 4, 77, 192, 512), (2, 3, 192, 77, 768)]
 # Every combination would spend its time in the compiler: all shapes in two precisions, the rest at one awkward shape.
 SIMILARITIES = [(shape, "lse", precision) for shape in SHAPES for precision in ("fp32", "bf16")]
-SIMILARITIES += [(SHAPES[2], "lse", precision) for precision in ("tf32", "fp16")]
+SIMILARITIES += [(SHAPES[2], "lse", precision) for precision in ("tf32", "tf32x3", "fp16")]
 SIMILARITIES += [(SHAPES[2], pool, precision) for pool in ("sum", "mean") for precision in ("fp32", "bf16")]
 
 IMAGES = [(1, 1, 1, 16), (3, 63, 7, 64), (2, 193, 77, 96), (2, 192, 77, 512), (2, 432, 77, 768)]
@@ -154,14 +155,7 @@ def test_captured_graph_replays():
         # Without its graph: one that lives on binds the leaves to the stream that it was made on.
         return value.detach(), *torch.autograd.grad(value, (image, text))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_step(step)
     with torch.no_grad():
         image.normal_()
         text.normal_()

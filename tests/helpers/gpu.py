@@ -52,6 +52,19 @@ def _set_sync_debug_mode(mode: int | str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
+def captured_step(step: Callable[[], Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """A step as a CUDA graph, and the tensors into which it replays. They must have no graph of autograd's."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 def compiled() -> dict[str, int]:
     """How often each kernel of the library was compiled in this process so far."""
     modules = [module for name, module in sys.modules.items() if name.startswith("fmfa_losses.kernels.")]
@@ -83,13 +96,17 @@ def assert_function_within_budget(
     inputs: Sequence[Tensor],
     precision: str,
     amplification: float = 1.0,
+    held: Sequence[Tensor] | None = None,
 ) -> None:
-    """Value and gradients: `plain` on float64 copies is exact, and under autocast the comparison."""
+    """Value and gradients: `plain` on float64 copies is exact, and under autocast the comparison.
+
+    `held`: what `ours` is given in place of the inputs, other where masks leave out.
+    """
     dtype = DTYPES[precision]
     rounded = [t.to(dtype) for t in inputs]
     exact = value_and_grads(plain, [t.double() for t in rounded])
     with matmul_precision(precision):
-        got = value_and_grads(ours, rounded)
+        got = value_and_grads(ours, rounded if held is None else [t.to(dtype) for t in held])
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
             theirs = value_and_grads(plain, rounded)
     for index, (a, b, c) in enumerate(zip(got, theirs, exact, strict=True)):
