@@ -173,6 +173,7 @@ def _rows_kernel(
 def _dimage_product_kernel(
     djoint_ptr,  # [B, L, D] float32
     text_ptr,  # [B, L, D]
+    mask_ptr,  # [B, N] bool, or None
     row_sum_ptr,  # [B, L] float32
     a_ptr,  # [B, L, N]
     ds_ptr,  # [B, L, N]
@@ -180,6 +181,7 @@ def _dimage_product_kernel(
     N,
     L,
     D,
+    HAS_MASK: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -210,6 +212,8 @@ def _dimage_product_kernel(
         else:
             dimage = add_wide(ds, text, dimage, PRECISION)
     # Patches that the mask leaves out are written too: their gradient is zero.
+    keep = kept(mask_ptr, patches, exist, N, HAS_MASK)
+    dimage = tl.where(keep[:, None], dimage, 0.0)  # 0 times a NaN of a token is none
     store_gradient(dimage_ptr, patches, exist, d, D, dimage, ADD)
 
 
@@ -247,6 +251,6 @@ def backward(
     )  # fmt: skip
     launch(
         _dimage_product_kernel, (B * triton.cdiv(N, of_dimage.BLOCK_N), triton.cdiv(D, of_dimage.BLOCK_OUT)),
-        djoint, text, row_sum, a, ds, dimage, N, L, D,
-        ADD=add[0], **of_dimage._asdict(), **all_registers(image.device), **flags,
+        djoint, text, image_mask, row_sum, a, ds, dimage, N, L, D,
+        HAS_MASK=image_mask is not None, ADD=add[0], **of_dimage._asdict(), **all_registers(image.device), **flags,
     )  # fmt: skip

@@ -223,6 +223,7 @@ def _dimage_kernel(
             dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision="tf32")
         dimage = add_wide(tl.trans(ds), text, dimage, PRECISION)
     # Patches that the mask leaves out are written too: their gradient is zero.
+    dimage = tl.where(keep[:, None], dimage, 0.0)  # 0 times a NaN of a token is none
     store_gradient(dimage_ptr, patches, exist, d, D, dimage, ADD)
 
 

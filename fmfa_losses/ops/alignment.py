@@ -106,9 +106,10 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, dtext_sim: Tensor | None, dimage_sim: Tensor | None, *_: Any) -> Any:
     if dtext_sim is None and dimage_sim is None:
         return (None,) * 8
-    B = ctx.saved_tensors[0].shape[0]
-    dtext_sim, dimage_sim = (ctx.saved_tensors[1].new_zeros(B, B) if x is None else x for x in (dtext_sim, dimage_sim))
-    gradients = _align_backward(dtext_sim, dimage_sim, *ctx.saved_tensors, ctx.sparsity, ctx.pool)
+    saved = ctx.saved_tensors  # once: every read unpacks all of them
+    B = saved[0].shape[0]
+    dtext_sim, dimage_sim = (saved[1].new_zeros(B, B) if x is None else x for x in (dtext_sim, dimage_sim))
+    gradients = _align_backward(dtext_sim, dimage_sim, *saved, ctx.sparsity, ctx.pool)
     return *gradients, *(None,) * 6
 
 

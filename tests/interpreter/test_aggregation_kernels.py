@@ -431,3 +431,14 @@ def _halves_kernel(a_ptr, v_ptr, out_ptr, K: tl.constexpr):
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     v = tl.load(v_ptr + k[:, None] * 16 + m[None, :])
     tl.store(out_ptr + m[:, None] * 16 + m[None, :], _scores.add_halves(a, v, tl.zeros((16, 16), tl.float32)))
+
+
+@pytest.mark.parametrize("N", [6, 600])
+def test_a_nan_of_a_token_does_not_reach_patches_that_the_mask_leaves_out(N):
+    image, text = torch.randn(2, N, 16, requires_grad=True), torch.randn(2, 3, 16)
+    text[1, 2, 0] = float("nan")
+    mask = torch.ones(2, N, dtype=torch.bool)
+    mask[1, 2:4] = False
+    sparse_aggregate(image, text, image_mask=mask, backend="triton").sum().backward()
+    assert (image.grad[~mask] == 0).all()
+    assert image.grad[1, 0].isnan().any()

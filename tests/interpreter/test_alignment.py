@@ -127,3 +127,17 @@ def test_a_second_derivative_raises():
     (gradient, _) = torch.autograd.grad(efa_loss(*inputs, backend="triton"), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
+
+
+def test_saved_tensors_are_read_once():
+    """Activation checkpointing computes them at the first reading and refuses a second one."""
+    inputs = [x.requires_grad_() for x in tokens()]
+    packed, unpacked = [], []
+
+    def unpack(x):
+        unpacked.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, unpack):
+        one_operator()(*inputs)[1].sum().backward()
+    assert len(packed) == len(unpacked) > 0

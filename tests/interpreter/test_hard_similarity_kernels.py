@@ -3,7 +3,16 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fmfa_losses.kernels import _tile, gather_gradient, hard_similarity, match, persistent_match, winner_gradient
+from fmfa_losses.kernels import (
+    _tile,
+    gather_gradient,
+    hard_similarity,
+    match,
+    persistent_match,
+    unit_rows,
+    winner_lists,
+    winner_products,
+)
 from fmfa_losses.kernels import pool as pooling
 from fmfa_losses.kernels._launch import recording
 from fmfa_losses.kernels._matches import buffer_of, sections_of
@@ -388,7 +397,7 @@ def test_the_default_dtype_does_not_show(monkeypatch, dtype, default):
         dtypes.append([arg.dtype for arg in args if isinstance(arg, torch.Tensor)])
         launch(kernel, grid, *args, **options)
 
-    for module in (match, pooling, gather_gradient, winner_gradient):
+    for module in (match, pooling, gather_gradient, winner_products, winner_lists, unit_rows):
         monkeypatch.setattr(module, "launch", recorded)
 
     def run():
@@ -546,7 +555,7 @@ def test_the_gradient_through_the_normalisation_in_place(D, masked, dtype):
     units = (tokens / lengths.unsqueeze(-1)).to(dtype)
     dsim = torch.randn(3, 4)
     _, matches = hard_similarity.forward(units, e, x_mask, e_mask, "lse", 2.0, True)
-    dx, de = hard_similarity.backward(dsim, matches, units.float(), e.float(), x_mask, e_mask, "lse")
+    dx, de = hard_similarity.backward(dsim, matches, units, e, x_mask, e_mask, "lse")
     exact = dx.double() - units.double() * (units.double() * dx).sum(-1, keepdim=True)
     exact = exact / lengths.unsqueeze(-1)
     before = torch.randn(e.shape)
@@ -554,7 +563,8 @@ def test_the_gradient_through_the_normalisation_in_place(D, masked, dtype):
     hard_similarity.add_gradients(
         dsim, matches, units, e, x_mask, "lse", *lists, (1 / lengths).float(), added, accumulate=True
     )
-    assert_close([units.float()], [exact.float()], 2e-6 if dtype == torch.float32 else 1e-3)
+    # In float16 dx and de have been rounded by themselves, and the lengths magnify that of dx.
+    assert_close([units.float()], [exact.float()], 2e-6 if dtype == torch.float32 else 4e-3)
     assert_close([added], [before + de], 2e-6 if dtype == torch.float32 else 1e-3)
 
 
