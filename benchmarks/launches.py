@@ -49,7 +49,7 @@ class Limit(NamedTuple):
     peak: float  # MB allocated at the same time, above inputs and gradients
 
 
-# What was counted, and 5 % (launches of A-SDM: none); every kernel of the first step. `--suggest` prints the lines anew.
+# What was counted, and 5 % (A-SDM launches: none); every kernel of the first step. `--suggest` prints these lines anew.
 LIMITS = {
     ("asdm", NO_MASK, "bf16"): Limit(4, 3, 0, 0.01, 12, 0.05, 0.02),
     ("asdm", NO_MASK, "fp32"): Limit(4, 3, 0, 0.01, 12, 0.08, 0.02),
