@@ -82,9 +82,8 @@ def record(chip: str, kind: str) -> list[Any]:
             _hard_similarity(chip, empty)
             if kind == "tf32x3":  # all other kernels are those of TF32
                 return launches
-            if kind != "float16":  # compiles to what bfloat16 compiles to
-                _aggregation(empty)
-                _unit_rows(empty)
+            _aggregation(empty)
+            _unit_rows(empty)
             if kind == "float32":  # whatever the tokens are
                 _ranking(empty)
             # Batches of every size: the paper's loss, and rows of one direction with all that a row can carry. One
