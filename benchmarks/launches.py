@@ -200,9 +200,10 @@ that sends each launch through Triton's own JIT (`benchmarks/stand_in`). Every l
 torch's alike, and so does every kernel that is compiled: they decide how fast a small batch is. "Moved" is what
 torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
 "Compiled" is what a step compiles that none before it did. Captions of at most {SHORT} tokens are a class of their own:
-a text mask compiles both classes at once, without one the first short batch compiles its own. Limits at width {D} are
-what was counted, and 5 %. Those at width {WIDE}, the paper's, are targets: {MOVED:g} MB moved, and {PEAK:g} MB (60 MiB)
-of memory above inputs and gradients.
+a text mask compiles both classes at once, without one the first short batch compiles its own; in float32 captions of at
+most 16 tokens compile the sort of winners once more. Limits at width {D} are 5 % above the largest step of a group, for
+smaller batches their share. Those at width {WIDE}, the paper's, are targets: {MOVED:g} MB moved, and {PEAK:g} MB
+(60 MiB) of memory above inputs and gradients.
 """
 COLUMNS = (
     "loss", "masks", "dtype", "B", "L", "D", "launches", "Triton", "torch", "compiled", "moved, MB", "buffers",

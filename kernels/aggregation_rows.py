@@ -1,7 +1,7 @@
 """Backward of the aggregation where whole rows of scores are one tile (N <= ONE_TILE): scores are made once.
 
-    backward(djoint [B, L, D] float32, image [B, N, D], text [B, L, D], image_mask [B, N] | None, sparsity,
-             row_sum [B, L], dimage, dtext, add_image, add_text)     called by aggregation.backward
+    backward(djoint [B, L, D] float32, image [B, N, D], text [B, L, D], image_mask [B, N] | None, row_sum [B, L],
+             sparsity, strict, dimage, dtext, add)     called by aggregation.backward
 
     rows      one program for each block of tokens of one sample. One loop over D makes s and da = djoint . v of all
               patches; statistics stay in registers; a, ds and dtext are written.
@@ -20,7 +20,8 @@ In memory: a and ds, [B, L, N] each, bfloat16 beside bfloat16 tokens, else float
 ds needs nor, in the error budget of a gradient that is rounded once, a rounding to spare. Products are 5 times
 2 B L N D operations, as few as the equations have.
 
-djoint is float32 always; beside half tokens its products are made in TF32, which has all their digits.
+djoint is float32 always. Beside bfloat16 tokens it is two bfloat16 halves in da and TF32 in a^T djoint; beside float16
+tokens TF32 in both, which has all their digits.
 """
 
 from typing import NamedTuple

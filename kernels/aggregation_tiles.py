@@ -1,7 +1,7 @@
 """Backward of the aggregation where rows of scores are longer than a tile (N > ONE_TILE): scores are made again.
 
-    backward(djoint [B, L, D] float32, image [B, N, D], text [B, L, D], image_mask [B, N] | None, sparsity,
-             row_sum [B, L], dimage, dtext, add_image, add_text)     called by aggregation.backward
+    backward(djoint [B, L, D] float32, image [B, N, D], text [B, L, D], image_mask [B, N] | None, row_sum [B, L],
+             sparsity, strict, dimage, dtext, add)     called by aggregation.backward
 
     statistics   one program for each block of tokens: minimum, cutoff, ..., O(B L) numbers
     dtext        one program for each block of tokens and chunk of D; it loops over patches

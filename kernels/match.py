@@ -1,8 +1,8 @@
 """The best match of every token of x among the tokens of e; no [Bx, Be, P, Q] anywhere.
 
-    match(x [Bx, P, D], e [Be, Q, D], x_lists, e_lists, save) -> [Bx, Be, P]
-        with `save` matches (_matches.py: maxima and winners, -1 where there is none), without it maxima: float16 of
-        16-bit tokens, float32 of float32 tokens
+    match(x [Bx, P, D], e [Be, Q, D], x_lists, e_lists, save, exponential) -> [Bx, Be, P]
+        with `save` matches (_matches.py: maxima and winners), without it maxima: float16 of 16-bit tokens, float32 of
+        float32 tokens. Where winners' cosines are made once more (below) they are matches all the same
     Inputs: unit rows (or zeros), contiguous, one dtype, finite where masked out. x_lists and e_lists: the lists of
     the masks (token_lists.py), or tuples of None. Rows and samples that have no token left are not written.
 

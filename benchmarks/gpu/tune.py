@@ -1,6 +1,6 @@
 """Candidates for the block tables: compiled anywhere, timed on a CUDA device.
 
-    python -m benchmarks tune --compile [--chip sm_90] [--table DE DX ...] [--out candidates.json]
+    python -m benchmarks tune --compile [--chip sm_90] [--table PRODUCTS DX ...] [--out candidates.json]
     python -m benchmarks tune --time candidates.json [--minutes 5] [--out tuned.json]
 
 The first needs no GPU: it compiles every candidate as that chip would get it, and drops those that do not fit or spill.

@@ -180,7 +180,8 @@ class EFALoss(Loss):
     Inputs:
         image_tokens: [B, N, D] patches without [CLS], any float dtype; need not be normalised.
         text_tokens: [B, L, D].
-        image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
+        image_mask, text_mask: [B, N] and [B, L] bool, True = keep; what they leave out may hold anything, NaN too, and
+            gets gradient 0.
         pids: [B] integer identities, for negatives="different_identity"; "all" does not use them and warns once.
         logit_scale: 1 / tau2 instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight, peers: as in ASDMLoss.
