@@ -4,9 +4,9 @@
                           int64 = float32 bits << 32 | (winner & 0xFFFFFFFF)     float32 tokens, or more of them
 
 match.py writes cosines and pool.py turns them into weights in place. gather_gradient.py, winner_products.py and
-winner_lists.py read weight and winner in one load of 4 or 8 bytes, which a GPU can make ahead of time; one of 2 bytes it cannot. Where
-nothing won (the row is masked out, or the sample of e has no token) the winner is -1 and the weight 0. Float16 holds a
-cosine, and a weight in [0, 1], as exactly as 16-bit tokens give it.
+winner_lists.py read weight and winner in one load of 4 or 8 bytes, which a GPU can make ahead of time; one of 2 bytes
+it cannot. Where nothing won (the row is masked out, or the sample of e has no token) the winner is -1 and the weight 0.
+Float16 holds a cosine, and a weight in [0, 1], as exactly as 16-bit tokens give it.
 """
 
 import torch

@@ -38,6 +38,7 @@ PRIVATE_IN_TESTS = {
     "benchmarks/test_benchmarks.py: fmfa_losses.kernels._launch",
     "benchmarks/test_stand_in.py: _Recorder",
     "benchmarks/test_stand_in.py: fmfa_losses.kernels._launch",
+    "gpu/test_gpu_step.py: fmfa_losses.kernels._matches",
     "interpreter/test_aggregation_kernels.py: fmfa_losses.kernels._scores",
     "interpreter/test_hard_similarity_kernels.py: _cosine_kernel",
     "interpreter/test_hard_similarity_kernels.py: fmfa_losses.kernels._launch",
