@@ -72,7 +72,7 @@ def _nothing(_: Call) -> int:
 
 def _alignment(a: Call) -> int:
     """All tokens of x with all tokens of e."""
-    return a["Bx"] * a["P"] * a["Be"] * a["Q"] * a["D"] if _has_class(a) else 0
+    return _all_with_all(a) if _has_class(a) else 0
 
 
 def _has_class(a: Call) -> bool:
@@ -85,6 +85,14 @@ def _match(a: Call) -> int:
         return 0
     columns = a["BLOCK_N"] if a["BLOCK_N"] // a["UNIT"] > 1 else a.padded("Q", "BLOCK_N")
     return a["row_tiles"] * a["BLOCK_M"] * a["column_tiles"] * columns * a.padded("D", "BLOCK_D")
+
+
+def _persistent_match(a: Call) -> int:
+    return a["row_tiles"] * a["BLOCK_M"] * a["column_tiles"] * a["BLOCK_N"] * a.padded("D", "BLOCK_D")
+
+
+def _all_with_all(a: Call) -> int:
+    return a["Bx"] * a["P"] * a["Be"] * a["Q"] * a["D"]
 
 
 def _gathered(a: Call) -> int:
@@ -175,6 +183,7 @@ def _kept_gradient(a: Call) -> int:
 # What is made again, because it was not kept, is executed and not needed.
 PRODUCTS: dict[str, Products] = {
     "_match_kernel": Products(_alignment, _match),
+    "_persistent_match_kernel": Products(_all_with_all, _persistent_match),
     "_dx_kernel": Products(_gathered, _dx),
     "_de_kernel": Products(_de_needed, _de),  # as one-hot weights [Be Q, Bx P] times x
     "_products_kernel": Products(_de_needed, _de),

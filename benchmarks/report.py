@@ -44,6 +44,7 @@ PAGES = {
     "retrieval-metrics": ("retrieval.md", "Retrieval metrics"),
     "small-batch": ("kernels.md", "A-SDM in tiles and in blocks"),
     "compiled": ("kernels.md", "What the compiler gives for every kernel"),
+    "host": ("kernels.md", "Host time of a step"),
     "step": ("kernels.md", "One training step: kernels, launches, bytes"),
     "tuned": ("kernels.md", "Entries of the block tables"),
 }

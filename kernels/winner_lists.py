@@ -139,7 +139,6 @@ def de(dsim: Tensor, matches: Tensor, x: Tensor, of_x: Lists, Q: int, out: Tenso
     starts = torch.empty(Be, Q + 1, dtype=torch.int32, device=x.device)
     records = torch.empty(Be, Bx * P, dtype=torch.int64, device=x.device)
     tokens, block, warps = SORT
-    tokens = min(tokens, max(16, triton.next_power_of_2(Q)))
     launch(
         _sort_kernel, (Be, triton.cdiv(Q, tokens)), dsim, matches, rows, row_count, starts, records, Bx, Be, P, Q,
         LIST_X=rows is not None, BLOCK_K=tokens, BLOCK_ROWS=block, num_warps=warps,
