@@ -44,7 +44,7 @@ BLOCKS: dict[tuple[str, str, str], tuple[Any, ...]] = {
 # Triton 3.6 cannot compile, for chips with tensor memory, products of 64 rows in a loop that may be made again.
 ON_BLACKWELL: dict[tuple[str, str, str], tuple[Any, ...]] = {
     ("row_loss", "large", "half"): (32, 128, 64, None, 8, 3),
-    ("gradient", "large", "half"): (32, 32, 64, 256, 8, 2),
+    ("gradient", "large", "half"): (32, 32, 64, 256, 8, 1),
 }
 
 

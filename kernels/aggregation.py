@@ -39,7 +39,6 @@ from torch import Tensor
 
 from . import aggregation_rows, aggregation_tiles
 from ._launch import (
-    BLACKWELL,
     LARGE,
     LDS,
     MEDIUM,
@@ -84,8 +83,7 @@ class Forward(NamedTuple):
 FORWARD = {
     (LARGE, "half"): Forward(64, 64, 128, 8, 3),
     (LARGE, "tf32"): Forward(32, 32, 128, 8, 3),
-    (LARGE, "ieee"): Forward(16, 32, 128, 8, 2),
-    (BLACKWELL, "ieee"): Forward(16, 16, 128, 8, 2),
+    (LARGE, "ieee"): Forward(16, 16, 128, 8, 2),
     (MEDIUM, "half"): Forward(64, 64, 128, 8, 2),
     (MEDIUM, "tf32"): Forward(32, 32, 128, 8, 2),
     (MEDIUM, "ieee"): Forward(16, 16, 64, 8, 2),

@@ -71,9 +71,8 @@ class Dimage(NamedTuple):
 ROWS: dict[tuple[str, str], Rows | None] = {
     (LARGE, "half"): Rows(32, 64, 4, 3),
     (LARGE, "tf32"): Rows(16, 32, 4, 3),
-    (LARGE, "ieee"): Rows(16, 16, 8, 2),
+    (LARGE, "ieee"): None,
     (BLACKWELL, "tf32"): Rows(16, 16, 4, 3),
-    (BLACKWELL, "ieee"): None,
     (MEDIUM, "half"): Rows(32, 64, 4, 2),
     (MEDIUM, "tf32"): Rows(16, 32, 4, 2),
     (MEDIUM, "ieee"): Rows(16, 16, 8, 2),

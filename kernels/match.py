@@ -66,7 +66,7 @@ MATCH = {
 MATCH_LISTED = MATCH | {
     (BLACKWELL, "half"): (64, 256, 64, 8, 3),
     (BLACKWELL, "tf32"): (64, 256, 32, 8, 3),
-    (BLACKWELL, "ieee"): (32, 256, 16, 8, 2),
+    (LARGE, "ieee"): (32, 256, 16, 8, 2),
     (MEDIUM, "half"): (128, 256, 32, 8, 4),
     (MEDIUM, "tf32"): (128, 256, 16, 8, 4),
 }

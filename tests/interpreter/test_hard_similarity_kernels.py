@@ -264,8 +264,7 @@ def test_a_row_with_a_nan_has_no_largest_number():
     torch.testing.assert_close(out, x.amax(1).expand(2, 8), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("Q", [7, 40, 300])
-@pytest.mark.parametrize("pool", ["lse", "sum", "mean"])
+@pytest.mark.parametrize(("Q", "pool"), [(7, "lse"), (7, "sum"), (7, "mean"), (40, "sum"), (300, "lse")])
 def test_one_nan_token_shows_wherever_it_stands(Q, pool):
     for token in (0, Q // 2, Q - 1):
         x, e, _, _ = inputs(2, 4, 5, Q, 16, torch.float32)
