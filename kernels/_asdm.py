@@ -5,7 +5,7 @@ KEPT pairs cosines and dlogits are kept in memory as [R, C] (asdm_kept.py). Abov
 them, and float32 goes through `asdm_blocks`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -144,6 +144,61 @@ def cosines(
     return dots * (x_inverse[:, None] * y_inverse[None, :])
 
 
+@triton.jit
+def scaled_rows(y_ptr, factors_ptr, cols, col_mask, d, D, y_stride, any_factor):
+    """[BLOCK_N, C]: columns `d` of rows f y; `factors_ptr` is that of y_0."""
+    y_rows = y_ptr + cols.to(tl.int64)[:, None] * y_stride
+    y = tl.load(y_rows + d[None, :], mask=col_mask[:, None] & (d < D)[None, :], other=0.0)
+    if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
+        if any_factor:
+            y = (y * tl.load(factors_ptr + cols, mask=col_mask, other=1.0)[:, None]).to(y.dtype)
+    return y
+
+
+@triton.jit
+def store_through_norms(
+    out_ptr,  # [X, D]
+    dx,  # [BLOCK_M, C]: sum_j dz_ij y_j / |y_j|
+    along,  # [BLOCK_M]: sum_j dz_ij cos_ij
+    x_ptr,  # [X, D]
+    factors_ptr,  # [X]: that of x_0
+    x_inverse,  # [BLOCK_M]
+    rows,
+    row_mask,
+    d,
+    D,
+    x_stride,
+    scale,
+):
+    """dx_i = s / |x_i| (sum_j dz_ij y_j / |y_j|  -  a_i x_i / |x_i|)."""
+    edge = row_mask[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d[None, :], mask=edge, other=0.0).to(tl.float32)
+    x_factor = tl.load(factors_ptr + rows, mask=row_mask, other=1.0)[:, None]
+    dx = scale * dx - (scale * along * x_inverse)[:, None] * (x * x_factor)
+    dx = dx * x_inverse[:, None] * x_factor
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + d[None, :], dx.to(out_ptr.dtype.element_ty), mask=edge)
+
+
+class Gradient(NamedTuple):
+    """What a gradient is made of, as both ways to make it take it."""
+
+    dloss: Tensor  # [R], any stride
+    statistics: Tensor
+    indices: Tensor
+    norms: Tensor
+    label_sum: Tensor
+    queries: Tensor  # [R, D]; these two are alike
+    keys: Tensor  # [C, D]
+    ids: tuple[Tensor, Tensor]
+    image_ids: Tensor | None
+    scale_ptr: Tensor | None
+    scale: float
+    scale_gradient: bool
+    spec: Any
+    dqueries: Tensor  # written, as dkeys
+    dkeys: Tensor
+
+
 def alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype, with rows of consecutive numbers."""
     dtype = torch.promote_types(queries.dtype, keys.dtype)
@@ -155,13 +210,6 @@ def contiguous_ids(pids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tens
     """Ids as the kernels read them, contiguous. Without image ids the second is a pointer that is not read."""
     pids = pids.contiguous()
     return pids, pids if image_ids is None else image_ids.contiguous()
-
-
-def by_device(scale: Tensor | float, like: Tensor) -> tuple[Tensor | None, float]:
-    """A scale on the accelerator is read there; one on the CPU is at hand without waiting."""
-    if isinstance(scale, Tensor) and scale.device == like.device:
-        return scale, 1.0
-    return None, float(scale)
 
 
 def flags(image_ids: Tensor | None, scale_ptr: Tensor | None, spec: Any) -> dict[str, object]:

@@ -82,9 +82,20 @@ def _pointed_to(kernel: Any, number: int, arg: Any) -> Any:
     return arg
 
 
-def choose(table: dict[tuple[str, str], tuple[int, ...]], like: Tensor) -> tuple[int, ...]:
-    """The entry of a block table for a tensor's device and precision."""
-    memory, kind = chip_class(like.device), precision(like.dtype)
+def contiguous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
+def by_device(scale: Tensor | float, like: Tensor) -> tuple[Tensor | None, float]:
+    """A scale on the accelerator is read there; one on the CPU is at hand without waiting."""
+    if isinstance(scale, Tensor) and scale.device == like.device:
+        return scale, 1.0
+    return None, float(scale)
+
+
+def choose(table: dict[tuple[str, str], Any], like: Tensor, kind: str | None = None) -> Any:
+    """The entry of a block table for a tensor's device and precision, or for products made as `kind`."""
+    memory, kind = chip_class(like.device), kind or precision(like.dtype)
     return table[memory if (memory, kind) in table else LARGE, kind]
 
 

@@ -73,6 +73,37 @@ def add_wide(a, v, s, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_patch_gradient(a, djoint, ds, text, dimage, PRECISION: tl.constexpr):
+    """dimage + a djoint + ds t for tiles [patches, tokens] of a and ds.
+
+    djoint is float32 always: beside half tokens TF32 is what its product with them has as well.
+    """
+    if text.dtype == tl.float32:
+        dimage = add_wide(a, djoint, dimage, PRECISION)
+    else:
+        dimage = tl.dot(a.to(tl.float32), djoint, dimage, input_precision="tf32")
+    if ds.dtype == text.dtype and ds.dtype != tl.float32:
+        dimage = tl.dot(ds, text, dimage)
+    else:
+        dimage = add_wide(ds, text, dimage, PRECISION)
+    return dimage
+
+
+@triton.jit
+def weights_of(s, low, cutoff, inverse, keep):
+    """Tiles of a = u / sum u, 0 in a constant row, and of who passes, from a tile of s and numbers of its rows."""
+    u = s - low[:, None]
+    passed = passes(u, cutoff, keep) & (inverse != 0)[:, None]
+    return tl.where(passed, u * inverse[:, None], 0.0), passed
+
+
+@triton.jit
+def score_gradient(da, c, inverse, passed):
+    """A tile of ds, but for what the minimum gets."""
+    return tl.where(passed, (da - c[:, None]) * inverse[:, None], 0.0)
+
+
+@triton.jit
 def add_halves(a, v, s):
     """s + a v, where a is the sum of two numbers of v's dtype, to 2^-17 in bfloat16.
 

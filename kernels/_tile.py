@@ -31,6 +31,39 @@ def load_columns(ptr, rows, row_mask, d, D):
     return tl.load(ptr + rows[None, :] * D + d[:, None], mask=row_mask[None, :] & (d < D)[:, None], other=0.0)
 
 
+# Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
+LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
+
+
+@triton.jit
+def _row_lengths(rows, factor, kept, D, BLOCK_D: tl.constexpr):
+    """|f x| of rows that begin at the pointers `rows`."""
+    squares = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(rows[:, None] + d[None, :], mask=kept[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        x *= factor[:, None]
+        squares += x * x
+    return tl.sqrt(tl.sum(squares, 1))
+
+
+@triton.jit
+def row_norms(rows, kept, D, BLOCK_D: tl.constexpr):
+    """|f x| and f of rows that begin at the pointers `rows`; 1 and 1 of a zero vector and of rows that are not kept.
+
+    The unit vector is f x / |f x|. f is 1, or a power of two where squares would leave float32's range.
+    """
+    factor = tl.full((rows.shape[0],), 1.0, tl.float32)
+    norm = _row_lengths(rows, factor, kept, D, BLOCK_D)
+    if rows.dtype.element_ty != tl.float16:  # whose squares are in range
+        factor = tl.where(norm > LIMIT, 1 / POWER, tl.where(norm < 1 / LIMIT, POWER, 1.0))
+        factor = tl.where(kept, factor, 1.0)
+        if tl.max((factor != 1.0).to(tl.int32), 0) > 0:
+            norm = _row_lengths(rows, factor, kept, D, BLOCK_D)
+    zero = norm == 0
+    return tl.where(zero, 1.0, norm), tl.where(zero, 1.0, factor)
+
+
 @triton.jit
 def nearest_tf32(x):
     """float32 rounded to the 10 bits of TF32. Tensor cores cut the others off, so all products would be small."""
@@ -92,6 +125,30 @@ def row_max(x):
     else:
         best = tl.reduce(x, 1, max_or_nan)
     return best
+
+
+@triton.jit
+def best_column(x, columns, UNIT: tl.constexpr, SAVE: tl.constexpr):
+    """[R] of [R, C], over the columns that are numbered 0 to UNIT - 1: the largest entry and, with SAVE, where it is.
+
+    Which columns those are is known when compiling: the others cost nothing. Of equal ones the lowest.
+    """
+    mine = (columns >= 0) & (columns < UNIT)
+    best = row_max(tl.where(mine[None, :], x, -float("inf")))
+    index = tl.zeros((x.shape[0],), tl.int32)
+    if SAVE:
+        # Not below rather than equal: where the best is NaN, all columns are, and the first one is it.
+        index = tl.min(tl.where(mine[None, :] & ((x < best[:, None]) == 0), columns[None, :], BIG), 1)
+    return best, index
+
+
+@triton.jit
+def tile_of(program, row_tiles, column_tiles, SUPER: tl.constexpr):
+    """Row and column of a tile: SUPER row tiles go through the column tiles together, so that both stay in L2."""
+    group = program // (SUPER * column_tiles)
+    height = tl.minimum(row_tiles - group * SUPER, SUPER)
+    inside = program - group * SUPER * column_tiles
+    return group * SUPER + inside % height, inside // height
 
 
 @triton.jit

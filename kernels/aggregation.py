@@ -45,6 +45,7 @@ from ._launch import (
     SMALL,
     all_registers,
     choose,
+    contiguous,
     dot_precision,
     launch,
     on_device,
@@ -200,7 +201,7 @@ def forward(
     with on_device(image):
         launch(
             _forward_kernel, (B * triton.cdiv(L, tile["BLOCK_L"]), chunks),
-            *operands(image, text), _contiguous(image_mask), _contiguous(text_mask), joint, row_sum,
+            *operands(image, text), contiguous(image_mask), contiguous(text_mask), joint, row_sum,
             number(sparsity), N, L, D,
             HAS_IMAGE_MASK=image_mask is not None, HAS_TEXT_MASK=text_mask is not None, STRICT=strict, WHOLE_ROW=whole,
             PRECISION=dot_precision(image.dtype), **tile, BLOCK_D=blocks.BLOCK_D, BLOCK_OUT=out,
@@ -231,11 +232,7 @@ def backward(
         # Beside half inputs the kernels want all that djoint has.
         (djoint,) = operands(djoint) if image.dtype == torch.float32 else (djoint.contiguous(),)
         (aggregation_rows if whole else aggregation_tiles).backward(
-            djoint, operand, other, _contiguous(image_mask), row_sum.contiguous(),
+            djoint, operand, other, contiguous(image_mask), row_sum.contiguous(),
             number(sparsity), strict, dimage, dtext, add,
         )  # fmt: skip
     return dimage, dtext
-
-
-def _contiguous(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()

@@ -1,4 +1,4 @@
-"""Backward of the aggregation where whole rows of scores are one tile (N <= ONE_TILE): scores are made once.
+"""Backward of the aggregation where whole rows of scores are one tile (`takes`): scores are made once.
 
     backward(djoint [B, L, D] float32, image [B, N, D], text [B, L, D], image_mask [B, N] | None, row_sum [B, L],
              sparsity, strict, dimage, dtext, add)     called by aggregation.backward
@@ -34,6 +34,7 @@ from torch import Tensor
 from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, precision
 from ._scores import (
     ONE_TILE,
+    add_patch_gradient,
     add_product,
     add_wide,
     block_of_rows,
@@ -41,11 +42,12 @@ from ._scores import (
     extremes,
     inverse_sums,
     kept,
-    passes,
     sample_and_block,
+    score_gradient,
     store_gradient,
     threshold_of,
     tokens_of,
+    weights_of,
 )
 from ._tile import load_columns, load_rows
 
@@ -86,7 +88,6 @@ ROWS: dict[tuple[str, str], Rows | None] = {
 DIMAGE = {
     (LARGE, "half"): Dimage(64, 16, 128, 4, 3),
     (LARGE, "tf32"): Dimage(64, 16, 128, 4, 3),
-    (LARGE, "ieee"): Dimage(64, 16, 64, 4, 2),
     (MEDIUM, "half"): Dimage(64, 16, 128, 4, 3),
     (MEDIUM, "tf32"): Dimage(64, 16, 128, 4, 3),
     (MEDIUM, "ieee"): Dimage(64, 16, 64, 4, 2),
@@ -148,11 +149,9 @@ def _rows_kernel(
     low, high, first = extremes(s, n, keep)
     count = tl.sum(keep.to(tl.int32), 0)
     cutoff = cutoff_of(low, high, threshold_of(sparsity, count, STRICT))
-    u = s - low[:, None]
-    passed = passes(u, cutoff, keep) & (inverse != 0)[:, None]
-    a = tl.where(passed, u * inverse[:, None], 0.0)
+    a, passed = weights_of(s, low, cutoff, inverse, keep)
     c = tl.sum(tl.where(passed, a * da, 0.0), 1)
-    ds = tl.where(passed, (da - c[:, None]) * inverse[:, None], 0.0)
+    ds = score_gradient(da, c, inverse, passed)
     ds -= tl.where(n[None, :] == first[:, None], tl.sum(ds, 1)[:, None], 0.0)
     uniform = tl.where(constant, 1.0 / tl.maximum(count, 1), 0.0)
     a = tl.where(constant[:, None] & keep[None, :], uniform[:, None], a)
@@ -203,14 +202,7 @@ def _dimage_product_kernel(
         tokens = tokens_of(row_sum_ptr, rows, row_mask)
         djoint = load_rows(djoint_ptr, rows, tokens, d, D)
         text = load_rows(text_ptr, rows, tokens, d, D)
-        if text.dtype == tl.float32:
-            dimage = add_wide(a, djoint, dimage, PRECISION)
-        else:
-            dimage = tl.dot(a.to(tl.float32), djoint, dimage, input_precision="tf32")
-        if ds.dtype == text.dtype and ds.dtype != tl.float32:
-            dimage = tl.dot(ds, text, dimage)
-        else:
-            dimage = add_wide(ds, text, dimage, PRECISION)
+        dimage = add_patch_gradient(a, djoint, ds, text, dimage, PRECISION)
     # Patches that the mask leaves out are written too: their gradient is zero.
     keep = kept(mask_ptr, patches, exist, N, HAS_MASK)
     dimage = tl.where(keep[:, None], dimage, 0.0)  # 0 times a NaN of a token is none

@@ -1,4 +1,4 @@
-"""Backward of the aggregation where rows of scores are longer than a tile (N > ONE_TILE): scores are made again.
+"""Backward of the aggregation where rows of scores are not one tile (aggregation_rows.takes): scores are made again.
 
     backward(djoint [B, L, D] float32, image [B, N, D], text [B, L, D], image_mask [B, N] | None, row_sum [B, L],
              sparsity, strict, dimage, dtext, add)     called by aggregation.backward
@@ -23,18 +23,20 @@ from torch import Tensor
 from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch
 from ._scores import (
     SCORE_TILES,
+    add_patch_gradient,
     add_wide,
     block_of_rows,
     cutoff_of,
     inverse_sums,
     kept,
-    passes,
     row_extremes,
     sample_and_block,
+    score_gradient,
     scores,
     store_gradient,
     threshold_of,
     tokens_of,
+    weights_of,
 )
 from ._tile import load_rows
 
@@ -105,9 +107,8 @@ def _statistics_kernel(
         keep = kept(mask_ptr, patches, exist, N, HAS_MASK)
         s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        u = s - low[:, None]
-        passed = passes(u, cutoff, keep) & (inverse != 0)[:, None]
-        c += tl.sum(tl.where(passed, u * inverse[:, None] * da, 0.0), 1)
+        a, passed = weights_of(s, low, cutoff, inverse, keep)
+        c += tl.sum(tl.where(passed, a * da, 0.0), 1)
         kept_da += tl.sum(tl.where(passed, da, 0.0), 1)
         many += tl.sum(passed.to(tl.float32), 1)
 
@@ -123,7 +124,7 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL):
+def _of_rows(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL):
     """Tiles of a and ds from tiles of s and da and the statistics of their rows."""
     at = statistics_ptr + rows
     low = tl.load(at, mask=row_mask, other=0.0)
@@ -133,10 +134,9 @@ def _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_
     c = tl.load(at + 4 * BL, mask=row_mask, other=0.0)
     at_minimum = tl.load(at + 5 * BL, mask=row_mask, other=0.0)
     first = tl.load(first_ptr + rows, mask=row_mask, other=-1)
-    u = s - low[:, None]
-    passed = passes(u, cutoff, keep) & (inverse != 0)[:, None]
-    a = tl.where(passed, u * inverse[:, None], tl.where(keep[None, :], uniform[:, None], 0.0))
-    ds = tl.where(passed, (da - c[:, None]) * inverse[:, None], 0.0)
+    a, passed = weights_of(s, low, cutoff, inverse, keep)
+    a = tl.where(passed, a, tl.where(keep[None, :], uniform[:, None], 0.0))
+    ds = score_gradient(da, c, inverse, passed)
     ds -= tl.where(n[None, :] == first[:, None], at_minimum[:, None], 0.0)
     return a, ds
 
@@ -174,7 +174,7 @@ def _dtext_kernel(
         s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         keep = kept(mask_ptr, patches, exist, N, HAS_MASK)  # before the products it spills registers
-        _a, ds = _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
+        _a, ds = _of_rows(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
         dtext = add_wide(ds, load_rows(image_ptr, patches, keep, d, D), dtext, PRECISION)
     # A token that its mask leaves out has ds = 0, but a NaN among the patches would show there too.
     store_gradient(dtext_ptr, rows, row_mask, d, D, tl.where(tokens[:, None], dtext, 0.0), ADD)
@@ -213,15 +213,10 @@ def _dimage_kernel(
         tokens = tokens_of(row_sum_ptr, rows, row_mask)
         s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        a, ds = _weights_and_gradient(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
-        # djoint is float32 always: with half inputs TF32 is what its product with them has as well.
+        a, ds = _of_rows(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
         djoint = load_rows(djoint_ptr, rows, tokens, d, D)
         text = load_rows(text_ptr, rows, tokens, d, D)
-        if text.dtype == tl.float32:
-            dimage = add_wide(tl.trans(a), djoint, dimage, PRECISION)
-        else:
-            dimage = tl.dot(tl.trans(a), djoint, dimage, input_precision="tf32")
-        dimage = add_wide(tl.trans(ds), text, dimage, PRECISION)
+        dimage = add_patch_gradient(tl.trans(a), djoint, tl.trans(ds), text, dimage, PRECISION)
     # Patches that the mask leaves out are written too: their gradient is zero.
     dimage = tl.where(keep[:, None], dimage, 0.0)  # 0 times a NaN of a token is none
     store_gradient(dimage_ptr, patches, exist, d, D, dimage, ADD)

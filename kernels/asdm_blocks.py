@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._asdm import ANY_ADDRESS, alike, by_device, contiguous_ids, flags, launch_options
-from ._launch import Strided, launch, on_device
+from ._asdm import ANY_ADDRESS, alike, contiguous_ids, flags, launch_options
+from ._launch import Strided, by_device, launch, on_device
 from ._row_statistics import LOWEST, finalize, tile_dlogits, update_tile
 from .asdm_prepare import prepare
 

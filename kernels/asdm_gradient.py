@@ -12,8 +12,6 @@ Every tile of logits is computed once for each chunk of D. In a small batch the 
 repeated work; asdm_kept.py is the way without it.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,15 +19,15 @@ from torch import Tensor
 
 from ._asdm import (
     ANY_ADDRESS,
-    alike,
+    Gradient,
     any_factor_of,
     blocks,
-    by_device,
     by_direction,
-    contiguous_ids,
     cosines,
     flags,
-)  # fmt: skip
+    scaled_rows,
+    store_through_norms,
+)
 from ._launch import Strided, dot_precision, launch, on_device
 from ._row_statistics import add_dlogits, load_final
 from ._tile import dot_nearest, dot_wide
@@ -152,79 +150,49 @@ def _gradient_kernel(
         dz = tl.where(col_mask[None, :], dz, 0.0)
         along += tl.sum(dz * cos, 1)
 
-        y = tl.load(
-            y_ptr + cols.to(tl.int64)[:, None] * y_stride + d_out[None, :],
-            mask=col_mask[:, None] & (d_out < D)[None, :],
-            other=0.0,
-        )
-        if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
-            if any_factor:
-                y_factor = tl.load(norms_ptr + X + Y + y_norm + cols, mask=col_mask, other=1.0)
-                y = (y * y_factor[:, None]).to(y.dtype)
+        y = scaled_rows(y_ptr, norms_ptr + X + Y + y_norm, cols, col_mask, d_out, D, y_stride, any_factor)
         # A gradient may be as small as 1 / B^2, out of float16's range.
         if y_ptr.dtype.element_ty == tl.float32:
             dx = dot_nearest(dz * y_inverse[None, :], y, dx, PRECISION)
         else:
             dx = dot_wide(dz * y_inverse[None, :], y, dx, PRECISION)
 
-    edge = row_mask[:, None] & (d_out < D)[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d_out[None, :], mask=edge, other=0.0).to(tl.float32)
-    x_factor = tl.load(norms_ptr + X + Y + x_norm + rows, mask=row_mask, other=1.0)[:, None]
-    dx = scale * dx - (scale * along * x_inverse)[:, None] * (x * x_factor)
-    dx = dx * x_inverse[:, None] * x_factor
-    out = out_ptr + rows.to(tl.int64)[:, None] * D + d_out[None, :]
-    tl.store(out, dx.to(out_ptr.dtype.element_ty), mask=edge)
+    store_through_norms(
+        out_ptr, dx, along, x_ptr, norms_ptr + X + Y + x_norm, x_inverse, rows, row_mask, d_out, D, x_stride, scale
+    )
     if SCALE_GRADIENT:  # noqa: SIM102, settled when compiled
         if (direction == 0) & (tl.program_id(2) == 0):  # every logit belongs to one row of direction 0
             tl.store(dscale_ptr + rows, along, mask=row_mask)
 
 
-def backward(
-    dloss: Tensor,
-    statistics: Tensor,
-    indices: Tensor,
-    norms: Tensor,
-    label_sum: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    pids: Tensor,
-    image_ids: Tensor | None,
-    logit_scale: Tensor | None,
-    scale: float,
-    scale_gradient: bool,
-    spec: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and scale."""
-    dqueries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    dkeys = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    queries, keys = alike(queries, keys)
-    (R, D), C = queries.shape, keys.shape[0]
-    dscale = torch.empty(R if scale_gradient else 0, dtype=torch.float32, device=keys.device)
-    scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
-    ids, dloss = contiguous_ids(pids, image_ids), dloss.expand(R)
-    block = blocks("gradient", queries, keys)
-    compiled = flags(image_ids, scale_ptr, spec) | {"PRECISION": dot_precision(keys.dtype)} | block
-    query = (queries, dqueries, R, spec.offset, 0)
-    key = (keys, dkeys, C, 0, R)
+def backward(g: Gradient) -> Tensor:
+    """Writes the gradients of queries and keys; gives that of the scale."""
+    (R, D), C, spec, norms, dloss = g.queries.shape, g.keys.shape[0], g.spec, g.norms, g.dloss
+    dscale = torch.empty(R if g.scale_gradient else 0, dtype=torch.float32, device=g.keys.device)
+    block = blocks("gradient", g.queries, g.keys)
+    compiled = flags(g.image_ids, g.scale_ptr, spec) | {"PRECISION": dot_precision(g.keys.dtype)} | block
+    query = (g.queries, g.dqueries, R, spec.offset, 0)
+    key = (g.keys, g.dkeys, C, 0, R)
 
     def own_gradient(own: tuple, other: tuple, directions: int, as_rows: bool, as_columns: bool) -> None:
         (x, dx, X, x_sample, x_norm), (y, dy, Y, y_sample, y_norm) = own, other
         grid = (triton.cdiv(X, block["BLOCK_M"]), directions, triton.cdiv(D, block["BLOCK_OUT"]))
         launch(
-            _gradient_kernel, grid, Strided(x), Strided(y), *ids,
-            norms if scale_ptr is None else scale_ptr, norms, label_sum,
-            statistics, indices if spec.weighted else statistics, Strided(dloss), dx, dy,
-            dscale if scale_gradient else norms,
-            X, Y, D, x_sample, y_sample, x_norm, y_norm, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
+            _gradient_kernel, grid, Strided(x), Strided(y), *g.ids,
+            norms if g.scale_ptr is None else g.scale_ptr, norms, g.label_sum,
+            g.statistics, g.indices if spec.weighted else g.statistics, Strided(dloss), dx, dy,
+            dscale if g.scale_gradient else norms,
+            X, Y, D, x_sample, y_sample, x_norm, y_norm, g.scale,
+            spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
             spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,
             x.stride(0), y.stride(0), dloss.stride(0),
-            AS_ROWS=as_rows, AS_COLUMNS=as_columns, SCALE_GRADIENT=scale_gradient and as_rows, **compiled,
+            AS_ROWS=as_rows, AS_COLUMNS=as_columns, SCALE_GRADIENT=g.scale_gradient and as_rows, **compiled,
         )  # fmt: skip
 
-    with on_device(keys):
+    with on_device(g.keys):
         if spec.both:
             own_gradient(query, key, 2, True, True)
         else:
             own_gradient(query, key, 1, True, False)
             own_gradient(key, query, 1, False, True)
-    return dqueries, dkeys, dscale.sum() if scale_gradient else dscale
+    return dscale.sum() if g.scale_gradient else dscale

@@ -18,8 +18,6 @@ are two forward and 2 + 2 D / BLOCK_OUT backward. Memory: 8 R C bytes while a pa
 The logits of the two passes are the same numbers: the same blocks make them.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,15 +25,15 @@ from torch import Tensor
 
 from ._asdm import (
     ANY_ADDRESS,
-    alike,
+    Gradient,
     any_factor_of,
     blocks,
-    by_device,
     by_direction,
-    contiguous_ids,
     cosines,
     flags,
-)  # fmt: skip
+    scaled_rows,
+    store_through_norms,
+)
 from ._launch import Strided, dot_precision, launch, on_device
 from ._row_statistics import tile_dlogits
 from ._tile import dot_wide, nearest_tf32
@@ -202,17 +200,11 @@ def _kept_gradient_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         col_mask = cols < Y
         dz = tl.load(dz_rows + cols[None, :], mask=row_mask[:, None] & col_mask[None, :], other=0.0)
-        y_rows = y_ptr + cols.to(tl.int64)[:, None] * y_stride
-        y = tl.load(y_rows + d[None, :], mask=col_mask[:, None] & (d < D)[None, :], other=0.0)
-        if y_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102, settled when compiled
-            if any_factor:
-                y_factor = tl.load(norms_ptr + R + C + y_norm + cols, mask=col_mask, other=1.0)
-                y = (y * y_factor[:, None]).to(y.dtype)
+        y = scaled_rows(y_ptr, norms_ptr + R + C + y_norm, cols, col_mask, d, D, y_stride, any_factor)
         if PRECISION == "tf32" and y_ptr.dtype.element_ty == tl.float32:
             y = nearest_tf32(y)
-        if (
-            y_ptr.dtype.element_ty == tl.float16
-        ):  # a gradient in float16 has as many digits as TF32: rounded in two parts
+        # A gradient in float16 has as many digits as TF32: dz is rounded in two parts.
+        if y_ptr.dtype.element_ty == tl.float16:
             high = nearest_tf32(dz)
             dx = dot_wide(dz - high, y, dx, PRECISION)
             dz = high
@@ -226,13 +218,10 @@ def _kept_gradient_kernel(
         parts = sums + tile[:, None] * X + rows[None, :]
         along += tl.sum(tl.load(parts, mask=(tile < tiles)[:, None] & row_mask[None, :], other=0.0), 0)
 
-    edge = row_mask[:, None] & (d < D)[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + d[None, :], mask=edge, other=0.0).to(tl.float32)
     x_inverse = 1.0 / tl.load(norms_ptr + x_norm + rows, mask=row_mask, other=1.0)
-    x_factor = tl.load(norms_ptr + R + C + x_norm + rows, mask=row_mask, other=1.0)[:, None]
-    dx = scale * dx - (scale * along * x_inverse)[:, None] * (x * x_factor)
-    dx = dx * x_inverse[:, None] * x_factor
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + d[None, :], dx.to(out_ptr.dtype.element_ty), mask=edge)
+    store_through_norms(
+        out_ptr, dx, along, x_ptr, norms_ptr + R + C + x_norm, x_inverse, rows, row_mask, d, D, x_stride, scale
+    )
     if SCALE_GRADIENT:  # noqa: SIM102, settled when compiled
         if (tl.program_id(0) == 0) & (direction == 0) & (tl.program_id(2) == 0):
             total = tl.zeros((SUMS,), tl.float32)
@@ -261,49 +250,31 @@ def cosines_of(queries: Tensor, keys: Tensor, norms: Tensor, both: bool) -> tupl
     return cos, padded(C)
 
 
-def backward(
-    dloss: Tensor,
-    statistics: Tensor,
-    indices: Tensor,
-    norms: Tensor,
-    label_sum: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    pids: Tensor,
-    image_ids: Tensor | None,
-    logit_scale: Tensor | None,
-    scale: float,
-    scale_gradient: bool,
-    spec: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and scale."""
-    dqueries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    dkeys = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    queries, keys = alike(queries, keys)
-    (R, D), C = queries.shape, keys.shape[0]
-    numbers = {"dtype": torch.float32, "device": keys.device}
+def backward(g: Gradient) -> Tensor:
+    """Writes the gradients of queries and keys; gives that of the scale."""
+    (R, D), C, spec, norms, dloss = g.queries.shape, g.keys.shape[0], g.spec, g.norms, g.dloss
+    queries, keys, numbers = g.queries, g.keys, {"dtype": torch.float32, "device": g.keys.device}
     tile, block = blocks("logits", queries, keys), blocks("gradient", queries, keys)
     grid = triton.cdiv(C, tile["BLOCK_N"]), triton.cdiv(R, tile["BLOCK_M"])
     dz, along = torch.empty(R * padded(C) + C * padded(R), **numbers), torch.empty(grid[0] * R + grid[1] * C, **numbers)
-    dscale = torch.empty(() if scale_gradient else (0,), **numbers)
-    scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
-    compiled, dot = flags(image_ids, scale_ptr, spec), dot_precision(keys.dtype)
-    scale_at, dloss = norms if scale_ptr is None else scale_ptr, dloss.expand(R)
+    dscale = torch.empty(() if g.scale_gradient else (0,), **numbers)
+    compiled, dot = flags(g.image_ids, g.scale_ptr, spec), dot_precision(keys.dtype)
+    scale_at = norms if g.scale_ptr is None else g.scale_ptr
     with on_device(keys):
         launch(
             _kept_dlogits_kernel, grid,
-            Strided(queries), Strided(keys), *contiguous_ids(pids, image_ids), scale_at, norms, label_sum,
-            statistics, indices if spec.weighted else statistics, Strided(dloss), dz, along,
-            R, C, D, spec.offset, scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
+            Strided(queries), Strided(keys), *g.ids, scale_at, norms, g.label_sum,
+            g.statistics, g.indices if spec.weighted else g.statistics, Strided(dloss), dz, along,
+            R, C, D, spec.offset, g.scale, spec.alpha, 0.0 if spec.detach_weight else spec.alpha,
             spec.eps, spec.image_id_factor, 1 / R if spec.reduction == "mean" else 1.0,
             queries.stride(0), keys.stride(0), padded(C), padded(R), dloss.stride(0),
             BOTH=spec.both, **compiled, ROUND=keys.dtype == torch.bfloat16 or dot == "tf32", PRECISION=dot, **tile,
         )  # fmt: skip
         launch(
             _kept_gradient_kernel, (triton.cdiv(max(R, C), block["BLOCK_M"]), 2, triton.cdiv(D, block["BLOCK_OUT"])),
-            Strided(queries), Strided(keys), scale_at, norms, dz, along, dqueries, dkeys,
-            dscale if scale_gradient else norms, R, C, D, grid[1], grid[0], scale,
+            Strided(queries), Strided(keys), scale_at, norms, dz, along, g.dqueries, g.dkeys,
+            dscale if g.scale_gradient else norms, R, C, D, grid[1], grid[0], g.scale,
             queries.stride(0), keys.stride(0), padded(C), padded(R),
-            HAS_SCALE=scale_ptr is not None, SCALE_GRADIENT=scale_gradient, PRECISION=dot, **block,
+            HAS_SCALE=g.scale_ptr is not None, SCALE_GRADIENT=g.scale_gradient, PRECISION=dot, **block,
         )  # fmt: skip
-    return dqueries, dkeys, dscale
+    return dscale

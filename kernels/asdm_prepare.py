@@ -15,9 +15,7 @@ from torch import Tensor
 
 from ._asdm import ANY_ADDRESS, by_direction, contiguous_ids, launch_options
 from ._launch import Strided, launch, on_device
-
-# Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
-LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
+from ._tile import row_norms
 
 
 @triton.jit(do_not_specialize=[*ANY_ADDRESS, "R", "C", "offset"])
@@ -51,26 +49,9 @@ def _prepare_kernel(
     x_ptr = q_ptr
     if direction == 1:
         x_ptr = k_ptr
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride
-    squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        squares += x * x
-    norm, power = tl.sqrt(tl.sum(squares, 1)), tl.full((BLOCK_M,), 1.0, tl.float32)
-    if x_ptr.dtype.element_ty != tl.float16:
-        power = tl.where(norm > LIMIT, 1 / POWER, tl.where(norm < 1 / LIMIT, POWER, 1.0))
-        power = tl.where(rows < X, power, 1.0)
-        if tl.max((power != 1.0).to(tl.int32), 0) > 0:
-            squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-            for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                x = tl.load(x_rows + d[None, :], mask=(rows < X)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-                squares += (x * power[:, None]) * (x * power[:, None])
-            norm = tl.sqrt(tl.sum(squares, 1))
-    zero = norm == 0  # a zero vector: its unit vector is zero, its 1 / |x| counts as 1
-    tl.store(norms_ptr + x_norm + rows, tl.where(zero, 1.0, norm), mask=rows < X)
-    tl.store(norms_ptr + R + C + x_norm + rows, tl.where(zero, 1.0, power), mask=rows < X)
+    norm, factor_of_row = row_norms(x_ptr + rows.to(tl.int64) * stride, rows < X, D, BLOCK_D)
+    tl.store(norms_ptr + x_norm + rows, norm, mask=rows < X)
+    tl.store(norms_ptr + R + C + x_norm + rows, factor_of_row, mask=rows < X)
 
     if COUNT and direction == 0:
         if tl.program_id(0) == 0:

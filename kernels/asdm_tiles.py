@@ -28,10 +28,10 @@ from torch import Tensor
 from . import asdm_gradient, asdm_kept
 from ._asdm import (
     ANY_ADDRESS,
+    Gradient,
     alike,
     any_factor_of,
     blocks,
-    by_device,
     by_direction,
     contiguous_ids,
     cosines,
@@ -39,7 +39,7 @@ from ._asdm import (
     kind_of,
     size,
 )  # fmt: skip
-from ._launch import Strided, dot_precision, launch, on_device
+from ._launch import Strided, by_device, dot_precision, launch, on_device
 from ._row_statistics import LOWEST, finalize, update_tile
 from .asdm_prepare import prepare
 
@@ -206,6 +206,30 @@ def forward(
     return total if adds else loss.sum(0), statistics, indices, norms, label_sum
 
 
-def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and scale: see asdm_gradient.py."""
-    return (asdm_kept if size(*arguments[5:7]) == "kept" else asdm_gradient).backward(*arguments)
+def backward(
+    dloss: Tensor,
+    statistics: Tensor,
+    indices: Tensor,
+    norms: Tensor,
+    label_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    pids: Tensor,
+    image_ids: Tensor | None,
+    logit_scale: Tensor | None,
+    scale: float,
+    scale_gradient: bool,
+    spec: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and scale."""
+    dqueries, dkeys = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (queries, keys))
+    queries, keys = alike(queries, keys)
+    scale_ptr, scale = by_device(scale if logit_scale is None else logit_scale, norms)
+    way = asdm_kept if size(queries, keys) == "kept" else asdm_gradient
+    dscale = way.backward(
+        Gradient(
+            dloss.expand(queries.shape[0]), statistics, indices, norms, label_sum, queries, keys,
+            contiguous_ids(pids, image_ids), image_ids, scale_ptr, scale, scale_gradient, spec, dqueries, dkeys,
+        )
+    )  # fmt: skip
+    return dqueries, dkeys, dscale

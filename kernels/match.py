@@ -36,13 +36,13 @@ from ._launch import (
     MEDIUM,
     SMALL,
     all_registers,
-    chip_class,
+    choose,
     launch,
     match_precision,
     on_device,
 )
 from ._matches import Lists, listed_rows, matches_dtype, pack, unpack
-from ._tile import BIG, load_columns, load_rows, max_or_nan, nearest_tf32, operands, row_max
+from ._tile import best_column, load_columns, load_rows, max_or_nan, nearest_tf32, operands, tile_of
 from .persistent_match import persistent_match
 from .token_lists import SHORT
 
@@ -75,7 +75,7 @@ COSINE = (2, 512, 1)  # (BLOCK_OWN rows of x, BLOCK_D, num_warps)
 # Columns of one sample of e in a tile that holds several. With few classes of width, no kernel is compiled for a Q.
 # Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
 UNITS = (SHORT, 80, 128)
-SUPER = 8  # row tiles that go through the column tiles together, so that both stay in L2
+SUPER = 8  # row tiles that go through the column tiles together
 
 
 @triton.jit(do_not_specialize=["Bx", "Be", "P", "Q", "row_tiles", "column_tiles"])
@@ -108,14 +108,9 @@ def _match_kernel(
     BLOCK_D: tl.constexpr,
     SUPER: tl.constexpr,
 ):
-    """Grid (row tiles x column tiles): SUPER row tiles go through the column tiles together."""
+    """Grid (row tiles x column tiles), in the order of tile_of."""
     SAMPLES: tl.constexpr = BLOCK_N // UNIT
-    program = tl.program_id(0)
-    group = program // (SUPER * column_tiles)
-    height = tl.minimum(row_tiles - group * SUPER, SUPER)
-    inside = program - group * SUPER * column_tiles
-    row_tile = group * SUPER + inside % height
-    column_tile = inside // height
+    row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, SUPER)
 
     first, last = column_tile * SAMPLES, Be
     if LIST_E:
@@ -177,15 +172,8 @@ def _match_kernel(
                     if LIST_E:
                         j_g = tl.load(order_ptr + first + g)
                         count = tl.load(counts_ptr + j_g)
-                    # Which sample a column belongs to is known when compiling: other columns cost nothing.
-                    index_c = c - g * UNIT
-                    mine = (index_c >= 0) & (index_c < UNIT)
-                    best = row_max(tl.where(mine[None, :], cos, -float("inf")))
-                    index_g = tl.zeros((BLOCK_M,), tl.int32)
-                    if SAVE:
-                        # Not below rather than equal: where the best is NaN, all columns are, and the first one wins.
-                        ties = tl.where(mine[None, :] & ((cos < best[:, None]) == 0), index_c[None, :], BIG)
-                        index_g = start + tl.min(ties, 1)  # the lowest k
+                    best, index_g = best_column(cos, c - g * UNIT, UNIT, SAVE)
+                    index_g += start
                     if SAMPLES == 1:
                         index_g = tl.where(best > running, index_g, running_index)
                         best = max_or_nan(best, running)
@@ -264,9 +252,8 @@ def match(x: Tensor, e: Tensor, x_lists: Lists, e_lists: Lists, save: bool, expo
     maxima_dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
     out = torch.empty(Bx, Be, P, dtype=matches_dtype(x, Q) if save else maxima_dtype, device=x.device)
 
-    table, memory = MATCH if rows is None and tokens is None else MATCH_LISTED, chip_class(x.device)
     blocks = "tf32" if kind == "tf32x3" else kind
-    M, N, BLOCK_D, warps, stages = table[memory if (memory, blocks) in table else LARGE, blocks]
+    M, N, BLOCK_D, warps, stages = choose(MATCH if rows is None and tokens is None else MATCH_LISTED, x, blocks)
     with on_device(x):
         a, b = (_split(x), _split(e)) if kind == "tf32x3" else operands(x, e)
         for number, width in enumerate((SHORT, Q) if counts is not None and Q > SHORT else (Q,)):

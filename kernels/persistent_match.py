@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._launch import all_registers, launch, multiprocessors
 from ._matches import pack
-from ._tile import BIG, load_columns, load_rows, row_max
+from ._tile import best_column, load_columns, load_rows, tile_of
 
 
 @triton.jit(do_not_specialize=["Bx", "Be", "P", "Q", "row_tiles", "column_tiles", "programs"])
@@ -54,12 +54,10 @@ def _persistent_match_kernel(
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
             tile += programs
-            group = tile // (SUPER * column_tiles)
-            height = tl.minimum(row_tiles - group * SUPER, SUPER)
-            inside = tile - group * SUPER * column_tiles
-            row = (group * SUPER + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+            row_tile, column_tile = tile_of(tile, row_tiles, column_tiles, SUPER)
+            row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
             row_mask = row < Bx * P
-            first = inside // height * SAMPLES
+            first = column_tile * SAMPLES
             sample = first + c // UNIT
             col_mask = (sample < Be) & (c < SAMPLES * UNIT)
             column = sample.to(tl.int64) * Q + tl.minimum(c % UNIT, Q - 1)  # beyond the last token: that one again
@@ -71,13 +69,9 @@ def _persistent_match_kernel(
             i = row // P
             out = i.to(tl.int64) * Be * P + (row - i * P)
             for g in tl.static_range(SAMPLES):
-                index_c = c - g * UNIT
-                mine = (index_c >= 0) & (index_c < UNIT)
-                best = row_max(tl.where(mine[None, :], cos, -float("inf")))
+                best, index_g = best_column(cos, c - g * UNIT, UNIT, SAVE)
                 if SAVE:
-                    ties = tl.where(mine[None, :] & ((cos < best[:, None]) == 0), index_c[None, :], BIG)
-                    index_g = tl.minimum(tl.min(ties, 1), Q - 1)  # the lowest; a copy that won is the last token
-                    match = pack(best, index_g, out_ptr.dtype.element_ty == tl.int64)
+                    match = pack(best, tl.minimum(index_g, Q - 1), out_ptr.dtype.element_ty == tl.int64)
                 else:
                     match = best.to(out_ptr.dtype.element_ty)
                 at = out_ptr + (out + tl.cast(first + g, tl.int64) * P)

@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Strided, all_registers, launch, on_device
-from .asdm_tiles import by_device
+from ._launch import Strided, all_registers, by_device, launch, on_device
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: an excluded column counts as this logit
 

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import all_registers, launch, on_device
+from ._launch import all_registers, contiguous, launch, on_device
+from ._tile import row_norms
 
-# Rows with a norm beyond LIMIT or below 1 / LIMIT are multiplied with a power of two before anything is squared.
-LIMIT, POWER = tl.constexpr(2.0**40), tl.constexpr(2.0**88)
 LARGEST = tl.constexpr(3.4028235e38)
 WIDEST = 1024  # numbers of a row in one tile
 ROWS, WARPS = 4, 4  # a row for each warp
@@ -43,16 +42,6 @@ def _load(ptr, row, kept, d, D):
     return tl.load(ptr + row[:, None] * D + d[None, :], mask=kept[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _squares(x_ptr, row, kept, factor, D, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
-    """sum (f x)^2 of every row."""
-    squares = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        x = _load(x_ptr, row, kept, start + tl.arange(0, BLOCK_D), D) * factor[:, None]
-        squares += x * x
-    return tl.sum(squares, 1)
-
-
 @triton.jit(do_not_specialize=["mask_ptr", "rows"])
 def _unit_kernel(
     x_ptr,  # [rows, D]
@@ -66,15 +55,7 @@ def _unit_kernel(
 ):
     """Grid (row blocks)."""
     row, exists, kept = _rows_and_kept(mask_ptr, rows, ROWS)
-    factor = tl.full((ROWS,), 1.0, tl.float32)
-    norm = tl.sqrt(_squares(x_ptr, row, kept, factor, D, BLOCK_D, ROWS))
-    if x_ptr.dtype.element_ty != tl.float16:  # whose squares are in range
-        factor = tl.where(norm > LIMIT, 1 / POWER, tl.where(norm < 1 / LIMIT, POWER, 1.0))
-        factor = tl.where(kept, factor, 1.0)
-        if tl.max((factor != 1.0).to(tl.int32), 0) > 0:
-            norm = tl.sqrt(_squares(x_ptr, row, kept, factor, D, BLOCK_D, ROWS))
-    zero = norm == 0
-    norm = tl.where(zero, 1.0, norm)
+    norm, factor = row_norms(x_ptr + row * D, kept, D, BLOCK_D)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         unit = _load(x_ptr, row, kept, d, D) * factor[:, None] / norm[:, None]
@@ -83,7 +64,7 @@ def _unit_kernel(
             unit.to(unit_ptr.dtype.element_ty),
             mask=exists[:, None] & (d < D)[None, :],
         )
-    inverse = tl.where(zero, 1.0, factor / norm)
+    inverse = factor / norm
     tl.store(inverse_ptr + row, tl.where(inverse > LARGEST, LARGEST, inverse), mask=exists)
 
 
@@ -123,18 +104,14 @@ def forward(x: Tensor, mask: Tensor | None, dtype: torch.dtype, out: Tensor | No
     x = x.contiguous()
     unit = torch.empty(x.shape, dtype=dtype, device=x.device) if out is None else out
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    _launch_rows(_unit_kernel, x, x, _contiguous(mask), unit, inverse)
+    _launch_rows(_unit_kernel, x, x, contiguous(mask), unit, inverse)
     return unit, inverse
 
 
 def backward(dunit: Tensor, unit: Tensor, inverse: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
     """The gradient of x, in `out`."""
-    _launch_rows(_unit_gradient_kernel, unit, dunit.contiguous(), unit, inverse, _contiguous(mask), out)
+    _launch_rows(_unit_gradient_kernel, unit, dunit.contiguous(), unit, inverse, contiguous(mask), out)
     return out
-
-
-def _contiguous(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
 
 
 def _launch_rows(kernel: object, like: Tensor, *tensors: Tensor | None) -> None:

@@ -19,10 +19,9 @@ token_lists.make(mask). There are two ways:
 import torch
 from torch import Tensor
 
-from . import token_lists, winner_lists, winner_products
+from . import winner_lists, winner_products
 from ._launch import on_device
-from ._matches import Lists
-from .token_lists import TokenLists
+from ._matches import sections_of
 
 
 def de(
@@ -37,13 +36,9 @@ def de(
 ) -> None:
     """Writes `out`, or adds to it."""
     dsim, x = dsim.to(torch.float32).contiguous(), x.contiguous()
-    of_x = _sections(x_lists, *x.shape[:2])
+    of_x = sections_of(x_lists, *x.shape[:2])
     with on_device(x):
         if matches.dtype == torch.int64:
             winner_lists.de(dsim, matches, x, of_x, Q, out, accumulate)
         else:
-            winner_products.de(dsim, matches, x, of_x, _sections(e_lists, dsim.shape[1], Q), Q, out, accumulate)
-
-
-def _sections(buffer: Tensor | None, B: int, T: int) -> Lists:
-    return (None,) * len(TokenLists._fields) if buffer is None else token_lists.sections(buffer, B, T)
+            winner_products.de(dsim, matches, x, of_x, sections_of(e_lists, dsim.shape[1], Q), Q, out, accumulate)
