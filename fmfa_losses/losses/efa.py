@@ -34,8 +34,8 @@ from ..ops.checks import (
 from ..ops.hard_similarity import FLAT, UnitTokens, token_lists, unit_similarity
 from ..ops.options import NEGATIVES, Negatives
 from ..ops.padding import longest
-from ..ops.precision import accumulation_dtype
-from ..ops.ranking import rank
+from ..ops.precision import accumulation_dtype, unit_rows
+from ..ops.ranking import rank, ranking_term
 from ..ops.unit_tokens import unit_tokens
 from .loss import Loss, ScaledOptions, functional, hyperparameter
 from .scores import check_weight, resolve_scale
@@ -67,12 +67,13 @@ def _similarities(
     # The tensor cores multiply in the precision of the tokens.
     text_dtype, image_dtype = (text_tokens.dtype, image_tokens.dtype) if backend == "triton" else (dtype, dtype)
     joint = aggregate(image_tokens, text_tokens, image_mask, sparsity, backend, text_mask=text_mask)
-    joint = unit_tokens(joint, None, dtype, backend)  # zero where masked out
-    text, image = (
-        unit_tokens(text_tokens, text_mask, text_dtype, backend),
-        unit_tokens(image_tokens, image_mask, image_dtype, backend),
-    )
-    text_lists, image_lists = token_lists(text_mask, backend), token_lists(image_mask, backend)
+    units = unit_tokens if backend == "triton" else unit_rows
+    joint = units(joint, dtype=dtype, backend=backend)  # zero where masked out
+    text = units(text_tokens, text_mask, dtype=text_dtype, backend=backend)
+    image = units(image_tokens, image_mask, dtype=image_dtype, backend=backend)
+    text_lists = image_lists = None
+    if backend == "triton":
+        text_lists, image_lists = token_lists(text_mask, backend), token_lists(image_mask, backend)
 
     def both(
         text: Tensor, image: Tensor, joint: Tensor, mask: Tensor | None, lists: Tensor | None
@@ -128,31 +129,6 @@ def _level_differences(
     of_rows = own.unsqueeze(2) * (any_ - own_any.unsqueeze(1))
     of_columns = own_any.unsqueeze(1) * (level.unsqueeze(1) - own.unsqueeze(2))
     return torch.cat([of_rows, of_columns])
-
-
-def _ranking(
-    sim: Tensor,
-    excluded: Tensor,
-    margin: float,
-    scale: float | Tensor,
-    offset: int,
-    levels: Tensor | None = None,
-) -> Tensor:
-    """log sum_{j not excluded} exp((S_ij - S_ii + margin) scale), [..., b]; 0 for a row without negatives.
-
-    Row i of sim [..., b, B] belongs to column offset + i; excluded [b, B]. `levels` [..., b, B] are added to the
-    differences; the largest one of a row, which may leave the others no digits, after the sum.
-    """
-    logits = sim - sim.diagonal(offset, -2, -1).unsqueeze(-1) + margin
-    lowest, top = torch.finfo(sim.dtype).min, None
-    if levels is not None:
-        top = levels.masked_fill(excluded, lowest).amax(dim=-1, keepdim=True)
-        logits = logits + (levels - top)
-    # Finite, so that a row without negatives has a finite gradient for its last fill to stop.
-    terms = (logits * scale).masked_fill(excluded, lowest).logsumexp(dim=-1)
-    if top is not None:
-        terms = terms + top.squeeze(-1) * scale
-    return terms.masked_fill(excluded.all(dim=1), 0)
 
 
 def _check_sparsity(name: str, value: float | None) -> float | None:
@@ -304,7 +280,7 @@ class EFALoss(Loss):
         if flat:
             levels = _level_differences(image_tokens, text_tokens, image_mask, text_mask, peers, sims.dtype)
             levels = levels / self.pool_scale
-        return _ranking(sims, excluded, margin, scale, offset, levels).sum(dim=0)
+        return ranking_term(sims, excluded, margin, scale, offset, levels).sum(dim=0)
 
 
 class EFAOptions(ScaledOptions, total=False):

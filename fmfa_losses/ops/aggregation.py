@@ -115,7 +115,7 @@ def aggregate(
     A token that text_mask leaves out has a joint embedding of 0, and gets and sends no gradient. `strict`: a patch
     passes with n > sparsity, not with n >= sparsity.
     """
-    if backend == "torch" or image_tokens.dtype != text_tokens.dtype:
+    if image_tokens.dtype != text_tokens.dtype or (backend == "torch" and image_tokens.dtype.itemsize == 2):
         acc = accumulation_dtype(image_tokens, text_tokens)
         image_tokens, text_tokens = image_tokens.to(acc), text_tokens.to(acc)
     inputs = image_tokens, text_tokens, image_mask, text_mask
@@ -133,10 +133,13 @@ def sparse_aggregation_op(image_tokens, text_tokens, image_mask, text_mask, spar
         from fmfa_losses.kernels import aggregation as kernels
 
         return kernels.forward(image_tokens, text_tokens, image_mask, text_mask, sparsity, strict=strict)
-    image_tokens, text_tokens = _zeroed(image_tokens, image_mask), _zeroed(text_tokens, text_mask)
+    image_tokens, text_tokens = _zeroed((image_tokens, image_mask), (text_tokens, text_mask))
     with full_precision(image_tokens):
         a, total = _weights(image_tokens, text_tokens, image_mask, sparsity, strict)[:2]
-        return _zeroed(a @ image_tokens, text_mask), total
+        joint = a @ image_tokens
+    if text_mask is not None:
+        joint.masked_fill_(~text_mask.unsqueeze(-1), 0)
+    return joint, total
 
 
 @operator(
@@ -150,12 +153,10 @@ def sparse_aggregation_backward_op(  # type: ignore[no-untyped-def]
         from fmfa_losses.kernels import aggregation as kernels
 
         return kernels.backward(djoint, image_tokens, text_tokens, image_mask, sparsity, row_sum, strict=strict)
-    image_tokens, text_tokens = _zeroed(image_tokens, image_mask), _zeroed(text_tokens, text_mask)
+    tokens = _zeroed((djoint, text_mask), (image_tokens, image_mask), (text_tokens, text_mask))
     with full_precision(djoint):
-        dimage, dtext = _backward_torch(
-            _zeroed(djoint, text_mask), image_tokens, text_tokens, image_mask, sparsity, strict
-        )
-        return _zeroed(dimage, image_mask), _zeroed(dtext, text_mask)
+        dimage, dtext = _backward_torch(*tokens, image_mask, sparsity, strict)
+    return tuple(_zeroed((dimage, image_mask), (dtext, text_mask)))
 
 
 @torch.library.register_fake(sparse_aggregation_op)
@@ -190,18 +191,9 @@ _aggregation, _aggregation_backward = differentiable_once(
 )
 
 
-def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [B, T, D], zero where the mask [B, T] leaves it out."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
-
-
-def _threshold(keep: Tensor, sparsity: float | None, strict: bool, dtype: torch.dtype) -> Tensor:
-    """What n of a patch is compared with, [B | 1, 1, 1]: `sparsity`, or one over the number of kept patches."""
-    if sparsity is None:
-        threshold = 1 / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(dtype)
-    else:
-        threshold = torch.full((1, 1, 1), sparsity, dtype=dtype, device=keep.device)
-    return torch.nextafter(threshold, torch.ones_like(threshold)) if strict else threshold
+def _zeroed(*of: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    """Each x [B, T, D], zero where its mask [B, T] leaves it out."""
+    return [x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0) for x, mask in of]
 
 
 def _weights(
@@ -219,7 +211,13 @@ def _weights(
     constant &= span < torch.inf  # where the range overflows, u / span is inf / inf, and shows
     u = s - low
     # "not below" rather than "at or above": a NaN passes and shows.
-    passed = keep & ~constant & ~(u / span < _threshold(keep, sparsity, strict, s.dtype))
+    if sparsity is None:
+        threshold = 1 / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(s.dtype)
+    else:
+        threshold = torch.full((1, 1, 1), sparsity, dtype=s.dtype, device=s.device)
+    if strict:  # what lies above it
+        threshold = torch.nextafter(threshold, torch.ones_like(threshold))
+    passed = keep & ~constant & ~(u / span < threshold)
     u = torch.where(passed, u, 0)
     total = u.sum(dim=-1, keepdim=True)
     total.masked_fill_(total == torch.inf, torch.nan)  # or its weights were 0

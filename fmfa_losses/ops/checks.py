@@ -36,6 +36,7 @@ __all__ = [
     "did_you_mean",
     "integer_ids",
     "on_host",
+    "refuse_capture",
     "warn_once",
 ]
 
@@ -287,3 +288,15 @@ def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str
     lower = {name.casefold(): name for name in known}
     near = difflib.get_close_matches(str(word).casefold(), lower, n=1, cutoff=cutoff)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""
+
+
+def refuse_capture(logit_scale: Tensor | None, features: Tensor) -> None:
+    """The host reads a scale on the CPU while it launches: a CUDA graph would keep the number that it was then."""
+    if logit_scale is None or not features.is_cuda or not logit_scale.is_cpu:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "logit_scale must be on the device of the features, or a number, while a CUDA graph is being captured, got "
+            f"a tensor on the CPU and features on {features.device}: every replay would use the value that it has now; "
+            f"call logit_scale.to({str(features.device)!r}) before capturing"
+        )

@@ -120,8 +120,9 @@ def hard_similarity(
     pool_scale = check_divisor("pool_scale", pool_scale)
     chosen = select_backend(backend, x, e)
     product = product_dtype(x, e, chosen)
+    units = unit_tokens if chosen == "triton" else unit_rows
     x_units, e_units = (
-        UnitTokens(unit_tokens(tokens, mask, product, chosen), mask, token_lists(mask, chosen))
+        UnitTokens(units(tokens, mask, dtype=product, backend=chosen), mask, token_lists(mask, chosen))
         for tokens, mask in ((x, x_mask), (e, e_mask))
     )
     return unit_similarity(x_units, e_units, pool=pool, pool_scale=pool_scale, backend=chosen)

@@ -149,11 +149,11 @@ def differentiable_once(
     refuse_second, refuse_forward = refusals(name, losses)
     register_gradient(op, backward, setup_context, refuse_forward)
     register_gradient(backward_op, refuse_second, lambda ctx, inputs, output: None, refuse_forward)
-    return _direct(op, backward, setup_context), _direct_gradient(backward_op)
+    return _direct(op, _function(op, backward, setup_context)), _direct(backward_op)
 
 
-def _direct(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
-    """Calls the implementation of an operator where nothing but autograd must know of the call, else the operator."""
+def _function(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """Applies a plain autograd.Function around the implementation of an operator."""
     implementation = _implementations[op]
     saves = [n for n, argument in enumerate(op._schema.arguments) if argument.name == "save"]
 
@@ -168,32 +168,7 @@ def _direct(op: Any, backward: Callable[..., Any], setup_context: Callable[..., 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(op._opname, (torch.autograd.Function,), methods)
     # What Function.apply does before this is for torch.func.
-    apply = super(torch.autograd.Function, function).apply
-
-    def call(*inputs: Any) -> Any:
-        if not _nothing_but_autograd(inputs):
-            return op(*inputs)
-        if torch.is_grad_enabled():
-            for x in inputs:
-                if isinstance(x, Tensor) and x.requires_grad:
-                    return apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return implementation(*inputs)
-
-    return call
-
-
-def _direct_gradient(op: Any) -> Callable[..., Any]:
-    """The same for a gradient: with create_graph the operator, whose own gradient says that there is none."""
-    implementation = _implementations[op]
-
-    def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _nothing_but_autograd(inputs):
-            return op(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return implementation(*inputs)
-
-    return call
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]
 
 
 # Of dispatch modes these replace what runs; others, such as counters, see what the implementation does.
@@ -206,20 +181,36 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
 
 
-def _nothing_but_autograd(inputs: tuple[Any, ...]) -> bool:
-    """Whether this is an eager call on real tensors, which nobody traces or transforms."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
-        return False
-    if forward_ad._current_level >= 0 or torch._ops._len_torch_dispatch_stack_pre_dispatch():  # type: ignore[no-untyped-call]
-        return False
-    if torch._C._len_torch_dispatch_stack():
-        for mode in _MODES:
-            if torch._C._get_dispatch_mode(mode) is not None:
-                return False
-    for x in inputs:  # noqa: SIM110, faster than any()
-        if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta or _is_batched(x)):
-            return False
-    return True
+def _direct(op: Any, apply: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Calls the implementation where nothing but autograd must know of the call, through `apply`; else the operator.
+
+    A gradient has no `apply`: with create_graph it is the operator, whose own gradient says that there is none.
+    """
+    implementation = _implementations[op]
+
+    def call(*inputs: Any) -> Any:  # all in one: every eager step pays for it
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+            return op(*inputs)
+        if forward_ad._current_level >= 0 or torch._ops._len_torch_dispatch_stack_pre_dispatch():  # type: ignore[no-untyped-call]
+            return op(*inputs)
+        if torch._C._len_torch_dispatch_stack():
+            for mode in _MODES:
+                if torch._C._get_dispatch_mode(mode) is not None:
+                    return op(*inputs)
+        differentiated, recording = False, torch.is_grad_enabled()
+        for x in inputs:
+            if isinstance(x, Tensor):
+                if type(x) not in _PLAIN or x.is_meta or _is_batched(x):
+                    return op(*inputs)
+                differentiated |= x.requires_grad
+        if recording and apply is None:
+            return op(*inputs)
+        if recording and apply is not None and differentiated:
+            return apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*inputs)
+
+    return call
 
 
 def refusals(name: str, losses: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

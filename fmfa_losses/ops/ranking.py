@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from .backend import select_backend
-from .checks import check_finite, check_float, check_ids, check_same, check_scale, describe
+from .checks import check_finite, check_float, check_ids, check_same, check_scale, describe, refuse_capture
 from .operator import differentiable_once, operator
 from .options import Backend
 from .precision import accumulation_dtype
-from .similarity_distribution.api import refuse_capture
 
-__all__ = ["rank", "ranking", "ranking_reference"]
+__all__ = ["rank", "ranking", "ranking_reference", "ranking_term"]
 
 
 def ranking_reference(
@@ -32,14 +31,35 @@ def ranking_reference(
     logit_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """The specification of `ranking`: one term after the other."""
-    excluded = _excluded(text_sim, pids)
-    total = text_sim.new_zeros(len(text_sim))
-    for sim in (text_sim, text_sim.T, image_sim, image_sim.T):
-        logits = (sim - sim.diagonal().unsqueeze(1) + margin) * logit_scale
-        # Finite, so that a row without negatives has a finite gradient for its last fill to stop.
-        term = logits.masked_fill(excluded, torch.finfo(sim.dtype).min).logsumexp(dim=1)
-        total = total + term.masked_fill(excluded.all(dim=1), 0)
-    return total
+    ids = torch.arange(len(text_sim), device=text_sim.device) if pids is None else pids
+    excluded = ids.unsqueeze(1) == ids
+    sims = (text_sim, text_sim.T, image_sim, image_sim.T)
+    return torch.stack([ranking_term(sim, excluded, margin, logit_scale) for sim in sims]).sum(dim=0)
+
+
+def ranking_term(
+    sim: Tensor,
+    excluded: Tensor,
+    margin: float,
+    scale: float | Tensor,
+    offset: int = 0,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """log sum_{j not excluded} exp((S_ij - S_ii + margin) scale), [..., b]; 0 for a row without negatives.
+
+    Row i of sim [..., b, B] belongs to column offset + i; excluded [b, B]. `levels` [..., b, B] are added to the
+    differences; the largest one of a row, which may leave the others no digits, after the sum.
+    """
+    logits = sim - sim.diagonal(offset, -2, -1).unsqueeze(-1) + margin
+    lowest, top = torch.finfo(sim.dtype).min, None
+    if levels is not None:
+        top = levels.masked_fill(excluded, lowest).amax(dim=-1, keepdim=True)
+        logits = logits + (levels - top)
+    # Finite, so that a row without negatives has a finite gradient for its last fill to stop.
+    terms = (logits * scale).masked_fill(excluded, lowest).logsumexp(dim=-1)
+    if top is not None:
+        terms = terms + top.squeeze(-1) * scale
+    return terms.masked_fill(excluded.all(dim=1), 0)
 
 
 def ranking(
@@ -112,29 +132,24 @@ def rank(
     " str backend) -> (Tensor, Tensor, Tensor)",
 )
 def ranking_op(text_sim, image_sim, pids, logit_scale, margin, scale, backend):  # type: ignore[no-untyped-def]
-    refuse_capture(logit_scale, text_sim)
+    if logit_scale is not None:
+        refuse_capture(logit_scale, text_sim)
     if backend == "triton":
         from fmfa_losses.kernels import ranking as kernels
 
         return kernels.forward(text_sim, image_sim, pids, logit_scale, margin, scale)
-    excluded = _excluded(text_sim, pids)
-    none = excluded.all(dim=1)
-    scale = scale if logit_scale is None else logit_scale.to(text_sim.dtype)
-    loss, moment = (text_sim.new_zeros(n) for n in (len(text_sim), 0 if logit_scale is None else len(text_sim)))
-    tops, totals = [], []
-    for sim in (text_sim, text_sim.T, image_sim, image_sim.T):
-        differences = sim - sim.diagonal().unsqueeze(1) + margin
-        logits = _logits(differences, scale, excluded)
-        top = logits.amax(dim=1)
-        finite = top.masked_fill(top == torch.inf, 0)
-        e = (logits - finite.unsqueeze(1)).exp()
-        total = e.sum(dim=1)
-        loss += (finite + total.log()).masked_fill(none, 0)
-        if logit_scale is not None:
-            moment += ((e * differences).masked_fill(excluded, 0).sum(dim=1) / total).masked_fill(none, 0)
-        tops.append(top.masked_fill(none, torch.finfo(top.dtype).min))
-        totals.append(total.masked_fill(none, 1))
-    return loss, torch.stack([torch.stack(tops), torch.stack(totals)]), moment
+    differences, logits, excluded = _terms(text_sim, image_sim, pids, logit_scale, margin, scale)
+    none, top = excluded.all(dim=1), logits.amax(dim=2)
+    finite = top.masked_fill(top == torch.inf, 0)
+    e = (logits - finite.unsqueeze(2)).exp()
+    total = e.sum(dim=2)
+    loss = (finite + total.log()).sum(dim=0).masked_fill(none, 0)
+    moment = loss.new_empty(0)
+    if logit_scale is not None:
+        moments = (e * differences).masked_fill(excluded, 0).sum(dim=2) / total
+        moment = moments.sum(dim=0).masked_fill(none, 0)
+    top, total = top.masked_fill(none, torch.finfo(top.dtype).min), total.masked_fill(none, 1)
+    return loss, torch.stack([top, total]), moment
 
 
 @operator(
@@ -145,28 +160,25 @@ def ranking_op(text_sim, image_sim, pids, logit_scale, margin, scale, backend): 
 def ranking_backward_op(  # type: ignore[no-untyped-def]
     dper_sample, statistics, moment, text_sim, image_sim, pids, logit_scale, margin, scale, scale_gradient, backend
 ):
-    refuse_capture(logit_scale, text_sim)
+    if logit_scale is not None:
+        refuse_capture(logit_scale, text_sim)
     if backend == "triton":
         from fmfa_losses.kernels import ranking as kernels
 
         return kernels.backward(
             dper_sample, statistics, moment, text_sim, image_sim, pids, logit_scale, margin, scale, scale_gradient
         )
-    excluded, lowest = _excluded(text_sim, pids), torch.finfo(statistics.dtype).min
+    _, logits, excluded = _terms(text_sim, image_sim, pids, logit_scale, margin, scale)
     scale = scale if logit_scale is None else logit_scale.to(statistics.dtype)
-    gradients = []
-    for sim, tops, totals in zip((text_sim, image_sim), *statistics.view(2, 2, 2, -1), strict=True):
-        dsim = torch.zeros_like(sim, memory_format=torch.contiguous_format)
-        for own, down, top, total in ((sim, dsim, tops[0], totals[0]), (sim.T, dsim.T, tops[1], totals[1])):
-            logits = _logits(own - own.diagonal().unsqueeze(1) + margin, scale, excluded)
-            p = (logits - top.unsqueeze(1)).exp() / total.unsqueeze(1)
-            down += p.masked_fill(excluded, 0) * dper_sample.unsqueeze(1)
-            # The sum of p: 1 in a row that has negatives, unless its largest logit is not finite.
-            share = torch.where(top <= lowest, 0, 1 / total) * total
-            down.diagonal().sub_(share * dper_sample)
-        gradients.append(dsim.mul_(scale))
-    dscale = (dper_sample * moment).sum() if scale_gradient else moment.new_zeros(0)
-    return *gradients, dscale
+    top, total = statistics
+    p = (logits - top.unsqueeze(2)).exp() / total.unsqueeze(2)
+    dsims = p.masked_fill(excluded, 0) * dper_sample.unsqueeze(1)
+    # The sum of p: 1 in a row that has negatives, unless its largest logit is not finite.
+    share = torch.where(top <= torch.finfo(top.dtype).min, 0, 1 / total) * total
+    dsims.diagonal(0, 1, 2).sub_(share * dper_sample)
+    dsims *= scale
+    dscale = (dper_sample * moment).sum() if scale_gradient else moment.new_empty(0)
+    return dsims[0] + dsims[1].T, dsims[2] + dsims[3].T, dscale
 
 
 @torch.library.register_fake(ranking_op)
@@ -210,13 +222,22 @@ _ranking, _ranking_backward = differentiable_once(
 )
 
 
-def _logits(differences: Tensor, scale: float | Tensor, excluded: Tensor) -> Tensor:
-    """Finite where a pair is excluded: a row without negatives, or whose negatives are all at -inf, has a sum, too."""
-    return (differences * scale).masked_fill(excluded, torch.finfo(differences.dtype).min)
+def _terms(
+    text_sim: Tensor,
+    image_sim: Tensor,
+    pids: Tensor | None,
+    logit_scale: Tensor | None,
+    margin: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S_ij - S_ii + margin and z of the four terms, [4, B, B] each, and which pairs are no negatives, [B, B].
 
-
-def _excluded(sim: Tensor, pids: Tensor | None) -> Tensor:
-    """[B, B]: True where j is no negative of i."""
+    z is finite there: a row without negatives, or whose negatives are all at -inf, has a sum, too.
+    """
+    sims = torch.stack([text_sim, text_sim.T, image_sim, image_sim.T])
     if pids is None:
-        return torch.eye(len(sim), dtype=torch.bool, device=sim.device)
-    return pids.unsqueeze(1) == pids
+        pids = torch.arange(len(text_sim), device=text_sim.device)
+    excluded = pids.unsqueeze(1) == pids
+    differences = sims - sims.diagonal(0, 1, 2).unsqueeze(2) + margin
+    logits = differences * (scale if logit_scale is None else logit_scale.to(sims.dtype))
+    return differences, logits.masked_fill_(excluded, torch.finfo(sims.dtype).min), excluded

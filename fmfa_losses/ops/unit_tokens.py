@@ -1,4 +1,4 @@
-"""Unit rows of tokens in the dtype that they are multiplied in, u = x / |x|: by a kernel, or by `unit_rows`."""
+"""Unit rows of tokens by a kernel, u = x / |x|, in the dtype that they are multiplied in."""
 
 from typing import Any
 
@@ -6,22 +6,19 @@ import torch
 from torch import Tensor
 
 from .operator import differentiable_once, operator
-from .precision import unit_rows
 
 __all__ = ["unit_tokens"]
 
 
-def unit_tokens(x: Tensor, mask: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
-    """u = x / |x| along the last dimension, computed in float32 or better and rounded once.
+def unit_tokens(x: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype, backend: str = "triton") -> Tensor:
+    """`unit_rows` by the kernel, rounded to `dtype` once; differentiable once.
 
     Args:
         x: [B, T, D].
         mask: [B, T] bool; rows where it is False become zero vectors with zero gradient, whatever they held.
-        dtype: of the result; float32 or float64 for the torch path.
-        backend: "triton" or "torch". The kernel's result is differentiable once.
+        dtype: of the result, any that the kernels take.
+        backend: "triton".
     """
-    if backend == "torch":
-        return unit_rows(x, mask, dtype=dtype, backend=backend)
     unit: Tensor = _unit(x, mask, dtype)[0]
     return unit
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backend import select_backend
-from ..checks import check_float, check_ids, check_same, check_scale
+from ..checks import check_float, check_ids, check_same, check_scale, refuse_capture
 from ..operator import differentiable_once, never_compiled, operator, refusals
 from ..options import Backend, Objective, Positive, Reduction
 from ..precision import accumulation_dtype, full_precision
@@ -24,7 +24,6 @@ from .reference import RowLoss, similarity_distribution_loss_reference
 
 __all__ = [
     "RowLoss",
-    "refuse_capture",
     "row_loss",
     "similarity_distribution_loss",
     "similarity_distribution_loss_reference",
@@ -180,18 +179,6 @@ def similarity_distribution_backward_op(  # type: ignore[no-untyped-def]
     with full_precision(queries):
         scale = scale if logit_scale is None else logit_scale.to(norms.dtype)
         return blocks.backward(*arguments, scale, scale_gradient, spec, block_backend)
-
-
-def refuse_capture(logit_scale: Tensor | None, queries: Tensor) -> None:
-    """The host reads a scale on the CPU while it launches: a CUDA graph would keep the number that it was then."""
-    if logit_scale is None or not queries.is_cuda or not logit_scale.is_cpu:
-        return
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "logit_scale must be on the device of the features, or a number, while a CUDA graph is being captured, got "
-            f"a tensor on the CPU and features on {queries.device}: every replay would use the value that it has now; "
-            f"call logit_scale.to({str(queries.device)!r}) before capturing"
-        )
 
 
 def _implementation(backend: str, queries: Tensor, keys: Tensor) -> tuple[Any, Any]:
