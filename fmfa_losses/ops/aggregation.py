@@ -133,7 +133,8 @@ def sparse_aggregation_op(image_tokens, text_tokens, image_mask, text_mask, spar
         from fmfa_losses.kernels import aggregation as kernels
 
         return kernels.forward(image_tokens, text_tokens, image_mask, text_mask, sparsity, strict=strict)
-    image_tokens, text_tokens = _zeroed((image_tokens, image_mask), (text_tokens, text_mask))
+    if image_mask is not None or text_mask is not None:
+        image_tokens, text_tokens = _zeroed((image_tokens, image_mask), (text_tokens, text_mask))
     with full_precision(image_tokens):
         a, total = _weights(image_tokens, text_tokens, image_mask, sparsity, strict)[:2]
         joint = a @ image_tokens
@@ -153,9 +154,9 @@ def sparse_aggregation_backward_op(  # type: ignore[no-untyped-def]
         from fmfa_losses.kernels import aggregation as kernels
 
         return kernels.backward(djoint, image_tokens, text_tokens, image_mask, sparsity, row_sum, strict=strict)
-    tokens = _zeroed((djoint, text_mask), (image_tokens, image_mask), (text_tokens, text_mask))
+    image, text, djoint = _zeroed((image_tokens, image_mask), (text_tokens, text_mask), (djoint, text_mask))
     with full_precision(djoint):
-        dimage, dtext = _backward_torch(*tokens, image_mask, sparsity, strict)
+        dimage, dtext = _backward_torch(djoint, image, text, image_mask, sparsity, strict)
     return tuple(_zeroed((dimage, image_mask), (dtext, text_mask)))
 
 

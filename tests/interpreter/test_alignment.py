@@ -71,7 +71,7 @@ def test_gradients_are_zero_where_the_masks_leave_out():
 
 
 def test_rows_wider_than_one_tile():
-    inputs = tokens(width=1100)
+    inputs = [torch.randn(2, length, 1100) for length in (5, 3)]
     exact = value_and_grads(two_operators(), [x.double() for x in inputs])
     plain = value_and_grads(two_operators(), inputs)
     for a, b, c in zip(value_and_grads(one_operator(), inputs), plain, exact, strict=True):
