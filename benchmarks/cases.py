@@ -43,12 +43,17 @@ class Case:
         return {key: value for key, value in asdict(self).items() if key == "op" or (key in sizes and value)}
 
 
+# Of the logarithm of a caption's length. CUHK-PEDES: 23.5 words on average, 96 at most among 80440 captions, and the
+# largest of 80440 normal draws lies 4.3 deviations above their mean.
+LOG_SPREAD = 0.35
+
+
 def lengths(case: Case, seed: int = 0) -> Tensor:
-    """Kept text tokens of every caption [B]: all L, or normally distributed around the mean (deviation a third)."""
+    """Kept text tokens of every caption [B]: all L, or log-normal around mean_length, as captions are."""
     if case.mean_length is None:
         return torch.full((case.B,), case.L)
     draw = torch.randn(case.B, generator=torch.Generator().manual_seed(seed))
-    return (case.mean_length * (1 + draw / 3)).round().long().clamp(1, case.L)
+    return (case.mean_length * (LOG_SPREAD * draw - LOG_SPREAD**2 / 2).exp()).round().long().clamp(1, case.L)
 
 
 def kept(case: Case, device: str) -> Tensor:
