@@ -70,7 +70,7 @@ def test_small(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("shape", [(77, 507), (129, 64), (193, 16)])
+@pytest.mark.parametrize("shape", [(77, 507), (129, 64)])
 def test_large(shape: tuple[int, int]) -> None:
     B, D = shape
     check(features(B, B, D, images=False), alpha=10.0)
@@ -108,15 +108,15 @@ def test_weights(positive: str, detach_weight: bool) -> None:
     check(features(17, 70, 16, offset=41), both=False, offset=41, **options)
 
 
-@pytest.mark.parametrize("sizes", [(40,), (13, 9, 17, 1)])
+@pytest.mark.parametrize("sizes", [(24,), (7, 5, 11, 1)])
 @pytest.mark.parametrize(
     "options",
     [{"alpha": 3.0}, {"alpha": 3.0, "positive": "any", "detach_weight": True}, {"objective": "cross_entropy"}],
 )
 def test_a_ring(sizes: tuple[int, ...], options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several ranks' columns, and of some of the own rows, in the order in which they arrive."""
-    monkeypatch.setattr(asdm_blocks, "block_elements", 100)
-    inputs = features(40, 40, 16)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 60)
+    inputs = features(24, 24, 16)
     doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     exact = value_and_gradients(similarity_distribution_loss_reference, doubles, reduction="none", **options)
     plain = value_and_gradients(similarity_distribution_loss_reference, inputs, reduction="none", **options)
