@@ -51,6 +51,7 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """[R, C] kept, half precision's tiles, float32's blocks."""
     go(request.param, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
+    monkeypatch.setitem(asdm_blocks.ROWS, "narrow", (8, 32))  # several tiles along a row
     return request.param
 
 
@@ -180,7 +181,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("way", ["small tiles", "kept", "tiles", "blocks"])
 @pytest.mark.parametrize("ids", [column, every_second, expanded])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["asdm", "itc"])
 def test_ids_of_any_stride(loss: str, ids: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 100)
@@ -283,7 +284,7 @@ def test_degenerate_inputs(case: str, options: dict[str, object]) -> None:
     check(degenerate(case), **options)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
     "options", [{"alpha": 10.0}, {"alpha": 1.0, "positive": "any"}, {"objective": "cross_entropy"}]
