@@ -317,9 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = sum(bool({*report.failures} - accepted) for report in reports)
     busy = sum(report.seconds for report in reports)
     took = time.perf_counter() - start
-    print(
-        f"{len(reports)} kernels compiled in {took:.0f} s ({busy:.0f} s of processor), {bad} fail"
-    )
+    print(f"{len(reports)} kernels compiled in {took:.0f} s ({busy:.0f} s of processor), {bad} fail")
     if options.against:
         bad += compiled.check(reports, options.against, triton.__version__)
     if options.record:
