@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +258,24 @@ def describe(launch: Any) -> str:
     return f"{blocks} w{options['num_warps']} s{options.get('num_stages', '-')} {' '.join(flags)}"
 
 
-def check(chip: str, kind: str) -> list[Report]:
-    return [compile_kernel(chip, kind, *kernel) for kernel in specialised(chip, record(chip, kind))]
+def check(chip: str, kinds: Sequence[str], part: int = 0, parts: int = 1) -> list[tuple[int, Report]]:
+    """Each report with its place in the list of all kernels of a chip: of every `parts`-th of those that differ.
+
+    A kernel that several kinds share, because it multiplies nothing, is compiled once and reported for each.
+    """
+    reports: list[tuple[int, Report]] = []
+    compiled: dict[tuple[str, str], Report | None] = {}  # None: of another part
+    every = ((kind, *kernel) for kind in kinds for kernel in specialised(chip, record(chip, kind)))
+    for place, (kind, launch, kernel) in enumerate(every):
+        same = (kernel.source.hash(), repr(kernel.options))
+        if same in compiled:
+            report = compiled[same] and replace(compiled[same], kind=kind, config=describe(launch), seconds=0.0)
+        else:
+            mine = len(compiled) % parts == part
+            report = compiled[same] = compile_kernel(chip, kind, launch, kernel) if mine else None
+        if report:
+            reports.append((place, report))
+    return reports
 
 
 NUMBERS = f"{'shared':>6} {'regs':>4} {'spills':>6} {'instr':>5}"
@@ -288,12 +304,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton does where nothing is set, without its warning
     start = time.perf_counter()
     with ProcessPoolExecutor(options.workers) as pool:
-        jobs = [pool.submit(check, chip, kind) for chip in options.chip for kind in options.kind]
+        parts = range(options.workers)
+        jobs = [[pool.submit(check, chip, options.kind, part, len(parts)) for part in parts] for chip in options.chip]
         print(f"triton {triton.__version__}\n{HEADER}")
         reports = []
-        for job in jobs:
-            reports += job.result()
-            print(*map(line, job.result()), sep="\n", flush=True)
+        for of_chip in jobs:
+            placed = dict(pair for job in of_chip for pair in job.result())
+            reports += [placed[place] for place in sorted(placed)]
+            print(*map(line, reports[-len(placed) :]), sep="\n", flush=True)
     # Spilling costs time and changes no number.
     accepted = {f"{report.spills} spilled" for report in reports if options.spills}
     bad = sum(bool({*report.failures} - accepted) for report in reports)

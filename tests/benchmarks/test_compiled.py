@@ -152,6 +152,35 @@ def test_a_table_is_written_and_compared(tmp_path, capsys):
     assert compiled.check(twice, tmp_path / "none.json", "3.6.0") == 1
 
 
+def test_a_kernel_that_kinds_share_is_compiled_once_and_reported_for_each(monkeypatch):
+    compiled_as = []
+
+    def compile_kernel(chip, kind, launch, kernel):
+        compiled_as.append((kernel.source.hash(), repr(kernel.options)))
+        config = compile_check.describe(launch)
+        return compile_check.Report(chip, kind, kernel.name, config, registers=len(compiled_as), seconds=1.0)
+
+    monkeypatch.setattr(compile_check, "compile_kernel", compile_kernel)
+    kinds = ("float32", "tf32")
+    every = [
+        (kind, kernel.name, compile_check.describe(launch))
+        for kind in kinds
+        for launch, kernel in compile_check.specialised("sm_90", compile_check.record("sm_90", kind))
+    ]
+    whole = compile_check.check("sm_90", kinds)
+    assert [place for place, _ in whole] == list(range(len(every)))
+    assert [(report.kind, report.kernel, report.config) for _, report in whole] == every
+    assert len(compiled_as) == len(set(compiled_as)) == sum(bool(report.seconds) for _, report in whole) < len(every)
+    # Two workers share them evenly and leave none out.
+    before = sorted(compiled_as)
+    compiled_as.clear()
+    halves = [compile_check.check("sm_90", kinds, part, 2) for part in range(2)]
+    assert sorted(compiled_as) == before
+    assert sorted(place for half in halves for place, _ in half) == list(range(len(every)))
+    first, second = (sum(bool(report.seconds) for _, report in half) for half in halves)
+    assert 0 <= first - second <= 1
+
+
 def test_waiting_and_code_moved_to_the_end_are_no_loops(monkeypatch):
     section = [0x7918] * 300
     branch = lambda here, target: ((target - here - 1) * 16 % 2**32) << 32 | 0x7947  # noqa: E731

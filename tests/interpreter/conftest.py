@@ -15,11 +15,26 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 def pytest_configure(config):
     # numpy speaks of entries that a `where` discards afterwards.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("markers", "table: with the rows a program of the block tables")
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _many_rows_a_program(request, monkeypatch):
+    """The interpreter runs one program after the other, and pays for programs more than for numbers."""
+    if request.node.get_closest_marker("table"):
+        return
+    from fmfa_losses.kernels import gather_gradient, match, ranking, unit_rows
+
+    for key, (_, *others) in gather_gradient.DX.items():
+        monkeypatch.setitem(gather_gradient.DX, key, (32, *others))
+    for module, name in ((match, "COSINE"), (ranking, "RANKING"), (ranking, "GRADIENT")):
+        monkeypatch.setattr(module, name, (32, *getattr(module, name)[1:]))
+    monkeypatch.setattr(unit_rows, "ROWS", 32)
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ def masks():
     return {"image_mask": image_mask, "text_mask": text_mask}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 6e-3)])
 def test_efa(dtype, tolerance, masked):

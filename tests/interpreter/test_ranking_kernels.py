@@ -44,6 +44,7 @@ def test_values_and_gradients(B, kind, learned):
         assert torch.equal(a, d)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("B", [3, 77])
 def test_the_gradient_of_a_mean_and_transposed_similarities_are_read_where_they_are(B):
     text, image = draw(B)

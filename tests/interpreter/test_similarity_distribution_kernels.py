@@ -51,6 +51,7 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """[R, C] kept, half precision's tiles, float32's blocks."""
     go(request.param, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 1100)
+    monkeypatch.setitem(asdm_blocks.ROWS, "narrow", (8, 32))  # several tiles along a row
     return request.param
 
 
@@ -70,7 +71,7 @@ def test_small(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("shape", [(77, 507), (129, 64), (193, 16)])
+@pytest.mark.parametrize("shape", [(77, 507), (129, 64)])
 def test_large(shape: tuple[int, int]) -> None:
     B, D = shape
     check(features(B, B, D, images=False), alpha=10.0)
@@ -108,15 +109,15 @@ def test_weights(positive: str, detach_weight: bool) -> None:
     check(features(17, 70, 16, offset=41), both=False, offset=41, **options)
 
 
-@pytest.mark.parametrize("sizes", [(40,), (13, 9, 17, 1)])
+@pytest.mark.parametrize("sizes", [(24,), (7, 5, 11, 1)])
 @pytest.mark.parametrize(
     "options",
     [{"alpha": 3.0}, {"alpha": 3.0, "positive": "any", "detach_weight": True}, {"objective": "cross_entropy"}],
 )
 def test_a_ring(sizes: tuple[int, ...], options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several ranks' columns, and of some of the own rows, in the order in which they arrive."""
-    monkeypatch.setattr(asdm_blocks, "block_elements", 100)
-    inputs = features(40, 40, 16)
+    monkeypatch.setattr(asdm_blocks, "block_elements", 60)
+    inputs = features(24, 24, 16)
     doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     exact = value_and_gradients(similarity_distribution_loss_reference, doubles, reduction="none", **options)
     plain = value_and_gradients(similarity_distribution_loss_reference, inputs, reduction="none", **options)
@@ -180,7 +181,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("way", ["small tiles", "kept", "tiles", "blocks"])
 @pytest.mark.parametrize("ids", [column, every_second, expanded])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["asdm", "itc"])
 def test_ids_of_any_stride(loss: str, ids: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     monkeypatch.setattr(asdm_blocks, "block_elements", 100)
@@ -283,7 +284,7 @@ def test_degenerate_inputs(case: str, options: dict[str, object]) -> None:
     check(degenerate(case), **options)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
     "options", [{"alpha": 10.0}, {"alpha": 1.0, "positive": "any"}, {"objective": "cross_entropy"}]

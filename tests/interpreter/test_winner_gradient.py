@@ -6,7 +6,7 @@ from fmfa_losses.kernels import token_lists, winner_gradient, winner_lists, winn
 from helpers.budget import assert_within_budget
 
 DTYPES = (torch.float16, torch.float32)
-SIZES = [1, 12, 33, 77, 100, 130, 300]
+SIZES = [1, 12, 33, 77, 130, 300]
 
 
 def packed(weights, winners, dtype):
@@ -17,7 +17,7 @@ def packed(weights, winners, dtype):
     return (high | (winners.long() & (2**low - 1))).to(torch.int32 if half else torch.int64)
 
 
-def case(dtype, Bx=3, Be=2, P=19, Q=77, D=64, masked=False, pool="lse"):
+def case(dtype, Bx=3, Be=2, P=19, Q=41, D=64, masked=False, pool="lse"):
     """dsim, weights, winners, matches, x, masks: unit rows, zeros where masked out, -1 where nothing won."""
     x = torch.nn.functional.normalize(torch.randn(Bx, P, D), dim=-1)
     cosines = torch.randn(Bx, Be, P, Q) / 8
@@ -79,8 +79,7 @@ def test_it_is_the_sum_over_all_matches(dtype, masked, Q):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pool", ["lse", "log_mean", "sum"])
-@pytest.mark.parametrize("D", [5, 64, 96, 530])
+@pytest.mark.parametrize(("pool", "D"), [("log_mean", 5), ("sum", 64), ("log_mean", 96), ("lse", 530)])
 def test_weights_of_every_pool_and_widths(dtype, pool, D):
     *given, masks = case(dtype, Bx=2, Be=5, P=70, Q=20, D=D, pool=pool)
     dsim, _, _, matches, x = given
@@ -92,9 +91,9 @@ def test_weights_of_every_pool_and_widths(dtype, pool, D):
 def test_it_is_added_to_what_is_there(dtype, masked):
     *given, masks = case(dtype, masked=masked)
     dsim, _, _, matches, x = given
-    before = torch.randn(2, 77, 64)
-    once = launched(dsim, matches, x, masks, 77)
-    both = launched(dsim, matches, x, masks, 77, before.clone(), accumulate=True)
+    before = torch.randn(2, 41, 64)
+    once = launched(dsim, matches, x, masks, 41)
+    both = launched(dsim, matches, x, masks, 41, before.clone(), accumulate=True)
     assert torch.equal(both, before + once)
 
 
@@ -102,24 +101,24 @@ def test_it_is_added_to_what_is_there(dtype, masked):
 def test_an_output_in_the_dtype_of_the_tokens(dtype):
     *given, masks = case(dtype)
     dsim, _, _, matches, x = given
-    out = torch.full((2, 77, 64), float("nan"), dtype=dtype)
-    wide = launched(dsim, matches, x, masks, 77)
-    assert torch.equal(launched(dsim, matches, x, masks, 77, out), wide.to(dtype))
+    out = torch.full((2, 41, 64), float("nan"), dtype=dtype)
+    wide = launched(dsim, matches, x, masks, 41)
+    assert torch.equal(launched(dsim, matches, x, masks, 41, out), wide.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_strided_similarity_gradient(dtype):
     dsim, _, _, matches, x, masks = case(dtype)
     strided = dsim.T.contiguous().T
-    assert torch.equal(launched(strided, matches, x, masks, 77), launched(dsim, matches, x, masks, 77))
+    assert torch.equal(launched(strided, matches, x, masks, 41), launched(dsim, matches, x, masks, 41))
     expanded = torch.ones(()).expand(3, 2)
     ones = torch.ones(3, 2)
-    assert torch.equal(launched(expanded, matches, x, masks, 77), launched(ones, matches, x, masks, 77))
+    assert torch.equal(launched(expanded, matches, x, masks, 41), launched(ones, matches, x, masks, 41))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_samples_in_a_tile_and_many_tiles(dtype):
-    *given, masks = case(dtype, Bx=2, Be=70, P=5, Q=9, D=16, masked=True)
+    *given, masks = case(dtype, Bx=2, Be=35, P=5, Q=9, D=16, masked=True)
     dsim, _, _, matches, x = given
     check(*given, masks, 9, launched(dsim, matches, x, masks, 9))
 
@@ -146,7 +145,7 @@ def test_one_token_wins_everything(dtype):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_same_bits_twice(dtype, masked):
     dsim, _, _, matches, x, masks = case(dtype, masked=masked)
-    assert torch.equal(launched(dsim, matches, x, masks, 77), launched(dsim, matches, x, masks, 77))
+    assert torch.equal(launched(dsim, matches, x, masks, 41), launched(dsim, matches, x, masks, 41))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,10 +153,10 @@ def test_the_same_bits_twice(dtype, masked):
 @pytest.mark.filterwarnings("ignore:invalid value encountered in reduce:RuntimeWarning")
 def test_what_is_no_number_shows_where_it_belongs(dtype, value):
     dsim, _, winners, matches, x, masks = case(dtype)
-    right = launched(dsim, matches, x, masks, 77)
+    right = launched(dsim, matches, x, masks, 41)
     dsim[1, 0] = value
-    got = launched(dsim, matches, x, masks, 77)
-    touched = torch.zeros(2, 77, dtype=torch.bool)
+    got = launched(dsim, matches, x, masks, 41)
+    touched = torch.zeros(2, 41, dtype=torch.bool)
     touched[0, winners[1, 0]] = True
     assert not got[touched].isfinite().any()
     assert got[1].equal(right[1])
@@ -168,7 +167,7 @@ def test_what_is_no_number_shows_where_it_belongs(dtype, value):
 def test_a_similarity_that_is_no_number(dtype):
     dsim, weights, winners, _, x, masks = case(dtype)
     weights[2, 1] = float("nan")
-    got = launched(dsim, packed(weights, winners, dtype), x, masks, 77)
+    got = launched(dsim, packed(weights, winners, dtype), x, masks, 41)
     assert got[1, winners[2, 1]].isnan().all()
     assert got[0].isfinite().all()
 
@@ -178,9 +177,9 @@ def test_float16_takes_gradients_of_any_size(scale):
     *given, masks = case(torch.float16)
     dsim, weights, winners, matches, x = given
     dsim = dsim * torch.tensor([scale, 1])
-    got = launched(dsim, matches, x, masks, 77)
+    got = launched(dsim, matches, x, masks, 41)
     for j in range(2):
-        exact = formula(dsim, weights.half(), winners, x, 77)[j]
+        exact = formula(dsim, weights.half(), winners, x, 41)[j]
         assert_within_budget(got[j], exact.float(), exact, precision="fp16")
 
 
@@ -193,21 +192,21 @@ def test_samples_that_add_nothing_take_no_digits_of_float16(masked, huge):
     x[0] = 0
     dsim = 1e-6 * dsim
     dsim[0] = huge
-    got = launched(dsim, matches, x, masks, 77)
-    check(dsim.index_fill(0, torch.tensor([0]), 0), weights, winners, matches, x, masks, 77, got)
+    got = launched(dsim, matches, x, masks, 41)
+    check(dsim.index_fill(0, torch.tensor([0]), 0), weights, winners, matches, x, masks, 41, got)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_lists_serve_float16_with_more_tokens_than_16_bits(masked):
     dsim, weights, winners, _, x, masks = case(torch.float32, masked=masked)
     matches, x = packed(weights, winners, torch.float32), x.half()
-    got = launched(dsim, matches, x, masks, 77)
-    assert_within_budget(got, got, formula(dsim, weights, winners, x, 77))
+    got = launched(dsim, matches, x, masks, 41)
+    assert_within_budget(got, got, formula(dsim, weights, winners, x, 41))
 
 
 @pytest.mark.parametrize("block", [16, 32])
 def test_starts_of_several_blocks_of_tokens(monkeypatch, block):
     monkeypatch.setattr(winner_lists, "SORT", (block, 16, 4))
-    *given, masks = case(torch.float32, Q=77, masked=True)
+    *given, masks = case(torch.float32, Q=41, masked=True)
     dsim, _, _, matches, x = given
-    check(*given, masks, 77, launched(dsim, matches, x, masks, 77))
+    check(*given, masks, 41, launched(dsim, matches, x, masks, 41))
