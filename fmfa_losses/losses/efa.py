@@ -60,9 +60,9 @@ def _similarities(
     Everything is normalised once, before it travels. `joint` serves both similarities, so its gradients from both, and
     from all ranks, are added up before they pass through the normalisation.
     """
-    if backend == "triton" and peers.group is None and image_tokens.dtype == text_tokens.dtype:
+    if peers.group is None and (backend == "torch" or image_tokens.dtype == text_tokens.dtype):
         inputs = image_tokens, text_tokens, image_mask, text_mask
-        return alignment_similarities(*inputs, sparsity=sparsity, pool=pool, pool_scale=pool_scale)
+        return alignment_similarities(*inputs, sparsity=sparsity, pool=pool, pool_scale=pool_scale, backend=backend)
     dtype = accumulation_dtype(image_tokens, text_tokens)
     # The tensor cores multiply in the precision of the tokens.
     text_dtype, image_dtype = (text_tokens.dtype, image_tokens.dtype) if backend == "triton" else (dtype, dtype)

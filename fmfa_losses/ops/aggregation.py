@@ -17,12 +17,12 @@ from .backend import select_backend
 from .checks import check_float, check_fraction, check_mask, check_same
 from .operator import differentiable_once, operator
 from .options import Backend
-from .precision import accumulation_dtype, full_precision
+from .precision import accumulation_dtype
+from .rows.aggregation import CONSTANT_ROW_EPS, joint_gradients, joint_rows
+from .rows.layout import layout
+from .threads import on_threads
 
 __all__ = ["aggregate", "sparse_aggregate", "sparse_aggregate_reference"]
-
-# A row whose range is within this many roundings of its largest entry is constant: its order is noise.
-CONSTANT_ROW_EPS = 8
 
 
 def sparse_aggregate_reference(
@@ -133,14 +133,12 @@ def sparse_aggregation_op(image_tokens, text_tokens, image_mask, text_mask, spar
         from fmfa_losses.kernels import aggregation as kernels
 
         return kernels.forward(image_tokens, text_tokens, image_mask, text_mask, sparsity, strict=strict)
-    if image_mask is not None or text_mask is not None:
-        image_tokens, text_tokens = _zeroed((image_tokens, image_mask), (text_tokens, text_mask))
-    with full_precision(image_tokens):
-        a, total = _weights(image_tokens, text_tokens, image_mask, sparsity, strict)[:2]
-        joint = a @ image_tokens
-    if text_mask is not None:
-        joint.masked_fill_(~text_mask.unsqueeze(-1), 0)
-    return joint, total
+    images, texts = layout(image_tokens, image_mask), layout(text_tokens, text_mask)
+    rows = images.pack(image_tokens, image_tokens.dtype), texts.pack(text_tokens, text_tokens.dtype)
+    joint = torch.empty_like(rows[1])
+    on_threads(joint_rows(*rows, images, texts, sparsity, strict, joint), joint.device)
+    joint = texts.unpack(joint, joint.dtype)
+    return joint, joint.new_zeros(joint.shape[:2])
 
 
 @operator(
@@ -154,10 +152,12 @@ def sparse_aggregation_backward_op(  # type: ignore[no-untyped-def]
         from fmfa_losses.kernels import aggregation as kernels
 
         return kernels.backward(djoint, image_tokens, text_tokens, image_mask, sparsity, row_sum, strict=strict)
-    image, text, djoint = _zeroed((image_tokens, image_mask), (text_tokens, text_mask), (djoint, text_mask))
-    with full_precision(djoint):
-        dimage, dtext = _backward_torch(djoint, image, text, image_mask, sparsity, strict)
-    return tuple(_zeroed((dimage, image_mask), (dtext, text_mask)))
+    images, texts = layout(image_tokens, image_mask), layout(text_tokens, text_mask)
+    rows = images.pack(image_tokens, image_tokens.dtype), texts.pack(text_tokens, text_tokens.dtype)
+    dimage, dtext = (torch.zeros_like(x) for x in rows)
+    djoint = texts.pack(djoint, djoint.dtype)
+    on_threads(joint_gradients(djoint, *rows, images, texts, sparsity, strict, dimage, dtext), djoint.device)
+    return images.unpack(dimage, image_tokens.dtype), texts.unpack(dtext, text_tokens.dtype)
 
 
 @torch.library.register_fake(sparse_aggregation_op)
@@ -190,54 +190,3 @@ def _backward(ctx, djoint, drow_sum):  # type: ignore[no-untyped-def]
 _aggregation, _aggregation_backward = differentiable_once(
     sparse_aggregation_op, sparse_aggregation_backward_op, _backward, _setup_context, "sparse_aggregate", "EFA"
 )
-
-
-def _zeroed(*of: tuple[Tensor, Tensor | None]) -> list[Tensor]:
-    """Each x [B, T, D], zero where its mask [B, T] leaves it out."""
-    return [x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0) for x, mask in of]
-
-
-def _weights(
-    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None, sparsity: float | None, strict: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a [B, L, N], sum u [B, L], which patches passed [B, L, N], and the index of the minimum [B, L, 1]."""
-    s = text_tokens @ image_tokens.mT
-    keep = torch.ones_like(s[:, :1], dtype=torch.bool) if image_mask is None else image_mask.unsqueeze(1)
-    if image_mask is not None:
-        s = s.masked_fill(~keep, -torch.inf)
-    high = s.amax(dim=-1, keepdim=True)
-    low, argmin = (s if image_mask is None else s.masked_fill(~keep, torch.inf)).min(dim=-1, keepdim=True)
-    span = high - low
-    constant = span <= CONSTANT_ROW_EPS * torch.finfo(s.dtype).eps * torch.maximum(high.abs(), low.abs())
-    constant &= span < torch.inf  # where the range overflows, u / span is inf / inf, and shows
-    u = s - low
-    # "not below" rather than "at or above": a NaN passes and shows.
-    if sparsity is None:
-        threshold = 1 / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(s.dtype)
-    else:
-        threshold = torch.full((1, 1, 1), sparsity, dtype=s.dtype, device=s.device)
-    if strict:  # what lies above it
-        threshold = torch.nextafter(threshold, torch.ones_like(threshold))
-    passed = keep & ~constant & ~(u / span < threshold)
-    u = torch.where(passed, u, 0)
-    total = u.sum(dim=-1, keepdim=True)
-    total.masked_fill_(total == torch.inf, torch.nan)  # or its weights were 0
-    uniform = keep / keep.sum(dim=-1, keepdim=True).clamp(min=1).to(s.dtype)
-    a = torch.where(constant, uniform, u / torch.where(constant, torch.ones_like(total), total))
-    return a, total.squeeze(-1), passed, argmin
-
-
-def _backward_torch(
-    djoint: Tensor,
-    image_tokens: Tensor,
-    text_tokens: Tensor,
-    image_mask: Tensor | None,
-    sparsity: float | None,
-    strict: bool,
-) -> tuple[Tensor, Tensor]:
-    a, total, passed, argmin = _weights(image_tokens, text_tokens, image_mask, sparsity, strict)
-    da = djoint @ image_tokens.mT
-    centred = (da - (a * da).sum(dim=-1, keepdim=True)) / total.unsqueeze(-1)
-    ds = torch.where(passed, centred, 0)
-    ds.scatter_add_(-1, argmin, -ds.sum(dim=-1, keepdim=True))
-    return torch.bmm(a.mT, djoint).baddbmm_(ds.mT, text_tokens), ds @ image_tokens

@@ -14,7 +14,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
@@ -22,7 +21,10 @@ from .backend import select_backend
 from .checks import check_divisor, check_float, check_mask, check_option, check_same
 from .operator import differentiable_once, operator
 from .options import POOLS, Backend, Pool
-from .precision import accumulation_dtype, full_precision, unit_rows
+from .precision import accumulation_dtype, unit_rows
+from .rows.layout import layout
+from .rows.match import EXPONENTIAL, INT16, in_order, match, match_gradients
+from .threads import on_threads
 from .unit_tokens import unit_tokens
 
 __all__ = [
@@ -39,8 +41,6 @@ __all__ = [
 FLAT = 0.25
 # Beyond, float64 cannot tell "lse" from the maximum, and a log mean from the mean; float32 can still hold the number.
 SCALES = (1e-20, 1e30)
-INT16 = torch.iinfo(torch.int16).max  # the largest index of a token that int16 holds
-EXPONENTIAL = ("lse", "log_mean")  # pools whose weights are not 1
 
 
 def hard_similarity_reference(
@@ -151,7 +151,7 @@ def unit_similarity(x: UnitTokens, e: UnitTokens, *, pool: str, pool_scale: floa
     """
     leveled = pool == "lse" and pool_scale < FLAT
     scale = min(max(float(pool_scale), SCALES[0]), SCALES[1])
-    sim: Tensor = _match_and_pool(
+    sim: Tensor = _hard_matches(
         x.rows, e.rows, x.mask, e.mask, "log_mean" if leveled else pool, scale, False, backend, x.lists, e.lists
     )[0]
     if not leveled:
@@ -188,12 +188,12 @@ def _token_lists_fake(mask):  # type: ignore[no-untyped-def]
 # The operator: one schema, one fake kernel, one gradient formula for both backends.
 # pool is one of POOLS or "log_mean". With `save`, which is True where the gradient is wanted, each x_il and e_j leave a
 # weight dS_ij / dmax_ijl (of the means: times the count) and the k that won (-1: none). The kernels put both in one
-# integer, weights [Bx, Be, P], and leave winners empty; the torch path leaves weights empty where all of them are 1.
+# integer, weights [Bx, Be, P], and leave winners empty; what the torch path keeps, rows/match.py says.
 # The kernels make the lists of a mask that comes without them.
 
 
 @operator(
-    "match_and_pool(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save,"
+    "hard_matches(Tensor x, Tensor e, Tensor? x_mask, Tensor? e_mask, str pool, float pool_scale, bool save,"
     " str backend, Tensor? x_lists=None, Tensor? e_lists=None) -> (Tensor sim, Tensor weights, Tensor winners)",
 )
 def hard_similarity_op(  # type: ignore[no-untyped-def]
@@ -205,12 +205,14 @@ def hard_similarity_op(  # type: ignore[no-untyped-def]
         masks, lists = (x_mask, e_mask), (x_lists, e_lists)
         sim, matches = kernels.forward(x.contiguous(), e.contiguous(), *masks, pool, pool_scale, save, *lists)
         return sim, matches, matches.new_empty(0)
-    with full_precision(x):
-        return _forward_torch(x, e, x_mask, e_mask, pool, pool_scale, save)
+    xs, es = layout(x, x_mask), layout(e, e_mask)
+    found = match(xs.pack(x, x.dtype), es.pack(e, e.dtype), xs, es, pool, pool_scale, save)
+    on_threads(found.tasks, x.device)
+    return in_order(found.sim, xs, es), found.weights, found.winners
 
 
 @operator(
-    "match_and_pool_backward(Tensor dsim, Tensor weights, Tensor winners, Tensor x, Tensor e, Tensor? x_mask,"
+    "hard_matches_backward(Tensor dsim, Tensor weights, Tensor winners, Tensor x, Tensor e, Tensor? x_mask,"
     " Tensor? e_mask, str pool, str backend, Tensor? x_lists=None, Tensor? e_lists=None) -> (Tensor, Tensor)",
 )
 def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
@@ -221,7 +223,10 @@ def hard_similarity_backward_op(  # type: ignore[no-untyped-def]
 
         masks, lists = (x_mask, e_mask), (x_lists, e_lists)
         return kernels.backward(dsim, weights, x.contiguous(), e.contiguous(), *masks, pool, *lists)
-    return _backward_torch(dsim, weights, winners, x, e, x_mask, pool)
+    xs, es = layout(x, x_mask), layout(e, e_mask)
+    found = match_gradients(dsim, weights, winners, xs.pack(x, x.dtype), es.pack(e, e.dtype), xs, es, pool)
+    on_threads(found.tasks, x.device)
+    return xs.unpack(found.dx, x.dtype), es.unpack(found.de, e.dtype)
 
 
 def matches_like(x: Tensor, shape: tuple[int, int, int], Q: int, save: bool) -> Tensor:
@@ -231,21 +236,25 @@ def matches_like(x: Tensor, shape: tuple[int, int, int], Q: int, save: bool) -> 
     return x.new_empty(shape if save else (0,), dtype=dtype)
 
 
+def saved_like(x: Tensor, shape: tuple[int, int, int], Q: int, pool: str, save: bool) -> tuple[Tensor, Tensor]:
+    """Weights and winners as match.forward saves them: empty memory."""
+    return (
+        x.new_empty(shape if save and pool in EXPONENTIAL else (0,), dtype=accumulation_dtype(x)),
+        x.new_empty(shape if save else (0,), dtype=torch.int16 if Q <= INT16 else torch.int32),
+    )
+
+
 @torch.library.register_fake(hard_similarity_op)
 def _fake(  # type: ignore[no-untyped-def]
     x, e, x_mask, e_mask, pool, pool_scale, save, backend, x_lists=None, e_lists=None
 ):
     pairs = (x.shape[0], e.shape[0])
-    matches = (*pairs, x.shape[1])
     acc = accumulation_dtype(x)
     if backend == "triton":
-        weights = matches_like(x, matches, e.shape[1], save)
+        weights = matches_like(x, (*pairs, x.shape[1]), e.shape[1], save)
         return x.new_empty(pairs, dtype=acc), weights, weights.new_empty(0)
-    return (
-        x.new_empty(pairs, dtype=acc),
-        x.new_empty(matches if save and pool in EXPONENTIAL else (0,), dtype=acc),
-        x.new_empty(matches if save else (0,), dtype=torch.int16 if e.shape[1] <= INT16 else torch.int32),
-    )
+    saved = saved_like(x, (e.shape[0], x.shape[0], x.shape[1]), e.shape[1], pool, save)
+    return x.new_empty(pairs, dtype=acc), *saved
 
 
 @torch.library.register_fake(hard_similarity_backward_op)
@@ -267,126 +276,10 @@ def _backward(ctx, dsim, dweights, dwinners):  # type: ignore[no-untyped-def]
     if dsim is None:
         return (None,) * 10
     *tensors, x_lists, e_lists = ctx.saved_tensors
-    dx, de = _match_and_pool_backward(dsim, *tensors, ctx.pool, ctx.backend, x_lists, e_lists)
+    dx, de = _hard_matches_backward(dsim, *tensors, ctx.pool, ctx.backend, x_lists, e_lists)
     return dx, de, *(None,) * 8
 
 
-_match_and_pool, _match_and_pool_backward = differentiable_once(
+_hard_matches, _hard_matches_backward = differentiable_once(
     hard_similarity_op, hard_similarity_backward_op, _backward, _setup_context, "hard_similarity", "EFA"
 )
-
-
-# The torch path: one matrix product a tile of x rows and whole e samples, reduced before the next one starts.
-
-
-# Similarities in one block: 2 MiB of float32 stay in a CPU's cache; larger blocks mean fewer launches on a GPU.
-TILE_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}
-
-
-def _forward_torch(
-    x: Tensor,
-    e: Tensor,
-    x_mask: Tensor | None,
-    e_mask: Tensor | None,
-    pool: str,
-    pool_scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    step_e = min(Be, max(1, 640 // Q))  # about 640 columns make an efficient product
-    step_x = min(Bx, max(1, TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "accelerator"] // (step_e * P * Q)))
-    sim = x.new_empty(Bx, Be)
-    weights = x.new_empty((Bx, Be, P) if save and pool in EXPONENTIAL else (0,))
-    winners = x.new_empty((Bx, Be, P) if save else (0,), dtype=torch.int16 if Q <= INT16 else torch.int32)
-    for first_x in range(0, Bx, step_x):
-        i = slice(first_x, min(first_x + step_x, Bx))
-        rows = x[i].reshape(-1, D)
-        for first_e in range(0, Be, step_e):
-            j = slice(first_e, min(first_e + step_e, Be))
-            cos = (rows @ e[j].reshape(-1, D).T).view(rows.shape[0], -1, Q)  # [i l, j, k]
-            if e_mask is not None:
-                cos.masked_fill_(~e_mask[j], -torch.inf)
-            best, winner = cos.max(dim=-1)
-            best = rearrange(best, "(i l) j -> i j l", l=P)
-            if x_mask is not None:
-                best = best.masked_fill(~x_mask[i].unsqueeze(1), -torch.inf)
-            sim[i, j], weight = _pool(best, pool, pool_scale)
-            if save:
-                winner = rearrange(winner, "(i l) j -> i j l", l=P)
-                winners[i, j] = winner.to(winners.dtype).masked_fill(best == -torch.inf, -1)
-                if pool in EXPONENTIAL:
-                    weights[i, j] = weight
-    return sim, weights, winners
-
-
-def _pool(best: Tensor, pool: str, pool_scale: float) -> tuple[Tensor, Tensor]:
-    """[i, j, l] -> [i, j], and the weights [i, j, l] of an exponential; -inf marks what is masked out.
-
-    A pair with nothing left gives 0. Weights where something is masked out are anything.
-    """
-    gone = best == -torch.inf
-    if pool == "lse":
-        top = best.amax(dim=-1)
-        # The difference is exact, and so is its product with a large scale.
-        terms = (best - top.unsqueeze(-1)).mul_(pool_scale).exp_()
-        total = terms.sum(dim=-1)
-        sim = total.log().div_(pool_scale).add_(top).masked_fill_(gone.all(dim=-1), 0)
-        return sim, terms.div_(total.unsqueeze(-1))
-    kept = (torch.expm1(pool_scale * best) if pool == "log_mean" else best).masked_fill(gone, 0)
-    total = kept.sum(dim=-1)
-    if pool == "sum":
-        return total, best
-    mean = total / (~gone).sum(dim=-1).clamp(min=1)
-    if pool == "mean":
-        return mean, best
-    sim = torch.log1p(mean) / pool_scale
-    return sim, torch.exp(pool_scale * (best - sim.unsqueeze(-1)))
-
-
-def _backward_torch(
-    dsim: Tensor,
-    weights: Tensor,
-    winners: Tensor,
-    x: Tensor,
-    e: Tensor,
-    x_mask: Tensor | None,
-    pool: str,
-) -> tuple[Tensor, Tensor]:
-    """dx_il = sum_j w_ijl e_jk*,  de_jk = sum over the (i, l) that k won of w_ijl x_il, with w = dsim * dS/dmax."""
-    (Bx, P, D), (Be, Q, _) = x.shape, e.shape
-    dx, de = (torch.empty_like(tokens, memory_format=torch.contiguous_format) for tokens in (x, e))
-    if pool in ("mean", "log_mean"):
-        count = P if x_mask is None else x_mask.sum(dim=1, keepdim=True).clamp(min=1)
-        dsim = dsim / count
-
-    def matches(i: slice, j: slice) -> tuple[Tensor, Tensor]:
-        """Weights w_ijl and rows j Q + k* of e for a block of pairs, [i, j, l] each."""
-        winner = winners[i, j].to(torch.int64)
-        weight = dsim[i, j].unsqueeze(-1).to(x.dtype)
-        if pool in EXPONENTIAL:
-            weight = weight * weights[i, j]
-        weight = weight.expand(winner.shape).masked_fill(winner < 0, 0)
-        first = torch.arange(winner.shape[1], device=x.device).unsqueeze(-1) * Q
-        return weight, winner.clamp(min=0) + first
-
-    entries = (
-        TILE_ELEMENTS["cpu" if x.device.type == "cpu" else "accelerator"] // 2
-    )  # matches in one block; each costs about 50 bytes
-    step = max(1, entries // (Be * P))
-    for i in (slice(i, min(i + step, Bx)) for i in range(0, Bx, step)):
-        weight, row = (rearrange(t, "i j l -> (i l) j") for t in matches(i, slice(None)))
-        dx[i] = F.embedding_bag(row, e.reshape(-1, D), mode="sum", per_sample_weights=weight.contiguous()).view(
-            -1, P, D
-        )
-
-    # The same sum for e: sorting the matches by the row that they chose puts those of each row next to each other.
-    step = max(1, entries // (Bx * P))
-    for j in (slice(j, min(j + step, Be)) for j in range(0, Be, step)):
-        weight, row = (rearrange(t, "i j l -> (i l j)") for t in matches(slice(None), j))
-        row, order = row.sort(stable=True)
-        J = j.stop - j.start
-        runs = torch.searchsorted(row, torch.arange(J * Q, device=x.device))
-        de[j] = F.embedding_bag(order // J, x.reshape(-1, D), runs, mode="sum", per_sample_weights=weight[order]).view(
-            -1, Q, D
-        )
-    return dx, de

