@@ -20,6 +20,7 @@ from .cases import leaves
 __all__ = [
     "AGREEMENT",
     "DTYPES",
+    "FINGERPRINT",
     "MATMUL",
     "PASSES",
     "autocast",

@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from . import ROOT, providers, results
 from .cases import RETRIEVAL, SIZES, Case, inputs, work
-from .measure import disagreement, matmul_rate, measure_cpu
+from .measure import FINGERPRINT, PASSES, disagreement, matmul_rate, measure_cpu
 from .peers import COMPILED_MAXSIM, LATE_INTERACTION, PRODUCT, prepared
 from .providers import AUTOTUNED, COMPILED, OTHER_RESULTS, REFERENCE, RELEASED, TORCH, UNMASKED
 from .tables import micro_tables, target_table
 from .targets import micro_targets
 
 PEOPLE = 11003  # identities in the training split of CUHK-PEDES
+MEASURED = (*FINGERPRINT, "sample", *PASSES, "repeats", "process_mib", "above_inputs_mib")  # by measure_cpu
 AGREEMENT = 1e-3  # relative; float32 sums of 1e7 terms in different orders stay well below
 
 # What has a gradient, and what a forward alone is compared with. torch.compile takes half a minute for each shape.
@@ -132,14 +133,24 @@ def run(
                 identity = {"case": case.name, **case.as_dict(), "provider": name, "dtype": "fp32", **counted(case)}
                 rows.append(identity | measure_in_process(case, name, seconds, threads))
                 bar.update()
-            compared = [row for row in rows if row["status"] == "ok" and row["provider"] not in OTHER_RESULTS]
-            for row in compared[1:] if case.op != "mask_tokens" else ():  # which tokens are masked is random
-                wrong = disagreement(row, compared[0], AGREEMENT)
-                if wrong:  # no speed of a wrong result
-                    rows[rows.index(row)] = {key: row[key] for key in identity} | {"status": f"failed: {wrong}"}
-            measurements += [{key: value for key, value in row.items() if key != "sample"} for row in rows]
+            measurements += agreed(rows)
             save(measurements)
     return measurements
+
+
+def agreed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measurements of one case; one that does not agree with the first has no time: no speed of a wrong result."""
+    compared = [row for row in rows if row["status"] == "ok" and row["provider"] not in OTHER_RESULTS]
+    found = []
+    for row in rows:
+        wrong = None
+        if row in compared[1:] and row["op"] != "mask_tokens":  # which tokens are masked is random
+            wrong = disagreement(row, compared[0], AGREEMENT)
+        dropped = MEASURED if wrong else ("sample",)
+        found.append({key: value for key, value in row.items() if key not in dropped})
+        if wrong:
+            found[-1]["status"] = f"failed: {wrong}"
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

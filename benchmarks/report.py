@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .busy import busy_tables
 from .gpu import plots
 from .gpu.about import LEGEND
 from .gpu.tables import gpu_report
@@ -37,6 +38,9 @@ CPU = """- Every measurement has a process of its own. *process* is its whole pe
 - *forward alone* keeps nothing for a backward. maxsim-cpu and maxsim-fast have none. They get unit tokens, normalised
   before the clock runs, and captions without padding; the others normalise while it runs, and get a text mask.
 - *without the mask*: the released code takes none. It computes more there, and its values are not compared."""
+
+BUSY = """Forward and backward together: one thread alone, all threads alone, and all threads beside a process that
+counts without end. Nobody is bound to a core."""
 
 NOT_MEASURED = """## On a GPU
 
@@ -70,6 +74,11 @@ def cpu_section(name: str, result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, tables, target_table(micro_targets(result["records"]))])
 
 
+def busy_section(name: str, result: dict[str, Any]) -> str:
+    parts = [f"## Beside other work: {result['machine']['cpu']}", BUSY, describe(name, result)]
+    return "\n\n".join([*parts, busy_tables(result["records"])])
+
+
 def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
     """Also draws the plots, into a folder beside the report."""
     images = plots.draw_gpu(result, folder, Path(name).stem)
@@ -94,9 +103,10 @@ def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
     for name, result in results.items():
         kinds.setdefault(result["kind"], {})[name] = result
-    micro, gpu = kinds.pop("micro", {}), kinds.pop("gpu", {})
+    micro, busy, gpu = (kinds.pop(kind, {}) for kind in ("micro", "busy", "gpu"))
     parts = [HEAD.strip()]
     parts += [cpu_section(name, result) for name, result in micro.items()]
+    parts += [busy_section(name, result) for name, result in busy.items()]
     parts += [gpu_section(name, result, folder) for name, result in gpu.items()] or [NOT_MEASURED]
     others = [other_section(name, result) for kind in kinds.values() for name, result in kind.items()]
     if others:

@@ -50,8 +50,8 @@ def ahead(rows: Sequence[dict[str, Any]], case: Case, names: Sequence[str]) -> d
     found = [(ratio(find(rows, case, name), mine, key), name) for name in names]
     times = sorted((value, name) for value, name in found if value is not None)
     met = False if times and times[0][0] < 1 else True if len(times) == len(names) else None
-    listed = ", ".join(f"{value:.2f}x as fast as {name}" for value, name in times)
-    return target(f"{case.name}: ahead of {', '.join(names)}", listed or None, met)
+    listed = ", ".join(f"{value:.2f}x ({name})" for value, name in times)
+    return target(f"{case.name}: ahead of all others", listed or None, met)
 
 
 def maxsim_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -146,6 +146,19 @@ def test_disagreement_is_seen():
     assert disagreement(good | {"value": float("nan")}, good, 1e-3).startswith("value nan")
 
 
+def test_a_wrong_result_has_no_time():
+    """The first of a case is what the others are compared with; what computes something else is left alone."""
+    row = {"op": "efa", "status": "ok", "value": 1.0, "gradient_norm": 1.0, "sample": [1.0], "both": {}, "repeats": 3}
+    rows = [row | {"provider": UNMASKED, "value": 9.0}, row | {"provider": REFERENCE},
+            row | {"provider": TORCH, "value": 1.1}, row | {"provider": COMPILED}]  # fmt: skip
+    found = micro.agreed(rows)
+    assert [entry["status"] for entry in found] == [
+        "ok", "ok", "failed: value 1.1, where reference has 1", "ok"
+    ]  # fmt: skip
+    assert ["both" in entry for entry in found] == [True, True, False, True]
+    assert not any("sample" in entry for entry in found)
+
+
 def test_exchanged_rows_and_columns_are_seen():
     """A forward alone has no gradient that would show it."""
     scores = torch.randn(6, 6)
