@@ -45,7 +45,7 @@ DTYPES = {
 MATMUL = {"tf32": "medium", "tf32x3": "high"}
 PASSES = ("forward", "backward", "both")
 FINGERPRINT = ("value", "gradient_norm")
-LONG = 20.0  # seconds of a measurement that repeats a step once only, if it has to
+LONG = 10.0  # seconds
 
 # Relative difference in value and gradient norm beyond which two providers have not computed the same. Rounding flips
 # near ties between winners, which changes gradients more than values.
@@ -59,39 +59,44 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"median": median, "p20": p20, "p80": p80}
 
 
-def measure_cpu(fn: Callable[..., Tensor], arguments: dict[str, Any], *, seconds: float = 5.0) -> dict[str, Any]:
+def measure_cpu(
+    fn: Callable[..., Tensor], arguments: dict[str, Any], *, seconds: float = 5.0, compiled: bool = False
+) -> dict[str, Any]:
     """Repeats for `seconds`, 200 times at most, and 3 at least, unless they take more than `LONG` seconds.
 
-    Run it in a fresh process: the peak is the process's. `process_mib` is all of it, `above_inputs_mib` what came on
-    top of inputs and libraries, gradients included. `sample` is some of the output, by which orders are compared.
+    A warm-up of more than `LONG` seconds is the measurement, but where it compiles: what is done once is nothing beside
+    it. Run it in a fresh process: the peak is the process's. `process_mib` is all of it, `above_inputs_mib` what came
+    on top of inputs and libraries, gradients included. `sample` is some of the output, by which orders are compared.
     """
     targets = leaves(arguments)
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    value, grads = _run(fn, arguments, targets)[:2]
+    value, grads, first = _run(fn, arguments, targets)
     result: dict[str, Any] = fingerprint(value, grads) | {"sample": sample(value)}
     del value, grads
     while time.perf_counter() - start < min(0.2, seconds):
         _run(fn, arguments, targets)
-    times: dict[str, list[float]] = {name: [] for name in PASSES}
-    start = time.perf_counter()
-    while _unfinished(len(times["both"]), time.perf_counter() - start, seconds):
-        stamps = _run(fn, arguments, targets)[2]
-        for name, duration in zip(PASSES, _durations(stamps), strict=True):
-            times[name].append(duration * 1e3)
+    long = first[-1] - first[0] > LONG and not compiled
+    steps = [first] if long else _repeated(lambda: _run(fn, arguments, targets)[2], seconds)
     peak = peak_process_bytes()
-    result |= {name: spread(times[name]) for name in (PASSES if targets else ("forward",))}
+    for name, times in zip(PASSES, zip(*map(_durations, steps), strict=True), strict=True):
+        if targets or name == "forward":
+            result[name] = spread([1e3 * duration for duration in times])
     return result | {
-        "repeats": len(times["both"]),
+        "repeats": len(steps),
         "process_mib": round(peak / 2**20),
         "above_inputs_mib": round(max(0, peak - before) / 2**20),
     }
 
 
-def _unfinished(repeats: int, elapsed: float, seconds: float) -> bool:
-    if repeats < 3:
-        return repeats == 0 or elapsed < LONG
-    return elapsed < seconds and repeats < 200
+def _repeated(step: Callable[[], list[float]], seconds: float) -> list[list[float]]:
+    start, steps = time.perf_counter(), [step()]
+    while len(steps) < 200:
+        elapsed = time.perf_counter() - start
+        if elapsed >= (LONG if len(steps) < 3 else seconds):
+            break
+        steps.append(step())
+    return steps
 
 
 def _run(

@@ -29,9 +29,9 @@ Written by `python -m benchmarks report` from the files in `benchmarks/results/`
 - Providers of one case must agree in value and gradient norm; one that does not gets no time.
 """
 
-CPU = """- Every measurement has a process of its own. *process* is its whole peak of resident memory, Python and torch
-  included; *above inputs* what came on top of inputs and libraries, gradients included. That of torch.compile has the
-  compiler in it.
+CPU = """- Every measurement has a process of its own. A step of more than 10 s is measured once. *process* is its whole
+  peak of resident memory, Python and torch included; *above inputs* what came on top of inputs and libraries, gradients
+  included. That of torch.compile has the compiler in it.
 - *of torch.mm*: the time in which a large float32 torch.mm of the same run would do the operations that the case needs,
   over the measured time; forward / both passes. A case needs its kept tokens, and in a backward the winners: whoever
   multiplies more than that has a smaller share.

@@ -1,5 +1,6 @@
 """The benchmark's own logic: counted work, the plan and its time, tables, plots, report. No speed is judged."""
 
+import itertools
 import json
 import re
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ROOT, __main__, machine, micro, providers, report, results, stand_in
+from benchmarks import ROOT, __main__, machine, measure, micro, providers, report, results, stand_in
 from benchmarks.cases import SIZES, Case, inputs, leaves, lengths, work
 from benchmarks.gpu import alternatives, exact, kernel_work, plots, preflight, stand_in_cuda, triton_cache, wheels
 from benchmarks.gpu import run as gpu
@@ -23,7 +24,7 @@ from benchmarks.gpu.predictions import PREDICTIONS, predicted
 from benchmarks.gpu.tables import gpu_report, gpu_tables
 from benchmarks.gpu.targets import gpu_targets
 from benchmarks.measure import DTYPES, PASSES, disagreement, fingerprint, matmul_precision, measure_cpu, sample, spread
-from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON, UNMASKED
+from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON, UNMASKED, plain_asdm
 from benchmarks.tables import micro_tables
 from benchmarks.targets import micro_targets
 
@@ -118,6 +119,25 @@ def test_a_forward_alone_collects_no_gradient():
     row = measure_cpu(providers.provider(TORCH, "maxsim"), arguments, seconds=0)
     assert "forward" in row
     assert "both" not in row
+
+
+def test_long_steps_are_not_repeated(monkeypatch):
+    """Three repeats, one where they are long, none where the warm-up was; a warm-up that compiles is no measurement."""
+    calls = []
+
+    def step(image_features, text_features, pids):
+        calls.append(1)
+        return plain_asdm(image_features, text_features, pids)
+
+    arguments = inputs(Case("asdm", 4, D=8))
+    for clock, options, repeats, total in ((1.0, {}, 3, 4), (4.0, {}, 2, 3), (11.0, {}, 1, 1),
+                                           (11.0, {"compiled": True}, 1, 2)):  # fmt: skip
+        calls.clear()
+        ticks = itertools.count()
+        monkeypatch.setattr(measure.time, "perf_counter", lambda clock=clock, ticks=ticks: next(ticks) * clock / 2)
+        row = measure_cpu(step, arguments, seconds=0, **options)
+        assert (row["repeats"], len(calls)) == (repeats, total)
+        assert row["both"]["median"] == 1e3 * clock
 
 
 def test_spread():

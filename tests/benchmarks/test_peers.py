@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import textwrap
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,3 +122,26 @@ def test_a_peer_that_is_faster_is_a_miss():
     assert judged()["met"] is True
     rows[1]["status"] = "not run: late-interaction-kernels is not installed"
     assert (judged()["measured"], judged()["met"]) == ("not measured", None)
+
+
+def test_a_peer_that_fails_is_no_rival():
+    """Nor does it stand in the way of a verdict, as one that was not tried does."""
+    case = Case("maxsim", 64, gradients=False)
+    rows = [{"case": case.name, "provider": name, "status": "ok", "forward": {"median": ms}}
+            for name, ms in ((TORCH, 100.0), ("late-interaction-kernels", 120.0), ("maxsim-fast", 110.0))]  # fmt: skip
+
+    def judged():
+        entry = next(entry for entry in micro_targets(rows) if entry["goal"].startswith(f"{case.name}: ahead"))
+        return entry["measured"], entry["met"]
+
+    both = "1.10x (maxsim-fast), 1.20x (late-interaction-kernels)"
+    assert judged() == (both, None)
+    rows.append({"case": case.name, "provider": "maxsim-cpu", "status": "failed: value inf, where reference has 1"})
+    assert judged() == (f"{both}, maxsim-cpu failed", True)
+
+
+def test_a_crash_has_its_name(monkeypatch):
+    monkeypatch.setattr(
+        micro.subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=-11, stderr="Uptime")
+    )
+    assert micro.in_process({"threads": 1}) == {"status": "failed: SIGSEGV"}
