@@ -126,10 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny shape: is everything in order?")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/busy_cpu.json, or runs/busy.json")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a step (default: one a core)")
-    parser.add_argument("--seconds", type=float, help="of repeats a measurement (default: 4, --quick 0.1)")
+    parser.add_argument("--seconds", type=float, help="of repeats a measurement (default: 2, --quick 0.1)")
     options = parser.parse_args(argv)
     out = options.out or (ROOT / "runs/busy.json" if options.quick else ROOT / "benchmarks/results/busy_cpu.json")
-    seconds = options.seconds if options.seconds is not None else (0.1 if options.quick else 4.0)
+    seconds = options.seconds if options.seconds is not None else (0.1 if options.quick else 2.0)
 
     command = "python -m benchmarks busy" + " --quick" * options.quick
     head = results.head("busy", command, threads=options.threads) | {"seconds_of_repeats": seconds}

@@ -63,7 +63,8 @@ def micro_table(measurements: Sequence[dict[str, Any]], rate: float | None = Non
         memory = [str(row["process_mib"]), str(row["above_inputs_mib"])]
         rows.append([row["case"], row["provider"], *times, speedup(row, baseline), *memory])
         if rate:
-            rows[-1].append(" / ".join(share_of_rate(row, key, rate) for key in ("forward", "both")))
+            shares = [share_of_rate(row, key, rate) for key in ("forward", "both")]
+            rows[-1].append(" / ".join(shares if shares != ["-", "-"] else ["-"]))
     return markdown(head, rows)
 
 

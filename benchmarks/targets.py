@@ -63,7 +63,7 @@ def maxsim_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     shape, captions = Case("maxsim", 64), Case("maxsim", 64, mean_length=25)
     return [
         ahead(rows, RETRIEVAL, (AUTOTUNED, LATE_INTERACTION)),
-        ahead(rows, replace(RETRIEVAL, gradients=False), (AUTOTUNED, *CPU_PEERS)),
+        ahead(rows, replace(RETRIEVAL, gradients=False), tuple(CPU_PEERS)),
         ahead(rows, shape, (AUTOTUNED, LATE_INTERACTION)),
         ahead(rows, replace(shape, gradients=False), tuple(CPU_PEERS)),
         ahead(rows, captions, (LATE_INTERACTION,)),

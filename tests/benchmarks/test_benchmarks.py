@@ -234,6 +234,16 @@ def test_micro_targets_name_what_is_missing():
     assert verdicts == [("16.0x", True), ("1.7x", False), ("0.30 GB", False)]
 
 
+def test_a_whole_run_judges_every_target():
+    """No target names a case or a provider that the plan leaves out, and no case is there twice."""
+    assert len({case for case, _ in micro.FULL}) == len(micro.FULL)
+    figure = {"forward": {"median": 1.0}, "both": {"median": 1.0}, "process_mib": 1, "above_inputs_mib": 1}
+    rows = [
+        {"case": case.name, "provider": name, "status": "ok"} | figure for case, names in micro.FULL for name in names
+    ]
+    assert [entry["goal"] for entry in micro_targets(rows) if entry["met"] is None] == []
+
+
 def figures():
     return [job for job in gpu_jobs() if job.kind == "figure"]
 
