@@ -80,8 +80,10 @@ compile-check: .venv/installed
 launches: .venv/installed
 	$(RUN) -m benchmarks launches --out docs/launches.md
 
+# Other packages of MaxSim take part when they are there: .venv/bin/pip install -e ".[peers]"
 bench: .venv/installed
 	$(RUN) -m benchmarks micro
+	$(RUN) -m benchmarks busy
 
 gpu-bench: .venv/installed
 	$(RUN) -m benchmarks gpu --out runs/gpu

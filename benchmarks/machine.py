@@ -25,6 +25,8 @@ PACKAGES = {
     "pillow": "PIL",
     "late-interaction-kernels": "late_interaction_kernels",
     "flash-maxsim": "flash_maxsim",
+    "maxsim-cpu": "maxsim_cpu",
+    "maxsim-fast": "maxsim_fast",
 }  # by name, the module
 
 

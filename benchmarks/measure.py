@@ -20,13 +20,16 @@ from .cases import leaves
 __all__ = [
     "AGREEMENT",
     "DTYPES",
+    "FINGERPRINT",
     "MATMUL",
     "PASSES",
     "autocast",
     "disagreement",
     "fingerprint",
     "matmul_precision",
+    "matmul_rate",
     "measure_cpu",
+    "sample",
     "spread",
 ]
 
@@ -41,6 +44,8 @@ DTYPES = {
 # made of three products of TF32, and everything else is TF32, as it is by "medium" (kernels/_launch.py).
 MATMUL = {"tf32": "medium", "tf32x3": "high"}
 PASSES = ("forward", "backward", "both")
+FINGERPRINT = ("value", "gradient_norm")
+LONG = 10.0  # seconds
 
 # Relative difference in value and gradient norm beyond which two providers have not computed the same. Rounding flips
 # near ties between winners, which changes gradients more than values.
@@ -54,32 +59,44 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"median": median, "p20": p20, "p80": p80}
 
 
-def measure_cpu(fn: Callable[..., Tensor], arguments: dict[str, Any], *, seconds: float = 5.0) -> dict[str, Any]:
-    """Repeats for `seconds` (3 times at least, 200 at most). Run it in a fresh process: the peak is the process's.
+def measure_cpu(
+    fn: Callable[..., Tensor], arguments: dict[str, Any], *, seconds: float = 5.0, compiled: bool = False
+) -> dict[str, Any]:
+    """Repeats for `seconds`, 200 times at most, and 3 at least, unless they take more than `LONG` seconds.
 
-    `process_mib` is all of it, `above_inputs_mib` what came on top of inputs and libraries, gradients included.
+    A warm-up of more than `LONG` seconds is the measurement, but where it compiles: what is done once is nothing beside
+    it. Run it in a fresh process: the peak is the process's. `process_mib` is all of it, `above_inputs_mib` what came
+    on top of inputs and libraries, gradients included. `sample` is some of the output, by which orders are compared.
     """
     targets = leaves(arguments)
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    value, grads = _run(fn, arguments, targets)[:2]
-    result: dict[str, Any] = fingerprint(value, grads)
+    value, grads, first = _run(fn, arguments, targets)
+    result: dict[str, Any] = fingerprint(value, grads) | {"sample": sample(value)}
     del value, grads
     while time.perf_counter() - start < min(0.2, seconds):
         _run(fn, arguments, targets)
-    times: dict[str, list[float]] = {name: [] for name in PASSES}
-    start = time.perf_counter()
-    while len(times["both"]) < 3 or (time.perf_counter() - start < seconds and len(times["both"]) < 200):
-        stamps = _run(fn, arguments, targets)[2]
-        for name, duration in zip(PASSES, _durations(stamps), strict=True):
-            times[name].append(duration * 1e3)
+    long = first[-1] - first[0] > LONG and not compiled
+    steps = [first] if long else _repeated(lambda: _run(fn, arguments, targets)[2], seconds)
     peak = peak_process_bytes()
-    result |= {name: spread(times[name]) for name in (PASSES if targets else ("forward",))}
+    for name, times in zip(PASSES, zip(*map(_durations, steps), strict=True), strict=True):
+        if targets or name == "forward":
+            result[name] = spread([1e3 * duration for duration in times])
     return result | {
-        "repeats": len(times["both"]),
+        "repeats": len(steps),
         "process_mib": round(peak / 2**20),
         "above_inputs_mib": round(max(0, peak - before) / 2**20),
     }
+
+
+def _repeated(step: Callable[[], list[float]], seconds: float) -> list[list[float]]:
+    start, steps = time.perf_counter(), [step()]
+    while len(steps) < 200:
+        elapsed = time.perf_counter() - start
+        if elapsed >= (LONG if len(steps) < 3 else seconds):
+            break
+        steps.append(step())
+    return steps
 
 
 def _run(
@@ -113,13 +130,34 @@ def fingerprint(value: Tensor, grads: Sequence[Tensor]) -> dict[str, float]:
     return {"value": value.double().sum().item(), "gradient_norm": norm}
 
 
+def sample(value: Tensor) -> list[float]:
+    """Eight numbers of the output, evenly spaced: a sum does not show that rows and columns were exchanged."""
+    flat = value.detach().flatten()
+    return [float(x) for x in flat[:: max(1, flat.numel() // 8)][:8]]
+
+
 def disagreement(row: dict[str, Any], baseline: dict[str, Any], tolerance: float) -> str | None:
     """Why two providers cannot have computed the same, or None."""
-    for key in ("value", "gradient_norm"):
-        a, b = row[key], baseline[key]
-        if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
+    pairs = [(key, row[key], baseline[key], max(abs(row[key]), abs(baseline[key]))) for key in FINGERPRINT]
+    if "sample" in row and "sample" in baseline:
+        scale = max(map(abs, baseline["sample"]))
+        both = zip(row["sample"], baseline["sample"], strict=True)
+        pairs += [("one of the outputs", mine, theirs, scale) for mine, theirs in both]
+    for key, a, b, scale in pairs:
+        if not abs(a - b) <= tolerance * scale:
             return f"{key} {a:.6g}, where {baseline['provider']} has {b:.6g}"
     return None
+
+
+def matmul_rate(size: int, repeats: int = 15) -> float:
+    """Operations a second of a large float32 product, the median: what no implementation on this machine exceeds."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out, times = torch.zeros(size, size), []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / spread(times[2:])["median"]
 
 
 def peak_process_bytes() -> int:

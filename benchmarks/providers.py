@@ -2,10 +2,10 @@
 
 "released formulation" computes the paper's equations the way the code released with the paper does: a batched
 product for every pair, whose operands are first expanded to [B, B, tokens, D]. "reference" is the library's own
-specification: one product for all pairs, everything in memory, gradients by autograd.
+specification: one product for all pairs, everything in memory, gradients by autograd. What other packages have is in
+peers.py.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,12 +22,16 @@ from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 from fmfa_losses.ops.precision import unit_rows
 from fmfa_losses.ops.ranking import ranking_reference
 
+from .peers import CPU_PEERS, PEERS, PRODUCT, no_compiler, not_installed, product
+
 Provider = Callable[..., Any]
 
 RELEASED, REFERENCE = "released formulation", "reference"
+UNMASKED = f"{RELEASED}, without the mask"  # it takes none: what a user of that code pays at the same shape
 COMPILED, AUTOTUNED = "torch.compile of the reference", "torch.compile of the reference, max-autotune"
 TORCH, TRITON = "fmfa-losses (torch)", "fmfa-losses (triton)"
 OURS = (TORCH, TRITON)
+OTHER_RESULTS = (UNMASKED, PRODUCT)  # not what the others of their case compute, and not compared with it
 
 
 def released_similarity(x: Tensor, e: Tensor, *, x_mask: Tensor | None = None, e_mask: Tensor | None = None) -> Tensor:
@@ -154,60 +158,30 @@ def released(op: str) -> Provider:
     return functions[op]
 
 
-# The peers score unit tokens: they are normalised here, by PyTorch, and the clock runs. Their own normalisation would
-# make float32 tiles in the inner loop, which spill at D 512.
-
-
-def unit_tokens(image_tokens: Tensor, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return F.normalize(image_tokens, dim=-1), F.normalize(text_tokens, dim=-1)
-
-
-def late_interaction_kernels() -> Provider:
-    from late_interaction_kernels import maxsim
-
-    def score(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        image, text = unit_tokens(image_tokens, text_tokens)
-        return maxsim(text, image, q_mask=text_mask, normalize=False)
-
-    return score
-
-
-def flash_maxsim() -> Provider:
-    from flash_maxsim import flash_maxsim_batched_train
-
-    def score(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        image, text = unit_tokens(image_tokens, text_tokens)
-        lengths = None if text_mask is None else text_mask.sum(dim=1, dtype=torch.int32)
-        return flash_maxsim_batched_train(text, image, shared_docs=True, query_lengths=lengths)
-
-    return score
-
-
-# Name of the package -> how to get its MaxSim. late-interaction-kernels multiplies in 16 bits whatever the input,
-# flash-maxsim in the type of the input (float32: TF32).
-PEERS = {"late-interaction-kernels": late_interaction_kernels, "flash-maxsim": flash_maxsim}
-
-
 def provider(name: str, op: str) -> Provider:
     """Raises KeyError where the provider does not have the operation."""
     if name == RELEASED:
         return released(op)
+    if name == UNMASKED:
+        return lambda text_mask=None, **tokens: released(op)(**tokens)
     if name == REFERENCE:
         return reference(op)
     if name == COMPILED:
         return torch.compile(reference(op), dynamic=False)
     if name == AUTOTUNED:
         return torch.compile(reference(op), mode="max-autotune", dynamic=False)
-    if name in PEERS:
-        return PEERS[name]()
+    if name == PRODUCT:
+        return product()
+    if name in PEERS or name in CPU_PEERS:
+        return (PEERS | CPU_PEERS)[name]()
     return ours(op, {TORCH: "torch", TRITON: "triton"}[name])
 
 
-def why_not(name: str) -> str | None:
+def why_not(name: str, device: str = "cuda") -> str | None:
     """The reason why a provider cannot be measured here, or None."""
-    if name in PEERS and importlib.util.find_spec(name.replace("-", "_")) is None:
-        return f"{name} is not installed"
-    return None
+    if device == "cpu" and name in (COMPILED, AUTOTUNED):
+        return no_compiler()
+    return not_installed(name)
 
 
 def memory_needed(name: str, op: str, B: int, L: int, N: int, D: int, itemsize: int) -> float:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .busy import busy_tables
 from .gpu import plots
 from .gpu.about import LEGEND
 from .gpu.tables import gpu_report
 from .results import described, load_all
-from .tables import micro_table, target_table
+from .tables import micro_tables, target_table
 from .targets import micro_targets
 
 HEAD = """# Benchmarks
@@ -21,15 +22,25 @@ Written by `python -m benchmarks report` from the files in `benchmarks/results/`
 
 - Times are medians with the 20th and 80th percentile in brackets, after a warm-up. The forward keeps what its backward
   needs, as in training. The speed-up is that of forward and backward together, against the first provider of a case;
-  below 1x is a loss.
+  below 1x is a loss. Of a forward alone it is that of the forward.
 - **released formulation**: the paper's equations in the way the code released with the paper computes them, a batched
   product over operands expanded to [B, B, tokens, D]. **reference**: the library's own specification, one product for
   all pairs, everything in memory, gradients by autograd (for A-SDM, ID and IRR: whole matrices, whole vocabulary).
 - Providers of one case must agree in value and gradient norm; one that does not gets no time.
 """
 
-CPU = """Every measurement has a process of its own. *process* is its whole peak of resident memory, Python and torch
-included; *above inputs* what came on top of inputs and libraries, gradients included."""
+CPU = """- Every measurement has a process of its own. A step of more than 10 s is measured once. *process* is its whole
+  peak of resident memory, Python and torch included; *above inputs* what came on top of inputs and libraries, gradients
+  included. That of torch.compile has the compiler in it.
+- *of torch.mm*: the time in which a large float32 torch.mm of the same run would do the operations that the case needs,
+  over the measured time; forward / both passes. A case needs its kept tokens, and in a backward the winners: whoever
+  multiplies more than that has a smaller share.
+- *forward alone* keeps nothing for a backward. maxsim-cpu and maxsim-fast have none. They get unit tokens, normalised
+  before the clock runs, and captions without padding; the others normalise while it runs, and get a text mask.
+- *without the mask*: the released code takes none. It computes more there, and its values are not compared."""
+
+BUSY = """Forward and backward together: one thread alone, all threads alone, and all threads beside a process that
+counts without end. Nobody is bound to a core."""
 
 NOT_MEASURED = """## On a GPU
 
@@ -57,7 +68,15 @@ def describe(name: str, result: dict[str, Any]) -> str:
 
 def cpu_section(name: str, result: dict[str, Any]) -> str:
     parts = [f"## On the CPU: {result['machine']['cpu']}", CPU, describe(name, result)]
-    return "\n\n".join([*parts, micro_table(result["records"]), target_table(micro_targets(result["records"]))])
+    rate = result.get("mm_gflops")
+    parts += [f"torch.mm, 2048 x 2048 x 2048: {rate:.0f} GFLOP a second."] if rate else []
+    tables = micro_tables(result["records"], rate)
+    return "\n\n".join([*parts, tables, target_table(micro_targets(result["records"]))])
+
+
+def busy_section(name: str, result: dict[str, Any]) -> str:
+    parts = [f"## Beside other work: {result['machine']['cpu']}", BUSY, describe(name, result)]
+    return "\n\n".join([*parts, busy_tables(result["records"])])
 
 
 def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
@@ -84,9 +103,10 @@ def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
     for name, result in results.items():
         kinds.setdefault(result["kind"], {})[name] = result
-    micro, gpu = kinds.pop("micro", {}), kinds.pop("gpu", {})
+    micro, busy, gpu = (kinds.pop(kind, {}) for kind in ("micro", "busy", "gpu"))
     parts = [HEAD.strip()]
     parts += [cpu_section(name, result) for name, result in micro.items()]
+    parts += [busy_section(name, result) for name, result in busy.items()]
     parts += [gpu_section(name, result, folder) for name, result in gpu.items()] or [NOT_MEASURED]
     others = [other_section(name, result) for kind in kinds.values() for name, result in kind.items()]
     if others:

@@ -50,8 +50,7 @@ def least_seconds(least: Work, precision: str, ceilings: dict[str, float]) -> fl
 
 def share_of_roof(row: dict[str, Any], key: str, ceilings: dict[str, float]) -> float | None:
     """Least over measured time of a pass, in [0, 1] unless a count is wrong; None where work is not counted."""
-    sizes = {name: row[name] for name in ("op", "B", "L", "N", "D", "V", "mean_length") if name in row}
-    least = work(Case(**sizes), DTYPES[row["dtype"]].itemsize)
+    least = work(Case.of(row), DTYPES[row["dtype"]].itemsize)
     if least is None or key not in row:
         return None
     return least_seconds(least[key], row["dtype"], ceilings) / (row[key]["median"] / 1e3)

@@ -1,5 +1,6 @@
 """The benchmark's own logic: counted work, the plan and its time, tables, plots, report. No speed is judged."""
 
+import itertools
 import json
 import re
 import zipfile
@@ -8,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ROOT, __main__, machine, micro, providers, report, results, stand_in
+from benchmarks import ROOT, __main__, machine, measure, micro, providers, report, results, stand_in
 from benchmarks.cases import SIZES, Case, inputs, leaves, lengths, work
 from benchmarks.gpu import alternatives, exact, kernel_work, plots, preflight, stand_in_cuda, triton_cache, wheels
 from benchmarks.gpu import run as gpu
@@ -21,9 +23,9 @@ from benchmarks.gpu.plan import STAGES, Job, gpu_jobs, stage_jobs
 from benchmarks.gpu.predictions import PREDICTIONS, predicted
 from benchmarks.gpu.tables import gpu_report, gpu_tables
 from benchmarks.gpu.targets import gpu_targets
-from benchmarks.measure import DTYPES, PASSES, disagreement, matmul_precision, measure_cpu, spread
-from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON
-from benchmarks.tables import micro_table
+from benchmarks.measure import DTYPES, PASSES, disagreement, fingerprint, matmul_precision, measure_cpu, sample, spread
+from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON, UNMASKED, plain_asdm
+from benchmarks.tables import micro_tables
 from benchmarks.targets import micro_targets
 
 SMALL = {"L": 3, "N": 5, "D": 7}
@@ -59,8 +61,12 @@ def gpu_precision(name):
         (Case("maxsim", 2, **SMALL), (840, 448), (336, 896)),
         # aggregation, 6 x 6 and 10 x 6 products; winners 12 + 20
         (Case("efa", 2, **SMALL), (840 + 504 + 840, 448), (2100 + 336 + 560, 896)),
+        # 6 text tokens against 3 images of 5 patches; 3 x 6 winners
+        (Case("maxsim", 2, **SMALL, images=3), (1260, 588), (504, 1176)),
         # one 3 x 3 product of width 4, three in the backward
         (Case("asdm", 3, D=4), (72, 96), (216, 192)),
+        # [6, 4] [4, 5] for texts and images, and two such products; the weights and 6 rows
+        (Case("id", 3, D=4, V=5), (240, 176), (480, 352)),
     ],
 )
 def test_work_by_hand(case, forward, backward):
@@ -81,6 +87,57 @@ def test_only_kept_tokens_are_work():
     assert kept.float().mean().item() == pytest.approx(25, abs=3)
     assert inputs(case)["text_mask"].sum() == kept.sum()
     assert work(case, 4)["forward"].flops < work(Case("efa", 64), 4)["forward"].flops / 2
+
+
+def test_work_of_irr_is_that_of_its_products():
+    """Those of the dense head, as torch counts them, without what masked words alone need, and with attention."""
+    case = Case("irr", 2, L=5, N=6, D=64, V=30)
+    arguments = inputs(case)
+    masked = int((arguments["labels"] != 0).sum())
+    assert 2 <= masked < 10
+    with FlopCounterMode(display=False) as counter:
+        providers.provider(REFERENCE, "irr")(**arguments)
+    dense = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    # Of the last block q, out and the MLP, then the head.
+    saved = (10 - masked) * (2 * 64 * 64 * (1 + 1 + 8 + 1) + 2 * 64 * 30)
+    attention = 4 * 64 * (10 * 6 + 3 * (2 * 5 * 5) + masked * 5)
+    assert work(case, 4)["forward"].flops == dense - saved + attention
+    assert work(case, 4)["backward"].flops == 2 * work(case, 4)["forward"].flops
+
+
+def test_a_case_comes_back_from_its_measurement():
+    for case in (Case("maxsim", 4, images=3, gradients=False), Case("efa", 4, mean_length=3), Case("asdm", 5)):
+        row = case.as_dict() | {"case": case.name, "provider": TORCH}
+        assert Case.of(row).name == case.name
+        assert work(Case.of(row), 4) == work(case, 4)
+
+
+def test_a_forward_alone_collects_no_gradient():
+    arguments = inputs(Case("maxsim", 4, **SMALL, images=3, gradients=False))
+    assert arguments["image_tokens"].shape == (3, 5, 7)
+    assert leaves(arguments) == []
+    row = measure_cpu(providers.provider(TORCH, "maxsim"), arguments, seconds=0)
+    assert "forward" in row
+    assert "both" not in row
+
+
+def test_long_steps_are_not_repeated(monkeypatch):
+    """Three repeats, one where they are long, none where the warm-up was; a warm-up that compiles is no measurement."""
+    calls = []
+
+    def step(image_features, text_features, pids):
+        calls.append(1)
+        return plain_asdm(image_features, text_features, pids)
+
+    arguments = inputs(Case("asdm", 4, D=8))
+    for clock, options, repeats, total in ((1.0, {}, 3, 4), (4.0, {}, 2, 3), (11.0, {}, 1, 1),
+                                           (11.0, {"compiled": True}, 1, 2)):  # fmt: skip
+        calls.clear()
+        ticks = itertools.count()
+        monkeypatch.setattr(measure.time, "perf_counter", lambda clock=clock, ticks=ticks: next(ticks) * clock / 2)
+        row = measure_cpu(step, arguments, seconds=0, **options)
+        assert (row["repeats"], len(calls)) == (repeats, total)
+        assert row["both"]["median"] == 1e3 * clock
 
 
 def test_spread():
@@ -109,6 +166,27 @@ def test_disagreement_is_seen():
     assert disagreement(good | {"value": float("nan")}, good, 1e-3).startswith("value nan")
 
 
+def test_a_wrong_result_has_no_time():
+    """The first of a case is what the others are compared with; what computes something else is left alone."""
+    row = {"op": "efa", "status": "ok", "value": 1.0, "gradient_norm": 1.0, "sample": [1.0], "both": {}, "repeats": 3}
+    rows = [row | {"provider": UNMASKED, "value": 9.0}, row | {"provider": REFERENCE},
+            row | {"provider": TORCH, "value": 1.1}, row | {"provider": COMPILED}]  # fmt: skip
+    found = micro.agreed(rows)
+    assert [entry["status"] for entry in found] == [
+        "ok", "ok", "failed: value 1.1, where reference has 1", "ok"
+    ]  # fmt: skip
+    assert ["both" in entry for entry in found] == [True, True, False, True]
+    assert not any("sample" in entry for entry in found)
+
+
+def test_exchanged_rows_and_columns_are_seen():
+    """A forward alone has no gradient that would show it."""
+    scores = torch.randn(6, 6)
+    rows = [{"provider": "a", **fingerprint(x, ()), "sample": sample(x)} for x in (scores, scores.T.contiguous())]
+    assert disagreement(rows[0], rows[0], 1e-3) is None
+    assert disagreement(rows[1], rows[0], 1e-3).startswith("one of the outputs")
+
+
 def test_micro_writes_every_field(tmp_path, capsys):
     out = tmp_path / "micro.json"
     assert micro.main(["--quick", "--only", "asdm", "--seconds", "0", "--threads", "1", "--out", str(out)]) == 0
@@ -122,7 +200,8 @@ def test_micro_writes_every_field(tmp_path, capsys):
         assert {"case", "op", "B", "D", "provider", "dtype", "repeats", "process_mib", "above_inputs_mib"} <= row.keys()
         for part in ("forward", "backward", "both"):
             assert 0 < row[part]["p20"] <= row[part]["median"] <= row[part]["p80"]
-    table = micro_table(result["records"])
+    assert result["mm_gflops"] > 0
+    table = micro_tables(result["records"], result["mm_gflops"])
     assert table in capsys.readouterr().out
     text = report.render({"micro.json": result}, tmp_path / "plots")
     assert table in text
@@ -143,7 +222,26 @@ def test_micro_targets_name_what_is_missing():
     ]  # fmt: skip
     verdicts = [(entry["measured"], entry["met"]) for entry in micro_targets(rows)]
     assert verdicts[:4] == [("9.0x", True), ("5.0x", False), ("10.0x", False), ("10.0x", False)]
-    assert verdicts[4:] == [("not measured", None)] * 5
+    assert verdicts[4:] == [("not measured", None)] * (len(verdicts) - 4)
+    short = Case("efa", 64, mean_length=25)
+    rows += [rows[0] | {"case": short.name, "provider": name, "both": {"median": ms}, "above_inputs_mib": mib}
+             for name, ms, mib in ((UNMASKED, 960.0, 6000), (TORCH, 60.0, 290))]  # fmt: skip
+    verdicts = [
+        (entry["measured"], entry["met"])
+        for entry in micro_targets(rows)
+        if "EFA, B 64, captions of 25:" in entry["goal"]
+    ]
+    assert verdicts == [("16.0x", True), ("1.7x", False), ("0.30 GB", False)]
+
+
+def test_a_whole_run_judges_every_target():
+    """No target names a case or a provider that the plan leaves out, and no case is there twice."""
+    assert len({case for case, _ in micro.FULL}) == len(micro.FULL)
+    figure = {"forward": {"median": 1.0}, "both": {"median": 1.0}, "process_mib": 1, "above_inputs_mib": 1}
+    rows = [
+        {"case": case.name, "provider": name, "status": "ok"} | figure for case, names in micro.FULL for name in names
+    ]
+    assert [entry["goal"] for entry in micro_targets(rows) if entry["met"] is None] == []
 
 
 def figures():

@@ -30,7 +30,10 @@ def score(q, d):
 PEERS = {
     "late_interaction_kernels": SCORE
     + "def maxsim(Q, D, q_mask=None, d_mask=None, *, normalize=False, backward=None):\n"
-    + "    assert not normalize\n    return score(Q, D)\n",
+    + "    assert not normalize\n    return score(Q, D)\n"
+    + "class MaxSimScorer:\n"  # what it runs on a CPU
+    + "    def __init__(self, *, normalize):\n        assert not normalize\n"
+    + "    def __call__(self, Q, D, q_mask=None, d_mask=None):\n        return score(Q, D)\n",
     "flash_maxsim": SCORE
     + "def flash_maxsim_batched_train(Q, D, shared_docs=True, doc_lengths=None, query_lengths=None):\n"
     + "    return score(Q, D)\n",
