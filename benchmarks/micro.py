@@ -25,7 +25,7 @@ from . import ROOT, providers, results
 from .cases import RETRIEVAL, SIZES, Case, inputs, work
 from .measure import FINGERPRINT, PASSES, disagreement, matmul_rate, measure_cpu
 from .peers import COMPILED_MAXSIM, CPU_PEERS, LATE_INTERACTION, PRODUCT, prepared
-from .providers import AUTOTUNED, COMPILED, OTHER_RESULTS, REFERENCE, RELEASED, TORCH, UNMASKED
+from .providers import AUTOTUNED, COMPILED, MEDIUM, OTHER_RESULTS, REFERENCE, RELEASED, TORCH, UNMASKED
 from .tables import micro_tables, target_table
 from .targets import micro_targets
 
@@ -39,8 +39,8 @@ TRAINED, SCORED = (LATE_INTERACTION, TORCH), (LATE_INTERACTION, *COMPILED_MAXSIM
 CAPTIONS = Case("maxsim", 64, mean_length=25)
 
 FULL = [
-    (Case("efa", 64), (RELEASED, REFERENCE, TORCH)),
-    (Case("efa", 64, mean_length=25), (UNMASKED, REFERENCE, TORCH)),
+    (Case("efa", 64), (RELEASED, REFERENCE, TORCH, MEDIUM)),
+    (Case("efa", 64, mean_length=25), (UNMASKED, REFERENCE, TORCH, MEDIUM)),
     (Case("efa", 256), (TORCH,)),
     (Case("hard_similarity", 64), (RELEASED, REFERENCE, TORCH)),
     (Case("hard_similarity", 64, gradients=False), (REFERENCE, PRODUCT, TORCH)),
