@@ -259,15 +259,14 @@ class IRRHead(Module):
 
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and number of right predictions over states [M, D]."""
-        *layers, projection = self.mlm_head
-        plain = type(self.mlm_head) is nn.Sequential and type(projection) is nn.Linear
-        if plain and isinstance(projection, nn.Linear) and _untouched(self.mlm_head, projection):
+        layers = list(self.mlm_head) if type(self.mlm_head) is nn.Sequential else []
+        last = layers.pop() if layers else None
+        if type(last) is nn.Linear and _untouched(self.mlm_head, last):
             for layer in layers:
                 states = layer(states)
-            weight = projection.weight
-            if product_dtype(states) == product_dtype(weight):
-                return summed_cross_entropy(states, weight, projection.bias, targets, self.ignore_index)
-            logits = projection(states)  # says what does not fit
+            if product_dtype(states) == product_dtype(last.weight):
+                return summed_cross_entropy(states, last.weight, last.bias, targets, self.ignore_index)
+            logits = last(states)  # says what does not fit
         else:
             logits = self.mlm_head(states)  # [M, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

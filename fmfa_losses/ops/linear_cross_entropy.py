@@ -163,7 +163,7 @@ def linear_cross_entropy_backward_op(  # type: ignore[no-untyped-def]
 ):
     wanted = (of_states, of_weight, of_bias)
     if backend == "triton":
-        from fmfa_losses.kernels import linear_cross_entropy as kernels
+        from fmfa_losses.kernels import linear_cross_entropy_gradient as kernels
 
         return kernels.backward(dloss, statistics, states, weight, bias, targets, ignore_index, *wanted)
     kept = logits if logits.numel() else None
