@@ -142,7 +142,7 @@ def linear_cross_entropy_op(  # type: ignore[no-untyped-def]
     acc = accumulation_dtype(states, weight)
     logits = states.new_empty((len(states), len(weight)) if keep and save else 0, dtype=acc)
     kept = logits if keep and save else None
-    if states.device.type != "cpu":
+    if not on_processor(states):
         return *_rows(states, weight, bias, targets, targets != ignore_index, kept), logits
     statistics = states.new_empty(2, len(states), dtype=acc)
     statistics[0], statistics[1] = 0, torch.inf
@@ -167,7 +167,7 @@ def linear_cross_entropy_backward_op(  # type: ignore[no-untyped-def]
 
         return kernels.backward(dloss, statistics, states, weight, bias, targets, ignore_index, *wanted)
     kept = logits if logits.numel() else None
-    if states.device.type != "cpu":
+    if not on_processor(states):
         return _gradients(dloss, statistics, kept, states, weight, bias, targets, *wanted)
     counted = (targets != ignore_index).nonzero().squeeze(1)
     own, *rest = _gradients(
@@ -228,10 +228,15 @@ _linear_cross_entropy, _linear_cross_entropy_backward = differentiable_once(
 )
 
 
-def _blocks(M: int, V: int, device: torch.device) -> tuple[list[slice], list[slice]]:
+def on_processor(x: Tensor) -> bool:
+    """Whether the host may look which rows count, and blocks are to fit in caches."""
+    return x.device.type == "cpu"
+
+
+def _blocks(states: Tensor, V: int) -> tuple[list[slice], list[slice]]:
     """Blocks of rows and of columns."""
-    block = BLOCK if device.type == "cpu" else BLOCK_ON_ACCELERATOR
-    rows = ROWS if device.type == "cpu" else max(ROWS, block // COLUMNS)
+    M, block = len(states), BLOCK if on_processor(states) else BLOCK_ON_ACCELERATOR
+    rows = ROWS if on_processor(states) else max(ROWS, block // COLUMNS)
     columns = max(COLUMNS, block // max(1, min(M, rows)))
     return list(_slices(M, rows)), list(_slices(V, columns))
 
@@ -264,7 +269,7 @@ def _rows(
     acc, M = accumulation_dtype(states, weight), len(states)
     top, total = states.new_full((M,), -torch.inf, dtype=acc), states.new_zeros(M, dtype=acc)
     own, best = torch.full_like(total, torch.nan), torch.zeros_like(targets)  # the target's logit, and the best column
-    row_blocks, column_blocks = _blocks(M, len(weight), states.device)
+    row_blocks, column_blocks = _blocks(states, len(weight))
     with full_precision(states):
         for columns in column_blocks:
             W, b = weight[columns].to(states.dtype), None if bias is None else bias[columns]
@@ -305,11 +310,11 @@ def _gradients(
     first, last = (HALF_FACTOR, dloss / HALF_FACTOR) if states.dtype == torch.float16 else (dloss, None)
     each = first / total  # 0 for rows that do not count
     # A processor adds up the gradient of half weights in float32, also within a product.
-    summed = states.to(acc) if of_weight and states.device.type == "cpu" else states
+    summed = states.to(acc) if of_weight and on_processor(states) else states
     dstates = states.new_zeros(states.shape if of_states else 0, dtype=acc)
     dweight = weight.new_empty(weight.shape if of_weight else 0)
     dbias = weight.new_empty(0) if bias is None or not of_bias else bias.new_empty(V)
-    row_blocks, column_blocks = _blocks(M, V, states.device)
+    row_blocks, column_blocks = _blocks(states, V)
     with full_precision(states):
         for columns in column_blocks:
             W, b = weight[columns].to(states.dtype), None if bias is None else bias[columns]

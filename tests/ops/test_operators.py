@@ -29,6 +29,7 @@ from fmfa_losses.ops import backend as _backend
 from fmfa_losses.ops.aggregation import sparse_aggregation_backward_op, sparse_aggregation_op
 from fmfa_losses.ops.backend import select_backend, why_not_triton
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
+from fmfa_losses.ops.linear_cross_entropy import linear_cross_entropy
 from fmfa_losses.ops.precision import kernels_run
 from fmfa_losses.ops.ranking import ranking
 from fmfa_losses.ops.similarity_distribution import similarity_distribution_loss
@@ -180,6 +181,9 @@ LOSSES = {
 OF_TOKENS = {
     "efa": lambda v, t, mask: efa_loss(v, t, text_mask=mask),
     "hard_similarity": lambda v, t, mask: hard_similarity(v, t, e_mask=mask),
+    "linear_cross_entropy": lambda v, t, mask: (
+        linear_cross_entropy(v[:, 0], t[0], None, torch.arange(4, device=v.device))[0]
+    ),
     "sparse_aggregate": lambda v, t, mask: sparse_aggregate(v, t),
 }
 
@@ -276,6 +280,7 @@ def test_a_checkout_without_its_kernels_says_so(monkeypatch):
 
 
 OUTPUTS = {
+    "linear_cross_entropy": [(), (), (2, 2), (2, 4)],
     "match_and_pool": [(2, 3), (2, 3, 4), (2, 3, 4)],
     "row_norms": [(2, 2, 1)],
     "similarity_distribution": [(), (2, 4, 2), (2, 2, 2), (2, 4), (2,)],
@@ -293,6 +298,7 @@ def test_an_operator_with_other_outputs_has_another_name(name):
     with FakeTensorMode():
         x, e, ids = torch.randn(2, 4, 5), torch.randn(3, 6, 5), torch.arange(2)
         arguments = {
+            "linear_cross_entropy": (x[:, 0], x[0], None, ids, -100, True, True, "torch"),
             "match_and_pool": (x, e, None, None, "lse", 1.0, True, "torch"),
             "row_norms": (x[:, 0], False, False),
             "similarity_distribution": (x[:, 0], x[:, 1], ids, None, None, 50.0, "torch", *row_loss),
@@ -314,6 +320,10 @@ def offset_loss(queries, keys):
 
 
 DIRECT = {
+    "linear_cross_entropy": (
+        lambda x, y: linear_cross_entropy(x, y, None, torch.arange(len(x), device=x.device))[0],
+        [(4, 5), (6, 5)],
+    ),
     "ranking": (lambda x, y: ranking(x, y, margin=0.2, logit_scale=3.0).mean(), [(4, 4), (4, 4)]),
     "similarity_distribution": (offset_loss, [(3, 5), (4, 5)]),
 }
