@@ -106,6 +106,13 @@ def test_autocast_multiplies_in_its_dtype_and_leaves_the_gradient_of_weights_who
         assert of(linear_cross_entropy, targets)(*(x.double() for x in inputs)).dtype == torch.float64
 
 
+def test_an_ignored_class_of_the_vocabulary(place, blocks):
+    """As in IRR, where the padding's id is the label of what is not masked."""
+    inputs, targets = draw(30, 20, 6), torch.randint(3, (30,))
+    ours, reference = (of(f, targets, ignore_index=0) for f in (linear_cross_entropy, linear_cross_entropy_reference))
+    assert_close(value_and_grads(ours, inputs), value_and_grads(reference, inputs), 1e-12)
+
+
 def test_gradients(place, blocks):
     inputs = [x.requires_grad_() for x in draw(6, 9, 5)]
     targets = torch.tensor([3, -100, 8, 0, -100, 3])
@@ -133,7 +140,7 @@ def test_improbable_classes_keep_their_gradient_in_half_precision(place):
 def test_edges_are_those_of_the_reference(place, blocks, entry):
     states, weight, bias = draw(8, 40, 8)
     for targets in (torch.arange(8), torch.arange(8) + 30):
-        for column in (0, 33, 39):
+        for column in (0, 33, 39, slice(5)):  # one of many, and a whole block
             bias_, states_ = bias.clone(), states.clone()
             bias_[column] = entry
             states_[2, 3] = entry if entry > 0 else states_[2, 3]

@@ -181,9 +181,9 @@ LOSSES = {
 OF_TOKENS = {
     "efa": lambda v, t, mask: efa_loss(v, t, text_mask=mask),
     "hard_similarity": lambda v, t, mask: hard_similarity(v, t, e_mask=mask),
-    "linear_cross_entropy": lambda v, t, mask: (
-        linear_cross_entropy(v[:, 0], t[0], None, torch.arange(4, device=v.device))[0]
-    ),
+    "linear_cross_entropy": lambda v, t, mask: linear_cross_entropy(
+        v[:, 0], t[0], None, torch.arange(4, device=v.device)
+    )[0],
     "sparse_aggregate": lambda v, t, mask: sparse_aggregate(v, t),
 }
 
