@@ -10,6 +10,7 @@ from helpers.budget import assert_within_budget
 from helpers.compare import value_and_grads
 
 from benchmarks.budget import relative_error
+from fmfa_losses import IRRHead
 from fmfa_losses.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 # Rows, classes, width: alone, of one block, and of several; classes of several parts of the forward.
@@ -178,6 +179,22 @@ def test_an_ignored_class_of_the_vocabulary():
     ours, _, plain, exact = both(inputs, targets, ignore_index=0)
     for a, b, c in zip(ours, plain, exact, strict=True):
         assert_within_budget(a, b, c, amplification=40)
+
+
+@pytest.mark.parametrize("max_masked", [None, 60])
+def test_the_irr_head_is_made_of_them(monkeypatch, max_masked):
+    """Labels as on an accelerator: all rows, those that are masked first."""
+    head = IRRHead(16, 300, depth=1, num_heads=2, max_masked=max_masked)
+    image, text = torch.randn(4, 5, 16), torch.randn(4, 40, 16)
+    labels = torch.where(torch.rand(4, 40) < 0.2, torch.randint(1, 300, (4, 40)), 0)
+    monkeypatch.setattr("fmfa_losses.heads.irr.on_host", lambda labels: False)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("FMFA_LOSSES_BACKEND", backend)
+        loss, accuracy = head(image, text, labels)
+        results.append([loss, accuracy, *torch.autograd.grad(loss, list(head.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_strides():
