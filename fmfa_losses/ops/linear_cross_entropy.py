@@ -246,12 +246,18 @@ def _slices(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """h W^T + b, made in the dtype of the states and then of `dtype`."""
-    if states.dtype == dtype and bias is not None:
-        return torch.addmm(bias.to(dtype), states, weight.T)
+def _logits(
+    states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """h W^T + b, made in the dtype of the states and then of `dtype`; in `out` where it is given."""
+    if states.dtype == dtype:
+        if bias is not None:
+            return torch.addmm(bias.to(dtype), states, weight.T, out=out)
+        return torch.mm(states, weight.T, out=out)
     logits = (states @ weight.T).to(dtype)
-    return logits if bias is None else logits.add_(bias)
+    if bias is not None:
+        logits += bias
+    return logits if out is None else out.copy_(logits)
 
 
 def _rows(
@@ -274,17 +280,16 @@ def _rows(
         for columns in column_blocks:
             W, b = weight[columns].to(states.dtype), None if bias is None else bias[columns]
             for rows in row_blocks:
-                z, column = _logits(states[rows], W, b, acc), targets[rows] - columns.start
+                z = _logits(states[rows], W, b, acc, out=None if kept is None else kept[rows, columns])
+                column = targets[rows] - columns.start
                 inside = (column >= 0) & (column < len(W))
                 found = z.gather(1, column.clamp(0, len(W) - 1).unsqueeze(1)).squeeze(1)
                 own[rows] = torch.where(inside, found, own[rows])
                 largest, index = z.max(dim=1)  # of equal ones the first
                 best[rows] = torch.where(largest > top[rows], index + columns.start, best[rows])
-                if kept is not None:
-                    kept[rows, columns] = z
                 new = torch.maximum(largest, top[rows])  # NaN stays
                 base = new.masked_fill(new == -torch.inf, 0)
-                total[rows] = total[rows] * (top[rows] - base).exp() + z.sub_(base.unsqueeze(1)).exp_().sum(dim=1)
+                total[rows] = total[rows] * (top[rows] - base).exp() + z.sub(base.unsqueeze(1)).exp_().sum(dim=1)
                 top[rows] = new
     loss = (top - own + total.log()).masked_fill(~counted, 0).sum()
     right = (counted & (best == targets) & (own == top)).sum()
