@@ -84,6 +84,7 @@ def record(chip: str, kind: str) -> list[Any]:
                 return launches
             _aggregation(empty)
             _unit_rows(empty)
+            _linear_cross_entropy(empty)
             if kind == "float32":  # whatever the tokens are
                 _ranking(empty)
             # Batches of every size: the paper's loss, and rows of one direction with all that a row can carry. One
@@ -174,6 +175,17 @@ def _unit_rows(empty: Callable[..., torch.Tensor]) -> None:
         unit_rows.backward(joint, unit, inverse, some, joint)
         unit_rows.backward(x, unit, inverse, some, x)
     unit_rows.forward(empty(128, 77, 2048), None, x.dtype)  # rows wider than one tile
+
+
+def _linear_cross_entropy(empty: Callable[..., torch.Tensor]) -> None:
+    """All words of a batch with the vocabulary, in several chunks; weights of float32 as well, which autocast casts."""
+    from fmfa_losses.kernels import linear_cross_entropy, linear_cross_entropy_gradient
+
+    states, targets, dloss = empty(4928, 512), empty(4928, dtype=torch.int64), empty(dtype=torch.float32)
+    for dtype in dict.fromkeys((states.dtype, torch.float32)):
+        weight, bias = empty(49408, 512, dtype=dtype), empty(49408, dtype=dtype)
+        *_, statistics = linear_cross_entropy.forward(states, weight, bias, targets, 0)
+        linear_cross_entropy_gradient.backward(dloss, statistics, states, weight, bias, targets, 0, True, True, True)
 
 
 def _ranking(empty: Callable[..., torch.Tensor]) -> None:

@@ -180,6 +180,23 @@ def _kept_gradient(a: Call) -> int:
     return a.programs * a["BLOCK_M"] * a.padded("C", "BLOCK_N") * a["BLOCK_OUT"]
 
 
+def _classes(a: Call) -> int:
+    """All rows, as if all counted, with all classes."""
+    return a.padded("M", "BLOCK_M") * a.padded("V", "BLOCK_N") * a.padded("D", "BLOCK_D")
+
+
+def _rows_of(a: Call) -> int:
+    return int(a["states_ptr"].shape[0])
+
+
+def _dweight(a: Call) -> int:
+    return a.programs * a["BLOCK_OWN"] * a["BLOCK_OUT"] * (-(-_rows_of(a) // a["BLOCK_SUM"]) * a["BLOCK_SUM"])
+
+
+def _dstates(a: Call) -> int:
+    return a.programs * a["BLOCK_OWN"] * a["BLOCK_OUT"] * a.padded("size", "BLOCK_SUM")
+
+
 # What is made again, because it was not kept, is executed and not needed.
 PRODUCTS: dict[str, Products] = {
     "_match_kernel": Products(_alignment, _match),
@@ -198,6 +215,10 @@ PRODUCTS: dict[str, Products] = {
     "_cosines_kernel": Products(_logits("R", "C"), _tile_of_logits),
     "_kept_dlogits_kernel": Products(_nothing, _tile_of_logits),
     "_kept_gradient_kernel": Products(_logits("R", "C", 2), _kept_gradient),
+    "_linear_cross_entropy_kernel": Products(_logits("M", "V"), _classes),
+    "_dz_kernel": Products(_nothing, _tile_of_logits),
+    "_dweight_kernel": Products(lambda a: _rows_of(a) * a["size"] * a["D"], _dweight),
+    "_dstates_kernel": Products(_logits("M", "size"), _dstates),
 }
 
 GATHERS = {"_dx_kernel"}  # no tiles of products, but as many multiply-adds

@@ -188,9 +188,6 @@ def compared() -> dict[str, Callable[..., Tensor]]:
         "IRRHead": lambda image_tokens, masked_text_tokens, masked_labels, text_mask, **_: (
             irr(image_tokens, masked_text_tokens, masked_labels, text_mask=text_mask).loss
         ),
-        "IRRHead in chunks": lambda image_tokens, masked_text_tokens, masked_labels, **_: (
-            irr(image_tokens, masked_text_tokens, masked_labels).loss
-        ),
         "EFALoss": lambda image_tokens, text_tokens, text_mask, **_: efa_loss(
             image_tokens, text_tokens, text_mask=text_mask
         ),
@@ -200,9 +197,7 @@ def compared() -> dict[str, Callable[..., Tensor]]:
 
 @pytest.mark.parametrize("name", list(compared()))
 @pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals, by version
-def test_changing_batches_take_one_static_and_few_dynamic_graphs(monkeypatch, name):
-    if "chunks" in name:
-        monkeypatch.setattr("fmfa_losses.heads.irr.CHUNK_ROWS", 16)  # 21 to 121 rows: 2, 4 or 8 chunks
+def test_changing_batches_take_one_static_and_few_dynamic_graphs(name):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     function = compared()[name]
@@ -211,7 +206,7 @@ def test_changing_batches_take_one_static_and_few_dynamic_graphs(monkeypatch, na
     for inputs in changing(12):
         torch.testing.assert_close(compiled(**inputs), function(**inputs))
         graphs.append(counter.frame_count)
-    assert graphs[-1] <= (5 if "chunks" in name else 2), graphs
+    assert graphs[-1] <= 2, graphs
 
 
 @pytest.mark.parametrize(

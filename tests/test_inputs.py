@@ -529,7 +529,7 @@ EXPORTED = [
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("call", EXPORTED, ids=lambda call: type(call.module).__name__)
 def test_export_with_a_dynamic_batch(call, strict):
-    size = torch.export.Dim("size", min=2, max=200)  # IRR cuts more than 1024 rows into chunks
+    size = torch.export.Dim("size", min=2, max=200)  # EFA has other code for more
     inputs = batch(6)
     exported = torch.export.export(call, inputs, dynamic_shapes=tuple({0: size} for _ in inputs), strict=strict)
     for other in (2, 6, 13):

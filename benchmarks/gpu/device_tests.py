@@ -18,6 +18,7 @@ __all__ = ["FILES", "run_tests"]
 FILES = {
     "test_gpu_efa.py": ("efa", "hard_similarity", "maxsim", "sparse_aggregate"),
     "test_gpu_asdm.py": ("asdm",),
+    "test_gpu_irr.py": ("irr",),
 }
 
 

@@ -6,7 +6,8 @@
     L_irr = mean over masked positions of CE(logits, original id)
 
 Only masked positions have a label, so the end of the last block and the product with the vocabulary are computed for
-them alone. The loss is the same, and the [B, L, V] logits (0.9 GiB in float32 at B = 64) never exist.
+them alone. The loss is the same, and the [B, L, V] logits (0.9 GiB in float32 at B = 64) never exist: where the last
+layer is a plain linear one, `linear_cross_entropy` makes them in blocks.
 
 Source: IRRA, arXiv 2303.12501, section 3.2. The released code computes all logits, and its self-attention
 sees the padding, which is `text_mask=None` here.
@@ -31,6 +32,7 @@ from ..ops.checks import (
     integer_ids,
     on_host,
 )
+from ..ops.linear_cross_entropy import product_dtype, summed_cross_entropy
 from ..ops.module import Module
 from ..ops.padding import longest, refuse_trace
 from .checkpoint import LoadReport, checkpoint_entries, load_entries
@@ -38,8 +40,6 @@ from .cross_modal import Attention, LayerNorm, QuickGELU, Transformer
 from .parts import check_device, nan_unless, to_dtype_of
 
 __all__ = ["IRRHead", "IRROutput"]
-
-CHUNK_ROWS = 1024  # rows [D] multiplied with the vocabulary at once: 0.2 GB of float32 logits at V = 49408
 
 
 class IRROutput(NamedTuple):
@@ -64,20 +64,22 @@ class IRRHead(Module):
     Dtypes: tokens are cast to the dtype of the attention weights; every LayerNorm and the cross-entropy run in float32
     at least. Works in float32 and float64, with half weights beside float32 LayerNorms (as IRRA trains), with autocast.
 
-    Labels on the CPU or on the accelerator: the host never waits, so the device of the labels decides which rows are
-    multiplied with the vocabulary. On the CPU, where data loaders make them (the tokens may be elsewhere): exactly the
-    masked rows. On an accelerator the host cannot know how many are masked: with `max_masked` that many rows, and where
-    more are masked, loss, accuracy and gradient are NaN, so that a truncation is always seen; without it all B * L
-    rows, exact but slow. More than 1024 rows are projected in chunks of at most 1024, whose logits the backward
-    computes again; where `mlm_head` holds other modules or hooks, which may be random, the logits are kept.
+    Labels on the CPU or on the accelerator: the host never waits, so the device of the labels decides for which rows
+    the end of the last block is computed. On the CPU, where data loaders make them (the tokens may be elsewhere):
+    exactly the masked rows. On an accelerator the host cannot know how many are masked: with `max_masked` that many
+    rows, and where more are masked, loss, accuracy and gradient are NaN, so that a truncation is always seen; without
+    it all B * L rows, exact, and slower by what the end of that block costs for them.
 
-    Submodules are called and their weights are not read, so that hooks, adapters and parametrisations work. The
-    attention's own `in_proj_weight` and `in_proj_bias` belong to no submodule, as in nn.MultiheadAttention: they can be
-    parametrised, but what replaces a whole attention module has to take (query, context, keep, rows) and return one
-    tensor.
+    The logits are never in memory as a whole: neither bound nor CPU labels are needed for that. Where the last layer of
+    `mlm_head` holds another module, hooks or weights that are no plain tensors, it is called, and its logits are kept.
 
-    torch.compile and torch.export see no values: labels on the CPU are treated as labels on an accelerator (so set
-    `max_masked`), and a label outside the vocabulary makes the loss NaN, or PyTorch raises. torch.jit.trace is refused.
+    Submodules are called, so that hooks, adapters and parametrisations work; of the last layer alone, where nothing was
+    changed, the weights are read. The attention's own `in_proj_weight` and `in_proj_bias` belong to no submodule, as in
+    nn.MultiheadAttention: they can be parametrised, but what replaces a whole attention module has to take (query,
+    context, keep, rows) and return one tensor.
+
+    torch.compile and torch.export see no values: labels on the CPU are treated as labels on an accelerator, and a label
+    outside the vocabulary makes the loss NaN, or PyTorch raises. torch.jit.trace is refused. Differentiable once.
 
     Args:
         embed_dim: D, width of the tokens.
@@ -85,7 +87,7 @@ class IRRHead(Module):
         depth: number of transformer blocks.
         num_heads: attention heads, a divisor of D; None is D / 64.
         ignore_index: label of the positions that are not masked.
-        max_masked: bound on the masked positions of a batch; matters only for labels on an accelerator.
+        max_masked: bound on the masked positions of a batch; saves time, and only for labels on an accelerator.
         check_labels: look at label values on an accelerator too, which makes the host wait. On the CPU they always are.
     Inputs:
         image_tokens: [B, N, D], any float dtype, [CLS] included.
@@ -257,26 +259,16 @@ class IRRHead(Module):
 
     def _score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and number of right predictions over states [M, D]."""
-        M, chunks = states.shape[0], 1
-        while chunks * CHUNK_ROWS < M:  # a power of two, so that torch.compile sees few numbers of chunks
-            chunks *= 2
-        if chunks == 1:
-            return self._score_chunk(states, targets)
-        bounds = [(i * M // chunks, (i + 1) * M // chunks) for i in range(chunks)]
-        parts = [(states[start:end], targets[start:end]) for start, end in bounds]
-        if _recomputable(self.mlm_head):
-            from torch.utils.checkpoint import checkpoint  # torch 2.6 imports its compiler with it
-
-            scores = [
-                checkpoint(self._score_chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
-            ]
+        layers = list(self.mlm_head) if type(self.mlm_head) is nn.Sequential else []
+        last = layers.pop() if layers else None
+        if type(last) is nn.Linear and _untouched(self.mlm_head, last):
+            for layer in layers:
+                states = layer(states)
+            if product_dtype(states) == product_dtype(last.weight):
+                return summed_cross_entropy(states, last.weight, last.bias, targets, self.ignore_index)
+            logits = last(states)  # says what does not fit
         else:
-            scores = [self._score_chunk(*part) for part in parts]
-        losses, corrects = zip(*scores, strict=True)
-        return torch.stack(losses).sum(), torch.stack(corrects).sum()
-
-    def _score_chunk(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.mlm_head(states)  # [M, V]
+            logits = self.mlm_head(states)  # [M, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum")
         right = (logits.detach().argmax(dim=1) == targets) & (targets != self.ignore_index)
@@ -339,10 +331,12 @@ class IRRHead(Module):
         return labels
 
 
-def _recomputable(part: nn.Module) -> bool:
-    """Whether a second forward gives the same as the first: no hook, adapter, parametrisation, dropout or state."""
-    return all(
-        type(module) in (nn.Sequential, nn.Linear, QuickGELU, LayerNorm)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        for module in part.modules()
-    )
+def _untouched(*modules: nn.Module) -> bool:
+    """Whether no hook watches or changes their calls, and their own weights are plain tensors."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind) for module in modules for kind in hooks):
+        return False
+    if torch.compiler.is_compiling():  # where other tensors stand for the weights
+        return True
+    weights = [weight for module in modules for weight in module.parameters(recurse=False)]
+    return all(type(weight) in (Tensor, nn.Parameter) for weight in weights)

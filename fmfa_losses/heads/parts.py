@@ -1,7 +1,8 @@
 """What the heads share.
 
-A head calls its submodules and never reads their weights, so that adapters, hooks, and sharded or quantised submodules
-work. Only the dtype and device of a submodule's first weight are read.
+A head calls its submodules and does not read their weights, so that adapters, hooks, and sharded or quantised
+submodules work. Only the dtype and device of a submodule's first weight are read, and the weights of IRR's last layer
+where it is a plain nn.Linear.
 """
 
 import torch

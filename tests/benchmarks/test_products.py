@@ -57,6 +57,22 @@ def test_what_is_computed_again_is_executed_and_not_needed():
     assert row.ratio == pytest.approx(2 * 32 * 32 * 32 / 20**3)
 
 
+def test_a_linear_cross_entropy_makes_its_logits_twice():
+    """10 rows, 40 classes, width 20, in blocks of 16."""
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16}
+    products_of = {"BLOCK_OWN": 16, "BLOCK_OUT": 16, "BLOCK_SUM": 16}
+    rows = {"states_ptr": SimpleNamespace(shape=(10, 20)), "M": 10, "D": 20, "size": 40}
+    calls = [
+        call("_linear_cross_entropy_kernel", (1, 1), V=40, **rows, **blocks),
+        call("_dz_kernel", (1, 3), **rows, **blocks),
+        call("_dweight_kernel", (2, 3), **rows, **products_of),
+        call("_dstates_kernel", (2, 1), **rows, **products_of),
+    ]
+    *each, everything = products.count(calls)
+    assert [row.executed for row in each] == [pytest.approx(2e-9 * 16 * 48 * 32)] * 4
+    assert everything.needed == pytest.approx(2e-9 * 3 * 10 * 40 * 20)
+
+
 def test_a_kernel_that_nobody_counts_is_an_error():
     kernels = {launch.kernel.__name__: launch.kernel for launch in compile_check.record("sm_90", "bfloat16")}
     found = {name for name, kernel in kernels.items() if products.multiplies_tiles(kernel)}

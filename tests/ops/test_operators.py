@@ -30,6 +30,7 @@ from fmfa_losses.ops.aggregation import sparse_aggregation_backward_op, sparse_a
 from fmfa_losses.ops.alignment import alignment_rows_backward_op, alignment_rows_op
 from fmfa_losses.ops.backend import select_backend, why_not_triton
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
+from fmfa_losses.ops.linear_cross_entropy import linear_cross_entropy
 from fmfa_losses.ops.precision import kernels_run
 from fmfa_losses.ops.ranking import ranking
 from fmfa_losses.ops.similarity_distribution import similarity_distribution_loss
@@ -194,6 +195,9 @@ LOSSES = {
 OF_TOKENS = {
     "efa": lambda v, t, mask: efa_loss(v, t, text_mask=mask),
     "hard_similarity": lambda v, t, mask: hard_similarity(v, t, e_mask=mask),
+    "linear_cross_entropy": lambda v, t, mask: linear_cross_entropy(
+        v[:, 0], t[0], None, torch.arange(4, device=v.device)
+    )[0],
     "sparse_aggregate": lambda v, t, mask: sparse_aggregate(v, t),
 }
 
@@ -292,6 +296,7 @@ def test_a_checkout_without_its_kernels_says_so(monkeypatch):
 OUTPUTS = {
     "alignment_rows": [(2, 2), (2, 2), (2, 4, 5), (2, 2, 4), (2, 2, 4), (2, 2, 4), (2, 2, 4)],
     "hard_matches": [(2, 3), (3, 2, 4), (3, 2, 4)],
+    "linear_cross_entropy": [(), (), (2, 2), (2, 4)],
     "row_norms": [(2, 2, 1)],
     "similarity_distribution": [(), (2, 4, 2), (2, 2, 2), (2, 4), (2,)],
     "sparse_aggregation": [(2, 4, 5), (2, 4)],
@@ -310,6 +315,7 @@ def test_an_operator_with_other_outputs_has_another_name(name):
         arguments = {
             "alignment_rows": (x, x, None, None, None, "lse", 1.0, True),
             "hard_matches": (x, e, None, None, "lse", 1.0, True, "torch"),
+            "linear_cross_entropy": (x[:, 0], x[0], None, ids, -100, True, True, "torch"),
             "row_norms": (x[:, 0], False, False),
             "similarity_distribution": (x[:, 0], x[:, 1], ids, None, None, 50.0, "torch", *row_loss),
             "sparse_aggregation": (e[:2], x, None, None, None, False, "torch"),
@@ -330,6 +336,10 @@ def offset_loss(queries, keys):
 
 
 DIRECT = {
+    "linear_cross_entropy": (
+        lambda x, y: linear_cross_entropy(x, y, None, torch.arange(len(x), device=x.device))[0],
+        [(4, 5), (6, 5)],
+    ),
     "ranking": (lambda x, y: ranking(x, y, margin=0.2, logit_scale=3.0).mean(), [(4, 4), (4, 4)]),
     "similarity_distribution": (offset_loss, [(3, 5), (4, 5)]),
 }

@@ -18,6 +18,7 @@ from fmfa_losses.functional import (
     triplet_loss,
     trl_loss,
 )
+from fmfa_losses.ops.linear_cross_entropy import linear_cross_entropy
 from fmfa_losses.ops.precision import unit_rows
 
 PIDS = torch.tensor([0, 1, 2, 1, 3])
@@ -33,6 +34,7 @@ ONCE = {
     "similarity_distribution_loss, asdm": lambda x, y: asdm_loss(x, y, PIDS, temperature=0.5),
     "similarity_distribution_loss, sdm": lambda x, y: sdm_loss(x, y, PIDS, temperature=0.5),
     "similarity_distribution_loss, itc": lambda x, y: itc_loss(x, y, logit_scale=4.0),
+    "linear_cross_entropy": lambda x, y: linear_cross_entropy(x, y, None, PIDS)[0],
     "sparse_aggregate": lambda x, y: sparse_aggregate(x[None], y[None]).square().sum(),
     "hard_similarity": lambda x, y: hard_similarity(x[None], y[None]).square().sum(),
     "efa_loss, efa": lambda x, y: efa_loss(x[:, None], y[:, None].expand(-1, 3, -1)),
