@@ -199,8 +199,8 @@ def packed_match(
     tokens, counts, order, bounds, ends, *_ = e_lists
     M, N, BLOCK_D, SUPER, warps, stages = blocks
     tiles = column_tiles(Be, Q, N)
-    columns = torch.empty(tiles, N, dtype=torch.int32, device=out.device)
-    granules = torch.empty(tiles, N // GRANULE, dtype=torch.int32, device=out.device)
+    both = torch.empty(tiles * (N + N // GRANULE), dtype=torch.int32, device=out.device)
+    columns, granules = both[: tiles * N].view(tiles, N), both[tiles * N :].view(tiles, N // GRANULE)
     launch(
         _columns_kernel, (tiles,), tokens, counts, order, ends, bounds, columns, granules, Be, Q,
         GRANULE=GRANULE, GRANULES=N // GRANULE, BLOCK_B=BLOCK_B, num_warps=WARPS,
