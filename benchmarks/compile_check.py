@@ -60,7 +60,8 @@ class Report:
             failures.append(f"{self.registers} registers for each of {self.threads} threads, a block has {REGISTERS}")
         if self.spills:
             failures.append(f"{self.spills} spilled")
-        if self.chip == "sm_90" and self.kernel == "_match_kernel" and self.kind != "float32" and not self.wgmma:
+        match = self.kernel in ("_match_kernel", "_packed_match_kernel")
+        if self.chip == "sm_90" and match and self.kind != "float32" and not self.wgmma:
             failures.append("no wgmma")
         return failures
 

@@ -1,9 +1,8 @@
 """The total of FMFA, Eq. 13: L = L_id + L_irr + L_efa + L_asdm."""
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +21,12 @@ from .ops.checks import (
     check_same,
     describe,
     did_you_mean,
+    nan_unless,
 )
+from .ops.keywords import check_keywords, keywords_checked
+from .ops.lengths import captions, pad_alike
 from .ops.module import Module
-from .ops.options import GATHER, MOVED, Backend, Dataset, Gather
+from .ops.options import GATHER, Backend, Dataset, Gather
 from .ops.padding import refuse_trace
 
 __all__ = ["FMFALoss", "FMFAOutput"]
@@ -41,36 +43,9 @@ DATASETS: dict[Dataset, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def check_keywords(name: str, given: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Every keyword is one that `function` takes; the error names the term that takes it, or a near one."""
-    known = [word for word in inspect.signature(function).parameters if word != "self"]
-    parts = {"asdm": ASDMLoss, "efa": EFALoss, "irr": IRRHead}
-    for word in given:
-        if word not in known:
-            pairs = [
-                f'{term}={{"{word}": ...}}'
-                for term, cls in parts.items()
-                if term in known and word in inspect.signature(cls).parameters
-            ]
-            hint = f"; use {MOVED[word]}." if word in MOVED else did_you_mean(word, known) or "."
-            if pairs:
-                hint = f"; pass {' or '.join(pairs)}."
-            raise TypeError(f"{name} takes no {word!r}{hint} It takes {', '.join(known)}")
-
-
-def keywords_checked(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` of a class, whose error for an unknown keyword names the class and the nearest keyword."""
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        check_keywords(function.__qualname__.split(".")[0], kwargs, function)
-        return function(*args, **kwargs)
-
-    return checked
+# The terms that are built from keyword arguments.
+PARTS: dict[str, type] = {"asdm": ASDMLoss, "efa": EFALoss, "irr": IRRHead}
 
 
 class FMFAOutput(NamedTuple):
@@ -113,12 +88,15 @@ class FMFALoss(Module):
     Inputs:
         image_features, text_features: [B, D] global features.
         image_tokens: [B, N, D] patches without [CLS]. The IRR term puts image_features before them, as [CLS].
-        text_tokens: [B, L, D].
+        text_tokens: [B, L, D]; or packed, [T, D], with text_cu_seqlens.
         pids: [B] integer identities.
         masked_text_tokens, masked_labels: [B, L, D] tokens of the masked captions and [B, L] original ids (0
             elsewhere), best left on the CPU (see IRRHead). Without them the IRR term is left out of `terms`, and its
-            parameters get zero gradients, so that DistributedDataParallel finds all of them on every rank.
+            parameters get zero gradients, so that DistributedDataParallel finds all of them on every rank. With
+            text_cu_seqlens the tokens are packed, [T, D], the labels packed, [T], or [B, text_max_seqlen].
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
+        text_lengths, text_cu_seqlens, text_max_seqlen: in place of text_mask, as EFALoss takes them; wrong ones on an
+            accelerator make the EFA and IRR terms NaN.
         image_ids, logit_scale: as ASDMLoss takes them.
 
     Returns:
@@ -148,7 +126,7 @@ class FMFALoss(Module):
     process_group: Any
     equal_batches: bool
 
-    @keywords_checked
+    @keywords_checked(PARTS)
     def __init__(
         self,
         embed_dim: int,
@@ -213,6 +191,9 @@ class FMFALoss(Module):
         masked_labels: Tensor | None = None,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        text_cu_seqlens: Tensor | None = None,
+        text_max_seqlen: int | None = None,
         image_ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
     ) -> FMFAOutput:
@@ -227,21 +208,25 @@ class FMFALoss(Module):
             "masked_labels": masked_labels,
             "image_mask": image_mask,
             "text_mask": text_mask,
+            "lengths": (text_lengths, text_cu_seqlens, text_max_seqlen),
             "image_ids": image_ids,
             "logit_scale": logit_scale,
         }
         gathering = [part for part in (self, self.efa, self.asdm) if part.gather]
         leader = gathering[0] if gathering else None
-        peers, (terms, metrics, nothing) = (
-            (None, self._own_terms(**batch)) if leader is None else self._handshake(leader, batch)
-        )
+        if leader is None:
+            self._pad(batch)
+            peers, (terms, metrics, nothing) = None, self._own_terms(batch)
+        else:
+            peers, (terms, metrics, nothing) = self._handshake(leader, batch)
         if self.gather and peers is not None:
-            weighted = self._weighted({**terms, **metrics}, peers, masked_labels, text_mask)
+            weighted = self._weighted({**terms, **metrics}, peers, batch["masked_labels"], batch["text_mask"])
             terms, metrics = ({name: weighted[name] for name in values} for values in (terms, metrics))
         if self.weights["efa"]:
             joined: dict[str, Any] = {"peers": peers} if _joins(self.efa, leader) else {}
-            masks: dict[str, Any] = {"image_mask": image_mask, "text_mask": text_mask}
-            terms["efa"] = self.efa(image_tokens, text_tokens, pids=self._efa_pids(pids), **masks, **joined)
+            masks: dict[str, Any] = {"image_mask": image_mask, "text_mask": batch["text_mask"]}
+            efa = self.efa(image_tokens, batch["text_tokens"], pids=self._efa_pids(pids), **masks, **joined)
+            terms["efa"] = nan_unless(batch["right"], efa)
         if self.weights["asdm"]:
             joined = {"peers": peers} if _joins(self.asdm, leader) else {}
             soft: dict[str, Any] = {"image_ids": image_ids, "logit_scale": logit_scale}
@@ -249,19 +234,24 @@ class FMFALoss(Module):
         loss = sum((self.weights[name] * term for name, term in terms.items()), nothing)
         return FMFAOutput(loss, terms, metrics)
 
-    def _own_terms(
-        self,
-        *,
-        image_features: Tensor,
-        text_features: Tensor,
-        image_tokens: Tensor,
-        pids: Tensor,
-        masked_text_tokens: Tensor | None,
-        masked_labels: Tensor | None,
-        text_mask: Tensor | None,
-        **others: Any,
-    ) -> OwnTerms:
+    def _pad(self, batch: dict[str, Any]) -> None:
+        """Tokens, labels and a mask of real lengths in place of what was given; `right` as in ops/lengths.py."""
+        lengths, batch["right"] = batch.pop("lengths"), None
+        if all(one is None for one in lengths):
+            return
+        tokens, mask, image = (batch[name] for name in ("text_tokens", "text_mask", "image_tokens"))
+        check_float("image_tokens", image, "B N D")
+        text = captions(tokens, mask, lengths, image, shared=bool(self.efa.gather))
+        batch.update(text_tokens=text.tokens, text_mask=text.mask, right=text.right)
+        if text.packing is not None:
+            ignored = 0 if self.irr is None else self.irr.ignore_index
+            for name, fill in (("masked_text_tokens", None), ("masked_labels", ignored)):
+                batch[name] = pad_alike(name, batch[name], text.packing, fill)
+
+    def _own_terms(self, batch: dict[str, Any]) -> OwnTerms:
         """Terms and metrics of a sample and its own labels, for which no other rank is needed; and a zero."""
+        image_features, image_tokens = batch["image_features"], batch["image_tokens"]
+        masked_text_tokens, masked_labels = batch["masked_text_tokens"], batch["masked_labels"]
         if (masked_text_tokens is None) != (masked_labels is None):
             raise ValueError("masked_text_tokens and masked_labels come together: pass both or neither")
         check_float("image_features", image_features, "B D")
@@ -277,14 +267,14 @@ class FMFALoss(Module):
         metrics: dict[str, Tensor] = {}
         nothing = image_features.new_zeros(())
         if self.identity is not None:
-            identity = self.identity(image_features, text_features, pids)
+            identity = self.identity(image_features, batch["text_features"], batch["pids"])
             terms["id"] = identity.loss
             metrics.update(image_accuracy=identity.image_accuracy, text_accuracy=identity.text_accuracy)
         if self.irr is not None and masked_text_tokens is not None and masked_labels is not None:
             tokens = _with_class_token(image_features, image_tokens)
-            irr = self.irr(tokens, masked_text_tokens, masked_labels, text_mask=text_mask)
-            terms["irr"] = irr.loss
-            metrics["mlm_accuracy"] = irr.accuracy
+            irr = self.irr(tokens, masked_text_tokens, masked_labels, text_mask=batch["text_mask"])
+            terms["irr"] = nan_unless(batch["right"], irr.loss)
+            metrics["mlm_accuracy"] = nan_unless(batch["right"], irr.accuracy)
         elif self.irr is not None:  # one caption of one word that is not masked costs 0, with a zero gradient for all
             token = image_tokens.new_zeros(1, 1, self.irr.embed_dim)
             label = torch.full((1, 1), self.irr.ignore_index, device=token.device)
@@ -314,8 +304,12 @@ class FMFALoss(Module):
             settings.update({f"asdm.{name}": value for name, value in self.asdm.settings().items()})
             settings["logit_scale"] = batch["logit_scale"]
 
+        tensors = {name: batch[name] for name in names}
+
         def check() -> OwnTerms:
             # Also of terms that do not gather, or gather otherwise: the ranks wait for one that fails in such a term.
+            self._pad(batch)
+            tensors.update({name: batch[name] for name in names})
             if self.weights["efa"]:
                 given = {**batch, "pids": self._efa_pids(batch["pids"])}
                 tokens = ("image_tokens", "text_tokens", "image_mask", "text_mask", "pids")
@@ -323,12 +317,12 @@ class FMFALoss(Module):
             if self.weights["asdm"]:
                 features = ("image_features", "text_features", "pids", "image_ids", "logit_scale")
                 self.asdm.check_inputs(*(batch[name] for name in features), shared=True)
-            return self._own_terms(**batch)
+            return self._own_terms(batch)
 
         return handshake(
             leader.gather,
             leader.process_group,
-            {name: batch[name] for name in names},
+            tensors,
             loss="FMFALoss",
             settings=settings,
             equal_batches=leader.equal_batches,
@@ -379,7 +373,7 @@ def _build(name: str, cls: type[T], given: object, *args: Any, **defaults: Any) 
     if given is False:
         wanted += f' (to leave the term out, pass weights={{"{name}": 0}})'
     keywords = _mapping(name, given, wanted)
-    check_keywords(f"{name} ({cls.__name__})", keywords, functools.partial(cls, *args))
+    check_keywords(f"{name} ({cls.__name__})", keywords, functools.partial(cls, *args), PARTS)
     return cls(*args, **{**defaults, **keywords})
 
 

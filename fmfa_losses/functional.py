@@ -1,4 +1,4 @@
-"""The losses as functions, and the two operators that EFA is made of.
+"""The losses as functions, the two operators that EFA is made of, and masks of real lengths for them.
 
 All have first derivatives: by backward(), by torch.func (grad, vjp, jacrev, vmap) and under torch.compile. TAL, TRL,
 CMPM, triplet, sigmoid, ID and every function of scores also have second derivatives and forward mode (jvp, jacfwd,
@@ -18,6 +18,7 @@ from .losses.tal import tal_loss, tal_loss_from_scores, trl_loss, trl_loss_from_
 from .losses.triplet import triplet_loss, triplet_loss_from_scores
 from .ops.aggregation import sparse_aggregate
 from .ops.hard_similarity import hard_similarity
+from .ops.lengths import length_mask, pad_packed
 
 __all__ = [
     "asdm_loss",
@@ -28,6 +29,8 @@ __all__ = [
     "id_loss",
     "itc_loss",
     "itc_loss_from_scores",
+    "length_mask",
+    "pad_packed",
     "sdm_loss",
     "sdm_loss_from_scores",
     "sigmoid_loss",

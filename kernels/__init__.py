@@ -2,8 +2,9 @@
 
     EFA       alignment.py puts together: aggregation.py (aggregation_rows.py, aggregation_tiles.py, _scores.py),
               unit_rows.py, hard_similarity.py; ranking.py
-    matches   hard_similarity.py puts together: match.py (persistent_match.py, token_lists.py), pool.py,
-              gather_gradient.py, winner_gradient.py (winner_products.py, winner_lists.py); _matches.py is their format
+    matches   hard_similarity.py puts together: match.py (packed_match.py, persistent_match.py, token_lists.py),
+              pool.py, gather_gradient.py, winner_gradient.py (winner_products.py, winner_lists.py); _matches.py is
+              their format
     A-SDM     asdm_tiles.py (asdm_prepare.py, asdm_gradient.py, asdm_kept.py), asdm_blocks.py; _asdm.py,
               _row_statistics.py
     all       _launch.py starts kernels and knows chips; _tile.py has what tiles share

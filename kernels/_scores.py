@@ -7,7 +7,8 @@ tokens' dtype, in the order of d, one matrix instruction after the other, whatev
 [BLOCK_L, BLOCK_N] have fewer than 64 rows, so that all of them come from the same instruction.
 
 What a mask leaves out may hold anything, NaN too. Where patches are summed over, they are read as zeros; where each has
-a column of its own, the column is passed over. A token that its mask leaves out has no scores: `row_sum` says so.
+a column of its own, the column is passed over. A token that its mask leaves out has no scores: `row_sum` says so. A
+block without a token makes no products (`extent`), and what adds up over tokens stops after the last (`tokens_end`).
 """
 
 import triton
@@ -22,6 +23,7 @@ ONE_TILE = {"half": 512, "tf32": 512, "ieee": 256}
 # Tiles of longer rows.
 SCORE_TILES = {"BLOCK_L": 32, "BLOCK_N": 64}
 OWN_COUNT = -1.0  # as `sparsity`: the threshold is one over the number of the sample's patches
+TOKENS = 128  # that `tokens_end` looks at together
 LEFT_OUT = tl.constexpr(-1.0)  # row_sum of a token that the mask leaves out; 0 is that of a constant row
 
 
@@ -38,6 +40,7 @@ def scores(
     v_ptr,  # [., D]
     v_rows,  # [BLOCK_N] int64
     v_mask,  # [BLOCK_N]
+    width,  # D, or 0 for zeros
     D,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -46,7 +49,7 @@ def scores(
 ):
     """[BLOCK_L, BLOCK_N] of a . v. One order of summation everywhere: what is recomputed is what was computed."""
     s = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         a = load_rows(a_ptr, a_rows, a_mask, d, D)
         v = load_columns(v_ptr, v_rows, v_mask, d, D)
@@ -163,19 +166,19 @@ def extremes(s, n, keep):
 
 @triton.jit
 def row_extremes(
-    text_ptr, text_rows, tokens, image_ptr, mask_ptr, b, N, D,
+    text_ptr, text_rows, tokens, image_ptr, mask_ptr, b, depth, N, D,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`extremes` of whole rows, tile after tile, and the number of patches kept."""
+    """`extremes` of whole rows, tile after tile, and the number of patches kept; depth is N, or 0 for no tile."""
     low = tl.full((BLOCK_L,), float("inf"), tl.float32)
     high = tl.full((BLOCK_L,), -float("inf"), tl.float32)
     first = tl.full((BLOCK_L,), BIG, tl.int32)
     count = tl.zeros((BLOCK_L,), tl.int32)
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, depth, BLOCK_N):
         n, rows, exist = block_of_rows(b, start, N, BLOCK_N)
         keep = kept(mask_ptr, rows, exist, N, HAS_MASK)
-        s = scores(text_ptr, text_rows, tokens, image_ptr, rows, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = scores(text_ptr, text_rows, tokens, image_ptr, rows, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         tile_low, tile_high, tile_first = extremes(s, n, keep)
         first = tl.where(tile_low < low, tile_first, first)
         low = tl.minimum(low, tile_low)
@@ -222,6 +225,22 @@ def finite_or_nan(total):
 def tokens_of(row_sum_ptr, rows, exist):
     """Which tokens of a block are there. A row of NaN is."""
     return (tl.load(row_sum_ptr + rows, mask=exist, other=LEFT_OUT) < 0) == 0
+
+
+@triton.jit
+def extent(tokens, size):
+    """`size`, or 0 for a block of which no token is there: how far loops go that need none of it."""
+    return tl.where(tl.max(tokens.to(tl.int32), 0) > 0, size, 0)
+
+
+@triton.jit
+def tokens_end(row_sum_ptr, b, L, BLOCK: tl.constexpr):
+    """Where a sample's last token that is there ends: loops over tokens go no further."""
+    end = 0
+    for start in range(0, L, BLOCK):
+        t, rows, exist = block_of_rows(b, start, L, BLOCK)
+        end = tl.maximum(end, tl.max(tl.where(tokens_of(row_sum_ptr, rows, exist), t + 1, 0), 0))
+    return end
 
 
 @triton.jit

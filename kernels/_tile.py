@@ -118,13 +118,50 @@ def max_or_nan(a, b):
 
 
 @triton.jit
-def row_max(x):
+def row_max(x, AXIS: tl.constexpr = 1):
     """[R] of [R, C]: the largest of every row, NaN where there is one."""
     if INTERPRETED:  # the interpreter would call a function of ours for one number at a time
-        best = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
+        best = tl.where(tl.max((x != x).to(tl.int32), AXIS) > 0, float("nan"), tl.max(x, AXIS))
     else:
-        best = tl.reduce(x, 1, max_or_nan)
+        best = tl.reduce(x, AXIS, max_or_nan)
     return best
+
+
+@triton.jit
+def cosines(
+    x_ptr,
+    e_ptr,
+    row,  # [BLOCK_M] int64
+    row_mask,
+    column,  # [BLOCK_N] int64
+    col_mask,
+    D,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,  # rows are [2, D], high and low parts: three products of TF32
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] float32: rows of x with rows of e."""
+    length, padded = D, D
+    if SPLIT:
+        row *= 2
+        column *= 2
+        padded = (D + BLOCK_D - 1) // BLOCK_D * BLOCK_D
+        length = 3 * padded
+    cos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_d in range(0, length, BLOCK_D):
+        x_from, e_from, first_d = x_ptr, e_ptr, start_d
+        if SPLIT:  # low high, high low, high high: small terms first
+            part = (start_d >= padded).to(tl.int32) + (start_d >= 2 * padded).to(tl.int32)
+            first_d -= part * padded
+            x_from += tl.where(part == 0, D, 0)
+            e_from += tl.where(part == 1, D, 0)
+        d = first_d + tl.arange(0, BLOCK_D)
+        x = load_rows(x_from, row, row_mask, d, D)
+        e = load_columns(e_from, column, col_mask, d, D)
+        cos = tl.dot(x, e, cos, input_precision=PRECISION)
+    return cos
 
 
 @triton.jit

@@ -58,6 +58,7 @@ from ._scores import (
     add_wide,
     block_of_rows,
     cutoff_of,
+    extent,
     extremes,
     finite_or_nan,
     is_constant,
@@ -129,11 +130,14 @@ def _forward_kernel(
     b, block = sample_and_block(tl.cdiv(L, BLOCK_L))
     _l, rows, row_mask = block_of_rows(b, block * BLOCK_L, L, BLOCK_L)
     tokens = kept(text_mask_ptr, rows, row_mask, L, HAS_TEXT_MASK)
+    width, depth = D, N
+    if HAS_TEXT_MASK:
+        width, depth = extent(tokens, D), extent(tokens, N)
 
     if WHOLE_ROW:
         n, patches, exist = block_of_rows(b, 0, N, BLOCK_N)
         keep = kept(image_mask_ptr, patches, exist, N, HAS_IMAGE_MASK)
-        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, width, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         low, high, _first = extremes(s, n, keep)
         count = tl.sum(keep.to(tl.int32), 0)
         u = s - low[:, None]
@@ -143,15 +147,19 @@ def _forward_kernel(
         a = u / tl.where(constant, 1.0, total)[:, None]
         uniform = tl.where(keep, 1.0 / tl.maximum(count, 1), 0.0)
         a = tl.where(constant[:, None], uniform[None, :], a)
-        for start in range(0, D, BLOCK_OUT):
+        for start in range(0, width, BLOCK_OUT):
             d = start + tl.arange(0, BLOCK_OUT)
             v = load_rows(image_ptr, patches, keep, d, D)
             joint = add_wide(a, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
             joint = tl.where(tokens[:, None], joint, 0.0)
             tl.store(joint_ptr + rows[:, None] * D + d[None, :], joint, mask=row_mask[:, None] & (d < D)[None, :])
+        for start in range(width, D, BLOCK_OUT):
+            d = start + tl.arange(0, BLOCK_OUT)
+            nothing = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
+            tl.store(joint_ptr + rows[:, None] * D + d[None, :], nothing, mask=row_mask[:, None] & (d < D)[None, :])
     else:
         low, high, _first, count = row_extremes(
-            text_ptr, rows, tokens, image_ptr, image_mask_ptr, b, N, D,
+            text_ptr, rows, tokens, image_ptr, image_mask_ptr, b, depth, N, D,
             HAS_IMAGE_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         constant = is_constant(low, high)
@@ -159,9 +167,9 @@ def _forward_kernel(
         d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         joint = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
         total = tl.zeros((BLOCK_L,), tl.float32)
-        for start in range(0, N, BLOCK_N):
+        for start in range(0, depth, BLOCK_N):
             _n, patches, exist = block_of_rows(b, start, N, BLOCK_N)
-            s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+            s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
             # Before the products it spills a register.
             keep = kept(image_mask_ptr, patches, exist, N, HAS_IMAGE_MASK)
             u = s - low[:, None]

@@ -34,11 +34,13 @@ from torch import Tensor
 from ._launch import BLACKWELL, LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch, precision
 from ._scores import (
     ONE_TILE,
+    TOKENS,
     add_patch_gradient,
     add_product,
     add_wide,
     block_of_rows,
     cutoff_of,
+    extent,
     extremes,
     inverse_sums,
     kept,
@@ -46,6 +48,7 @@ from ._scores import (
     score_gradient,
     store_gradient,
     threshold_of,
+    tokens_end,
     tokens_of,
     weights_of,
 )
@@ -140,7 +143,8 @@ def _rows_kernel(
 
     s = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
     da = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    width = extent(tokens, D)
+    for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         v = load_columns(image_ptr, n, exist, d, D)
         s = add_product(load_rows(text_ptr, l, tokens, d, D), v, s, PRECISION)
@@ -160,12 +164,16 @@ def _rows_kernel(
     tl.store(a_ptr + row * N + at, a.to(a_ptr.dtype.element_ty), mask=there)
     tl.store(ds_ptr + row * N + at, ds.to(ds_ptr.dtype.element_ty), mask=there)
 
-    for start in range(0, D, BLOCK_OUT):
+    for start in range(0, width, BLOCK_OUT):
         d = start + tl.arange(0, BLOCK_OUT)
         v = load_rows(image_ptr, n, keep, d, D)
         dtext = add_wide(ds, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
         # A token that its mask leaves out has ds = 0, but a NaN among the patches would show there too.
         store_gradient(dtext_ptr, l, row_mask, d, D, tl.where(tokens[:, None], dtext, 0.0), ADD)
+    if not ADD:
+        for start in range(width, D, BLOCK_OUT):
+            d = start + tl.arange(0, BLOCK_OUT)
+            store_gradient(dtext_ptr, l, row_mask, d, D, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), ADD)
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -183,6 +191,7 @@ def _dimage_product_kernel(
     HAS_MASK: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -192,7 +201,7 @@ def _dimage_product_kernel(
     n, patches, exist = block_of_rows(b, block * BLOCK_N, N, BLOCK_N)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dimage = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
-    for start in range(0, L, BLOCK_L):
+    for start in range(0, tokens_end(row_sum_ptr, b, L, TOKENS), BLOCK_L):
         _l, rows, row_mask = block_of_rows(b, start, L, BLOCK_L)
         at = n[:, None] + rows[None, :] * N
         there = exist[:, None] & row_mask[None, :]
@@ -244,5 +253,6 @@ def backward(
     launch(
         _dimage_product_kernel, (B * triton.cdiv(N, of_dimage.BLOCK_N), triton.cdiv(D, of_dimage.BLOCK_OUT)),
         djoint, text, image_mask, row_sum, a, ds, dimage, N, L, D,
-        HAS_MASK=image_mask is not None, ADD=add[0], **of_dimage._asdict(), **all_registers(image.device), **flags,
+        HAS_MASK=image_mask is not None, ADD=add[0], TOKENS=TOKENS, **of_dimage._asdict(), **flags,
+        **all_registers(image.device),
     )  # fmt: skip

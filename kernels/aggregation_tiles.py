@@ -23,10 +23,12 @@ from torch import Tensor
 from ._launch import LARGE, LDS, MEDIUM, SMALL, all_registers, choose, dot_precision, launch
 from ._scores import (
     SCORE_TILES,
+    TOKENS,
     add_patch_gradient,
     add_wide,
     block_of_rows,
     cutoff_of,
+    extent,
     inverse_sums,
     kept,
     row_extremes,
@@ -35,6 +37,7 @@ from ._scores import (
     scores,
     store_gradient,
     threshold_of,
+    tokens_end,
     tokens_of,
     weights_of,
 )
@@ -95,18 +98,19 @@ def _statistics_kernel(
     tokens = tokens_of(row_sum_ptr, rows, row_mask)
     constant, inverse = inverse_sums(row_sum_ptr, rows, row_mask)
 
+    depth = extent(tokens, N)
     low, high, first, count = row_extremes(
-        text_ptr, rows, tokens, image_ptr, mask_ptr, b, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
+        text_ptr, rows, tokens, image_ptr, mask_ptr, b, depth, N, D, HAS_MASK, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D
     )
     cutoff = cutoff_of(low, high, threshold_of(sparsity, count, STRICT))
     c = tl.zeros((BLOCK_L,), tl.float32)
     kept_da = tl.zeros((BLOCK_L,), tl.float32)
     many = tl.zeros((BLOCK_L,), tl.float32)
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, depth, BLOCK_N):
         _n, patches, exist = block_of_rows(b, start, N, BLOCK_N)
         keep = kept(mask_ptr, patches, exist, N, HAS_MASK)
-        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         a, passed = weights_of(s, low, cutoff, inverse, keep)
         c += tl.sum(tl.where(passed, a * da, 0.0), 1)
         kept_da += tl.sum(tl.where(passed, da, 0.0), 1)
@@ -169,10 +173,10 @@ def _dtext_kernel(
     tokens = tokens_of(row_sum_ptr, rows, row_mask)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dtext = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, extent(tokens, N), BLOCK_N):
         n, patches, exist = block_of_rows(b, start, N, BLOCK_N)
-        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         keep = kept(mask_ptr, patches, exist, N, HAS_MASK)  # before the products it spills registers
         _a, ds = _of_rows(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
         dtext = add_wide(ds, load_rows(image_ptr, patches, keep, d, D), dtext, PRECISION)
@@ -197,6 +201,7 @@ def _dimage_kernel(
     HAS_MASK: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -208,11 +213,11 @@ def _dimage_kernel(
     keep = kept(mask_ptr, patches, exist, N, HAS_MASK)
     d = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dimage = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
-    for start in range(0, L, BLOCK_L):
+    for start in range(0, tokens_end(row_sum_ptr, b, L, TOKENS), BLOCK_L):
         _l, rows, row_mask = block_of_rows(b, start, L, BLOCK_L)
         tokens = tokens_of(row_sum_ptr, rows, row_mask)
-        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
-        da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        s = scores(text_ptr, rows, tokens, image_ptr, patches, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
+        da = scores(djoint_ptr, rows, tokens, image_ptr, patches, exist, D, D, PRECISION, BLOCK_L, BLOCK_N, BLOCK_D)
         a, ds = _of_rows(s, da, n, keep, rows, row_mask, statistics_ptr, first_ptr, BL.to(tl.int64))
         djoint = load_rows(djoint_ptr, rows, tokens, d, D)
         text = load_rows(text_ptr, rows, tokens, d, D)
@@ -253,4 +258,4 @@ def backward(
         STRICT=strict, **flags | {"BLOCK_L": STATISTICS_L},
     )  # fmt: skip
     launch(_dtext_kernel, (tokens, chunks), *inputs, dtext, *sizes, ADD=add[1], **out, **flags)
-    launch(_dimage_kernel, (patches, chunks), *inputs, dimage, *sizes, ADD=add[0], **out, **flags)
+    launch(_dimage_kernel, (patches, chunks), *inputs, dimage, *sizes, ADD=add[0], TOKENS=TOKENS, **out, **flags)

@@ -20,8 +20,9 @@
     TF32     products read copies rounded to it (_tile.operands). For three of them, x e = high high + high low + low
              high, a copy has both parts, rows of 2 D, and a product is 3 D long; low low is beyond a float32's digits.
 
-Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left; e is sorted by length and
-matched in classes of width. Deterministic: see CONTRIBUTING.md, "A kernel file".
+Masked-out tokens cost nothing: rows and columns come from lists of the tokens that are left. Samples of e of up to
+PACKED tokens share tiles, each with columns for the tokens that it has (packed_match.py), or e is sorted by length and
+matched in two classes of width. Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
 import torch
@@ -42,9 +43,10 @@ from ._launch import (
     on_device,
 )
 from ._matches import Lists, listed_rows, matches_dtype, pack, unpack
-from ._tile import best_column, load_columns, load_rows, max_or_nan, nearest_tf32, operands, tile_of
+from ._tile import best_column, cosines, load_rows, max_or_nan, nearest_tf32, operands, tile_of
+from .packed_match import LAYOUT, packed_match
 from .persistent_match import persistent_match
-from .token_lists import SHORT
+from .token_lists import PACKED, SHORT
 
 # Blocks by memory of the chip and precision.
 # (BLOCK_M rows of x, BLOCK_N columns of e, BLOCK_D, num_warps, num_stages): 128 x 256 halves the reads of 128 x 128.
@@ -73,7 +75,6 @@ MATCH_LISTED = MATCH | {
 PERSISTENT = False  # 16-bit tokens without lists in persistent_match.py instead; not measured
 COSINE = (2, 512, 1)  # (BLOCK_OWN rows of x, BLOCK_D, num_warps)
 # Columns of one sample of e in a tile that holds several. With few classes of width, no kernel is compiled for a Q.
-# Samples of e that a mask leaves no more tokens than SHORT are a class of their own.
 UNITS = (SHORT, 80, 128)
 SUPER = 8  # row tiles that go through the column tiles together
 
@@ -87,7 +88,7 @@ def _match_kernel(
     tokens_ptr,  # [Be, Q] int32: the tokens of each e that are left, first, in order; or None
     counts_ptr,  # [Be] int32: how many; or None
     order_ptr,  # [Be] int32: samples of e by count; or None
-    bounds_ptr,  # [3] int32: where the classes begin in that order; or None
+    bounds_ptr,  # [4] int32: where classes begin in that order; or None
     out_ptr,  # [Bx, Be, P]: matches with SAVE, maxima without
     Bx,
     Be,
@@ -96,7 +97,8 @@ def _match_kernel(
     D,
     row_tiles,
     column_tiles,
-    CLASS: tl.constexpr,
+    FIRST: tl.constexpr,  # of a class, in bounds
+    LAST: tl.constexpr,
     LIST_X: tl.constexpr,
     LIST_E: tl.constexpr,
     SAVE: tl.constexpr,
@@ -114,19 +116,14 @@ def _match_kernel(
 
     first, last = column_tile * SAMPLES, Be
     if LIST_E:
-        first += tl.load(bounds_ptr + CLASS)
-        last = tl.load(bounds_ptr + CLASS + 1)
+        first += tl.load(bounds_ptr + FIRST)
+        last = tl.load(bounds_ptr + LAST)
     row_total = Bx * P
     if LIST_X:
         row_total = tl.load(row_count_ptr)
     if (first < last) & (row_tile * BLOCK_M < row_total):
         row, i, l, row_mask = listed_rows(rows_ptr, row_count_ptr, row_tile * BLOCK_M, Bx * P, P, LIST_X, BLOCK_M)
         out = i * Be * P + l
-        length, padded = D, D
-        if SPLIT:
-            row *= 2
-            padded = (D + BLOCK_D - 1) // BLOCK_D * BLOCK_D
-            length = 3 * padded
         c = tl.arange(0, BLOCK_N)
         widest = Q
         if SAMPLES > 1:
@@ -150,21 +147,7 @@ def _match_kernel(
                 k = tl.minimum(k, Q - 1)
             column = j.to(tl.int64) * Q + k
 
-            cos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if SPLIT:
-                column *= 2
-            for start_d in range(0, length, BLOCK_D):
-                x_from, e_from, first_d = x_ptr, e_ptr, start_d
-                if SPLIT:  # low high, high low, high high: small terms first
-                    part = (start_d >= padded).to(tl.int32) + (start_d >= 2 * padded).to(tl.int32)
-                    first_d -= part * padded
-                    x_from += tl.where(part == 0, D, 0)
-                    e_from += tl.where(part == 1, D, 0)
-                d = first_d + tl.arange(0, BLOCK_D)
-                x = load_rows(x_from, row, row_mask, d, D)
-                e = load_columns(e_from, column, col_mask, d, D)
-                cos = tl.dot(x, e, cos, input_precision=PRECISION)
-
+            cos = cosines(x_ptr, e_ptr, row, row_mask, column, col_mask, D, PRECISION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_D)
             for g in tl.static_range(SAMPLES):
                 if first + g < last or SAMPLES == 1:  # known where it can be: TMEM of Triton 3.6 needs it
                     j_g = first + g
@@ -256,7 +239,11 @@ def match(x: Tensor, e: Tensor, x_lists: Lists, e_lists: Lists, save: bool, expo
     M, N, BLOCK_D, warps, stages = choose(MATCH if rows is None and tokens is None else MATCH_LISTED, x, blocks)
     with on_device(x):
         a, b = (_split(x), _split(e)) if kind == "tf32x3" else operands(x, e)
-        for number, width in enumerate((SHORT, Q) if counts is not None and Q > SHORT else (Q,)):
+        how = {"PRECISION": "tf32" if blocks == "tf32" else "ieee", "SPLIT": kind == "tf32x3"}
+        layout = choose(LAYOUT, x, blocks)
+        if counts is not None and layout is not None:
+            packed_match(a, b, out, save, x_lists, e_lists, Q, layout, (M, N, BLOCK_D, SUPER, warps, stages), **how)
+        for width, first, last in _classes(Q, counts is not None, layout is not None):
             columns, unit = _columns(width, N)
             if PERSISTENT and kind == "half" and rows is None and counts is None and columns // unit > 1:
                 persistent_match(a, b, out, save, unit, (M, columns, BLOCK_D, SUPER, warps, stages))
@@ -265,8 +252,7 @@ def match(x: Tensor, e: Tensor, x_lists: Lists, e_lists: Lists, save: bool, expo
             launch(
                 _match_kernel, (tiles[0] * tiles[1],),
                 a, b, rows, row_count, tokens, counts, order, bounds, out, Bx, Be, P, Q, D, *tiles,
-                CLASS=number, LIST_X=rows is not None, LIST_E=counts is not None, SAVE=save, UNIT=unit,
-                PRECISION="tf32" if blocks == "tf32" else "ieee", SPLIT=kind == "tf32x3",
+                FIRST=first, LAST=last, LIST_X=rows is not None, LIST_E=counts is not None, SAVE=save, UNIT=unit, **how,
                 BLOCK_M=M, BLOCK_N=columns, BLOCK_D=BLOCK_D, SUPER=SUPER,
                 num_warps=warps, num_stages=stages, **all_registers(x.device),
             )  # fmt: skip
@@ -278,6 +264,15 @@ def match(x: Tensor, e: Tensor, x_lists: Lists, e_lists: Lists, save: bool, expo
                 BLOCK_OWN=own, BLOCK_D=min(width, triton.next_power_of_2(D)), num_warps=warps,
             )  # fmt: skip
     return out
+
+
+def _classes(Q: int, listed: bool, packed: bool) -> list[tuple[int, int, int]]:
+    """Widths of samples of e, and where they begin and end in `bounds`. With `packed` all but wide ones are matched."""
+    if not listed:
+        return [(Q, 0, 0)]
+    if packed:
+        return [(Q, 2, 3)] if Q > PACKED else []
+    return [(SHORT, 0, 1), (Q, 1, 3)] if Q > SHORT else [(Q, 0, 1)]
 
 
 def _split(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
     tokens  [B, T]   of each sample: the kept tokens in order, then the others in order
     counts  [B]      kept tokens of each sample
     order   [B]      samples by count; equal counts keep their order
-    bounds  [3]      where in that order samples begin that have a token, and those that have more than SHORT; B
+    bounds  [4]      where in that order samples begin that have a token, more than SHORT and more than PACKED; B
+    ends    [B]      in that order, the granules of GRANULE tokens of the samples up to each one
     rows    [B T]    the kept ones of all B T tokens in order, then the others in order
     total   [1]      kept tokens of all samples
 
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from ._launch import launch, on_device
 
-SHORT = 32  # samples with no more tokens than this are matched together
+SHORT = 32  # samples with no more tokens than this are a class of the match,
+PACKED = 128  # or samples with no more than this share its tiles,
+GRANULE = 8  # in which so many columns belong to one sample: packed_match.py
 BLOCK_T, BLOCK_B, WARPS = 128, 1024, 4
 ALIGNED = 4  # int32 numbers in the 16 bytes that a pointer is aligned to
 
@@ -30,6 +33,7 @@ class TokenLists(NamedTuple):
     counts: Tensor
     order: Tensor
     bounds: Tensor
+    ends: Tensor
     rows: Tensor
     total: Tensor
 
@@ -57,13 +61,14 @@ def make(mask: Tensor) -> Tensor:
     with on_device(mask):
         launch(_tokens_kernel, (B,), mask, lists.tokens, lists.counts, T, BLOCK_T=BLOCK_T, num_warps=WARPS)
         launch(
-            _samples_kernel, (B,), *lists, B, T, SHORT=SHORT, BLOCK_B=BLOCK_B, BLOCK_T=BLOCK_T, num_warps=WARPS
+            _samples_kernel, (B,), *lists, B, T, SHORT=SHORT, PACKED=PACKED, GRANULE=GRANULE,
+            BLOCK_B=BLOCK_B, BLOCK_T=BLOCK_T, num_warps=WARPS,
         )  # fmt: skip
     return buffer
 
 
 def _parts(B: int, T: int) -> tuple[int, ...]:
-    return B * T, B, B, 3, B * T, 1
+    return B * T, B, B, 4, B, B * T, 1
 
 
 def _aligned(part: int) -> int:
@@ -100,35 +105,42 @@ def _samples_kernel(
     tokens_ptr,  # [B, T] int32
     counts_ptr,  # [B] int32
     order_ptr,  # [B] int32
-    bounds_ptr,  # [3] int32
+    bounds_ptr,  # [4] int32
+    ends_ptr,  # [B] int32
     rows_ptr,  # [B T] int32
     total_ptr,  # [1] int32
     B,
     T,
     SHORT: tl.constexpr,
+    PACKED: tl.constexpr,
+    GRANULE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Grid (B): a sample's position in `order` is the number of samples before it, and so is its first row's."""
     b = tl.program_id(0)
     count = tl.load(counts_ptr + b)
-    rank, kept, total, none, short = 0, 0, 0, 0, 0
+    rank, kept, total, none, short, packed, end = 0, 0, 0, 0, 0, 0, (count + GRANULE - 1) // GRANULE
     for start in range(0, B, BLOCK_B):
         other = start + tl.arange(0, BLOCK_B)
         exists = other < B
         counts = tl.load(counts_ptr + other, mask=exists, other=0)
         lower = (counts < count) | ((counts == count) & (other < b))
         rank += tl.sum((exists & lower).to(tl.int32), 0)
+        end += tl.sum(tl.where(exists & lower, (counts + GRANULE - 1) // GRANULE, 0), 0)
         kept += tl.sum(tl.where(other < b, counts, 0), 0)
         total += tl.sum(counts, 0)
         none += tl.sum((exists & (counts == 0)).to(tl.int32), 0)
         short += tl.sum((exists & (counts <= SHORT)).to(tl.int32), 0)
+        packed += tl.sum((exists & (counts <= PACKED)).to(tl.int32), 0)
     tl.store(order_ptr + rank, b)
+    tl.store(ends_ptr + rank, end)
     if b == 0:
         tl.store(total_ptr, total)
         tl.store(bounds_ptr, none)
         tl.store(bounds_ptr + 1, short)
-        tl.store(bounds_ptr + 2, B)
+        tl.store(bounds_ptr + 2, packed)
+        tl.store(bounds_ptr + 3, B)
     # Kept tokens come after those of earlier samples, the others after all kept ones and the others of earlier samples.
     first = b.to(tl.int64) * T
     gone = total + first - kept

@@ -26,6 +26,12 @@ def _match(a: Arguments) -> float:
     return 2.0 * products * _rows(a) * _columns(a) * a["D"]
 
 
+def _packed_match(a: Arguments) -> float:
+    columns = a["columns_ptr"]  # a token of e may be there several times, and -1 is none
+    tokens = float(columns[columns >= 0].unique().numel()) if isinstance(columns, Tensor) else a["Be"] * a["Q"]
+    return 2.0 * (3 if a.get("SPLIT") else 1) * _rows(a) * tokens * a["D"]
+
+
 def _gathered(a: Arguments) -> float:
     return 2.0 * _rows(a) * a["Be"] * a["D"]  # one row of D for every winner
 
@@ -49,6 +55,7 @@ def _kept(products: int) -> Callable[[Arguments], float]:
 # they compute.
 FLOPS: dict[str, Callable[[Arguments], float]] = {
     "_match_kernel": _match,
+    "_packed_match_kernel": _packed_match,
     "_persistent_match_kernel": lambda a: 2.0 * a["Bx"] * a["P"] * a["Be"] * a["Q"] * a["D"],
     "_dx_kernel": _gathered,
     "_products_kernel": _gathered,

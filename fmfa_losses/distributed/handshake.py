@@ -53,7 +53,8 @@ def handshake(
         settings: hyperparameters by name, which must be the same on all ranks. The values of tensors are not compared.
         equal_batches: the caller's promise that b is the same on all ranks at every call. Then the exchange is made
             only where tensors and settings are new; otherwise at every call, and the host waits.
-        check: checks the inputs of this rank; all ranks raise its error.
+        check: checks the inputs of this rank; all ranks raise its error. It may put other tensors into `tensors`, such
+            as padded ones for packed ones: these are then compared.
     Raises:
         RuntimeError: torch.distributed is not initialised, or a peer is dead or absent (with the time-out).
         ValueError: unknown gather, a rank outside of the group, tensors or settings that differ between ranks.

@@ -25,13 +25,13 @@ from ..ops.checks import (
     check_flag,
     check_float,
     check_integer,
-    check_mask,
     check_same,
     check_shape,
     describe,
     integer_ids,
     on_host,
 )
+from ..ops.lengths import Captions, captions
 from ..ops.linear_cross_entropy import product_dtype, summed_cross_entropy
 from ..ops.module import Module
 from ..ops.padding import longest, refuse_trace
@@ -96,6 +96,8 @@ class IRRHead(Module):
         text_mask: [B, L] bool, True = keep. Padding is not attended to, and a label there is ignored; on a CPU what
             follows the longest caption is not computed. With None, as released, padding is attended to like any
             token.
+        text_lengths: [B] integers in [0, L], in place of text_mask: the kept tokens at the start of every caption. On
+            an accelerator, where they are not read, wrong ones make loss and accuracy NaN.
     Returns:
         IRROutput(loss, accuracy): scalars, float32 or better.
     Raises:
@@ -196,11 +198,12 @@ class IRRHead(Module):
         labels: Tensor,
         *,
         text_mask: Tensor | None = None,
+        text_lengths: Tensor | None = None,
     ) -> IRROutput:
         refuse_trace("IRRHead")
-        labels = self._check(image_tokens, masked_text_tokens, labels, text_mask)
-        static = not on_host(labels)
-        return self._forward(image_tokens, masked_text_tokens, labels, text_mask, static)
+        labels, text = self._check(image_tokens, masked_text_tokens, labels, text_mask, text_lengths)
+        output = self._forward(image_tokens, masked_text_tokens, labels, text.mask, static=not on_host(labels))
+        return IRROutput(*(nan_unless(text.right, value) for value in output))
 
     def _forward(
         self,
@@ -302,7 +305,14 @@ class IRRHead(Module):
             )
         return load_entries(self, entries, "build IRRHead with the embed_dim and vocab_size of the checkpoint")
 
-    def _check(self, image_tokens: Tensor, text_tokens: Tensor, labels: Tensor, text_mask: Tensor | None) -> Tensor:
+    def _check(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        labels: Tensor,
+        text_mask: Tensor | None,
+        text_lengths: Tensor | None,
+    ) -> tuple[Tensor, Captions]:
         tokens = (("image_tokens", image_tokens, "B N D"), ("masked_text_tokens", text_tokens, "B L D"))
         for name, tensor, pattern in tokens:
             check_float(name, tensor, pattern)
@@ -313,7 +323,7 @@ class IRRHead(Module):
                 )
             check_device(f"{name} and the head", tensor, self)
         check_same("image_tokens and masked_text_tokens", image_tokens, text_tokens, dims=[("B", 0)])
-        check_mask("text_mask", text_mask, text_tokens)
+        text = captions(text_tokens, text_mask, (text_lengths, None, None), image_tokens, name="masked_text_tokens")
         name = self._labels
         labels = integer_ids(name, labels, "B, L")
         check_shape(name, labels, tuple(text_tokens.shape[:2]), "one label a text token")
@@ -328,7 +338,7 @@ class IRRHead(Module):
                     f"{name} must be ignore_index = {self.ignore_index} or lie in [0, vocab_size = {self.vocab_size}), "
                     f"got {int(wrong[0])}; pass the ignore_index and vocab_size of the tokenizer"
                 )
-        return labels
+        return labels, text
 
 
 def _untouched(*modules: nn.Module) -> bool:

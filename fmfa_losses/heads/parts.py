@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_same
+from ..ops.checks import check_same, nan_unless
 
 __all__ = ["WideLinear", "check_device", "first_weight", "nan_unless", "to_dtype_of"]
 
@@ -43,8 +43,3 @@ def check_device(names: str, x: Tensor, part: nn.Module) -> None:
     first = first_weight(part)
     if first is not None and not hasattr(first[1], "device_mesh") and first[1].device.type != "meta":
         check_same(names, x, first[1])
-
-
-def nan_unless(right: Tensor | None, value: Tensor) -> Tensor:
-    """value, or NaN with NaN gradients where `right` is False, for an error that the host cannot raise."""
-    return value if right is None else value * torch.where(right, 1.0, float("nan")).to(value.dtype)

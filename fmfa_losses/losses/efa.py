@@ -30,8 +30,10 @@ from ..ops.checks import (
     check_mask,
     check_same,
     check_scale,
+    nan_unless,
 )
 from ..ops.hard_similarity import FLAT, UnitTokens, token_lists, unit_similarity
+from ..ops.lengths import Captions, Lengths, captions
 from ..ops.options import NEGATIVES, Negatives
 from ..ops.padding import longest
 from ..ops.precision import accumulation_dtype, unit_rows
@@ -155,9 +157,14 @@ class EFALoss(Loss):
 
     Inputs:
         image_tokens: [B, N, D] patches without [CLS], any float dtype; need not be normalised.
-        text_tokens: [B, L, D].
+        text_tokens: [B, L, D]; or packed, [T, D], the captions one after the other, with text_cu_seqlens.
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep; what they leave out may hold anything, NaN too, and
             gets gradient 0.
+        text_lengths: [B] integers in [0, L], in place of text_mask: the kept tokens at the start of every caption.
+        text_cu_seqlens: [B + 1] integers, where each packed caption starts, and T: 0 and the cumulative lengths.
+        text_max_seqlen: of packed captions an upper bound of the lengths, the same on all ranks. It may be left out
+            where the host reads the starts: on the CPU, without gather and torch.compile. On an accelerator nobody
+            reads starts and lengths: wrong ones, and a bound that is too low, make the loss NaN.
         pids: [B] integer identities, for negatives="different_identity"; "all" does not use them and warns once.
         logit_scale: 1 / tau2 instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight, peers: as in ASDMLoss.
@@ -199,20 +206,29 @@ class EFALoss(Loss):
         *,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        text_cu_seqlens: Tensor | None = None,
+        text_max_seqlen: int | None = None,
         pids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
         peers: Peers | None = None,
     ) -> Tensor:
+        tensors = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids, "sample_weight": sample_weight}
+
         def checked() -> Any:  # torch.compile of 2.6 cannot make the types of a nested function
             given = (image_tokens, text_tokens, image_mask, text_mask, pids, logit_scale, sample_weight)
-            return self.check_inputs(*given, shared=bool(self.gather))
+            lengths = (text_lengths, text_cu_seqlens, text_max_seqlen)
+            text, ids = self.check_inputs(*given, lengths, shared=bool(self.gather))
+            tensors.update(text_tokens=text.tokens, text_mask=text.mask)  # what is exchanged
+            return text, ids
 
-        tensors = {"text_tokens": text_tokens, "text_mask": text_mask, "pids": pids, "sample_weight": sample_weight}
         dtype = getattr(image_tokens, "dtype", None)  # that of the joint embeddings follows
         settings = {"logit_scale": logit_scale, "dtype of image_tokens": dtype}
-        peers, pids = self.handshake(tensors, checked, peers, **settings)
-        per_sample = self.per_sample(image_tokens, text_tokens, image_mask, text_mask, pids, logit_scale, peers)
+        peers, (text, ids) = self.handshake(tensors, checked, peers, **settings)
+        per_sample = self.per_sample(image_tokens, text.tokens, image_mask, text.mask, ids, logit_scale, peers)
+        if text.right is not None:
+            per_sample = nan_unless(text.right, per_sample)
         return self.reduce(per_sample, sample_weight, peers)
 
     def check_inputs(
@@ -224,24 +240,23 @@ class EFALoss(Loss):
         pids: Tensor | None,
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
+        lengths: Lengths = (None, None, None),
         *,
         shared: bool,
-    ) -> Tensor | None:
-        """The pids to go on with. `shared`: other ranks wait, so what cannot run here must be known before."""
+    ) -> tuple[Captions, Tensor | None]:
+        """Captions and pids to go on with. `shared`: other ranks wait, so what cannot run here must be known before."""
         check_float("image_tokens", image_tokens, "B N D")
-        check_float("text_tokens", text_tokens, "B L D")
-        check_same("image_tokens and text_tokens", image_tokens, text_tokens, dims=[("B", 0), ("D", 2)])
+        text = captions(text_tokens, text_mask, lengths, image_tokens, shared=shared)
+        check_same("image_tokens and text_tokens", image_tokens, text.tokens, dims=[("B", 0), ("D", 2)])
         if image_mask is not None:
             check_mask("image_mask", image_mask, image_tokens)
-        if text_mask is not None:
-            check_mask("text_mask", text_mask, text_tokens)
         if logit_scale is not None:
             check_scale(logit_scale)
         if sample_weight is not None:
-            check_weight("sample_weight", sample_weight, text_tokens[:, 0, 0])
+            check_weight("sample_weight", sample_weight, text.tokens[:, 0, 0])
         if shared:
-            select_backend(self.backend, image_tokens, text_tokens)
-        return self.check_pids(pids, image_tokens)
+            select_backend(self.backend, image_tokens, text.tokens)
+        return text, self.check_pids(pids, image_tokens)
 
     def per_sample(
         self,
@@ -291,6 +306,9 @@ class EFAOptions(ScaledOptions, total=False):
     negatives: Negatives
     image_mask: Tensor | None
     text_mask: Tensor | None
+    text_lengths: Tensor | None
+    text_cu_seqlens: Tensor | None
+    text_max_seqlen: int | None
     pids: Tensor | None
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "describe",
     "did_you_mean",
     "integer_ids",
+    "nan_unless",
     "on_host",
     "refuse_capture",
     "warn_once",
@@ -288,6 +289,11 @@ def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str
     lower = {name.casefold(): name for name in known}
     near = difflib.get_close_matches(str(word).casefold(), lower, n=1, cutoff=cutoff)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""
+
+
+def nan_unless(right: Tensor | None, value: Tensor) -> Tensor:
+    """value, or NaN with NaN gradients where `right` is False, for an error that the host cannot raise."""
+    return value if right is None else value * torch.where(right, 1.0, float("nan")).to(value.dtype)
 
 
 def refuse_capture(logit_scale: Tensor | None, features: Tensor) -> None:

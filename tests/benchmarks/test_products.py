@@ -7,11 +7,12 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need triton, which has no wheel for this platform")
 
 from benchmarks import compile_check, products
-from benchmarks.products import PRODUCTS, Call, Counted
+from benchmarks.launch_products import PRODUCTS, Call, multiplies_tiles
+from benchmarks.products import Counted
 
 
-def call(name, grid, **arguments):
-    return Call(SimpleNamespace(__name__=name, src="tl.dot(a, b)"), grid, arguments)
+def call(name, grid, lengths=None, **arguments):
+    return Call(SimpleNamespace(__name__=name, src="tl.dot(a, b)"), grid, arguments, lengths or {})
 
 
 # 5 tokens of 2 samples against 4 of 7 samples, 3 a tile of 48 columns.
@@ -30,19 +31,43 @@ def test_a_sample_wider_than_a_tile_takes_several():
     assert PRODUCTS["_match_kernel"].executed(match) == 16 * (7 * 96) * 32
 
 
-def test_samples_with_all_tokens_are_in_the_widest_class_alone():
-    narrow = call("_match_kernel", (3,), **MATCH | {"LIST_E": True, "Q": 17, "UNIT": 16})
-    wide = call("_match_kernel", (4,), **MATCH | {"LIST_E": True, "Q": 17, "UNIT": 24, "column_tiles": 4})
-    (row, everything) = products.count([narrow, wide])
-    assert row.needed == pytest.approx(2e-9 * 10 * 7 * 17 * 20)
-    assert row.executed == pytest.approx(2e-9 * 16 * 4 * 48 * 32)
-    assert (row.launches, everything.kernel) == (2, "all")
+def test_samples_of_e_are_in_the_class_of_their_length():
+    lengths = {17: [3, 17, 0, 17, 5, 12, 9], 40: [33, 0, 40, 32, 1, 35, 39]}
+    match = MATCH | {"LIST_E": True, "Q": 40, "UNIT": 16, "FIRST": 0, "LAST": 1}
+    short = call("_match_kernel", (3,), lengths, **match)
+    wide = call("_match_kernel", (4,), lengths, **match | {"UNIT": 24, "FIRST": 1, "LAST": 3})
+    (row, everything) = products.count([short, wide])
+    assert row.needed == pytest.approx(2e-9 * 10 * (33 + 40 + 32 + 1 + 35 + 39) * 20)
+    assert row.executed == pytest.approx(2e-9 * 16 * (1 + 2) * 48 * 32)  # 2 samples of 3 a tile; 4 of 2 a tile
+    assert (row.launches, row.programs, row.idle, everything.kernel) == (2, 7, 4, "all")
+
+
+def test_samples_of_different_lengths_share_the_tiles_of_one_match():
+    lengths = {200: [3, 130, 0, 128, 5, 121], 5: [5, 1]}  # 8, -, 0, 128, 8, 128 columns
+    match = MATCH | {"Be": 6, "Q": 200, "BLOCK_N": 256, "column_tiles": 3}
+    (row, _) = products.count([call("_packed_match_kernel", (3,), lengths, **match)])
+    assert row.needed == pytest.approx(2e-9 * 6 * (3 + 128 + 5 + 121) * 20)
+    assert row.executed == pytest.approx(2e-9 * 16 * (2 * 256) * 32)
+    assert (row.programs, row.idle) == (3, 1)
+
+
+def test_a_sample_wider_than_a_tile_has_as_many_as_it_needs():
+    lengths = {600: [600, 100, 129, 256]}
+    match = MATCH | {"Be": 4, "Q": 600, "BLOCK_N": 128, "UNIT": 128, "LIST_E": True, "FIRST": 2, "LAST": 3}
+    (row, _) = products.count([call("_match_kernel", (4,), lengths, **match)])
+    assert row.needed == pytest.approx(2e-9 * 10 * (600 + 129 + 256) * 20)
+    assert row.executed == pytest.approx(2e-9 * 16 * (640 + 256 + 256) * 32)
 
 
 def test_de_multiplies_one_hot_weights():
-    de = call("_de_kernel", (7, 1, 2), Bx=2, P=5, Be=7, Q=4, D=20, BLOCK_OWN=16, BLOCK_SUM=32, BLOCK_OUT=16)
-    assert PRODUCTS["_de_kernel"].needed(de) == 28 * 10 * 20
-    assert PRODUCTS["_de_kernel"].executed(de) == (7 * 16) * 32 * (2 * 16)
+    de = {"Bx": 2, "P": 5, "Be": 7, "Q": 4, "D": 20, "BLOCK_OWN": 16, "BLOCK_SUM": 32, "BLOCK_OUT": 16, "GRANULE": 8}
+    full = call("_products_kernel", (4, 2), **de)
+    assert PRODUCTS["_products_kernel"].needed(full) == 28 * 10 * 20
+    assert PRODUCTS["_products_kernel"].executed(full) == (4 * 16) * 32 * (2 * 16)
+    short = call("_products_kernel", (4, 2), {4: [0, 1, 2, 0, 4, 0, 0]}, **de)
+    assert PRODUCTS["_products_kernel"].needed(short) == 7 * 10 * 20
+    assert PRODUCTS["_products_kernel"].executed(short) == (2 * 16) * 32 * (2 * 16)
+    assert PRODUCTS["_products_kernel"].busy(short) == 2 * 2
 
 
 def test_what_is_computed_again_is_executed_and_not_needed():
@@ -75,7 +100,7 @@ def test_a_linear_cross_entropy_makes_its_logits_twice():
 
 def test_a_kernel_that_nobody_counts_is_an_error():
     kernels = {launch.kernel.__name__: launch.kernel for launch in compile_check.record("sm_90", "bfloat16")}
-    found = {name for name, kernel in kernels.items() if products.multiplies_tiles(kernel)}
+    found = {name for name, kernel in kernels.items() if multiplies_tiles(kernel)}
     assert {"_match_kernel", "_forward_kernel", "_gradient_kernel"} <= found <= PRODUCTS.keys()
     assert {"_pool_kernel", "_tokens_kernel"} <= kernels.keys() - found
     names = {"src": "def _new_kernel(x): helper(x)", "fn": SimpleNamespace(__globals__={})}
@@ -91,6 +116,28 @@ def test_a_kernel_that_nobody_counts_is_an_error():
 def test_only_efa_has_a_limit():
     much = [Counted("all", 1, 100, 116)]
     assert products.exceeded([("EFA, B 128", much), ("A-SDM, B 64", much)]) == [
-        "EFA, B 128: executed / needed 1.16 > 1.15"
+        "EFA, B 128, all: executed / needed 1.16 > 1.15"
     ]
     assert products.exceeded([("EFA, B 128", [Counted("all", 1, 100, 115)])]) == []
+
+
+def test_real_lengths_have_a_limit_for_every_kernel_of_all_pairs():
+    rows = [Counted("_products_kernel", 1, 100, 126), Counted("_rows_kernel", 1, 1, 3), Counted("all", 1, 101, 125)]
+    assert products.exceeded([("EFA, B 64, captions of 25", rows), ("EFA, B 64", rows[:2])]) == [
+        "EFA, B 64, captions of 25, _products_kernel: executed / needed 1.26 > 1.25"
+    ]
+
+
+def test_a_step_with_real_captions_stays_within_its_limits():
+    steps = [
+        (
+            f"EFA, B {B}, {products.SHORT_CAPTIONS}",
+            products.count(products.step_launches("efa", products.SHORT_CAPTIONS, B)),
+        )
+        for B in (64, 128)
+    ]
+    assert products.exceeded(steps) == []
+    for _, rows in steps:
+        by_name = {row.kernel: row for row in rows}
+        assert by_name["_packed_match_kernel"].ratio < 1.25 and by_name["_packed_match_kernel"].idle > 0
+        assert by_name["all"].ratio == pytest.approx(1.2, abs=0.05)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.compare import relative_error, value_and_grads
 
-from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, itc_loss, sparse_aggregate
+from fmfa_losses.functional import asdm_loss, efa_loss, hard_similarity, itc_loss, length_mask, sparse_aggregate
 from fmfa_losses.ops.aggregation import sparse_aggregation_backward_op, sparse_aggregation_op
 from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_similarity_op
 
@@ -33,6 +33,21 @@ def test_efa(dtype, tolerance, masked):
     for a, b in zip(got, exact, strict=True):
         assert torch.isfinite(a).all()
         assert relative_error(a, b) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_efa_of_real_lengths_is_efa_with_the_mask(dtype):
+    image, text = inputs(dtype)
+    lengths = torch.tensor([4, 0, 9, 1, 4])
+    mask, starts = length_mask(lengths, L), torch.tensor([0, 4, 4, 13, 14, 18])
+    expected = value_and_grads(lambda i, t: efa_loss(i, t, text_mask=mask, backend="triton"), [image, text])
+    by_length = value_and_grads(lambda i, t: efa_loss(i, t, text_lengths=lengths, backend="triton"), [image, text])
+    packed = value_and_grads(
+        lambda i, t: efa_loss(i, t, text_cu_seqlens=starts, text_max_seqlen=L, backend="triton"), [image, text[mask]]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(by_length, expected, strict=True))
+    assert torch.equal(packed[2], expected[2][mask])
+    assert all(torch.equal(a, b) for a, b in zip(packed[:2], expected[:2], strict=True))
 
 
 @pytest.mark.parametrize("loss", [asdm_loss, lambda i, t, p, **k: itc_loss(i, t, p, targets="identity", **k)])

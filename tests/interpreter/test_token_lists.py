@@ -12,11 +12,14 @@ from fmfa_losses.ops.hard_similarity import hard_similarity_backward_op, hard_si
 def formulas(mask):
     gone = mask.logical_not().to(torch.uint8)
     counts = mask.sum(dim=1)
+    widths = (0, token_lists.SHORT, token_lists.PACKED, mask.shape[1])
+    granules = (counts.sort().values + token_lists.GRANULE - 1) // token_lists.GRANULE
     return (
         torch.argsort(gone, dim=1, stable=True),
         counts,
         torch.argsort(counts, stable=True),
-        torch.stack([(counts <= width).sum() for width in (0, token_lists.SHORT, mask.shape[1])]),
+        torch.stack([(counts <= width).sum() if i < 3 else torch.tensor(len(mask)) for i, width in enumerate(widths)]),
+        granules.cumsum(0),
         torch.argsort(gone.flatten(), stable=True),
         mask.sum().view(1),
     )

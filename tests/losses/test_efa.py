@@ -235,7 +235,7 @@ def functions_called(call):
     return called
 
 
-@pytest.mark.parametrize(("masked", "most", "most_checks"), [(False, 60, 12), (True, 75, 16)])
+@pytest.mark.parametrize(("masked", "most", "most_checks"), [(False, 61, 12), (True, 76, 16)])
 def test_checks_are_made_once(masked, most, most_checks):
     """One forward in training: what the public name has checked is not checked again below."""
     image, text = (t.requires_grad_() for t in draw(4, 12, 5, 16, torch.float32))
