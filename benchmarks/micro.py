@@ -58,6 +58,7 @@ FULL = [
     (Case("asdm", 32768), (TORCH,)),
     (Case("irr", 16, N=193), (REFERENCE, TORCH)),
     (Case("irr", 16, N=193, mean_length=25), (REFERENCE, TORCH)),
+    (Case("irr", 64, N=193, mean_length=25), (TORCH,)),
     (Case("id", 64, V=PEOPLE), (REFERENCE, TORCH)),
     (Case("mask_tokens", 64), (REFERENCE, TORCH)),
 ]
