@@ -152,8 +152,8 @@ def alignment_rows_backward_op(dtext_sim, dimage_sim, *arguments):  # type: igno
 @torch.library.register_fake(alignment_rows_op)
 def _rows_fake(image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save):  # type: ignore[no-untyped-def]
     (B, N, _), L, dtype = image_tokens.shape, text_tokens.shape[1], accumulation_dtype(image_tokens, text_tokens)
-    weights, winners = saved_like(image_tokens, (B, B, L), L, pool, save)
-    image_weights, image_winners = saved_like(image_tokens, (B, B, N), L, pool, save)
+    weights, winners = saved_like(image_tokens, (B, B, L), L, pool, save, dtype)
+    image_weights, image_winners = saved_like(image_tokens, (B, B, N), L, pool, save, dtype)
     new = image_tokens.new_empty
     sims = new((B, B), dtype=dtype), new((B, B), dtype=dtype)
     return *sims, new(text_tokens.shape, dtype=dtype), weights, winners, image_weights, image_winners

@@ -236,10 +236,12 @@ def matches_like(x: Tensor, shape: tuple[int, int, int], Q: int, save: bool) -> 
     return x.new_empty(shape if save else (0,), dtype=dtype)
 
 
-def saved_like(x: Tensor, shape: tuple[int, int, int], Q: int, pool: str, save: bool) -> tuple[Tensor, Tensor]:
-    """Weights and winners as match.forward saves them: empty memory."""
+def saved_like(
+    x: Tensor, shape: tuple[int, int, int], Q: int, pool: str, save: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weights and winners as rows/match.py saves them, where it computes in dtype: empty memory."""
     return (
-        x.new_empty(shape if save and pool in EXPONENTIAL else (0,), dtype=accumulation_dtype(x)),
+        x.new_empty(shape if save and pool in EXPONENTIAL else (0,), dtype=dtype),
         x.new_empty(shape if save else (0,), dtype=torch.int16 if Q <= INT16 else torch.int32),
     )
 
@@ -253,7 +255,7 @@ def _fake(  # type: ignore[no-untyped-def]
     if backend == "triton":
         weights = matches_like(x, (*pairs, x.shape[1]), e.shape[1], save)
         return x.new_empty(pairs, dtype=acc), weights, weights.new_empty(0)
-    saved = saved_like(x, (e.shape[0], x.shape[0], x.shape[1]), e.shape[1], pool, save)
+    saved = saved_like(x, (e.shape[0], x.shape[0], x.shape[1]), e.shape[1], pool, save, acc)
     return x.new_empty(pairs, dtype=acc), *saved
 
 

@@ -6,7 +6,7 @@ from helpers.compare import assert_close, relative_error, value_and_grads
 
 from fmfa_losses.functional import efa_loss
 from fmfa_losses.ops.aggregation import sparse_aggregate_reference
-from fmfa_losses.ops.alignment import alignment_similarities
+from fmfa_losses.ops.alignment import alignment_rows_op, alignment_similarities
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 from fmfa_losses.ops.rows import aggregation, bfloat16, layout, match
 
@@ -121,6 +121,45 @@ def test_gradients_have_the_dtype_of_the_tokens(dtypes):
     got = value_and_grads(similarities(*masks), (image, text))
     assert [t.dtype for t in got] == [wide, *dtypes]
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("pool", ["lse", "mean"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float16)])
+def test_the_fake_operator_says_what_comes(dtypes, pool):
+    """torch.compile goes by it."""
+    image, text = (torch.randn(B, n, D).to(dtype).requires_grad_() for n, dtype in zip((N, L), dtypes, strict=True))
+    arguments = image, text, scattered(N), some_empty(L), None, pool, 2.0, True
+    torch.library.opcheck(alignment_rows_op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_default_device_changes_nothing(threads):
+    """What has no data shows that it was used."""
+    image, text = (torch.randn(B, n, D, dtype=torch.float64) for n in (N, L))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for masks in ((scattered(N), some_empty(L)), (None, lengths(L)), (scattered(N), None), (None, None)):
+            expected = value_and_grads(similarities(*masks), (image, text))
+            torch.set_default_device("meta")
+            got = value_and_grads(similarities(*masks), (image, text))
+            torch.set_default_device(None)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    finally:
+        torch.set_default_device(None)
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_default_dtype_is_not_that_of_the_first_product_in_bfloat16(monkeypatch, default):
+    """On a processor that has units, `has_units` tries them once."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert bfloat16.has_units.__wrapped__()
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.fixture

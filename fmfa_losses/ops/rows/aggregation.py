@@ -130,7 +130,7 @@ def _tasks(images: Layout, texts: Layout) -> list[Task]:
             for n, block in enumerate(some)
         ]
     position = torch.empty_like(images.samples)
-    position[images.samples] = torch.arange(len(position))
+    position[images.samples] = torch.arange(len(position), device=position.device)
     position = position[texts.samples]
     tasks = []
     for block in some:
@@ -138,8 +138,8 @@ def _tasks(images: Layout, texts: Layout) -> list[Task]:
         patches = images.counts[of_images]
         keep = None
         if int(patches.min()) < int(patches.max()) or int(patches.max()) == 0:
-            keep = torch.arange(max(1, int(patches.max()))) < patches.unsqueeze(1)
-            keep = keep.repeat_interleave(torch.tensor(block.sizes), dim=0)
+            keep = torch.arange(max(1, int(patches.max())), device=patches.device) < patches.unsqueeze(1)
+            keep = keep.repeat_interleave(texts.counts[block.samples], dim=0)
         tasks.append(Task(block.rows, block.sizes, of_images.tolist(), patches.tolist(), keep))
     return tasks
 

@@ -33,14 +33,15 @@ def has_units() -> bool:
         return False
     with warnings.catch_warnings():  # that its sparse tensors are in beta, PyTorch says once
         warnings.simplefilter("ignore")
-        products_of(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+        one = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+        products_of(one, one, one.to(torch.int32))
     return True
 
 
 def products_of(x: Tensor, e: Tensor, tokens: Tensor) -> Tensor:
     """x_r . e_k for k = tokens[j, r], [J, R], of rows x [R, D] and e [K, D]; tokens grow with j, int32."""
     J, R = tokens.shape
-    ends = torch.arange(0, R * J + 1, J, dtype=torch.int32)
+    ends = torch.arange(0, R * J + 1, J, dtype=torch.int32, device=x.device)
     pattern = torch.sparse_csr_tensor(ends, tokens.T.flatten(), x.new_zeros(R * J), (R, len(e)), check_invariants=False)
     products: Tensor = torch.sparse.sampled_addmm(pattern, x, e.T, beta=0).values()
     return products.view(R, J).T

@@ -84,7 +84,7 @@ def match(
         tokens = best
         if ragged:
             tokens = best.new_full((len(best), len(i.sizes) * longest), -torch.inf)
-            slots = _slots(i.sizes, longest)
+            slots = _slots(xs.counts[i.samples], longest)
             tokens[:, slots] = best
         sim[j.samples, i.samples], weight = _pool(tokens.view(len(best), -1, longest), pool, pool_scale)
         if save:
@@ -129,9 +129,9 @@ def _best(e: Tensor, x: Tensor, j: Block, es: Layout) -> tuple[Tensor, Tensor]:
     return best.view(-1, R), winner.view(-1, R)
 
 
-def _slots(sizes: list[int], width: int) -> Tensor:
-    """Where the tokens of samples of these sizes are among `width` places for each."""
-    return (torch.arange(width) < torch.tensor(sizes).unsqueeze(1)).flatten().nonzero().squeeze(1)
+def _slots(counts: Tensor, width: int) -> Tensor:
+    """Where the tokens of samples of so many are among `width` places for each."""
+    return (torch.arange(width, device=counts.device) < counts.unsqueeze(1)).flatten().nonzero().squeeze(1)
 
 
 def _pool(best: Tensor, pool: str, pool_scale: float) -> tuple[Tensor, Tensor]:
