@@ -143,7 +143,10 @@ def _rows_kernel(
 
     s = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
     da = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
-    width = extent(tokens, D)
+    LEAVE_OUT: tl.constexpr = (text_ptr.dtype.element_ty != tl.float32) or (PRECISION != "ieee")
+    width = D
+    if LEAVE_OUT:  # in IEEE float32 registers would spill
+        width = extent(tokens, D)
     for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         v = load_columns(image_ptr, n, exist, d, D)
@@ -170,7 +173,7 @@ def _rows_kernel(
         dtext = add_wide(ds, v, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), PRECISION)
         # A token that its mask leaves out has ds = 0, but a NaN among the patches would show there too.
         store_gradient(dtext_ptr, l, row_mask, d, D, tl.where(tokens[:, None], dtext, 0.0), ADD)
-    if not ADD:
+    if LEAVE_OUT and not ADD:
         for start in range(width, D, BLOCK_OUT):
             d = start + tl.arange(0, BLOCK_OUT)
             store_gradient(dtext_ptr, l, row_mask, d, D, tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32), ADD)
