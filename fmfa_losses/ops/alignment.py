@@ -54,7 +54,7 @@ _SAVED = (
 
 
 @operator(
-    f"alignment({_TOKENS}, float? sparsity, str pool, float pool_scale, bool save) -> ({', '.join(['Tensor'] * 9)})"
+    f"alignment_tiles({_TOKENS}, float? sparsity, str pool, float pool_scale, bool save) -> ({', '.join(['Tensor'] * 9)})"
 )
 def alignment_op(image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save):  # type: ignore[no-untyped-def]
     from fmfa_losses.kernels import alignment as kernels
@@ -65,7 +65,7 @@ def alignment_op(image_tokens, text_tokens, image_mask, text_mask, sparsity, poo
 
 
 @operator(
-    f"alignment_backward(Tensor dtext_sim, Tensor dimage_sim, {_SAVED}, {_TOKENS}, float? sparsity, str pool)"
+    f"alignment_tiles_backward(Tensor dtext_sim, Tensor dimage_sim, {_SAVED}, {_TOKENS}, float? sparsity, str pool)"
     " -> (Tensor, Tensor)"
 )
 def alignment_backward_op(dtext_sim, dimage_sim, *arguments):  # type: ignore[no-untyped-def]

@@ -171,7 +171,7 @@ def token_lists(mask: Tensor | None, backend: str) -> Tensor | None:
     return lists
 
 
-@operator("token_lists(Tensor mask) -> Tensor")
+@operator("kept_lists(Tensor mask) -> Tensor")
 def token_lists_op(mask):  # type: ignore[no-untyped-def]
     from fmfa_losses.kernels import token_lists as kernels
 
