@@ -54,7 +54,8 @@ _SAVED = (
 
 
 @operator(
-    f"alignment_tiles({_TOKENS}, float? sparsity, str pool, float pool_scale, bool save) -> ({', '.join(['Tensor'] * 9)})"
+    f"alignment_tiles({_TOKENS}, float? sparsity, str pool, float pool_scale, bool save)"
+    f" -> ({', '.join(['Tensor'] * 9)})"
 )
 def alignment_op(image_tokens, text_tokens, image_mask, text_mask, sparsity, pool, pool_scale, save):  # type: ignore[no-untyped-def]
     from fmfa_losses.kernels import alignment as kernels
