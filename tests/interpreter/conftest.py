@@ -1,6 +1,9 @@
 """Kernels through Triton's interpreter. It is chosen when the kernels are imported, so this folder has its own process:
 
 TRITON_INTERPRET=1 python -m pytest tests/interpreter
+
+SOME_CASES=1 runs a few cases of each test, and none of what only asks torch: enough to see whether another Triton reads
+the kernels as this one does.
 """
 
 import os
@@ -16,6 +19,21 @@ def pytest_configure(config):
     # numpy speaks of entries that a `where` discards afterwards.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("markers", "table: with the rows a program of the block tables")
+    config.addinivalue_line("markers", "of_torch: of torch.compile, opcheck and dtypes, whatever the Triton")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The first and the last case of a test differ in each parameter. Of several ways through a loss one more runs."""
+    if not os.environ.get("SOME_CASES"):
+        return
+    cases = {}
+    for item in items:
+        if not item.get_closest_marker("of_torch"):
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    kept = {id(of[at]) for of in cases.values() for at in (0, -1)}
+    kept |= {id(of[len(of) // 2]) for of in cases.values() if {"large", "way"} & {*of[0].fixturenames}}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 @pytest.fixture(autouse=True)

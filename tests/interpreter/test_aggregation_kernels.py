@@ -384,6 +384,7 @@ def _cutoff_kernel(span_ptr, threshold_ptr, out_ptr, R: tl.constexpr):
     )
 
 
+@pytest.mark.of_torch
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_changes_nothing(default):
     tensors, djoint = inputs(2, 20, 9, 16, torch.float32, masked=True), torch.randn(2, 9, 16)
@@ -400,6 +401,7 @@ def permuted():
     return image, text, torch.rand(21, 2).lt(0.6).t()[:, 1:]
 
 
+@pytest.mark.of_torch
 def test_opcheck_permuted_tokens():
     image, text, mask = permuted()
     masks, options = (mask, torch.rand(9, 2).lt(0.6).t()), (0.1, False, "triton")
@@ -414,6 +416,7 @@ def test_opcheck_permuted_tokens():
     )
 
 
+@pytest.mark.of_torch
 @pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals, by version
 def test_compiled_permuted_tokens():
     image, text, mask = permuted()

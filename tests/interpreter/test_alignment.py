@@ -117,6 +117,7 @@ def test_no_matches_are_kept_without_a_gradient():
     assert [alignment_op(*arguments, save)[5].numel() for save in (False, True)] == [0, B * B * L]
 
 
+@pytest.mark.of_torch
 @pytest.mark.parametrize(("dtype", "masked"), [(torch.float32, True), (torch.float16, False)])
 def test_opcheck(dtype, masked):
     both = tuple(mask[:2] for mask in masks()) if masked else (None, None)

@@ -21,6 +21,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.of_torch
 @pytest.mark.parametrize("name", LOSSES)
 def test_by_torch_func(name):
     inputs = torch.randn(2, 3, 4, 16)

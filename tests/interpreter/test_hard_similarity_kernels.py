@@ -347,6 +347,7 @@ def test_strided_masks_and_tokens_of_efa(strided):
     assert_close(*results, 2e-5)
 
 
+@pytest.mark.of_torch
 def test_permuted_tokens_are_promised_and_compiled_as_they_come():
     """CLIP's tokens come as [L, B, D]; gradients are contiguous in the fake kernels as in the real ones."""
     x, e, x_mask, e_mask = inputs(3, 4, 9, 7, 16, torch.float32, masked=True)
@@ -362,6 +363,7 @@ def test_permuted_tokens_are_promised_and_compiled_as_they_come():
         torch.library.opcheck(hard_similarity_backward_op, backward, test_utils=tests)
 
 
+@pytest.mark.of_torch
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_permuted_tokens_compile(backend):
@@ -378,6 +380,7 @@ def test_permuted_tokens_compile(backend):
     assert_close(value_and_grads(compiled, (image, text)), value_and_grads(loss, (image, text)), 1e-6)
 
 
+@pytest.mark.of_torch
 @pytest.mark.parametrize(
     ("dtype", "default"),
     [(torch.float32, torch.float64), (torch.float32, torch.bfloat16), (torch.float16, torch.float64)],

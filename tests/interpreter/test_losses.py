@@ -89,6 +89,7 @@ def test_explicit_torch_stays_torch():
     assert torch.equal(efa_loss(image, text), efa_loss(image, text, backend="torch"))
 
 
+@pytest.mark.of_torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("pool", ["lse", "sum"])
 def test_opcheck_hard_similarity(dtype, pool):
@@ -104,6 +105,7 @@ def test_opcheck_hard_similarity(dtype, pool):
     )
 
 
+@pytest.mark.of_torch
 def test_opcheck_sparse_aggregate():
     image, text = inputs()
     given, options = tuple(masks().values()), (0.1, False, "triton")

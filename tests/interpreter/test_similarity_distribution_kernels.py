@@ -205,6 +205,7 @@ def test_a_launch_refuses_what_is_not_contiguous() -> None:
         launch(asdm_prepare._prepare_kernel, (1, 2), torch.ones(5, 4), torch.ones(5, 4), ids)
 
 
+@pytest.mark.of_torch
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("loss", LOSSES)

@@ -95,6 +95,7 @@ def test_the_operator_takes_lists_or_makes_them():
         assert torch.equal(a, b)
 
 
+@pytest.mark.of_torch
 @pytest.mark.filterwarnings("ignore")  # of the compiler about itself
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_lists_under_torch_compile(dynamic):
