@@ -139,6 +139,12 @@ def test_what_overflows_shows(fn, scores):
     assert dtext[0].isnan()
 
 
+def test_a_sum_that_overflows_shows():
+    """Its weights would be 0, and the joint embedding too."""
+    image = torch.tensor([[[3e38], [3e38], [0.0]]])
+    assert sparse_aggregate(image, torch.ones(1, 1, 1), backend="torch").isnan().all()
+
+
 def test_nan_shows():
     image, text = draw(2, 5, 3, 4)
     image[1, 2, 0] = torch.nan

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers.compare import assert_close, relative_error, value_and_grads
 
-from fmfa_losses.functional import efa_loss
-from fmfa_losses.ops.aggregation import sparse_aggregate_reference
+from fmfa_losses.functional import efa_loss, hard_similarity
+from fmfa_losses.ops.aggregation import aggregate, sparse_aggregate_reference
 from fmfa_losses.ops.alignment import alignment_rows_op, alignment_similarities
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
 from fmfa_losses.ops.rows import aggregation, bfloat16, layout, match
@@ -121,6 +121,36 @@ def test_gradients_have_the_dtype_of_the_tokens(dtypes):
     got = value_and_grads(similarities(*masks), (image, text))
     assert [t.dtype for t in got] == [wide, *dtypes]
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_aggregation_of_tokens_that_are_left_out(path):
+    """They have the joint embedding 0, and neither they nor left out patches get a gradient."""
+    image, text = (torch.randn(B, n, D, dtype=torch.float64) for n in (N, L))
+    patches, tokens = scattered(N), some_empty(L)
+    function = lambda image, text: aggregate(image, text, patches, None, "torch", text_mask=tokens)  # noqa: E731
+    joint, dimage, dtext = value_and_grads(function, (image, text))
+    assert (joint[~tokens] == 0).all()
+    assert (dimage[~patches] == 0).all()
+    assert (dtext[~tokens] == 0).all()
+    expected = sparse_aggregate_reference(image, text, image_mask=patches)
+    assert_close([joint[tokens]], [expected[tokens]], 1e-12)
+
+
+def test_blocks_hold_no_more_rows_than_they_may():
+    found = layout.blocks([5, 4, 3, 2, 0, 0], rows=7)
+    assert [block.sizes for block in found] == [[5], [4, 3], [2]]
+    assert [(block.rows.start, block.rows.stop) for block in found] == [(0, 5), (5, 12), (12, 14)]
+    assert [block.sizes for block in layout.blocks([9, 1], rows=7)] == [[9], [1]]
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 40000), (3, 15000)])
+def test_more_tokens_than_int16_counts(samples, tokens):
+    """In one sample, and in the samples of one task: the last token wins, and its gradient alone is not 0."""
+    x = torch.tensor([[[0.0, 1.0]]], dtype=torch.float64)
+    e = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(samples, tokens, 1)
+    e[:, -1] = torch.tensor([0.6, 0.8])
+    de = value_and_grads(lambda x, e: hard_similarity(x, e, pool="sum"), (x, e), torch.ones(1, samples).double())[2]
+    assert torch.equal(de.abs().sum(dim=-1).nonzero()[:, 1], torch.full((samples,), tokens - 1))
 
 
 @pytest.mark.parametrize("pool", ["lse", "mean"])
