@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import psutil
-import pytest
 
 from benchmarks.gpu.about import LEGEND
 from benchmarks.gpu.book import UNSEEN, missing, read_records
@@ -55,18 +54,17 @@ def start(out: Path, *options: str, **popen) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, text=True, env=env, stdout=subprocess.PIPE, **popen)
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory):
-    """The whole run in the minutes that it is given: (its folder, what it printed, its exit code)."""
-    folder = tmp_path_factory.mktemp("gpu")
-    wheels, out = make_wheels(folder / "wheels"), folder / "out"
+def test_dry_run(tmp_path):
+    """The whole run in the minutes that it is given. One test: pytest-xdist would run a fixture on each worker."""
+    wheels, out = make_wheels(tmp_path / "wheels"), tmp_path / "out"
     with start(out, "--minutes", "6", "--wheels", str(wheels), stderr=subprocess.STDOUT) as process:
         printed = process.communicate()[0]
-    return out, printed, process.returncode
+    it_has_every_record(out, printed, process.returncode)
+    it_writes_every_file(out, printed)
+    it_measures_what_it_says(out)
 
 
-def test_dry_run_has_every_record(dry_run):
-    out, printed, code = dry_run
+def it_has_every_record(out, printed, code):
     records = read_records(out / "records.jsonl")
     identities = [identity for job in gpu_jobs(dry=True) for identity in job.identities]
     assert missing(records, identities) == []
@@ -78,8 +76,7 @@ def test_dry_run_has_every_record(dry_run):
     assert not [record for record in records if record["status"] == OUT_OF_TIME]
 
 
-def test_dry_run_writes_every_file(dry_run):
-    out, printed, _ = dry_run
+def it_writes_every_file(out, printed):
     plots = {"gpu_time.png", "gpu_memory.png", "gpu_roof.png"}
     assert {path.name for path in out.iterdir()} == {"gpu.json", "gpu.md", "records.jsonl", "log.txt", *plots}
     result = json.loads((out / "gpu.json").read_text())
@@ -102,8 +99,8 @@ def test_dry_run_writes_every_file(dry_run):
     assert of_kind(result, "exact")[0]["errors"].keys() == {"value", "dimage", "dtext"}
 
 
-def test_dry_run_measures_what_it_says(dry_run):
-    records = read_records(dry_run[0] / "records.jsonl")
+def it_measures_what_it_says(out):
+    records = read_records(out / "records.jsonl")
     figures = [record for record in records if record["kind"] == "figure"]
     for record in figures:
         assert record["both"]["median"] > 0

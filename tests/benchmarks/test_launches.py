@@ -15,25 +15,22 @@ from benchmarks import launches
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return tmp_path_factory.mktemp("launches") / "launches.md"
-
-
-@pytest.fixture(scope="module")
-def run(page):
-    """The command, once, in a process that has not interpreted a kernel."""
+def test_the_command(tmp_path):
+    """Once, in a process that has interpreted no kernel. One test: pytest-xdist would run a fixture on each worker."""
+    page = tmp_path / "launches.md"
     command = [sys.executable, "-m", "benchmarks", "launches", "--json", "--out", str(page)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def rows(run):
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.stdout, run.stderr[-4000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    every_step_is_counted(rows)
+    exceeded = {tuple(row[what] for what in ("loss", "masks", "dtype", "B", "L", "D")): row["exceeded"]
+                for row in rows if row["exceeded"]}  # fmt: skip
+    assert exceeded == {}
+    assert run.returncode == 0
+    assert page.read_text() == (ROOT / "docs" / "launches.md").read_text(), run.stderr[-4000:]
 
 
-def test_every_step_is_counted(rows):
+def every_step_is_counted(rows):
     wide = {(row["loss"], row["masks"], row["dtype"]) for row in rows if row["D"] == launches.WIDE}
     assert wide == launches.GATES.keys()
     rows = [row for row in rows if row["D"] == launches.D]
@@ -47,13 +44,6 @@ def test_every_step_is_counted(rows):
         assert {row["L"] for row in rows if row["loss"] == "efa" and row["masks"] == masks} == {77, 64, 50, 33, 16, 12}
     assert all(row["triton"] >= 2 and row["launches"] == row["triton"] + row["torch"] for row in rows)
     assert all(row["kernels"] >= 2 for row in rows if row["first"] and row["L"] == 77)
-
-
-def test_no_figure_exceeds_its_limit(run, rows):
-    exceeded = {tuple(row[what] for what in ("loss", "masks", "dtype", "B", "L", "D")): row["exceeded"]
-                for row in rows if row["exceeded"]}  # fmt: skip
-    assert exceeded == {}
-    assert run.returncode == 0
 
 
 def test_a_figure_over_its_limit_is_named_and_bold():
@@ -102,7 +92,3 @@ def test_a_step_at_the_papers_width_is_held_to_the_targets():
     assert masked.exceeded == []
     assert replace(masked, triton=16).exceeded == ["launches 61 > 60"]
     assert replace(row, loss="asdm", torch=0, triton=5, moved=1e6).exceeded == ["launches 5 > 4"]
-
-
-def test_the_page_is_what_the_command_writes(run, page):
-    assert page.read_text() == (ROOT / "docs" / "launches.md").read_text(), run.stderr[-4000:]

@@ -2,6 +2,7 @@
 
 import datetime
 import multiprocessing
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -43,3 +44,27 @@ def _start(
         result = traceback.format_exc()
     torch.save(result, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
+
+
+FORKS = """
+import os, sys, traceback
+exec(sys.argv[1], scope := {})
+for code in sys.argv[2:]:
+    if os.fork() == 0:
+        try:
+            exec(code, scope)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+        print(end="\\0", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def forked(first: str, codes: list[str]) -> list[str]:
+    """What each of `codes` prints, or the traceback where it raises: each in a process of its own, `first` run once."""
+    command = [sys.executable, "-c", FORKS, first, *codes]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
+    printed = out.split("\0")[:-1]
+    assert len(printed) == len(codes), out
+    return printed

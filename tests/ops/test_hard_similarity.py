@@ -1,7 +1,5 @@
 """Hard similarity: the torch path against its reference, golden values, properties, degenerate and bad input."""
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -9,10 +7,10 @@ import torch
 from helpers.budget import assert_function_within_budget
 from helpers.compare import assert_close, assert_finite, value_and_grads
 from helpers.golden import golden
+from helpers.processes import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import ROOT
 from fmfa_losses.functional import hard_similarity
 from fmfa_losses.ops import hard_similarity as module
 from fmfa_losses.ops.hard_similarity import hard_similarity_reference
@@ -215,27 +213,26 @@ SWITCHES = [
     ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32", "tf32x3"),
     ("torch.backends.fp32_precision = 'tf32'", "tf32", "tf32x3"),
 ]
-PRECISION = """
+IMPORTS = """
 import warnings
 import torch
 import benchmarks  # noqa: F401, a checkout that is not installed finds its kernels
 from fmfa_losses.kernels._launch import match_precision, precision
-SWITCH
+"""
+PRECISION = """
 warnings.simplefilter("error")
 x = torch.ones(1)
 print(precision(x.dtype), match_precision(x), match_precision(x.half()), match_precision(x.bfloat16()))
 """
 
 
-@pytest.mark.parametrize(("switch", "products", "match"), SWITCHES)
-def test_the_match_follows_torch(switch, products, match):
+def test_the_match_follows_torch():
     """Each in its own process: torch raises where older switches are read after a newer one was set."""
-    if "fp32_precision" in switch and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this torch has no fp32_precision")
-    code = PRECISION.replace("SWITCH", switch)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [products, match, "half", "half"]
+    newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    switches = [one for one in SWITCHES if newer or "fp32_precision" not in one[0]]
+    printed = forked(IMPORTS, [switch + PRECISION for switch, *_ in switches])
+    got = {switch: out.split() for (switch, *_), out in zip(switches, printed, strict=True)}
+    assert got == {switch: [products, match, "half", "half"] for switch, products, match in switches}
 
 
 def test_autocast_does_not_lower_the_precision():

@@ -19,6 +19,7 @@ from helpers.distribution import (
     value_and_gradients_of_a_ring,
 )
 from helpers.golden import golden
+from helpers.processes import forked
 from torch import Tensor
 
 from fmfa_losses import ASDMLoss
@@ -229,26 +230,26 @@ SWITCHES = [
     ("torch.backends.fp32_precision = 'tf32'", "tf32"),
     ("torch.backends.fp32_precision = 'ieee'", "ieee"),
 ]
-PRECISION = """
+IMPORTS = """
 import warnings
 import torch
 import benchmarks  # noqa: F401, a checkout that is not installed finds its kernels
 from fmfa_losses.kernels._launch import dot_precision, precision
-SWITCH
+"""
+PRECISION = """
 warnings.simplefilter("error")
 print(precision(torch.float32), dot_precision(torch.float32), precision(torch.bfloat16), dot_precision(torch.float16))
 """
 
 
-@pytest.mark.parametrize(("switch", "expected"), SWITCHES)
-def test_float32_products_follow_torch(switch: str, expected: str) -> None:
+def test_float32_products_follow_torch() -> None:
     """Each in its own process: torch raises where older switches are read after a newer one was set."""
-    if "fp32_precision" in switch and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this torch has no fp32_precision")
-    code = PRECISION.replace("SWITCH", switch)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [expected, expected, "half", "ieee"]
+    newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    expected = {switch: way for switch, way in SWITCHES if newer or "fp32_precision" not in switch}
+    printed = forked(IMPORTS, [switch + PRECISION for switch in expected])
+    assert dict(zip(expected, printed, strict=True)) == {
+        switch: f"{way} {way} half ieee\n" for switch, way in expected.items()
+    }
 
 
 def test_what_changes_with_the_batch_is_not_specialised() -> None:
