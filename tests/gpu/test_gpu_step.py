@@ -50,7 +50,9 @@ def pairs(B, N, L, D, masked):
 def one_operator(image_mask, text_mask, pool_scale):
     def similarities(image, text):
         arguments = (image, text, image_mask, text_mask)
-        return torch.stack(alignment_similarities(*arguments, sparsity=0.5, pool="lse", pool_scale=pool_scale))
+        return torch.stack(
+            alignment_similarities(*arguments, sparsity=0.5, pool="lse", pool_scale=pool_scale, backend="triton")
+        )
 
     return similarities
 

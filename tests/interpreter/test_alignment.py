@@ -26,7 +26,9 @@ def masks():
 def one_operator(image_mask=None, text_mask=None, sparsity=None, pool_scale=1.0):
     def similarities(image, text):
         arguments = (image, text, image_mask, text_mask)
-        return torch.stack(alignment_similarities(*arguments, sparsity=sparsity, pool="lse", pool_scale=pool_scale))
+        return torch.stack(
+            alignment_similarities(*arguments, sparsity=sparsity, pool="lse", pool_scale=pool_scale, backend="triton")
+        )
 
     return similarities
 
