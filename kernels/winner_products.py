@@ -44,6 +44,8 @@ PRODUCTS = {
     (SMALL, "half"): (256, 64, 128, 8, 2),
     (LDS, "half"): (256, 64, 128, 8, 2),
 }
+# With a mask. Granules of 8 tokens need more registers than those of 16, and 64 rows at a time would spill some.
+LISTED_PRODUCTS = PRODUCTS | {(MEDIUM, "half"): (256, 32, 128, 8, 3)}
 WEIGHTS = (16, 4)  # (BLOCK_J samples of e, num_warps)
 EXPONENTS = (16, 64, 4)  # (BLOCK_J samples of e, BLOCK_I samples of x, num_warps)
 POSITIONS = (128, 4)  # (BLOCK tokens of a sample of e, num_warps)
@@ -294,7 +296,7 @@ def de(
     (Bx, Be, P), D = matches.shape, x.shape[-1]
     _, x_counts, *_, rows, row_count = of_x
     tokens, counts, *_, e_rows, e_row_count = of_e
-    own, block, width, warps, stages = choose(PRODUCTS, x)
+    own, block, width, warps, stages = choose(PRODUCTS if tokens is None else LISTED_PRODUCTS, x)
     granule = GRANULE if tokens is None else LISTED
     granules = triton.cdiv(Q, granule)
     nothing, exponents = _exponents(dsim, x, x_counts)
