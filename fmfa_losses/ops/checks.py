@@ -169,11 +169,12 @@ def check_mask(name: str, mask: object, like: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        floating = isinstance(mask, Tensor) and mask.is_floating_point()
-        other = f", or {name} == 0 where it holds 0 to keep and -inf to drop" if floating else ""
-        raise TypeError(
-            f"{name} must be a boolean tensor (True = keep), got {describe(mask)}; call {name}.bool(){other}"
-        )
+        call = f"call {name}.bool()"
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            call += f", or {name} == 0 where it holds 0 to keep and -inf to drop"
+        elif isinstance(mask, Tensor) and mask.ndim == 1:
+            call = f"of lengths pass fmfa_losses.functional.length_mask({name}, {like.shape[1]})"
+        raise TypeError(f"{name} must be a boolean tensor (True = keep), got {describe(mask)}; {call}")
     check_shape(name, mask, (like.shape[0], like.shape[1]), "one flag a token")
     if mask.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {describe(mask)}; call {name}.to(...)")

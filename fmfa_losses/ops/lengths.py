@@ -79,7 +79,7 @@ def captions(
             f"out {' and '.join(given[1:])}"
         )
     if starts is not None:
-        check_float(name, tokens, "T D")
+        _check_packed(name, tokens)
         starts = _integers("text_cu_seqlens", starts, "B + 1", tokens)
         check_shape("text_cu_seqlens", starts, (like.shape[0] + 1,), "a start for each caption, and the end")
         packing = _packing("text_", name, tokens.shape[0], starts, longest, shared)
@@ -87,6 +87,11 @@ def captions(
     if longest is not None:
         raise ValueError(
             f"text_max_seqlen must come with text_cu_seqlens, got {longest!r} alone; leave it out for tokens [B, L, D]"
+        )
+    if isinstance(tokens, Tensor) and tokens.ndim == 2:
+        raise ValueError(
+            f"{name} must have shape [B, L, D], or [T, D] with text_cu_seqlens, got {describe(tokens)}; pass "
+            "text_cu_seqlens, where each caption starts, if they are packed"
         )
     check_float(name, tokens, "B L D")
     if counts is None:
@@ -99,13 +104,22 @@ def captions(
     return Captions(tokens, _kept(counts, tokens.shape[1]), right)
 
 
+def _check_packed(name: str, tokens: Tensor) -> None:
+    if isinstance(tokens, Tensor) and tokens.ndim == 3:
+        raise ValueError(
+            f"{name} must be packed, [T, D], with text_cu_seqlens, got {describe(tokens)}; pass {name}[mask], or all "
+            "tokens padded and text_lengths"
+        )
+    check_float(name, tokens, "T D")
+
+
 def pad_alike(name: str, x: Tensor | None, packing: Packing, fill: int | None = None) -> Tensor | None:
     """Other tokens [T, D] padded as those of `packing` are; or labels [T], with `fill`, if they are not yet [B, L]."""
     if x is None or (fill is not None and isinstance(x, Tensor) and x.ndim == 2):
         return x
     T, *_ = packing.rows.shape
     if fill is None:
-        check_float(name, x, "T D")
+        _check_packed(name, x)
         check_shape(name, x, (T, x.shape[1]), "a row for each packed token")
     else:
         x = integer_ids(name, x, "T")

@@ -348,8 +348,16 @@ BAD = {
     ),
     "starts of floats": (bad(PACKED, text_cu_seqlens=STARTS.half()), TypeError, "text_cu_seqlens must be an integer"),
     "no end": (bad(PACKED, text_cu_seqlens=STARTS[:-1]), ValueError, "shape [6]", "[5]", None),
-    "not packed": (bad(text_cu_seqlens=STARTS), ValueError, "text_tokens must have shape [T D]", "[5, 9, 64]"),
-    "not padded": (bad(PACKED), ValueError, "text_tokens must have shape [B L D]", "[16, 64]"),
+    "not packed": (
+        bad(text_cu_seqlens=STARTS), ValueError, "text_tokens must be packed, [T, D]", "[5, 9, 64]", "tokens[mask]",
+    ),
+    "not padded": (
+        bad(PACKED), ValueError, "text_tokens must have shape [B, L, D], or [T, D]", "[16, 64]", "text_cu_seqlens",
+    ),
+    "lengths as a mask": (
+        lambda: hard_similarity(PACKED[None], PACKED[None], e_mask=torch.tensor([3])),
+        TypeError, "e_mask must be a boolean", "int64", "length_mask(e_mask, 16)",
+    ),
     "first": (bad(PACKED, text_cu_seqlens=STARTS + 1), ValueError, ("begin with 0", "T = 16"), "1 at the start"),
     "last": (bad(PACKED[1:], text_cu_seqlens=STARTS), ValueError, "end with T = 15", "16 at the end", "cumulative"),
     "falls": (
@@ -389,7 +397,7 @@ def test_bad_input_of_the_objective():
         tokens = (image_features, text_features, image, text[MASK], torch.arange(B))
         return module(*tokens, masked_text_tokens=masked, masked_labels=labels, text_cu_seqlens=STARTS, **given)
 
-    with explains(ValueError, "masked_text_tokens must have shape [T D]", "[5, 9, 64]", "reshape"):
+    with explains(ValueError, "masked_text_tokens must be packed, [T, D]", "[5, 9, 64]", "masked_text_tokens[mask]"):
         call(labels, masked)
     with explains(ValueError, "masked_text_tokens must have shape [16, 64]", "[15, 64]"):
         call(labels, masked[MASK][1:])
