@@ -258,7 +258,7 @@ BAD = [
     (lambda: EFALoss(negatives="hard"), ValueError, "negatives must be one of"),
     (lambda: efa_loss(IMAGE, TEXT[:2]), ValueError, "agree in B"),
     (lambda: efa_loss(IMAGE, TEXT[..., :3]), ValueError, "agree in D"),
-    (lambda: efa_loss(IMAGE, TEXT[0]), ValueError, r"text_tokens must have shape \[B L D\]"),
+    (lambda: efa_loss(IMAGE, TEXT[0]), ValueError, r"text_tokens must have shape \[B, L, D\]"),
     (
         lambda: efa_loss(IMAGE, TEXT, text_mask=torch.ones(3, 5, dtype=torch.bool)),
         ValueError,
