@@ -79,6 +79,11 @@ def captions(
             f"out {' and '.join(given[1:])}"
         )
     if starts is not None:
+        if isinstance(tokens, Tensor) and tokens.ndim == 3:
+            raise ValueError(
+                f"{name} must have shape [T D] with text_cu_seqlens, got {describe(tokens)}; pass tokens that are padded "
+                "with text_lengths=text_cu_seqlens.diff() instead"
+            )
         check_float(name, tokens, "T D")
         starts = _integers("text_cu_seqlens", starts, "B + 1", tokens)
         check_shape("text_cu_seqlens", starts, (like.shape[0] + 1,), "a start for each caption, and the end")
@@ -87,6 +92,11 @@ def captions(
     if longest is not None:
         raise ValueError(
             f"text_max_seqlen must come with text_cu_seqlens, got {longest!r} alone; leave it out for tokens [B, L, D]"
+        )
+    if isinstance(tokens, Tensor) and tokens.ndim == 2:
+        raise ValueError(
+            f"{name} must have shape [B L D], or [T D] with text_cu_seqlens, got {describe(tokens)} alone; pass where "
+            "each packed caption starts"
         )
     check_float(name, tokens, "B L D")
     if counts is None:

@@ -348,8 +348,10 @@ BAD = {
     ),
     "starts of floats": (bad(PACKED, text_cu_seqlens=STARTS.half()), TypeError, "text_cu_seqlens must be an integer"),
     "no end": (bad(PACKED, text_cu_seqlens=STARTS[:-1]), ValueError, "shape [6]", "[5]", None),
-    "not packed": (bad(text_cu_seqlens=STARTS), ValueError, "text_tokens must have shape [T D]", "[5, 9, 64]"),
-    "not padded": (bad(PACKED), ValueError, "text_tokens must have shape [B L D]", "[16, 64]"),
+    "not packed": (
+        bad(text_cu_seqlens=STARTS), ValueError, "text_tokens must have shape [T D]", "[5, 9, 64]", "text_lengths=",
+    ),
+    "not padded": (bad(PACKED), ValueError, ("[B L D]", "[T D] with text_cu_seqlens"), "[16, 64]", "starts"),
     "first": (bad(PACKED, text_cu_seqlens=STARTS + 1), ValueError, ("begin with 0", "T = 16"), "1 at the start"),
     "last": (bad(PACKED[1:], text_cu_seqlens=STARTS), ValueError, "end with T = 15", "16 at the end", "cumulative"),
     "falls": (
