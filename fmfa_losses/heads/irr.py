@@ -71,7 +71,8 @@ class IRRHead(Module):
     it all B * L rows, exact, and slower by what the end of that block costs for them.
 
     The logits are never in memory as a whole: neither bound nor CPU labels are needed for that. Where the last layer of
-    `mlm_head` holds another module, hooks or weights that are no plain tensors, it is called, and its logits are kept.
+    `mlm_head` is another module, or has hooks, a `forward` set on it or weights that are no plain tensors, it is
+    called, and its logits are kept.
 
     Submodules are called, so that hooks, adapters and parametrisations work; of the last layer alone, where nothing was
     changed, the weights are read. The attention's own `in_proj_weight` and `in_proj_bias` belong to no submodule, as in
@@ -342,9 +343,13 @@ class IRRHead(Module):
 
 
 def _untouched(*modules: nn.Module) -> bool:
-    """Whether no hook watches or changes their calls, and their own weights are plain tensors."""
+    """Whether nothing watches, changes or replaces their calls, and their own weights are plain tensors."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, kind) for module in modules for kind in hooks):
+        return False
+    if any(getattr(nn.modules.module, "_global" + kind) for kind in hooks):  # of all modules
+        return False
+    if any("forward" in module.__dict__ for module in modules):  # set on the module itself, as those who off-load do
         return False
     if torch.compiler.is_compiling():  # where other tensors stand for the weights
         return True

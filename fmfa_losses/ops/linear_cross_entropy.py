@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backend import select_backend
-from .checks import check_float, check_same, check_shape, integer_ids
+from .checks import check_float, check_integer, check_same, check_shape, integer_ids
 from .operator import differentiable_once, operator
 from .options import Backend
 from .precision import accumulation_dtype, full_precision
@@ -93,11 +93,13 @@ def linear_cross_entropy(
     targets = integer_ids("targets", targets, "M")
     check_shape("targets", targets, (states.shape[0],), "one a row")
     check_same("states and targets", states, targets)
-    if product_dtype(states) != product_dtype(weight):
-        raise TypeError(
-            f"states and weight must have one dtype without autocast, got {states.dtype} and {weight.dtype}; "
-            "call states.to(weight.dtype)"
-        )
+    for name, one in (("states", states), ("bias", bias)):
+        if one is not None and product_dtype(one) != product_dtype(weight):
+            raise TypeError(
+                f"{name} and weight must have one dtype, or two that autocast makes one (it leaves float64 alone), got "
+                f"{one.dtype} and {weight.dtype}; call {name}.to(weight.dtype)"
+            )
+    ignore_index = check_integer("ignore_index", ignore_index)
     return summed_cross_entropy(states, weight, bias, targets.long(), ignore_index, backend)
 
 
@@ -313,9 +315,12 @@ def _gradients(
     acc, (top, total), (M, D), V = statistics.dtype, statistics.unsqueeze(2), states.shape, len(weight)
     # What the logits' gradient is multiplied with before it is rounded to the states' dtype, and what comes after.
     first, last = (HALF_FACTOR, dloss / HALF_FACTOR) if states.dtype == torch.float16 else (dloss, None)
-    each = first / total  # 0 for rows that do not count
-    # A processor adds up the gradient of half weights in float32, also within a product.
-    summed = states.to(acc) if of_weight and on_processor(states) else states
+    each = first / total  # 0 for rows that do not count,
+    top = top.masked_fill(each == 0, torch.inf)  # whose exp(z) might overflow, and inf * 0 is NaN
+    # A processor adds up the gradient of half weights in float32, also within a product. So does float16 everywhere: of
+    # a word that many rows have, `first` times their sum is beyond its largest number.
+    wide = on_processor(states) or states.dtype == torch.float16
+    summed = states.to(acc) if of_weight and wide else states
     dstates = states.new_zeros(states.shape if of_states else 0, dtype=acc)
     dweight = weight.new_empty(weight.shape if of_weight else 0)
     dbias = weight.new_empty(0) if bias is None or not of_bias else bias.new_empty(V)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable_once", "never_compiled", "operator", "refusals", "register_gradient"]
+__all__ = ["differentiable_once", "never_compiled", "operator", "refusals", "register_gradient", "replaced"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -181,6 +181,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
 
 
+def replaced() -> bool:
+    """Whether a mode replaces what runs: make_fx, fake tensors."""
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
+
+
 def _direct(op: Any, apply: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Calls the implementation where nothing but autograd must know of the call, through `apply`; else the operator.
 
@@ -193,10 +198,8 @@ def _direct(op: Any, apply: Callable[..., Any] | None = None) -> Callable[..., A
             return op(*inputs)
         if forward_ad._current_level >= 0 or torch._ops._len_torch_dispatch_stack_pre_dispatch():  # type: ignore[no-untyped-call]
             return op(*inputs)
-        if torch._C._len_torch_dispatch_stack():
-            for mode in _MODES:
-                if torch._C._get_dispatch_mode(mode) is not None:
-                    return op(*inputs)
+        if torch._C._len_torch_dispatch_stack() and replaced():
+            return op(*inputs)
         differentiated, recording = False, torch.is_grad_enabled()
         for x in inputs:
             if isinstance(x, Tensor):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .operator import replaced
+
 __all__ = ["longest", "refuse_trace"]
 
 
@@ -10,11 +12,13 @@ def longest(mask: Tensor) -> int:
     """Tokens up to the last kept one of any sample, at least 1; mask [B, L], True = keep.
 
     All L where the values cannot be read: on an accelerator the host would have to wait, torch.compile would break its
-    graph, and torch.vmap has a mask for each problem.
+    graph, torch.vmap has a mask for each problem, and fake tensors and make_fx have no values.
     """
     refuse_trace("a mask")
     L = mask.shape[1]
     if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return L
+    if type(mask) is not Tensor or replaced():
         return L
     used = mask.any(dim=0)
     return max(1, L - int(used.flip(0).to(torch.uint8).argmax())) if bool(used.any()) else 1

@@ -274,6 +274,25 @@ def test_hooks_of_parts_run(name):
     assert head(*inputs).loss.item() != before
 
 
+@pytest.mark.parametrize("name", [*LINEAR, "mlm_head"])
+def test_a_forward_that_is_set_on_a_part_is_called(name):
+    """The way of those who off-load weights: the module stays, its `forward` is another."""
+    head, inputs = make_head(), make_inputs()
+    before = head(*inputs).loss.item()
+    part = head.get_submodule(name)
+    own = part.forward
+    part.forward = lambda x: own(x) + own(x).sin()
+    assert head(*inputs).loss.item() != before
+
+
+def test_hooks_of_all_modules_see_every_part():
+    head, inputs, seen = make_head(), make_inputs(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    head(*inputs)
+    hook.remove()
+    assert all(part in seen for part in (head.mlm_head, *head.mlm_head))
+
+
 def test_in_proj_may_be_parametrised():
     class Twice(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

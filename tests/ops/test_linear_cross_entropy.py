@@ -136,6 +136,30 @@ def test_improbable_classes_keep_their_gradient_in_half_precision(place):
         assert (a[1:].double() - b[1:]).norm() < 2**-10 * b[1:].norm()
 
 
+def test_a_word_of_many_rows_has_a_gradient_in_half_precision(place):
+    """Times the factor of the logits' gradient, the sum over its 400 rows is beyond the largest number of float16."""
+    states, weight, bias = draw(500, 300, 16, torch.float32)
+    states, weight, targets = (2 + states / 8).half(), (weight / 8).half(), torch.arange(500).sub(399).clamp(min=0)
+    exact = value_and_grads(of(linear_cross_entropy_reference, targets), [x.double() for x in (states, weight, bias)])
+    got = value_and_grads(of(linear_cross_entropy, targets), (states, weight, bias.half()))
+    for a, b in zip(got[1:], exact[1:], strict=True):
+        assert (a.double() - b).norm() < 2**-10 * b.norm()
+
+
+def test_large_logits_of_rows_that_do_not_count_are_nothing(place, blocks):
+    """exp(z) of them overflows in float32."""
+    for M in (4, 30):  # with logits that are kept, and made again
+        states, weight, bias = draw(M, 20, 8, torch.float32)
+        states[1::2] *= 1e3
+        targets = torch.arange(M) % 20
+        targets[1::2] = -100
+        got, exact = (
+            value_and_grads(of(f, targets), [x.to(dtype) for x in (states, weight, bias)])
+            for f, dtype in ((linear_cross_entropy, torch.float32), (linear_cross_entropy_reference, torch.float64))
+        )
+        assert_close(got, exact, 1e-5)
+
+
 @pytest.mark.parametrize("entry", [math.nan, math.inf, -math.inf])
 def test_edges_are_those_of_the_reference(place, blocks, entry):
     states, weight, bias = draw(8, 40, 8)
@@ -285,5 +309,12 @@ def test_inputs_that_do_not_fit():
         linear_cross_entropy(states, weight, bias, targets.double())
     with explains(TypeError, "states and weight must have one dtype", "float32", "states.to(weight.dtype)"):
         linear_cross_entropy(states.float(), weight, bias, targets)
+    with explains(TypeError, "bias and weight must have one dtype", "float32", "bias.to(weight.dtype)"):
+        linear_cross_entropy(states, weight, bias.float(), targets)
+    with torch.autocast("cpu", torch.bfloat16), explains(TypeError, "autocast makes one", "float64", "call states.to"):
+        linear_cross_entropy(states, weight.float(), bias.float(), targets)
+    for wrong, error in ((0.5, ValueError), (None, TypeError), (True, TypeError)):
+        with explains(error, "ignore_index must be an integer", repr(wrong), None):
+            linear_cross_entropy(states, weight, bias, targets, ignore_index=wrong)
     with explains(ValueError, "states and weight must be on one device", "meta", None):
         linear_cross_entropy(states, weight.to("meta"), bias, targets)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers.compare import value_and_grads
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmfa_losses import EFALoss, IRRHead
 from fmfa_losses.ops.padding import longest
@@ -60,3 +62,20 @@ def test_irr_computes_what_is_kept(monkeypatch):
     monkeypatch.setattr("fmfa_losses.heads.irr.longest", lambda mask: mask.shape[1])
     torch.testing.assert_close(cut, run(), rtol=1e-12, atol=1e-12)
     assert seen == [4, 9]
+
+
+@pytest.mark.parametrize("given", ["text_mask", "text_lengths"])
+def test_tensors_without_values_are_not_asked(given):
+    image, text, keep = captions()
+    head, labels = IRRHead(64, 20, depth=1).double(), torch.zeros(3, 9, dtype=torch.long)
+    what = {"text_mask": keep, "text_lengths": keep.sum(dim=1)}[given]
+
+    def losses(image, text, what):
+        return EFALoss()(image, text, **{given: what}), head(image, text, labels, **{given: what}).loss
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert [loss.shape for loss in losses(*map(mode.from_tensor, (image, text, what)))] == [(), ()]
+    traced = make_fx(losses)(image, text, what)
+    other = torch.ones_like(what) if given == "text_mask" else torch.full_like(what, 9)
+    for got, expected in zip(traced(image, text, other), losses(image, text, other), strict=True):
+        torch.testing.assert_close(got, expected)
