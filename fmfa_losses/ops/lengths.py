@@ -81,7 +81,7 @@ def captions(
     if starts is not None:
         if isinstance(tokens, Tensor) and tokens.ndim == 3:
             raise ValueError(
-                f"{name} must have shape [T D] with text_cu_seqlens, got {describe(tokens)}; pass tokens that are padded "
+                f"{name} must have shape [T D] with text_cu_seqlens, got {describe(tokens)}; pass padded tokens "
                 "with text_lengths=text_cu_seqlens.diff() instead"
             )
         check_float(name, tokens, "T D")
@@ -234,7 +234,7 @@ def _packing(prefix: str, tokens: str, T: int, starts: Tensor, max_seqlen: int |
     right = None
     if on_host(starts):
         _check_starts(cu, tokens, starts, T)
-        longest = max(1, int(lengths.max()))
+        longest = int(lengths.max())
     if max_seqlen is not None:
         L = check_integer(most, max_seqlen, 1)
         if on_host(starts) and longest > L:
