@@ -163,8 +163,8 @@ class EFALoss(Loss):
         text_lengths: [B] integers in [0, L], in place of text_mask: the kept tokens at the start of every caption.
         text_cu_seqlens: [B + 1] integers, where each packed caption starts, and T: 0 and the cumulative lengths.
         text_max_seqlen: of packed captions an upper bound of the lengths, the same on all ranks. It may be left out
-            where the host reads the starts: on the CPU, without gather and torch.compile. On an accelerator nobody
-            reads starts and lengths: wrong ones, and a bound that is too low, make the loss NaN.
+            where the host reads the starts: on the CPU, without gather, torch.compile and torch.func. On an accelerator
+            nobody reads starts and lengths: wrong ones, and a bound that is too low, make the loss NaN.
         pids: [B] integer identities, for negatives="different_identity"; "all" does not use them and warns once.
         logit_scale: 1 / tau2 instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight, peers: as in ASDMLoss.

@@ -238,7 +238,7 @@ def _packing(prefix: str, tokens: str, T: int, starts: Tensor, max_seqlen: int |
     right = None
     if on_host(starts):
         _check_starts(cu, tokens, starts, T)
-        longest = max(1, int(lengths.max()))
+        longest = int(lengths.max())
     if max_seqlen is not None:
         L = check_integer(most, max_seqlen, 1)
         if on_host(starts) and longest > L:

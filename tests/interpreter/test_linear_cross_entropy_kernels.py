@@ -110,6 +110,12 @@ def test_equal_logits_the_first_one_is_the_prediction():
             assert right == (3 if target == first else 0)
 
 
+def test_a_row_that_is_nan_is_not_predicted():
+    states, weight, _ = draw(2, 300, 4)
+    weight[7], states[1] = 100 * states[0], math.nan
+    assert linear_cross_entropy(states, weight, None, torch.tensor([7, 0]), backend="triton")[1] == 1
+
+
 def test_a_class_that_is_no_class_is_nan_and_an_ignored_row_is_nothing():
     states, weight, bias = draw(5, 20, 8)
     for wrong in (-1, 20, 30):

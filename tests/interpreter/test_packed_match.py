@@ -119,6 +119,17 @@ def test_ties_go_to_the_lowest_token_and_nan_shows():
         assert ((winners[:, j] >= 0) & (winners[:, j] < n)).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_in_one_granule_shows_whatever_the_others_hold(monkeypatch, layout):
+    for key in packed_match.LAYOUT:
+        monkeypatch.setitem(packed_match.LAYOUT, key, layout)
+    x, e, _, mask = batch(torch.float32, [20, 20, 20, 20], P=3)
+    for sample, token in enumerate((2, 11, 19)):  # of the first granule, the second and the last
+        e[sample, token, 0] = float("nan")
+    sim, _ = matches(x, e, None, mask)
+    assert sim.isnan().tolist() == [[True, True, True, False]] * 2
+
+
 @pytest.mark.parametrize("pool", ["lse", "sum", "mean"])
 def test_similarities_of_many_lengths(pool):
     lengths = torch.randint(0, 60, (23,)).tolist()

@@ -9,6 +9,7 @@ import torch
 from helpers.budget import assert_within_budget
 from helpers.compare import assert_close, value_and_grads
 from helpers.errors import explains
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck
 
 from fmfa_losses.ops import linear_cross_entropy as module
@@ -202,6 +203,22 @@ def test_the_first_of_equal_logits_is_the_prediction(place, blocks):
     assert right == [1, 0, 0]
 
 
+def test_a_row_that_is_nan_is_not_predicted(place, blocks):
+    states, weight, _ = draw(2, 300, 4)
+    weight[7], states[1] = 100 * states[0], math.nan
+    assert linear_cross_entropy(states, weight, None, torch.tensor([7, 0]))[1] == 1
+
+
+def test_a_backward_under_autocast_multiplies_as_the_forward_did(place):
+    states, weight, _ = draw(30, 77, 8, torch.float16)
+    leaves, targets, gradients = [states.requires_grad_(), weight.requires_grad_()], some_targets(30, 77), []
+    for enabled in (False, True):
+        loss = of(linear_cross_entropy, targets)(*leaves)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(loss, leaves))
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("size", [(3, 77, 12), (20, 77, 12)])
 def test_strides_and_poisoned_memory(monkeypatch, place, blocks, size):
     states, weight, bias = draw(*size, torch.float32)
@@ -286,6 +303,17 @@ def test_compiled(dynamic):
         got, expected = (value_and_grads(lambda *x, g=g: g(*x, targets), inputs) for g in (compiled, f))  # noqa: B023
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_few_rows_and_many_are_compiled_once():
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda *x: linear_cross_entropy(*x)[0], fullgraph=True, dynamic=True, backend=graphs)
+    for M in (5, 13, 40):  # of the first one eager code keeps the logits
+        inputs = [x.requires_grad_() for x in draw(M, 30, 16, torch.float32)]
+        compiled(*inputs, some_targets(M, 30))
+    assert graphs.frame_count == 1
 
 
 def test_second_derivatives_are_refused():
