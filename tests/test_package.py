@@ -1,6 +1,7 @@
 """What a user meets first: the import, the public names, the packaging."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -71,6 +72,15 @@ def test_modules_and_outputs_are_documented(name):
     if issubclass(getattr(fmfa_losses, name), torch.nn.Module):
         for part in ("Args:", "Returns:", "Raises:", "Example:", "Reference:"):
             assert part in doc, f"{name} lacks {part}"
+
+
+def test_every_folder_is_installed():
+    """The wheel has the folders that pyproject.toml lists."""
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "fmfa_losses").rglob("*.py")}
+    assert set(re.findall(r'"(.+?)"', listed)) == {".".join(folder.parts) for folder in folders} | {
+        "fmfa_losses.kernels"
+    }
 
 
 def test_kernels_install_inside_the_package():
