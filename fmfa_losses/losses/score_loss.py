@@ -20,7 +20,7 @@ from ..ops.rows_in_blocks import rows_in_blocks, whole_rows
 from .loss import Loss, hyperparameter
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
-__all__ = ["ScaledScoreLoss", "ScoreLoss"]
+__all__ = ["Factors", "ScaledScoreLoss", "ScoreLoss", "score_factors", "scores_of"]
 
 # One direction's scores [b, C]: queries [b, D] and keys [C, D] whose products they are, or themselves.
 Factors = tuple[Tensor, Tensor] | tuple[Tensor]
@@ -91,7 +91,7 @@ class ScoreLoss(Loss):
 
         tensors = {"image_features": image, "text_features": text, "pids": pids, "sample_weight": sample_weight}
         peers, (ids, arguments) = self.handshake(tensors, checked, **given)
-        t2i, i2t = self._factors(image, text, peers)
+        t2i, i2t = score_factors(image, text, peers, unit_queries=self.unit_queries)
         per_sample = self._both(t2i, i2t, _ids(ids, text, peers), peers.offset, arguments)
         return self.reduce(per_sample, sample_weight, peers)
 
@@ -108,28 +108,14 @@ class ScoreLoss(Loss):
         per_sample = self._both((scores,), i2t, _ids(ids, scores, Peers((len(scores),))), 0, arguments)
         return self.reduce(per_sample, sample_weight, alone)
 
-    def _factors(self, image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Factors | None]:
-        """Of own texts x all images, and of own images x all texts where these are not the transposed ones."""
-        dtype = accumulation_dtype(image, text)
-        if peers.ring:
-            t2i, i2t = _ring_scores(image, text, self.unit_queries, peers)
-            return (t2i,), (i2t,)
-        image_query, text_query = (
-            unit_rows(x, dtype=dtype) if self.unit_queries else x.to(dtype) for x in (image, text)
-        )
-        if peers.group is None and self.unit_queries:
-            return (text_query, image_query), None
-        image_key, text_key = (unit_rows(peers.gather(x), dtype=dtype) for x in (image, text))
-        return (text_query, image_key), (image_query, text_key)
-
     def _both(
         self, t2i: Factors, i2t: Factors | None, ids: tuple[Tensor, Tensor], offset: int, arguments: dict[str, Any]
     ) -> Tensor:
         """Both directions, [b]."""
         row_ids, column_ids = ids
         if whole_rows(row_ids.shape[0], column_ids.shape[0], t2i[0]):
-            transposed = None if i2t is None else _scores(*i2t)
-            return self.both(_scores(*t2i), transposed, row_ids[:, None] == column_ids, offset, **arguments)
+            transposed = None if i2t is None else scores_of(*i2t)
+            return self.both(scores_of(*t2i), transposed, row_ids[:, None] == column_ids, offset, **arguments)
         if i2t is None:
             i2t = t2i[::-1] if len(t2i) == 2 else (t2i[0].T,)
         return self._in_blocks(t2i, ids, offset, arguments) + self._in_blocks(i2t, ids, offset, arguments)
@@ -143,7 +129,7 @@ class ScoreLoss(Loss):
         def equation(first: int, row_ids: Tensor, queries: Tensor, column_ids: Tensor, *whole: Tensor) -> Tensor:
             keys, tensors = whole[: len(factors) - 1], whole[len(factors) - 1 :]
             given = arguments | dict(zip(names, tensors, strict=True))
-            return self.rows(_scores(queries, *keys), row_ids[:, None] == column_ids, offset + first, **given)
+            return self.rows(scores_of(queries, *keys), row_ids[:, None] == column_ids, offset + first, **given)
 
         (queries, *keys), (row_ids, column_ids) = factors, ids
         whole = (column_ids, *keys, *(arguments[name] for name in names))
@@ -186,8 +172,24 @@ class ScaledScoreLoss(ScoreLoss):
         return {"scale": resolve_scale(logit_scale, self.temperature, like), **given}
 
 
-def _scores(queries: Tensor, keys: Tensor | None = None) -> Tensor:
+def scores_of(queries: Tensor, keys: Tensor | None = None) -> Tensor:
+    """The scores whose factors these are."""
     return queries if keys is None else product(queries, keys)
+
+
+def score_factors(
+    image: Tensor, text: Tensor, peers: Peers, *, unit_queries: bool = True
+) -> tuple[Factors, Factors | None]:
+    """Of own texts x all images, and of own images x all texts where these are not the transposed ones."""
+    dtype = accumulation_dtype(image, text)
+    if peers.ring:
+        t2i, i2t = _ring_scores(image, text, unit_queries, peers)
+        return (t2i,), (i2t,)
+    image_query, text_query = (unit_rows(x, dtype=dtype) if unit_queries else x.to(dtype) for x in (image, text))
+    if peers.group is None and unit_queries:
+        return (text_query, image_query), None
+    image_key, text_key = (unit_rows(peers.gather(x), dtype=dtype) for x in (image, text))
+    return (text_query, image_key), (image_query, text_key)
 
 
 def _ids(ids: Tensor | None, like: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
