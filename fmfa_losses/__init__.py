@@ -15,6 +15,7 @@ from .losses.asdm import ASDMLoss
 from .losses.cmpm import CMPMLoss
 from .losses.efa import EFALoss
 from .losses.itc import ITCLoss
+from .losses.ritc import RITCLoss
 from .losses.sdm import SDMLoss
 from .losses.sigmoid import SigmoidLoss
 from .losses.tal import TALLoss, TRLLoss
@@ -41,6 +42,7 @@ __all__ = [
     "IRRHead",
     "IRROutput",
     "ITCLoss",
+    "RITCLoss",
     "SDMLoss",
     "SigmoidLoss",
     "TALLoss",

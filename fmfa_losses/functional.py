@@ -12,6 +12,7 @@ from .losses.asdm import asdm_loss
 from .losses.cmpm import cmpm_loss, cmpm_loss_from_scores
 from .losses.efa import efa_loss
 from .losses.itc import itc_loss, itc_loss_from_scores
+from .losses.ritc import ritc_loss, ritc_loss_from_scores
 from .losses.sdm import sdm_loss, sdm_loss_from_scores
 from .losses.sigmoid import sigmoid_loss, sigmoid_loss_from_scores
 from .losses.tal import tal_loss, tal_loss_from_scores, trl_loss, trl_loss_from_scores
@@ -31,6 +32,8 @@ __all__ = [
     "itc_loss_from_scores",
     "length_mask",
     "pad_packed",
+    "ritc_loss",
+    "ritc_loss_from_scores",
     "sdm_loss",
     "sdm_loss_from_scores",
     "sigmoid_loss",

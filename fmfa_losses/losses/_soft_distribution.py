@@ -96,7 +96,7 @@ class SoftDistributionLoss(DistributionLoss):
         alone, scores = self.alone(), check_scores(scores)
         ids = self._checked_labels(given, scores)
         scale = resolve_scale(given.logit_scale, self.temperature, scores)
-        value = self._in_rows(((scores,), (scores.T,)), given, ids, scale, alone)
+        value = self._in_rows(((scores,), (scores.T,)), given, ids, scale, Peers((scores.shape[0],)))
         return self.reduce(value, given.sample_weight, alone)
 
     def of_pairs(self, image: Tensor, text: Tensor, given: Given) -> Tensor:

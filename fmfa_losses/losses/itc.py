@@ -41,11 +41,11 @@ class ITCLoss(SoftDistributionLoss):
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
         pids: [B] integer identities, for targets="identity"; "paired" does not use them and warns once.
-        soft_targets: instead of labels, the targets themselves: [B, B] text x image, >= 0, whose rows (texts) and columns
-            (images) are divided by their sums; or a pair of them, texts x images and images x texts. Or a function
-            (scores [m, C], positive [m, C]) -> [m, C] of the teacher's cosines and of labels as bool, which is called
-            for some rows of either direction at a time, and once more in the backward. With gather a process passes
-            its own rows, [b, B] each. No gradient passes through targets.
+        soft_targets: instead of labels, the targets themselves: [B, B] text x image, >= 0, whose rows (texts) and
+            columns (images) are divided by their sums; or a pair of them, texts x images and images x texts. Or a
+            function (scores [m, C], positive [m, C]) -> [m, C] of the teacher's cosines and of labels as bool, which is
+            called for some rows of either direction at a time, and once more in the backward. With gather a process
+            passes its own rows, [b, B] each. No gradient passes through targets.
         momentum_features: features of a teacher, (image, text), [B, D'] each, without gradient; the own ones when None.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device, which
             receives its gradient.

@@ -44,8 +44,8 @@ class SDMLoss(SoftDistributionLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
-        vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows of [B, B]; all of it for
-        up to 1024 pairs on the CPU, with soft labels for up to 2048 pairs.
+        vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows of [B, B]; all of it
+        for up to 1024 pairs on the CPU, with soft labels for up to 2048 pairs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.

@@ -190,12 +190,14 @@ def target_rows(soft_targets: Tensor | tuple[Tensor, Tensor], peers: Peers) -> t
     return t2i, i2t
 
 
-def by_name(soft_targets: SoftTargets | None, momentum: MomentumFeatures | None) -> dict[str, Tensor | None]:
-    """The tensors of both, which a handshake compares; None where there is none."""
-    names = ("soft_targets", "soft_targets[1]", "momentum_features[0]", "momentum_features[1]")
-    parts = soft_targets if isinstance(soft_targets, (tuple, list)) else (soft_targets, None)
-    given = (*(x if isinstance(x, Tensor) else None for x in parts), *(momentum or (None, None)))
-    return dict(zip(names, given, strict=False))
+def by_name(soft_targets: object, momentum: object) -> dict[str, Tensor | None]:
+    """The tensors of both, not yet checked, which a handshake compares; None where there is none."""
+    found: dict[str, Tensor | None] = {}
+    for name, given in (("soft_targets", soft_targets), ("momentum_features", momentum)):
+        parts = given if isinstance(given, (tuple, list)) else (given,)
+        for n in (0, 1):
+            found[f"{name}[{n}]"] = parts[n] if n < len(parts) and isinstance(parts[n], Tensor) else None
+    return found
 
 
 def check_momentum_features(momentum: object, like: Tensor) -> None:
@@ -221,9 +223,9 @@ def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> N
         )
     for x in parts:
         check_float("soft_targets", x, "B B")
-        check_same("soft_targets and the features", x, like, dims=[("B", 0)])
-        if not shared and x.shape[1] != x.shape[0]:
-            raise ValueError(f"soft_targets must be square [B, B], got {describe(x)}; pass a column for each pair")
+        check_same("soft_targets and the features", x, like)
+        if x.shape[0] != like.shape[0] or (not shared and x.shape[1] != x.shape[0]):
+            raise ValueError(f"soft_targets must be [B, {'columns of all processes' if shared else 'B'}] of {like.shape[0]} pairs, got {describe(x)}; pass a row and a column for each pair")
         if on_host(x):
             _check_values(x, columns=len(parts) == 1 and not shared)
 
