@@ -20,13 +20,13 @@ from ..ops.rows_in_blocks import rows_in_blocks, whole_rows
 from .loss import Loss, hyperparameter
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
-__all__ = ["Factors", "ScaledScoreLoss", "ScoreLoss", "score_factors", "scores_of"]
+__all__ = ["Factors", "ScaledScoreLoss", "ScoreLoss", "score_factors", "scores_of", "without_kernel"]
 
 # One direction's scores [b, C]: queries [b, D] and keys [C, D] whose products they are, or themselves.
 Factors = tuple[Tensor, Tensor] | tuple[Tensor]
 
 
-def _without_kernel(name: str, backend: Any) -> Any:
+def without_kernel(name: str, backend: Any) -> Any:
     if backend == "triton":
         raise ValueError(f'{name} must be "auto" or "torch", got "triton": this loss has no kernel; pass "auto"')
     check_option(name, backend, BACKENDS)
@@ -47,7 +47,7 @@ class ScoreLoss(Loss):
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
     """
 
-    backend: Backend = hyperparameter(default="auto", check=_without_kernel, kw_only=True)
+    backend: Backend = hyperparameter(default="auto", check=without_kernel, kw_only=True)
     rows: ClassVar[Callable[..., Tensor]]
     unit_queries: ClassVar[bool] = True  # scores are cosines; otherwise products of features and unit vectors
 

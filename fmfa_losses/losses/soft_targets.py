@@ -18,7 +18,7 @@ from typing_extensions import TypeIs
 
 from ..distributed.peers import Peers
 from ..ops.checks import check_float, check_same, describe, on_host
-from ..ops.rows_in_blocks import rows_in_blocks, whole_rows
+from ..ops.rows_in_blocks import all_rows, whole_rows
 from .score_loss import Factors, score_factors, scores_of
 from .scores import check_features
 
@@ -89,9 +89,7 @@ def row_losses(
         return loss(factor * scores, target)
 
     columns = scores[-1].shape[0] if len(scores) == 2 else scores[0].shape[1]
-    if whole_rows(scores[0].shape[0], columns, scores[0]):
-        return equation(0, *rows.values(), *constants.values())
-    return rows_in_blocks(equation, columns, tuple(rows.values()), tuple(constants.values()))
+    return all_rows(equation, columns, tuple(rows.values()), tuple(constants.values()))
 
 
 def _target(
@@ -156,9 +154,7 @@ def nearest(factors: Factors, k: int) -> Tensor:
 
     queries, *keys = (x.detach() for x in factors)
     columns = keys[0].shape[0] if keys else queries.shape[1]
-    if whole_rows(queries.shape[0], columns, queries):
-        return of_block(0, queries, *keys)
-    return rows_in_blocks(of_block, columns, (queries,), tuple(keys))
+    return all_rows(of_block, columns, (queries,), tuple(keys))
 
 
 def both_factors(image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Factors]:
@@ -225,7 +221,11 @@ def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> N
         check_float("soft_targets", x, "B B")
         check_same("soft_targets and the features", x, like)
         if x.shape[0] != like.shape[0] or (not shared and x.shape[1] != x.shape[0]):
-            raise ValueError(f"soft_targets must be [B, {'columns of all processes' if shared else 'B'}] of {like.shape[0]} pairs, got {describe(x)}; pass a row and a column for each pair")
+            shape = "[b, B], own pairs x all" if shared else "[B, B]"
+            raise ValueError(
+                f"soft_targets must be {shape}, for {like.shape[0]} pairs, got {describe(x)}; pass a row and a column "
+                "for each pair"
+            )
         if on_host(x):
             _check_values(x, columns=len(parts) == 1 and not shared)
 

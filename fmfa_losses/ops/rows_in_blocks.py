@@ -16,7 +16,7 @@ from torch import Tensor
 from .operator import watched
 from .precision import full_precision
 
-__all__ = ["rows_in_blocks", "whole_rows"]
+__all__ = ["all_rows", "rows_in_blocks", "whole_rows"]
 
 MOST_SCORES = 2**22  # of a matrix that is kept whole: 2048 x 2048, 16 MiB in float32
 BLOCK_SCORES = 2**21  # of a block
@@ -44,6 +44,15 @@ def rows_in_blocks(
     step = max(1, BLOCK_SCORES // columns)
     losses: Tensor = _RowsInBlocks.apply(equation, step, len(cut), *cut, *whole)  # type: ignore[no-untyped-call]
     return losses
+
+
+def all_rows(
+    equation: Callable[..., Tensor], columns: int, cut: tuple[Tensor, ...], whole: tuple[Tensor, ...]
+) -> Tensor:
+    """`rows_in_blocks`, or all rows at once where `whole_rows` says so."""
+    if whole_rows(cut[0].shape[0], columns, cut[0]):
+        return equation(0, *cut, *whole)
+    return rows_in_blocks(equation, columns, cut, whole)
 
 
 class _RowsInBlocks(torch.autograd.Function):
