@@ -58,7 +58,8 @@ class SimCLRLoss(TwoViewLoss):
     def statistics(  # type: ignore[override]
         self, first: int, a: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float | Tensor
     ) -> Tensor:
-        own = torch.arange(first, first + a.shape[0], device=a.device)[:, None] == torch.arange(len(A), device=a.device)
+        rows, columns = (torch.arange(x.shape[0], device=x.device) for x in (a, A))
+        own = first + rows[:, None] == columns
 
         def log_sum(to_other: Tensor, to_same: Tensor) -> Tensor:
             others = (scale * to_same).masked_fill(own, -torch.inf)

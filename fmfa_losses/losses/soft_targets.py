@@ -162,7 +162,7 @@ def both_factors(image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Fa
     t2i, i2t = score_factors(image, text, peers)
     if i2t is not None:
         return t2i, i2t
-    if not whole_rows(len(text), len(image), text):
+    if not whole_rows(text.shape[0], image.shape[0], text):
         return t2i, (t2i[-1], t2i[0])
     scores = scores_of(*t2i)
     return (scores,), (scores.T,)
@@ -176,10 +176,10 @@ def are_tensors(soft_targets: SoftTargets | None) -> TypeIs[Tensor | tuple[Tenso
 def target_rows(soft_targets: Tensor | tuple[Tensor, Tensor], peers: Peers) -> tuple[Tensor, Tensor]:
     """Of own texts x all images, and of own images x all texts, [b, C] each."""
     parts = soft_targets if not isinstance(soft_targets, Tensor) else (soft_targets,)
-    columns = {x.shape[1] for x in parts}
-    if columns != {sum(peers.sizes)}:  # the same on all ranks, after the handshake
+    pairs = sum(peers.sizes)
+    if parts[0].shape[1] != pairs or parts[-1].shape[1] != pairs:  # the same on all ranks, after the handshake
         raise ValueError(
-            f"soft_targets must have a column for each pair of all processes, {sum(peers.sizes)}, got "
+            f"soft_targets must have a column for each pair of all processes, {pairs}, got "
             f"{' and '.join(map(describe, parts))}; give every process its own rows of all columns"
         )
     t2i, i2t = (x.detach() for x in (parts if len(parts) == 2 else (parts[0], peers.transpose(parts[0].detach()))))
