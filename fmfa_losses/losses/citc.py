@@ -7,11 +7,11 @@ Both codebases square differences of logits and divide by the squared logit scal
 CyCLIP multiplies by the batch size besides.
 """
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops.checks import check_nonnegative
-from ..ops.precision import product
 from .loss import Options, functional, hyperparameter
 from .two_views import TwoViewLoss
 
@@ -34,9 +34,9 @@ class CITCLoss(TwoViewLoss):
         sample_weight: [B] weights >= 0 of the pairs i; "mean" divides by their sum.
 
     Returns:
-        Scalar, or [B] with reduction="none"; float32 (float64 when an input is). 0 for B == 1; a zero vector has cosine
-        0 with everything. Memory: a few [B, B] for up to 1448 pairs, a block of their rows for more; whole ones
-        where compiled or transformed.
+        Scalar, or [B] with reduction="none"; float32 (float64 when an input is). 0 up to rounding for B == 1; a
+        zero vector has cosine 0 with everything. Memory: a few [B, B] for up to 2048 pairs, a block of their rows for
+        more; whole ones where compiled or transformed.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -53,13 +53,16 @@ class CITCLoss(TwoViewLoss):
     lambda1: float = hyperparameter(default=0.25, check=check_nonnegative)
     lambda2: float = hyperparameter(default=0.25, check=check_nonnegative)
 
-    def statistics(self, first: int, v: Tensor, t: Tensor, V: Tensor, T: Tensor) -> Tensor:  # type: ignore[override]
-        within = product(v, V) - product(t, T)
-        across = product(t, V) - product(v, T)
-        return (self.lambda1 * within**2 + self.lambda2 * across**2).sum(dim=1, keepdim=True)
+    def queries(self, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([v, t], dim=1), torch.cat([t, v], dim=1)
 
-    def finalize(self, statistics: Tensor, pairs: int) -> Tensor:
-        return statistics.sum(dim=(0, 2)) / pairs
+    def keys(self, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """So that the scores are v_i v_j - t_i t_j, and t_i v_j - v_i t_j."""
+        keys = torch.cat([v, -t], dim=1)
+        return keys, keys
+
+    def rows(self, way: int, scores: Tensor, first: int) -> Tensor:  # type: ignore[override]
+        return (self.lambda1, self.lambda2)[way] * scores.square().mean(dim=1)
 
     def forward(self, image_features: Tensor, text_features: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         names = ("image_features", "text_features")

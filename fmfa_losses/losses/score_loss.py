@@ -16,11 +16,11 @@ from ..ops.checks import check_divisor, check_option
 from ..ops.operator import never_compiled
 from ..ops.options import BACKENDS, Backend
 from ..ops.precision import accumulation_dtype, product, unit_rows
-from ..ops.rows_in_blocks import rows_in_blocks, whole_rows
+from ..ops.rows_in_blocks import rows_in_blocks, scores_of, whole_rows
 from .loss import Loss, hyperparameter
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
-__all__ = ["Factors", "ScaledScoreLoss", "ScoreLoss", "score_factors", "scores_of", "without_kernel"]
+__all__ = ["Factors", "ScaledScoreLoss", "ScoreLoss", "score_factors", "without_kernel"]
 
 # One direction's scores [b, C]: queries [b, D] and keys [C, D] whose products they are, or themselves.
 Factors = tuple[Tensor, Tensor] | tuple[Tensor]
@@ -126,14 +126,12 @@ class ScoreLoss(Loss):
         """One direction, [b]."""
         names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
 
-        def equation(first: int, row_ids: Tensor, queries: Tensor, column_ids: Tensor, *whole: Tensor) -> Tensor:
-            keys, tensors = whole[: len(factors) - 1], whole[len(factors) - 1 :]
+        def equation(first: int, scores: Tensor, row_ids: Tensor, column_ids: Tensor, *tensors: Tensor) -> Tensor:
             given = arguments | dict(zip(names, tensors, strict=True))
-            return self.rows(scores_of(queries, *keys), row_ids[:, None] == column_ids, offset + first, **given)
+            return self.rows(scores, row_ids[:, None] == column_ids, offset + first, **given)
 
-        (queries, *keys), (row_ids, column_ids) = factors, ids
-        whole = (column_ids, *keys, *(arguments[name] for name in names))
-        return rows_in_blocks(equation, column_ids.shape[0], (row_ids, queries), whole)
+        row_ids, column_ids = ids
+        return rows_in_blocks(equation, factors, (row_ids,), (column_ids, *(arguments[name] for name in names)))
 
 
 class ScaledScoreLoss(ScoreLoss):
@@ -170,11 +168,6 @@ class ScaledScoreLoss(ScoreLoss):
     def arguments(self, like: Tensor, **given: Any) -> dict[str, Any]:
         logit_scale = given.pop("logit_scale")
         return {"scale": resolve_scale(logit_scale, self.temperature, like), **given}
-
-
-def scores_of(queries: Tensor, keys: Tensor | None = None) -> Tensor:
-    """The scores whose factors these are."""
-    return queries if keys is None else product(queries, keys)
 
 
 def score_factors(

@@ -12,7 +12,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops.checks import check_divisor
-from ..ops.precision import product
 from .loss import ScaledOptions, functional, hyperparameter
 from .scores import resolve_scale
 from .two_views import TwoViewLoss
@@ -55,22 +54,18 @@ class SimCLRLoss(TwoViewLoss):
 
     temperature: float = hyperparameter(default=0.1, check=check_divisor)
 
-    def statistics(  # type: ignore[override]
-        self, first: int, a: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float | Tensor
-    ) -> Tensor:
-        rows, columns = (torch.arange(x.shape[0], device=x.device) for x in (a, A))
-        own = first + rows[:, None] == columns
+    def queries(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a, b
 
-        def log_sum(to_other: Tensor, to_same: Tensor) -> Tensor:
-            others = (scale * to_same).masked_fill(own, -torch.inf)
-            return torch.cat([scale * to_other, others], dim=1).logsumexp(dim=1)
+    def keys(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Of sample j column 2 j is the other view, 2 j + 1 the same one."""
+        return torch.stack([b, a], dim=1).flatten(0, 1), torch.stack([a, b], dim=1).flatten(0, 1)
 
-        ab, ba = product(a, B), product(b, A)
-        positive = scale * torch.where(own, ab + ba, 0).sum(dim=1) / 2
-        return torch.stack([log_sum(ab, product(a, A)), log_sum(ba, product(b, B)), positive], dim=1)
-
-    def finalize(self, statistics: Tensor, pairs: int) -> Tensor:
-        return statistics[..., :2].logsumexp(dim=0).mean(dim=1) - statistics[..., 2].sum(dim=0)
+    def rows(self, way: int, scores: Tensor, first: int, scale: float | Tensor) -> Tensor:  # type: ignore[override]
+        pair = 2 * (first + torch.arange(scores.shape[0], device=scores.device)).unsqueeze(1)
+        logits = scale * scores
+        others = logits.scatter(1, pair + 1, -torch.inf)
+        return (others.logsumexp(dim=1) - logits.gather(1, pair).squeeze(1)) / 2
 
     def arguments(self, like: Tensor, **given: float | Tensor | None) -> dict[str, float | Tensor]:
         return {"scale": resolve_scale(given["logit_scale"], self.temperature, like)}

@@ -18,8 +18,8 @@ from typing_extensions import TypeIs
 
 from ..distributed.peers import Peers
 from ..ops.checks import check_float, check_same, describe, on_host
-from ..ops.rows_in_blocks import all_rows, whole_rows
-from .score_loss import Factors, score_factors, scores_of
+from ..ops.rows_in_blocks import all_rows, row_blocks, scores_of, whole_rows
+from .score_loss import Factors, score_factors
 from .scores import check_features
 
 __all__ = [
@@ -68,11 +68,9 @@ def row_losses(
     settings: TargetSettings,
 ) -> Tensor:
     """loss(logits [m, C], targets [m, C]) -> [m] of all rows, [b]; row i is paired with column offset + i."""
-    scores, ids, teacher, near, given = direction
-    cut: dict[str, Tensor | None] = {"queries": scores[0]}
-    whole: dict[str, Tensor | None] = {"keys": scores[1] if len(scores) == 2 else None}
-    whole["scale"] = scale if isinstance(scale, Tensor) else None
-    cut["given"] = given
+    factors, ids, teacher, near, given = direction
+    cut: dict[str, Tensor | None] = {"given": given}
+    whole: dict[str, Tensor | None] = {"scale": scale if isinstance(scale, Tensor) else None}
     cut["ids"], whole["column_ids"] = ids or (None, None)
     cut["near"], whole["near_columns"] = near or (None, None)
     if teacher is not None:
@@ -81,15 +79,14 @@ def row_losses(
     constants = {name: x for name, x in whole.items() if x is not None}
     names = (*rows, *constants)
 
-    def equation(first: int, *tensors: Tensor) -> Tensor:
+    def equation(first: int, scores: Tensor, *tensors: Tensor) -> Tensor:
         block = dict(zip(names, tensors, strict=True))
-        scores, factor = scores_of(block["queries"], block.get("keys")), block.get("scale", scale)
+        factor = block.get("scale", scale)
         with torch.no_grad():
             target = _target(block, scores.detach(), offset + first, factor, settings)
         return loss(factor * scores, target)
 
-    columns = scores[-1].shape[0] if len(scores) == 2 else scores[0].shape[1]
-    return all_rows(equation, columns, tuple(rows.values()), tuple(constants.values()))
+    return all_rows(equation, factors, tuple(rows.values()), tuple(constants.values()))
 
 
 def _target(
@@ -144,17 +141,16 @@ def _mutual(near: Tensor, near_columns: Tensor, first: int) -> Tensor:
 @torch.no_grad()
 def nearest(factors: Factors, k: int) -> Tensor:
     """The k columns of the largest scores of every row, [b, min(k, C)]; of equal scores the lowest column first."""
-
-    def of_block(first: int, *block: Tensor) -> Tensor:
-        left, found = scores_of(*block), []
-        for _ in range(min(k, left.shape[1])):
-            found.append(left.argmax(dim=1, keepdim=True))
-            left = left.scatter(1, found[-1], -torch.inf)
-        return torch.cat(found, dim=1)
-
     queries, *keys = (x.detach() for x in factors)
-    columns = keys[0].shape[0] if keys else queries.shape[1]
-    return all_rows(of_block, columns, (queries,), tuple(keys))
+    return torch.cat([_nearest(scores_of(block, *keys), k) for block in row_blocks(queries, *keys)])
+
+
+def _nearest(scores: Tensor, k: int) -> Tensor:
+    found = []
+    for _ in range(min(k, scores.shape[1])):
+        found.append(scores.argmax(dim=1, keepdim=True))
+        scores = scores.scatter(1, found[-1], -torch.inf)
+    return torch.cat(found, dim=1)
 
 
 def both_factors(image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Factors]:

@@ -82,7 +82,7 @@ def test_the_forms_of_published_code():
 def test_limits():
     rotation = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
     assert CITCLoss(1.0, 0.0)(FIRST, FIRST @ rotation) < 1e-25  # images lie as texts do
-    assert CITCLoss()(FIRST, FIRST) == 0
+    assert CITCLoss()(FIRST, FIRST) < 1e-30
     assert CITCLoss(0.0, 0.0)(FIRST, SECOND) == 0
     exact = math.log(math.e + 2 * (B - 1)) - 1
     assert abs(SimCLRLoss(temperature=1.0)(torch.eye(B), torch.eye(B)).item() - exact) < 1e-6
@@ -91,7 +91,7 @@ def test_limits():
 @pytest.mark.parametrize("loss", [CITCLoss, SimCLRLoss])
 def test_degenerate_batches(loss):
     one = value_and_grads(loss(), (FIRST[:1], SECOND[:1]))
-    assert one[0] == 0
+    assert one[0].abs() < 1e-30
     assert_close(one[1:], [torch.zeros(1, D, dtype=torch.float64)] * 2, 1e-12)
     zeros, same = torch.zeros(B, D), torch.ones(B, D)
     for pair in ((zeros, SECOND), (zeros, zeros), (same, same)):
