@@ -12,11 +12,14 @@ from .heads.identity import IDHead, IDOutput
 from .heads.irr import IRRHead, IRROutput
 from .heads.token_masking import mask_tokens
 from .losses.asdm import ASDMLoss
+from .losses.citc import CITCLoss
 from .losses.cmpm import CMPMLoss
 from .losses.efa import EFALoss
 from .losses.itc import ITCLoss
+from .losses.ritc import RITCLoss
 from .losses.sdm import SDMLoss
 from .losses.sigmoid import SigmoidLoss
+from .losses.simclr import SimCLRLoss
 from .losses.tal import TALLoss, TRLLoss
 from .losses.triplet import TripletLoss
 
@@ -32,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASDMLoss",
+    "CITCLoss",
     "CMPMLoss",
     "EFALoss",
     "FMFALoss",
@@ -41,8 +45,10 @@ __all__ = [
     "IRRHead",
     "IRROutput",
     "ITCLoss",
+    "RITCLoss",
     "SDMLoss",
     "SigmoidLoss",
+    "SimCLRLoss",
     "TALLoss",
     "TRLLoss",
     "TripletLoss",

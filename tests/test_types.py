@@ -29,6 +29,11 @@ assert_type(f.ASDMLoss(positive="any", gather="ring")(x, x, pids), Tensor)
 assert_type(f.SDMLoss(eps=1e-6)(x, x, pids), Tensor)
 assert_type(f.EFALoss(negatives="different_identity", gather=True)(tokens, tokens), Tensor)
 assert_type(f.ITCLoss(targets="identity")(x, x, pids), Tensor)
+assert_type(f.ITCLoss(softlabel_ratio=0.5)(x, x, momentum_features=(x, x)), Tensor)
+assert_type(f.SDMLoss()(x, x, soft_targets=torch.ones(4, 4)), Tensor)
+assert_type(f.RITCLoss()(x, x, pids, soft_targets=lambda scores, positive: scores.exp() * positive), Tensor)
+assert_type(f.CITCLoss(0.25, lambda2=0.5)(x, x), Tensor)
+assert_type(f.SimCLRLoss(0.1)(x, x, logit_scale=torch.ones(())), Tensor)
 assert_type(f.CMPMLoss(normalize="released")(x, x, pids), Tensor)
 assert_type(f.TALLoss(reduction="none")(x, x, pids), Tensor)
 assert_type(f.TRLLoss(negatives="released")(x, x, pids), Tensor)
@@ -60,6 +65,8 @@ F.itc_loss(x, x, targets="pairs")
 f.ASDMLoss()(x, x)
 f.ASDMLoss()(x, x, pids, image_id=pids)
 f.IDHead(64, 10)(x, x, pids).accuracy
+f.ITCLoss(softlabel_ratio=0.5)(x, x, momentum_features=x)
+f.CITCLoss()(x, x, pids)
 """
 
 
@@ -102,7 +109,7 @@ SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11}
 OTHER = {
     "temperature": 0.5, "alpha": 3.0, "margin": 0.75, "margin_text": 0.75, "margin_image": 0.25, "pool_scale": 2.0,
     "sparsity": 0.125, "bias": -3.0, "eps": 1e-6, "image_id_factor": 0.75, "detach_weight": True, "check_labels": True,
-    "equal_batches": True, "reduction": "sum", "positive": "any",
+    "mutual_neighbors": 3, "equal_batches": True, "reduction": "sum", "positive": "any",
     "normalize": "released", "targets": "identity", "positives": "paired", "gather": "ring",
     "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "weights": {"efa": 0.5},
     **SIZES,

@@ -77,6 +77,19 @@ class DistributionLoss(Loss):
         tensors = {"image_features": image, "text_features": text, "pids": pids, "image_ids": image_ids}
         tensors["sample_weight"] = sample_weight
         peers, (scale, ids, image_ids) = self.handshake(tensors, checked, peers, logit_scale=logit_scale)
+        return self._of_labels(image, text, ids, image_ids, scale, sample_weight, peers)
+
+    def _of_labels(
+        self,
+        image: Tensor,
+        text: Tensor,
+        ids: Tensor | None,
+        image_ids: Tensor | None,
+        scale: float | Tensor,
+        sample_weight: Tensor | None,
+        peers: Peers,
+    ) -> Tensor:
+        """The loss of checked arguments."""
         if ids is None:  # pairs alone count: identities that are all different
             start, own = peers.offset, text.shape[0]
             ids = torch.arange(start, start + own, device=text.device)

@@ -17,7 +17,7 @@ from ..ops.checks import check_flag, check_ids, check_integer, check_same, descr
 from ..ops.module import Module
 from .scores import check_features
 
-__all__ = ["Columns", "NegativesQueue", "queued", "queued_columns", "with_queue"]
+__all__ = ["Columns", "NegativesQueue", "queued", "queued_columns"]
 
 
 class Columns(NamedTuple):
@@ -127,18 +127,18 @@ class NegativesQueue(Module):
         self._columns = Columns(*(_joined(new, old, kept) for new, old in zip(batch, olds, strict=True)))  # type: ignore[arg-type]
 
     def _check_alike(self, new: Columns) -> None:
-        held = self._columns
-        for name, a, b in zip(Columns._fields, new, held, strict=True):  # type: ignore[arg-type]
+        held = (None,) * 4 if self._columns is None else self._columns
+        for name, a, b in zip(Columns._fields, new, held, strict=True):
             if (a is None) != (b is None):
                 raise ValueError(
                     f"{name} must be given with every batch of a queue or with none, got {describe(a)} after "
                     f"{describe(b)}; push them always, or call clear()"
                 )
-            if a is not None and a.ndim == 2:
+            if a is not None and b is not None and a.ndim == 2:
                 check_same(f"{name} and the queued ones", a, b, dims=[("D", 1)])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NegativesQueue":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._columns is not None:
             self._columns = Columns(*(None if x is None else fn(x) for x in self._columns))  # type: ignore[arg-type]
         return self
@@ -193,8 +193,3 @@ def queued_columns(
         if getattr(columns, name) is None:
             raise ValueError(f"queue must hold {name}, which this loss compares, got None; push(..., {name}={name})")
     return columns
-
-
-def with_queue(own: Tensor, queued: Tensor | None) -> Tensor:
-    """Keys or ids of the pairs, [C, ...], and behind them the queued ones."""
-    return own if queued is None else torch.cat([own, queued])

@@ -19,16 +19,16 @@ from ..ops.options import BACKENDS, Backend
 from ..ops.precision import accumulation_dtype, product, unit_rows
 from ..ops.rows_in_blocks import rows_in_blocks, scores_of, whole_rows
 from .loss import Loss, hyperparameter
-from .negatives_queue import Columns, NegativesQueue, queued, queued_columns, with_queue
+from .negatives_queue import Columns, NegativesQueue, queued, queued_columns
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
-__all__ = ["ScaledScoreLoss", "ScoreLoss"]
+__all__ = ["Factors", "ScaledScoreLoss", "ScoreLoss", "score_factors", "without_kernel"]
 
 # One direction's scores [b, C]: queries [b, D] and keys [C, D] whose products they are, or themselves.
 Factors = tuple[Tensor, Tensor] | tuple[Tensor]
 
 
-def _without_kernel(name: str, backend: Any) -> Any:
+def without_kernel(name: str, backend: Any) -> Any:
     if backend == "triton":
         raise ValueError(f'{name} must be "auto" or "torch", got "triton": this loss has no kernel; pass "auto"')
     check_option(name, backend, BACKENDS)
@@ -50,7 +50,7 @@ class ScoreLoss(Loss):
         queue: NegativesQueue whose samples are keys besides.
     """
 
-    backend: Backend = hyperparameter(default="auto", check=_without_kernel, kw_only=True)
+    backend: Backend = hyperparameter(default="auto", check=without_kernel, kw_only=True)
     rows: ClassVar[Callable[..., Tensor]]
     unit_queries: ClassVar[bool] = True  # scores are cosines; otherwise products of features and unit vectors
 
@@ -98,7 +98,7 @@ class ScoreLoss(Loss):
 
         tensors = {"image_features": image, "text_features": text, "pids": pids, "sample_weight": sample_weight}
         peers, (ids, columns, arguments) = self.handshake(tensors, checked, queued=queued(queue), **given)
-        t2i, i2t = self._factors(image, text, peers, columns)
+        t2i, i2t = score_factors(image, text, peers, columns, unit_queries=self.unit_queries)
         per_sample = self._both(t2i, i2t, _ids(ids, text, peers, columns), peers.offset, arguments)
         return self.reduce(per_sample, sample_weight, peers)
 
@@ -114,28 +114,6 @@ class ScoreLoss(Loss):
         i2t = None if transposed is None else (transposed,)
         per_sample = self._both((scores,), i2t, _ids(ids, scores, Peers((len(scores),)), None), 0, arguments)
         return self.reduce(per_sample, sample_weight, alone)
-
-    def _factors(
-        self, image: Tensor, text: Tensor, peers: Peers, columns: Columns | None
-    ) -> tuple[Factors, Factors | None]:
-        """Of own texts x all images, and of own images x all texts where these are not the transposed ones."""
-        dtype = accumulation_dtype(image, text, *(columns or ())[:2])
-        queries = [unit_rows(x, dtype=dtype) if self.unit_queries else x.to(dtype) for x in (image, text)]
-        queues = [None if columns is None else unit_rows(x, dtype=dtype) for x in (columns or (None, None))[:2]]
-        if peers.ring:
-            ring = _ring_scores(image, text, queries, peers)
-            if columns is None:
-                return (ring[0],), (ring[1],)
-            products = (product(x, keys) for x, keys in zip(queries[::-1], queues, strict=True))
-            t2i, i2t = (torch.cat(parts, dim=1) for parts in zip(ring, products, strict=True))
-            return (t2i,), (i2t,)
-        if peers.group is None and columns is None and self.unit_queries:
-            return (queries[1], queries[0]), None
-        keys = [
-            with_queue(unit_rows(peers.gather(x), dtype=dtype), queue)
-            for x, queue in zip((image, text), queues, strict=True)
-        ]
-        return (queries[1], keys[0]), (queries[0], keys[1])
 
     def _both(
         self, t2i: Factors, i2t: Factors | None, ids: tuple[Tensor, Tensor], offset: int, arguments: dict[str, Any]
@@ -200,10 +178,33 @@ class ScaledScoreLoss(ScoreLoss):
         return {"scale": resolve_scale(logit_scale, self.temperature, like), **given}
 
 
+def score_factors(
+    image: Tensor, text: Tensor, peers: Peers, columns: Columns | None = None, *, unit_queries: bool = True
+) -> tuple[Factors, Factors | None]:
+    """Of own texts x all images, and of own images x all texts where these are not the transposed ones."""
+    queued_features = () if columns is None else columns[:2]
+    dtype = accumulation_dtype(image, text, *queued_features)
+    queries = [unit_rows(x, dtype=dtype) if unit_queries else x.to(dtype) for x in (image, text)]
+    queued_keys = [unit_rows(x, dtype=dtype) for x in queued_features]
+    if peers.ring:
+        t2i, i2t = _ring_scores(image, text, queries, peers)
+        if queued_keys:
+            t2i = torch.cat([t2i, product(queries[1], queued_keys[0])], dim=1)
+            i2t = torch.cat([i2t, product(queries[0], queued_keys[1])], dim=1)
+        return (t2i,), (i2t,)
+    if peers.group is None and columns is None and unit_queries:
+        return (queries[1], queries[0]), None
+    keys = [unit_rows(peers.gather(x), dtype=dtype) for x in (image, text)]
+    if queued_keys:
+        keys = [torch.cat(parts) for parts in zip(keys, queued_keys, strict=True)]
+    return (queries[1], keys[0]), (queries[0], keys[1])
+
+
 def _ids(ids: Tensor | None, like: Tensor, peers: Peers, columns: Columns | None) -> tuple[Tensor, Tensor]:
     """Ids of rows [b] and columns [C]: where they are equal, the column is a positive of the row."""
     if ids is not None:
-        return ids, with_queue(peers.gather(ids), None if columns is None else columns.pids)
+        queued_ids = () if columns is None or columns.pids is None else (columns.pids,)
+        return ids, torch.cat([peers.gather(ids), *queued_ids])
     pairs = sum(peers.sizes)
     index = torch.arange(pairs if columns is None else pairs + len(columns.image_features), device=like.device)
     return index[peers.offset : peers.offset + like.shape[0]], index

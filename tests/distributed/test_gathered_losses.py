@@ -36,6 +36,7 @@ PUBLIC = [x for x in map(vars(fl).get, fl.__all__) if isinstance(x, type) and is
 LOSSES |= {loss.__name__: loss for loss in PUBLIC if loss.__name__.removesuffix("Loss").lower() not in LOSSES}
 SCALED = {name for name, loss in LOSSES.items() if "logit_scale" in inspect.signature(loss().forward).parameters}
 WITH_PIDS = {"itc", "triplet all", "sigmoid paired"}  # that pids are of no use to
+WITHOUT_PIDS = {name for name, loss in LOSSES.items() if "pids" not in inspect.signature(loss().forward).parameters}
 RING = ("asdm", "sdm", "itc", "itc identity", "efa")
 
 
@@ -54,6 +55,8 @@ def value_and_gradients(name: str, part: slice, weighted: bool, **options) -> li
     loss = LOSSES[name](**options)
     if name == "efa":
         value = loss(image[:, None], text[:, None], pids=pids, **call)
+    elif name in WITHOUT_PIDS:
+        value = loss(image, text, **call)
     else:
         value = loss(image, text, None if name in WITH_PIDS else pids, **call)
     grads = torch.autograd.grad(value, [tower, scale], allow_unused=True)
