@@ -16,6 +16,7 @@ from .losses.citc import CITCLoss
 from .losses.cmpm import CMPMLoss
 from .losses.efa import EFALoss
 from .losses.itc import ITCLoss
+from .losses.negatives_queue import NegativesQueue
 from .losses.ritc import RITCLoss
 from .losses.sdm import SDMLoss
 from .losses.sigmoid import SigmoidLoss
@@ -45,6 +46,7 @@ __all__ = [
     "IRRHead",
     "IRROutput",
     "ITCLoss",
+    "NegativesQueue",
     "RITCLoss",
     "SDMLoss",
     "SigmoidLoss",

@@ -7,7 +7,7 @@ computed by earlier weights, so a slowly changing encoder (MoCo's momentum encod
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..ops.checks import check_flag, check_ids, check_integer, check_same, descr
 from ..ops.module import Module
 from .scores import check_features
 
-__all__ = ["Columns", "NegativesQueue", "queued", "queued_columns"]
+__all__ = ["Columns", "NegativesQueue", "QueueOptions", "queued", "queued_columns"]
 
 
 class Columns(NamedTuple):
@@ -48,6 +48,7 @@ class NegativesQueue(Module):
         TypeError, ValueError: shapes, dtypes, devices or arguments that do not fit, here or between processes.
 
     Example:
+        >>> from fmfa_losses import ITCLoss
         >>> queue, loss = NegativesQueue(batches=2), ITCLoss()
         >>> image, text = torch.eye(3), torch.eye(3)
         >>> for _ in range(3):
@@ -167,6 +168,12 @@ def _joined(new: Tensor | None, old: Tensor | None, kept: int) -> Tensor | None:
     return new.clone() if old is None else torch.cat([new, old[:kept].to(new.dtype)])
 
 
+class QueueOptions(TypedDict, total=False):
+    """Of a function whose loss takes a queue, for type checkers."""
+
+    queue: NegativesQueue | None
+
+
 def queued(queue: object) -> int | None:
     """How many samples a call's queue holds; ranks compare it."""
     return len(queue) if isinstance(queue, NegativesQueue) else None
@@ -188,7 +195,12 @@ def queued_columns(
     columns = queue.columns
     if columns is None:
         return None
-    check_same("the features and those of the queue", like, columns.text_features, dims=[("D", 1)])
+    check_same("features and queue", like, columns.text_features)
+    if like.shape[1] != columns.text_features.shape[1]:
+        raise ValueError(
+            f"queue must hold features of the width of the batch, got {describe(columns.text_features)} for "
+            f"{describe(like)}; push what the loss gets, or call clear()"
+        )
     for name in wanted:
         if getattr(columns, name) is None:
             raise ValueError(f"queue must hold {name}, which this loss compares, got None; push(..., {name}={name})")

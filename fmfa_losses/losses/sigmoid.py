@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from ..ops.checks import check_divisor, check_finite
 from ..ops.options import MATCHINGS, Matching
 from .loss import ScaledOptions, functional, hyperparameter
-from .negatives_queue import NegativesQueue
+from .negatives_queue import NegativesQueue, QueueOptions
 from .score_loss import ScaledScoreLoss
 from .scores import check_scores, scalar_like
 
@@ -120,7 +120,7 @@ class SigmoidLoss(ScaledScoreLoss):
         return (cost.sum(dim=1) + cost.sum(dim=0)) / 2
 
 
-class SigmoidOptions(ScaledOptions, total=False):
+class SigmoidOptions(ScaledOptions, QueueOptions, total=False):
     bias: float
     logit_bias: float | Tensor | None
     positives: Matching
