@@ -11,6 +11,7 @@ from .fmfa import FMFALoss, FMFAOutput
 from .heads.identity import IDHead, IDOutput
 from .heads.irr import IRRHead, IRROutput
 from .heads.token_masking import mask_tokens
+from .heads.token_selection import TokenSelection
 from .losses.asdm import ASDMLoss
 from .losses.cmpm import CMPMLoss
 from .losses.efa import EFALoss
@@ -45,6 +46,7 @@ __all__ = [
     "SigmoidLoss",
     "TALLoss",
     "TRLLoss",
+    "TokenSelection",
     "TripletLoss",
     "functional",
     "mask_tokens",

@@ -36,6 +36,7 @@ assert_type(f.TripletLoss(negatives="all")(x, x), Tensor)
 assert_type(f.SigmoidLoss(positives="paired")(x, x), Tensor)
 assert_type(f.IDHead(64, 10)(x, x, pids), f.IDOutput)
 assert_type(f.IRRHead(64, 10)(tokens, tokens, pids).accuracy, Tensor)
+assert_type(f.TokenSelection("image", 64)(tokens, tokens[..., :3]), Tensor)
 objective = f.FMFALoss.for_dataset("RSTPReid", 64, 10, gather=bool(x.numel()))
 assert_type(objective(x, x, tokens, tokens, pids), f.FMFAOutput)
 assert_type(objective.asdm.alpha, float)
@@ -60,6 +61,7 @@ F.itc_loss(x, x, targets="pairs")
 f.ASDMLoss()(x, x)
 f.ASDMLoss()(x, x, pids, image_id=pids)
 f.IDHead(64, 10)(x, x, pids).accuracy
+f.TokenSelection("video")
 """
 
 
@@ -97,14 +99,14 @@ MODULES = [
     for one in map(vars(fmfa_losses).get, fmfa_losses.__all__)
     if isinstance(one, type) and issubclass(one, torch.nn.Module)
 ]
-SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11}
+SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11, "modality": "text"}
 # For every argument, a value that is not its default; what a part shows, in the words of the part.
 OTHER = {
     "temperature": 0.5, "alpha": 3.0, "margin": 0.75, "margin_text": 0.75, "margin_image": 0.25, "pool_scale": 2.0,
     "sparsity": 0.125, "bias": -3.0, "eps": 1e-6, "image_id_factor": 0.75, "detach_weight": True, "check_labels": True,
     "equal_batches": True, "reduction": "sum", "positive": "any",
     "normalize": "released", "targets": "identity", "positives": "paired", "gather": "ring",
-    "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "weights": {"efa": 0.5},
+    "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "input_dim": 64, "weights": {"efa": 0.5},
     **SIZES,
 }  # fmt: skip
 BY_PARTS = {
@@ -130,7 +132,7 @@ def another(one: inspect.Parameter) -> object:
     return next((option for option in get_args(one.annotation) if option != one.default), None)
 
 
-def required(module: type) -> dict[str, int]:
+def required(module: type) -> dict[str, object]:
     return {name: SIZES[name] for name, one in arguments(module).items() if one.default is inspect.Parameter.empty}
 
 
