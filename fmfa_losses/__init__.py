@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from . import compat as compat
     from . import distributed as distributed
     from . import doctor as doctor
+    from . import noise as noise
     from . import plot as plot
     from . import retrieval as retrieval
 
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 # Parts that a training script may never need are imported when they are named.
-_LAZY = ("cached", "compat", "distributed", "doctor", "plot", "retrieval")
+_LAZY = ("cached", "compat", "distributed", "doctor", "noise", "plot", "retrieval")
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for a lazy one
 

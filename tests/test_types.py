@@ -106,7 +106,8 @@ OTHER = {
     "sparsity": 0.125, "bias": -3.0, "eps": 1e-6, "image_id_factor": 0.75, "detach_weight": True, "check_labels": True,
     "equal_batches": True, "reduction": "sum", "positive": "any",
     "normalize": "released", "targets": "identity", "positives": "paired", "gather": "ring",
-    "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "input_dim": 64, "weights": {"efa": 0.5},
+    "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "weights": {"efa": 0.5},
+    "input_dim": 64,
     **SIZES,
 }  # fmt: skip
 BY_PARTS = {
