@@ -18,9 +18,10 @@ What the published module (2024-CVPR-RDE/model/CrossEmbeddingLayer_tse.py) does 
 - It has layers that it never calls, mlp.bns.1 and in images `linear`, which DistributedDataParallel refuses to train.
   Here they do not exist, and loading a checkpoint passes over them.
 
-What is as there, because a checkpoint was trained with it: k follows the padded length, so captions are padded to the
-length of training (77). In training mode the statistics of batch norm are over k tokens of every caption; one with
-fewer words fills up with padding, then with special tokens.
+What is as there, because checkpoints were trained with it: k follows the padded length, so captions are padded to the
+length of training (77). In train mode the statistics of batch norm are over k tokens of every caption; one with fewer
+words fills up with padding, then with special tokens. RDE's own training is in eval mode: the pass that divides the
+pairs (processor.py, get_loss) calls model.eval(), and nothing calls train() after it.
 """
 
 from collections.abc import Mapping
