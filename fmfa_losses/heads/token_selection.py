@@ -13,7 +13,7 @@ What the published module (2024-CVPR-RDE/model/CrossEmbeddingLayer_tse.py) does 
 - It writes -1 into the attention that it is given. Here the caller's attention stays as it is.
 - A caption without words makes its own feature, and that of every later caption of the batch, NaN. Here it is zeros.
 - It fetches the lengths from the device once a caption. Here the host never waits.
-- Of words with equal attention, frequent in half precision, it takes any. Here the first.
+- Of tokens with equal attention (words in half precision, all padding) it takes any. Here the first.
 - It casts to half. Here products run in float32 or better, and batch norm in the dtype of its weights.
 - It has layers that it never calls, mlp.bns.1 and in images `linear`, which DistributedDataParallel refuses to train.
   Here they do not exist, and loading a checkpoint passes over them.
