@@ -229,6 +229,18 @@ def test_autocast():
     torch.testing.assert_close(got, value, rtol=0.1, atol=0.1)
 
 
+@EITHER
+@pytest.mark.parametrize("training", [False, True])
+def test_the_host_reads_no_value(modality, training):
+    """Tensors of the meta device have none."""
+    head, tokens, attention, ids = make(modality)
+    head.to("meta").train(training)
+    inputs = [x.detach().to("meta") for x in (tokens, attention, *ids)]
+    assert head(*inputs).shape == (B, E)
+    if modality == "text":
+        assert head(*inputs[:2], mask=inputs[2] != 0).shape == (B, E)
+
+
 # --- other tokenizers, masks, sizes
 
 
