@@ -41,6 +41,7 @@ assert_type(f.TripletLoss(negatives="all")(x, x), Tensor)
 assert_type(f.SigmoidLoss(positives="paired")(x, x), Tensor)
 assert_type(f.IDHead(64, 10)(x, x, pids), f.IDOutput)
 assert_type(f.IRRHead(64, 10)(tokens, tokens, pids).accuracy, Tensor)
+assert_type(f.TokenSelection("image", 64)(tokens, tokens[..., :3]), Tensor)
 objective = f.FMFALoss.for_dataset("RSTPReid", 64, 10, gather=bool(x.numel()))
 assert_type(objective(x, x, tokens, tokens, pids), f.FMFAOutput)
 assert_type(objective.asdm.alpha, float)
@@ -67,6 +68,7 @@ f.ASDMLoss()(x, x, pids, image_id=pids)
 f.IDHead(64, 10)(x, x, pids).accuracy
 f.ITCLoss(softlabel_ratio=0.5)(x, x, momentum_features=x)
 f.CITCLoss()(x, x, pids)
+f.TokenSelection("video")
 """
 
 
@@ -104,7 +106,7 @@ MODULES = [
     for one in map(vars(fmfa_losses).get, fmfa_losses.__all__)
     if isinstance(one, type) and issubclass(one, torch.nn.Module)
 ]
-SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11}
+SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11, "modality": "text"}
 # For every argument, a value that is not its default; what a part shows, in the words of the part.
 OTHER = {
     "temperature": 0.5, "alpha": 3.0, "margin": 0.75, "margin_text": 0.75, "margin_image": 0.25, "pool_scale": 2.0,
@@ -112,6 +114,7 @@ OTHER = {
     "mutual_neighbors": 3, "equal_batches": True, "reduction": "sum", "positive": "any",
     "normalize": "released", "targets": "identity", "positives": "paired", "gather": "ring",
     "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "weights": {"efa": 0.5},
+    "input_dim": 64,
     **SIZES,
 }  # fmt: skip
 BY_PARTS = {
@@ -137,7 +140,7 @@ def another(one: inspect.Parameter) -> object:
     return next((option for option in get_args(one.annotation) if option != one.default), None)
 
 
-def required(module: type) -> dict[str, int]:
+def required(module: type) -> dict[str, object]:
     return {name: SIZES[name] for name, one in arguments(module).items() if one.default is inspect.Parameter.empty}
 
 
