@@ -44,6 +44,10 @@ class NegativesQueue(Module):
         gather: keep the batches of all processes, on each of them, as losses with gather need. `push` then exchanges.
         process_group: the processes of gather; all when None.
 
+    Returns:
+        Nothing of its own: `push` adds a batch, `columns` are the samples that it holds, `clear` forgets them. Contents
+        follow `to(device)` and belong to the state_dict.
+
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or arguments that do not fit, here or between processes.
 
