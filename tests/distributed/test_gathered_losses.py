@@ -24,7 +24,11 @@ def whole(name: str, data: dict[str, Tensor], bare: bool) -> tuple[Tensor, Tenso
     """Losses of all pairs, their weighted mean, and its gradient, in one process."""
     model = Model()
     mean = evaluate(build(name), model, data, bare=bare)
-    return evaluate(build(name, reduction="none"), model, data, bare=bare).detach(), mean.detach(), gradients(mean, model)
+    return (
+        evaluate(build(name, reduction="none"), model, data, bare=bare).detach(),
+        mean.detach(),
+        gradients(mean, model),
+    )
 
 
 def errors_of_means() -> dict[str, float]:
@@ -54,7 +58,9 @@ def errors_of_sums() -> dict[str, float]:
         expected = gradients(evaluate(build(name, reduction="sum"), model, batch(sum(sizes))), model)
         mine = own({"each": each}, sizes, rank)["each"]
         for reduction in ("none", "sum"):
-            value = evaluate(build(name, gather=gather, reduction=reduction), model, own(batch(sum(sizes)), sizes, rank))
+            value = evaluate(
+                build(name, gather=gather, reduction=reduction), model, own(batch(sum(sizes)), sizes, rank)
+            )
             got = gradients(value.sum(), model)
             dist.all_reduce(got)
             error = largest_error(value.detach(), mine if reduction == "none" else mine.sum())
@@ -90,7 +96,9 @@ def of_leaves(name: str, dtype: torch.dtype, part: slice, exact: bool = False, *
     data = {key: x[part] for key, x in batch(sum(PARTS)).items()}
     kept = torch.float64 if exact else dtype
     leaves = [data[key].to(dtype).to(kept).requires_grad_() for key in ("image", "text")]
-    scalars = [torch.tensor(x, dtype=torch.float64 if exact else torch.float32, requires_grad=True) for x in (4.5, -2.0)]
+    scalars = [
+        torch.tensor(x, dtype=torch.float64 if exact else torch.float32, requires_grad=True) for x in (4.5, -2.0)
+    ]
     loss = build(name, **options)
     value = loss(**arguments(loss, inputs_of(*leaves, *scalars, data)))
     grads = torch.autograd.grad(value, leaves + scalars, materialize_grads=True)
@@ -124,7 +132,9 @@ def test_in_lower_precision_the_error_is_that_of_one_process():
 # ------------------------------------------------------------------------------------------------------- options
 
 
-WITHOUT_KERNEL = [name for name, (loss, _) in VARIANTS.items() if loss.__name__ not in ("ASDMLoss", "EFALoss", "ITCLoss", "SDMLoss")]
+WITHOUT_KERNEL = [
+    name for name, (loss, _) in VARIANTS.items() if loss.__name__ not in ("ASDMLoss", "EFALoss", "ITCLoss", "SDMLoss")
+]
 
 
 @pytest.mark.parametrize("name", WITHOUT_KERNEL)

@@ -9,11 +9,11 @@ import inspect
 from typing import Any
 
 import torch
-from helpers.global_batch import Towers
 from torch import Tensor, nn
 
 import fmfa_losses as fl
 from fmfa_losses.losses.loss import Loss
+from helpers.global_batch import Towers
 
 PUBLIC = [x for x in map(vars(fl).get, fl.__all__) if isinstance(x, type) and issubclass(x, Loss)]
 OF_FEATURES = {"reduction", "gather", "process_group", "equal_batches", "backend"}
