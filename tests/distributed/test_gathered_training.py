@@ -1,0 +1,90 @@
+"""A training step of every loss over two processes: accumulated, checkpointed, compiled."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import processes
+from helpers.every_loss import VARIANTS, Model, build, evaluate, gradients
+from helpers.global_batch import TOLERANCE, batch, error, mean_over, own
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+GATHER = (True, "ring")
+SIZES = (3, 5)
+EQUAL = (4, 4)
+
+
+class Trainee(nn.Module):
+    """Model and loss in one module; with `checkpointed` the towers are computed again in the backward."""
+
+    def __init__(self, name: str, checkpointed: bool = False, **options: object) -> None:
+        super().__init__()
+        self.model, self.loss = Model(), build(name, **options)
+        if checkpointed:
+            self.model.image, self.model.text = Checkpointed(self.model.image), Checkpointed(self.model.text)
+
+    def forward(self, data: dict[str, Tensor]) -> Tensor:
+        return evaluate(self.loss, self.model, data)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(tower, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.tower, x, use_reentrant=False)
+
+
+def gradients_kept(module: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+
+
+def accumulated() -> dict[str, float]:
+    """Two micro batches under DDP, with one exchange of gradients, against one process that has the whole ones."""
+    found, rank, total = {}, dist.get_rank(), sum(SIZES)
+    halves = [batch(total), {key: x.flip(0) for key, x in batch(total).items()}]
+    for name in VARIANTS:
+        alone = Trainee(name)
+        for data in halves:
+            alone(data).backward()
+        expected = gradients_kept(alone)
+        for gather, checkpointed in itertools.product(GATHER, (False, True)):
+            trainee = Trainee(name, checkpointed, gather=gather)
+            ddp = DistributedDataParallel(trainee, find_unused_parameters=True)
+            with ddp.no_sync():
+                ddp(own(halves[0], SIZES, rank)).backward()
+            ddp(own(halves[1], SIZES[::-1], rank)).backward()
+            found[f"{name}, {gather}, checkpointed {checkpointed}"] = error(gradients_kept(trainee), expected)
+    return found
+
+
+def compiled() -> dict[str, float]:
+    """One graph with gather=True and equal batches; else the graph breaks where sizes or blocks are exchanged."""
+    warnings.simplefilter("ignore")  # the compiler warns about its own internals, by version
+    found, model, rank = {}, Model(), dist.get_rank()
+    data = batch(sum(EQUAL))
+    for name, (gather, sizes) in itertools.product(VARIANTS, ((True, EQUAL), ("ring", SIZES))):
+        equal = sizes is EQUAL
+        loss, mine = build(name, gather=gather, equal_batches=equal), own(data, sizes, rank)
+        if equal:
+            evaluate(loss, model, mine)  # the first call exchanges the layout
+        torch._dynamo.reset()
+        value = torch.compile(evaluate, backend="aot_eager", fullgraph=equal)(loss, model, mine)
+        got = mean_over([value.detach(), gradients(value, model)], None)
+        whole = evaluate(build(name), model, data)
+        found[f"{name}, {gather}"] = error(got, [whole.detach(), gradients(whole, model)])
+    return found
+
+
+@pytest.mark.parametrize(("step", "cases"), [(accumulated, 4), (compiled, 2)])
+def test_the_gradient_of_a_step_is_that_of_the_whole_batch(step, cases):
+    for found in processes.run(2, step):
+        assert isinstance(found, dict), found
+        assert len(found) == cases * len(VARIANTS)
+        wrong = {case: value for case, value in found.items() if not value <= TOLERANCE}
+        assert not wrong, wrong
