@@ -10,7 +10,7 @@ import torch
 
 import fmfa_losses
 from fmfa_losses import ASDMLoss, EFALoss, FMFALoss, IDHead, IRRHead, TRLLoss
-from fmfa_losses.losses.loss import ScoreLoss
+from fmfa_losses.losses.score_loss import ScoreLoss
 from fmfa_losses.ops import options as _options
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..distributed.peers import Peers
 from ..ops.checks import check_positive, check_same
 from ..ops.options import NORMALIZE, Normalize
-from ..ops.precision import accumulation_dtype, product, unit_rows
-from .loss import Options, ScoreLoss, functional, hyperparameter
+from .loss import Options, functional, hyperparameter
+from .score_loss import ScoreLoss
 from .scores import check_scores, divergence
 
 __all__ = ["CMPMLoss", "cmpm_loss", "cmpm_loss_from_scores"]
@@ -41,7 +40,8 @@ class CMPMLoss(ScoreLoss):
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
         vector projects to 0. With "released" a sample with n > 1 positives may have a loss below 0, down to -log(n)/2
-        for each direction, as its target sums to sqrt(n). Memory: a few [B, B].
+        for each direction, as its target sums to sqrt(n). Memory: a few [B, B] for up to 2048 pairs, a block of
+        their rows for more; whole ones where compiled or transformed.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -58,12 +58,7 @@ class CMPMLoss(ScoreLoss):
     normalize: Normalize = hyperparameter(default="sum", check=NORMALIZE)
     eps: float = hyperparameter(default=1e-8, check=check_positive)
 
-    def scores(self, image_features: Tensor, text_features: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
-        """Projections, [b, B] each: texts x images, and images x texts."""
-        dtype = accumulation_dtype(image_features, text_features)
-        image, text = image_features.to(dtype), text_features.to(dtype)
-        every_image, every_text = peers.gather(image_features).to(dtype), peers.gather(text_features).to(dtype)
-        return product(text, unit_rows(every_image)), product(image, unit_rows(every_text))
+    unit_queries = False
 
     def rows(self, scores: Tensor, positive: Tensor, offset: int) -> Tensor:
         y = positive.to(scores.dtype)

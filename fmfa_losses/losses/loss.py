@@ -1,8 +1,8 @@
 """What the parameter-free losses share: hyperparameters declared once, the reduction, the global batch.
 
 A loss is a class whose annotated attributes are its hyperparameters, each with type, default and check: they become
-the arguments of its constructor, as in a dataclass. The function of the same loss builds one and calls it. A loss over
-whole matrices of scores is a `ScoreLoss`: it has `rows`, the equation, and everything else is here.
+the arguments of its constructor, as in a dataclass. The function of the same loss builds one and calls it. Losses over
+rows of scores have more in common: score_loss.py.
 """
 
 import dataclasses
@@ -17,13 +17,12 @@ from typing_extensions import dataclass_transform
 
 from ..distributed.handshake import handshake
 from ..distributed.peers import Peers
-from ..ops.checks import check_divisor, check_flag, check_ids, check_option, check_unused_ids, did_you_mean
+from ..ops.checks import check_flag, check_ids, check_option, check_unused_ids, did_you_mean
 from ..ops.module import Module
 from ..ops.options import BACKENDS, GATHER, MOVED, REDUCTIONS, Backend, Gather, Reduction
-from ..ops.precision import accumulation_dtype, product, unit_rows
-from .scores import check_features, check_scores, check_weight, resolve_scale
+from .scores import check_weight
 
-__all__ = ["Loss", "Options", "ScaledOptions", "ScaledScoreLoss", "ScoreLoss", "functional", "hyperparameter"]
+__all__ = ["Loss", "Options", "ScaledOptions", "functional", "hyperparameter"]
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 # Of the whole batch; the first three are compared by every handshake, the last one is the rank's own choice.
@@ -132,7 +131,7 @@ class Loss(_Declared):
 
     Args:
         reduction: "mean", "sum", or "none" for [B].
-        gather: False; True, or "ring" where a loss has one, for the batch of all processes: see ASDMLoss.
+        gather: False; True or "ring" for the batch of all processes: see ASDMLoss.
         process_group, equal_batches: of gather.
         backend: "auto", "triton" or "torch".
     """
@@ -221,149 +220,6 @@ class Loss(_Declared):
             return peers.mean(per_sample)
         total = peers.gather(weight).sum()
         return per_sample.sum() * len(peers.sizes) / torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _without_ring(name: str, gather: Any) -> Any:
-    if gather == "ring":
-        raise ValueError(
-            f'{name} must be False or True, got "ring": this loss needs whole rows of scores; pass gather=True'
-        )
-    check_option(name, gather, GATHER)
-    return gather
-
-
-def _without_kernel(name: str, backend: Any) -> Any:
-    if backend == "triton":
-        raise ValueError(f'{name} must be "auto" or "torch", got "triton": this loss has no kernel; pass "auto"')
-    check_option(name, backend, BACKENDS)
-    return backend
-
-
-class ScoreLoss(Loss):
-    """A loss over the [B, B] scores of texts and images; a subclass has its equation as `rows`.
-
-        rows(scores [b, B], positive [b, B], offset) -> [b]
-
-    Row i belongs to column offset + i: the own queries against all keys. `positive` says which columns count as
-    positives of a row: the same identity, or the pair alone where the loss does not look at pids.
-
-    Inputs:
-        image_features, text_features: [B, D], any float dtype.
-        pids: [B] integer identities.
-        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
-    """
-
-    gather: Gather = hyperparameter(default=False, check=_without_ring, kw_only=True)
-    backend: Backend = hyperparameter(default="auto", check=_without_kernel, kw_only=True)
-    rows: ClassVar[Callable[..., Tensor]]
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        pids: Tensor | None = None,
-        *,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        return self._of_features(image_features, text_features, pids, sample_weight)
-
-    def from_scores(self, scores: Tensor, pids: Tensor | None = None, *, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of scores that exist already, [B, B] text x image."""
-        return self._of_scores(check_scores(scores), None, pids, sample_weight)
-
-    def arguments(self, like: Tensor, **given: Any) -> dict[str, Any]:
-        """Of what a call gives besides, what `rows` takes besides; tensors in `like`'s dtype."""
-        return given
-
-    def scores(self, image_features: Tensor, text_features: Tensor, peers: Peers) -> tuple[Tensor, Tensor | None]:
-        """Own texts x all images, and own images x all texts where these are not the transposed ones, [b, B] each."""
-        dtype = accumulation_dtype(image_features, text_features)
-        image, text = (unit_rows(x, dtype=dtype) for x in (image_features, text_features))
-        if peers.group is None:
-            return product(text, image), None
-        every_image, every_text = (unit_rows(peers.gather(x), dtype=dtype) for x in (image_features, text_features))
-        return product(text, every_image), product(image, every_text)
-
-    def per_sample(
-        self, scores: Tensor, transposed: Tensor | None, positive: Tensor, offset: int, **given: Any
-    ) -> Tensor:
-        """Both directions, [b]."""
-        i2t = scores.T if transposed is None else transposed
-        return self.rows(scores, positive, offset, **given) + self.rows(i2t, positive, offset, **given)
-
-    def _of_features(
-        self, image: Tensor, text: Tensor, pids: Tensor | None, sample_weight: Tensor | None, **given: Any
-    ) -> Tensor:
-        def checked() -> Any:  # torch.compile of 2.6 cannot make the types of a nested function
-            check_features(image, text)
-            if sample_weight is not None:
-                check_weight("sample_weight", sample_weight, text[:, 0])
-            like = text.new_empty((), dtype=accumulation_dtype(image, text))
-            return self.check_pids(pids, text), self.arguments(like, **given)
-
-        tensors = {"image_features": image, "text_features": text, "pids": pids, "sample_weight": sample_weight}
-        peers, (ids, arguments) = self.handshake(tensors, checked, **given)
-        scores, transposed = self.scores(image, text, peers)
-        positive = _positives(ids, scores, peers)
-        return self.reduce(
-            self.per_sample(scores, transposed, positive, peers.offset, **arguments), sample_weight, peers
-        )
-
-    def _of_scores(
-        self,
-        scores: Tensor,
-        transposed: Tensor | None,
-        pids: Tensor | None,
-        sample_weight: Tensor | None,
-        **given: Any,
-    ) -> Tensor:
-        alone, ids, arguments = self.alone(), self.check_pids(pids, scores), self.arguments(scores, **given)
-        positive = _positives(ids, scores, alone)
-        return self.reduce(self.per_sample(scores, transposed, positive, 0, **arguments), sample_weight, alone)
-
-
-class ScaledScoreLoss(ScoreLoss):
-    """A ScoreLoss with a temperature: rows(scores, positive, offset, scale), where scale is 1 / temperature.
-
-    Inputs:
-        logit_scale: 1 / temperature instead of `temperature`: a number, or a tensor with one element on any device,
-            which receives its gradient.
-    """
-
-    temperature: float = hyperparameter(default=0.02, check=check_divisor)
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        pids: Tensor | None = None,
-        *,
-        logit_scale: float | Tensor | None = None,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        return self._of_features(image_features, text_features, pids, sample_weight, logit_scale=logit_scale)
-
-    def from_scores(
-        self,
-        scores: Tensor,
-        pids: Tensor | None = None,
-        *,
-        logit_scale: float | Tensor | None = None,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        return self._of_scores(check_scores(scores), None, pids, sample_weight, logit_scale=logit_scale)
-
-    def arguments(self, like: Tensor, **given: Any) -> dict[str, Any]:
-        logit_scale = given.pop("logit_scale")
-        return {"scale": resolve_scale(logit_scale, self.temperature, like), **given}
-
-
-def _positives(ids: Tensor | None, scores: Tensor, peers: Peers) -> Tensor:
-    """[b, B] bool: which columns of all pairs are positives of the own rows."""
-    if ids is not None:
-        return ids[:, None] == peers.gather(ids)
-    index = torch.arange(scores.shape[1], device=scores.device)
-    return index[peers.offset : peers.offset + scores.shape[0], None] == index
 
 
 def functional(cls: type[Loss], method: str = "forward") -> Callable[[F], F]:

@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 
 from ..ops.checks import check_divisor, check_finite
 from ..ops.options import MATCHINGS, Matching
-from .loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
+from .loss import ScaledOptions, functional, hyperparameter
+from .score_loss import ScaledScoreLoss
 from .scores import check_scores, scalar_like
 
 __all__ = ["SigmoidLoss", "sigmoid_loss", "sigmoid_loss_from_scores"]
@@ -42,7 +43,8 @@ class SigmoidLoss(ScaledScoreLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A zero vector has cosine 0 with
-        everything. Memory: a few [B, B].
+        everything. Memory: a few [B, B] for up to 2048 pairs, a block of their rows for more; whole ones where compiled
+        or transformed.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit; pids that are missing.
@@ -99,16 +101,21 @@ class SigmoidLoss(ScaledScoreLoss):
         return {"bias": bias, **super().arguments(like, **given)}
 
     def cost(self, scores: Tensor, positive: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
-        """-log sigmoid(y_ij z_ij), [b, B]."""
+        """-log sigmoid(y_ij z_ij), [m, C]."""
         logits = scale * scores + bias
         return F.softplus(torch.where(positive, -logits, logits))
 
-    def per_sample(
-        self, scores: Tensor, transposed: Tensor | None, positive: Tensor, offset: int, **given: Any
+    def rows(
+        self, scores: Tensor, positive: Tensor, offset: int, scale: float | Tensor, bias: float | Tensor
     ) -> Tensor:
-        t2i = self.cost(scores, positive, **given)
-        i2t = t2i.T if transposed is None else self.cost(transposed, positive, **given)
-        return (t2i.sum(dim=1) + i2t.sum(dim=1)) / 2
+        return self.cost(scores, positive, scale, bias).sum(dim=1) / 2
+
+    def both(self, t2i: Tensor, i2t: Tensor | None, positive: Tensor, offset: int, **given: Any) -> Tensor:
+        """A transposed matrix has the same costs."""
+        if i2t is not None:
+            return super().both(t2i, i2t, positive, offset, **given)
+        cost = self.cost(t2i, positive, **given)
+        return (cost.sum(dim=1) + cost.sum(dim=0)) / 2
 
 
 class SigmoidOptions(ScaledOptions, total=False):

@@ -19,7 +19,8 @@ from typing_extensions import Unpack
 
 from ..ops.checks import check_nonnegative
 from ..ops.options import TRL_NEGATIVES, TRLNegatives
-from .loss import ScaledOptions, ScaledScoreLoss, functional, hyperparameter
+from .loss import ScaledOptions, functional, hyperparameter
+from .score_loss import ScaledScoreLoss
 from .scores import masked_logsumexp
 
 __all__ = ["TALLoss", "TRLLoss", "tal_loss", "tal_loss_from_scores", "trl_loss", "trl_loss_from_scores"]
@@ -49,7 +50,8 @@ class TALLoss(ScaledScoreLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
-        all of one identity) counts 0; a zero vector has cosine 0 with everything. Memory: a few [B, B].
+        all of one identity) counts 0; a zero vector has cosine 0 with everything. Memory: a few
+        [B, B] for up to 2048 pairs, a block of their rows for more; whole ones where compiled or transformed.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -90,7 +92,8 @@ class TRLLoss(ScaledScoreLoss):
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
         all of one identity) counts 0, with "released" [margin - S_i+]_+; a zero vector has cosine 0 with everything.
-        Memory: a few [B, B].
+        Memory: a few [B, B] for up to 2048 pairs, a block of their rows for more; whole ones where compiled or
+        transformed.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.

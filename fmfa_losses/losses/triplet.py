@@ -14,7 +14,8 @@ from typing_extensions import Unpack
 
 from ..ops.checks import check_nonnegative
 from ..ops.options import NEGATIVES, Negatives
-from .loss import Options, ScoreLoss, functional, hyperparameter
+from .loss import Options, functional, hyperparameter
+from .score_loss import ScoreLoss
 
 __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
 
@@ -36,7 +37,8 @@ class TripletLoss(ScoreLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). A sample without negatives (B == 1, or
-        all of one identity) counts 0; a zero vector has cosine 0 with everything. Memory: a few [B, B].
+        all of one identity) counts 0; a zero vector has cosine 0 with everything. Memory: a few
+        [B, B] for up to 2048 pairs, a block of their rows for more; whole ones where compiled or transformed.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit; pids that are missing.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable_once", "never_compiled", "operator", "refusals", "register_gradient", "replaced"]
+__all__ = ["differentiable_once", "never_compiled", "operator", "refusals", "register_gradient", "replaced", "watched"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -184,6 +184,13 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is
 def replaced() -> bool:
     """Whether a mode replaces what runs: make_fx, fake tensors."""
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
+
+
+def watched(x: Tensor) -> bool:
+    """Whether something else than autograd must see every operation: a compiler, torch.func, forward mode, tracing."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return True
+    return forward_ad._current_level >= 0 or replaced() or bool(_is_batched(x))
 
 
 def _direct(op: Any, apply: Callable[..., Any] | None = None) -> Callable[..., Any]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fmfa_losses as fl
 from fmfa_losses import functional
-from fmfa_losses.losses.loss import Loss, ScaledScoreLoss, hyperparameter
+from fmfa_losses.losses.loss import Loss, hyperparameter
+from fmfa_losses.losses.score_loss import ScaledScoreLoss
 from fmfa_losses.ops.checks import check_fraction, check_nonnegative
 
 PUBLIC = [x for x in map(vars(fl).get, fl.__all__) if isinstance(x, type) and issubclass(x, Loss)]

@@ -1,0 +1,212 @@
+"""Losses over rows of scores: the own queries against all keys, in both directions.
+
+A `ScoreLoss` has `rows`, its equation on a block of rows [m, C], and nothing else; everything around it is here. A
+small matrix of scores is kept whole, a large one exists in blocks of rows alone: `ops.rows_in_blocks`. The keys are
+those of the own pairs, with gather of all ranks. In a ring the keys travel, and of them only their scores stay.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..distributed.peers import Peers
+from ..ops.checks import check_divisor, check_option
+from ..ops.operator import never_compiled
+from ..ops.options import BACKENDS, Backend
+from ..ops.precision import accumulation_dtype, product, unit_rows
+from ..ops.rows_in_blocks import rows_in_blocks, whole_rows
+from .loss import Loss, hyperparameter
+from .scores import check_features, check_scores, check_weight, resolve_scale
+
+__all__ = ["ScaledScoreLoss", "ScoreLoss"]
+
+# One direction's scores [b, C]: queries [b, D] and keys [C, D] whose products they are, or themselves.
+Factors = tuple[Tensor, Tensor] | tuple[Tensor]
+
+
+def _without_kernel(name: str, backend: Any) -> Any:
+    if backend == "triton":
+        raise ValueError(f'{name} must be "auto" or "torch", got "triton": this loss has no kernel; pass "auto"')
+    check_option(name, backend, BACKENDS)
+    return backend
+
+
+class ScoreLoss(Loss):
+    """A loss over the rows of scores of texts and images; a subclass has its equation as `rows`.
+
+        rows(scores [m, C], positive [m, C], offset) -> [m]
+
+    Row i belongs to column offset + i: some of the own queries against all keys. `positive` says which columns count as
+    positives of a row: the same identity, or the pair alone where the loss does not look at pids.
+
+    Inputs:
+        image_features, text_features: [B, D], any float dtype.
+        pids: [B] integer identities.
+        sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
+    """
+
+    backend: Backend = hyperparameter(default="auto", check=_without_kernel, kw_only=True)
+    rows: ClassVar[Callable[..., Tensor]]
+    unit_queries: ClassVar[bool] = True  # scores are cosines; otherwise products of features and unit vectors
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        pids: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        return self._of_features(image_features, text_features, pids, sample_weight)
+
+    def from_scores(self, scores: Tensor, pids: Tensor | None = None, *, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of scores that exist already, [B, B] text x image."""
+        return self._of_scores(check_scores(scores), None, pids, sample_weight)
+
+    def arguments(self, like: Tensor, **given: Any) -> dict[str, Any]:
+        """Of what a call gives besides, what `rows` takes besides; tensors in `like`'s dtype."""
+        return given
+
+    def both(self, t2i: Tensor, i2t: Tensor | None, positive: Tensor, offset: int, **given: Any) -> Tensor:
+        """Both directions of whole matrices, [b]; the images' rows are the transposed ones when None."""
+        i2t = t2i.T if i2t is None else i2t
+        return self.rows(t2i, positive, offset, **given) + self.rows(i2t, positive, offset, **given)
+
+    def _of_features(
+        self,
+        image: Tensor,
+        text: Tensor,
+        pids: Tensor | None,
+        sample_weight: Tensor | None,
+        **given: Any,
+    ) -> Tensor:
+        def checked() -> Any:  # torch.compile of 2.6 cannot make the types of a nested function
+            check_features(image, text)
+            if sample_weight is not None:
+                check_weight("sample_weight", sample_weight, text[:, 0])
+            like = text.new_empty((), dtype=accumulation_dtype(image, text))
+            return self.check_pids(pids, text), self.arguments(like, **given)
+
+        tensors = {"image_features": image, "text_features": text, "pids": pids, "sample_weight": sample_weight}
+        peers, (ids, arguments) = self.handshake(tensors, checked, **given)
+        t2i, i2t = self._factors(image, text, peers)
+        per_sample = self._both(t2i, i2t, _ids(ids, text, peers), peers.offset, arguments)
+        return self.reduce(per_sample, sample_weight, peers)
+
+    def _of_scores(
+        self,
+        scores: Tensor,
+        transposed: Tensor | None,
+        pids: Tensor | None,
+        sample_weight: Tensor | None,
+        **given: Any,
+    ) -> Tensor:
+        alone, ids, arguments = self.alone(), self.check_pids(pids, scores), self.arguments(scores, **given)
+        i2t = None if transposed is None else (transposed,)
+        per_sample = self._both((scores,), i2t, _ids(ids, scores, Peers((len(scores),))), 0, arguments)
+        return self.reduce(per_sample, sample_weight, alone)
+
+    def _factors(self, image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Factors | None]:
+        """Of own texts x all images, and of own images x all texts where these are not the transposed ones."""
+        dtype = accumulation_dtype(image, text)
+        if peers.ring:
+            t2i, i2t = _ring_scores(image, text, self.unit_queries, peers)
+            return (t2i,), (i2t,)
+        image_query, text_query = (
+            unit_rows(x, dtype=dtype) if self.unit_queries else x.to(dtype) for x in (image, text)
+        )
+        if peers.group is None and self.unit_queries:
+            return (text_query, image_query), None
+        image_key, text_key = (unit_rows(peers.gather(x), dtype=dtype) for x in (image, text))
+        return (text_query, image_key), (image_query, text_key)
+
+    def _both(
+        self, t2i: Factors, i2t: Factors | None, ids: tuple[Tensor, Tensor], offset: int, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Both directions, [b]."""
+        row_ids, column_ids = ids
+        if whole_rows(row_ids.shape[0], column_ids.shape[0], t2i[0]):
+            transposed = None if i2t is None else _scores(*i2t)
+            return self.both(_scores(*t2i), transposed, row_ids[:, None] == column_ids, offset, **arguments)
+        if i2t is None:
+            i2t = t2i[::-1] if len(t2i) == 2 else (t2i[0].T,)
+        return self._in_blocks(t2i, ids, offset, arguments) + self._in_blocks(i2t, ids, offset, arguments)
+
+    def _in_blocks(
+        self, factors: Factors, ids: tuple[Tensor, Tensor], offset: int, arguments: dict[str, Any]
+    ) -> Tensor:
+        """One direction, [b]."""
+        names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+
+        def equation(first: int, row_ids: Tensor, queries: Tensor, column_ids: Tensor, *whole: Tensor) -> Tensor:
+            keys, tensors = whole[: len(factors) - 1], whole[len(factors) - 1 :]
+            given = arguments | dict(zip(names, tensors, strict=True))
+            return self.rows(_scores(queries, *keys), row_ids[:, None] == column_ids, offset + first, **given)
+
+        (queries, *keys), (row_ids, column_ids) = factors, ids
+        whole = (column_ids, *keys, *(arguments[name] for name in names))
+        return rows_in_blocks(equation, column_ids.shape[0], (row_ids, queries), whole)
+
+
+class ScaledScoreLoss(ScoreLoss):
+    """A ScoreLoss with a temperature: rows(scores, positive, offset, scale), where scale is 1 / temperature.
+
+    Inputs:
+        logit_scale: 1 / temperature instead of `temperature`: a number, or a tensor with one element on any device,
+            which receives its gradient.
+    """
+
+    temperature: float = hyperparameter(default=0.02, check=check_divisor)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        pids: Tensor | None = None,
+        *,
+        logit_scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        return self._of_features(image_features, text_features, pids, sample_weight, logit_scale=logit_scale)
+
+    def from_scores(
+        self,
+        scores: Tensor,
+        pids: Tensor | None = None,
+        *,
+        logit_scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        return self._of_scores(check_scores(scores), None, pids, sample_weight, logit_scale=logit_scale)
+
+    def arguments(self, like: Tensor, **given: Any) -> dict[str, Any]:
+        logit_scale = given.pop("logit_scale")
+        return {"scale": resolve_scale(logit_scale, self.temperature, like), **given}
+
+
+def _scores(queries: Tensor, keys: Tensor | None = None) -> Tensor:
+    return queries if keys is None else product(queries, keys)
+
+
+def _ids(ids: Tensor | None, like: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
+    """Ids of rows [b] and columns [C]: where they are equal, the column is a positive of the row."""
+    if ids is not None:
+        return ids, peers.gather(ids)
+    index = torch.arange(sum(peers.sizes), device=like.device)
+    return index[peers.offset : peers.offset + like.shape[0]], index
+
+
+@never_compiled
+def _ring_scores(image: Tensor, text: Tensor, unit_queries: bool, peers: Peers) -> Tensor:
+    """Own texts x all images and own images x all texts, [2, b, B], while the raw features of all ranks travel."""
+    features = torch.stack([image, text], dim=1)  # [b, 2, D]
+    dtype = accumulation_dtype(features)
+    queries = unit_rows(features, dtype=dtype) if unit_queries else features.to(dtype)
+
+    def with_rank(q: int, queries: Tensor, held: Tensor) -> Tensor:
+        keys = unit_rows(held, dtype=dtype)
+        return torch.stack([product(queries[:, 1], keys[:, 0]), product(queries[:, 0], keys[:, 1])])
+
+    return torch.cat(peers.over_ranks(with_rank, (queries,), features), dim=2)
