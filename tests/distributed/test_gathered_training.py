@@ -7,15 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import processes
-from helpers.every_loss import VARIANTS, Model, build, evaluate, gradients
+from helpers.every_loss import PUBLIC, VARIANTS, Model, build, evaluate, gradients, inputs
 from helpers.global_batch import TOLERANCE, batch, error, mean_over, own
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 GATHER = (True, "ring")
-SIZES = (3, 5)
-EQUAL = (4, 4)
+EQUAL, UNEQUAL = (4, 4), (3, 5)
 
 
 class Trainee(nn.Module):
@@ -46,7 +45,7 @@ def gradients_kept(module: nn.Module) -> list[Tensor]:
 
 def accumulated() -> dict[str, float]:
     """Two micro batches under DDP, with one exchange of gradients, against one process that has the whole ones."""
-    found, rank, total = {}, dist.get_rank(), sum(SIZES)
+    found, rank, total = {}, dist.get_rank(), sum(UNEQUAL)
     halves = [batch(total), {key: x.flip(0) for key, x in batch(total).items()}]
     for name in VARIANTS:
         alone = Trainee(name)
@@ -57,8 +56,8 @@ def accumulated() -> dict[str, float]:
             trainee = Trainee(name, checkpointed, gather=gather)
             ddp = DistributedDataParallel(trainee, find_unused_parameters=True)
             with ddp.no_sync():
-                ddp(own(halves[0], SIZES, rank)).backward()
-            ddp(own(halves[1], SIZES[::-1], rank)).backward()
+                ddp(own(halves[0], UNEQUAL, rank)).backward()
+            ddp(own(halves[1], UNEQUAL[::-1], rank)).backward()
             found[f"{name}, {gather}, checkpointed {checkpointed}"] = error(gradients_kept(trainee), expected)
     return found
 
@@ -67,24 +66,26 @@ def compiled() -> dict[str, float]:
     """One graph with gather=True and equal batches; else the graph breaks where sizes or blocks are exchanged."""
     warnings.simplefilter("ignore")  # the compiler warns about its own internals, by version
     found, model, rank = {}, Model(), dist.get_rank()
-    data = batch(sum(EQUAL))
-    for name, (gather, sizes) in itertools.product(VARIANTS, ((True, EQUAL), ("ring", SIZES))):
-        equal = sizes is EQUAL
-        loss, mine = build(name, gather=gather, equal_batches=equal), own(data, sizes, rank)
-        if equal:
-            evaluate(loss, model, mine)  # the first call exchanges the layout
+    cases = [(loss.__name__, gather, EQUAL) for loss in PUBLIC for gather in GATHER]
+    for name, gather, sizes in [*cases, ("TALLoss", True, UNEQUAL)]:
+        loss, data = build(name, gather=gather, equal_batches=sizes is EQUAL), batch(sum(sizes))
+        given = inputs(loss, model, own(data, sizes, rank))
+        if sizes is EQUAL:
+            loss(**given)  # the first call exchanges the layout
         torch._dynamo.reset()
-        value = torch.compile(evaluate, backend="aot_eager", fullgraph=equal)(loss, model, mine)
+        step = torch.compile(loss, backend="aot_eager", fullgraph=gather is True and sizes is EQUAL)
+        value = step(**given)
         got = mean_over([value.detach(), gradients(value, model)], None)
         whole = evaluate(build(name), model, data)
-        found[f"{name}, {gather}"] = error(got, [whole.detach(), gradients(whole, model)])
+        found[f"{name}, {gather}, {sizes}"] = error(got, [whole.detach(), gradients(whole, model)])
     return found
 
 
-@pytest.mark.parametrize(("step", "cases"), [(accumulated, 4), (compiled, 2)])
+@pytest.mark.parametrize(
+    ("step", "cases"), [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(GATHER) * len(PUBLIC) + 1)]
+)
 def test_the_gradient_of_a_step_is_that_of_the_whole_batch(step, cases):
     for found in processes.run(2, step):
         assert isinstance(found, dict), found
-        assert len(found) == cases * len(VARIANTS)
         wrong = {case: value for case, value in found.items() if not value <= TOLERANCE}
-        assert not wrong, wrong
+        assert len(found) == cases and not wrong, wrong

@@ -95,9 +95,14 @@ def _without_pids(loss: Loss) -> bool:
     return option is not None and getattr(loss, option[0]) == option[2]
 
 
-def evaluate(loss: Loss, model: Model, data: dict[str, Tensor], *, bare: bool = False) -> Tensor:
+def inputs(loss: Loss, model: Model, data: dict[str, Tensor], *, bare: bool = False) -> dict[str, Any]:
+    """What the loss takes, with the model's tokens, scale and bias."""
     image, text, scale = model(data["image"], data["text"])
-    value: Tensor = loss(**arguments(loss, inputs_of(image, text, scale, model.bias, data), bare=bare))
+    return arguments(loss, inputs_of(image, text, scale, model.bias, data), bare=bare)
+
+
+def evaluate(loss: Loss, model: Model, data: dict[str, Tensor], *, bare: bool = False) -> Tensor:
+    value: Tensor = loss(**inputs(loss, model, data, bare=bare))
     return value
 
 
