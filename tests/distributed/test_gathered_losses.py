@@ -51,7 +51,7 @@ def errors_of_means() -> dict[str, float]:
 
 
 def errors_of_sums() -> dict[str, float]:
-    """ "none" is the own part of the whole, "sum" its sum, here in blocks of two rows; their gradients are not scaled."""
+    """ "none" is the own part of the whole, "sum" its sum, here in blocks of two rows; gradients are not scaled."""
     found, sizes, rank, model = {}, UNEQUAL, dist.get_rank(), Model()
     for name, gather in itertools.product(VARIANTS, GATHER):
         each, _, _ = whole(name, batch(sum(sizes)), False)
