@@ -16,7 +16,7 @@ from ..ops.checks import check_divisor, check_option
 from ..ops.operator import never_compiled
 from ..ops.options import BACKENDS, Backend
 from ..ops.precision import accumulation_dtype, product, unit_rows
-from ..ops.rows_in_blocks import rows_in_blocks, whole_rows
+from ..ops.rows_in_blocks import rows_in_blocks, scores_of, whole_rows
 from .loss import Loss, hyperparameter
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
@@ -128,8 +128,8 @@ class ScoreLoss(Loss):
         """Both directions, [b]."""
         row_ids, column_ids = ids
         if whole_rows(row_ids.shape[0], column_ids.shape[0], t2i[0]):
-            transposed = None if i2t is None else _scores(*i2t)
-            return self.both(_scores(*t2i), transposed, row_ids[:, None] == column_ids, offset, **arguments)
+            transposed = None if i2t is None else scores_of(*i2t)
+            return self.both(scores_of(*t2i), transposed, row_ids[:, None] == column_ids, offset, **arguments)
         if i2t is None:
             i2t = t2i[::-1] if len(t2i) == 2 else (t2i[0].T,)
         return self._in_blocks(t2i, ids, offset, arguments) + self._in_blocks(i2t, ids, offset, arguments)
@@ -140,14 +140,12 @@ class ScoreLoss(Loss):
         """One direction, [b]."""
         names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
 
-        def equation(first: int, row_ids: Tensor, queries: Tensor, column_ids: Tensor, *whole: Tensor) -> Tensor:
-            keys, tensors = whole[: len(factors) - 1], whole[len(factors) - 1 :]
+        def equation(first: int, scores: Tensor, row_ids: Tensor, column_ids: Tensor, *tensors: Tensor) -> Tensor:
             given = arguments | dict(zip(names, tensors, strict=True))
-            return self.rows(_scores(queries, *keys), row_ids[:, None] == column_ids, offset + first, **given)
+            return self.rows(scores, row_ids[:, None] == column_ids, offset + first, **given)
 
-        (queries, *keys), (row_ids, column_ids) = factors, ids
-        whole = (column_ids, *keys, *(arguments[name] for name in names))
-        return rows_in_blocks(equation, column_ids.shape[0], (row_ids, queries), whole)
+        row_ids, column_ids = ids
+        return rows_in_blocks(equation, factors, (row_ids,), (column_ids, *(arguments[name] for name in names)))
 
 
 class ScaledScoreLoss(ScoreLoss):
@@ -184,10 +182,6 @@ class ScaledScoreLoss(ScoreLoss):
     def arguments(self, like: Tensor, **given: Any) -> dict[str, Any]:
         logit_scale = given.pop("logit_scale")
         return {"scale": resolve_scale(logit_scale, self.temperature, like), **given}
-
-
-def _scores(queries: Tensor, keys: Tensor | None = None) -> Tensor:
-    return queries if keys is None else product(queries, keys)
 
 
 def _ids(ids: Tensor | None, like: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:

@@ -1,25 +1,26 @@
 """A loss over whole rows of scores, in blocks of rows: memory of one block, whatever the size of the batch.
 
-    loss_i = equation(row i of [b, C])       the equation sees [m, C] at a time and knows nothing of blocks
+    loss_i = equation(row i of the scores [b, C])       the equation sees [m, C] at a time and knows nothing of blocks
 
 The forward evaluates the equation block after block and keeps none of what it computes. The backward evaluates it once
-more, with a graph of one block alone, and adds up the gradients of what all blocks use, in the order of the blocks.
-The price is one more evaluation; what equation and scores need in memory shrinks from b to m rows. Source: Chen et al.,
-Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
+more, with a graph of one block alone. Where the scores are products of queries and keys, a block of them is computed
+when it is needed. The price is one more evaluation. Source: Chen et al., Training Deep Nets with Sublinear Memory Cost,
+arXiv 1604.06174.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .operator import watched
-from .precision import full_precision
+from .precision import full_precision, product
 
-__all__ = ["rows_in_blocks", "whole_rows"]
+__all__ = ["rows_in_blocks", "scores_of", "whole_rows"]
 
 MOST_SCORES = 2**22  # of a matrix that is kept whole: 2048 x 2048, 16 MiB in float32
-BLOCK_SCORES = 2**21  # of a block
+BLOCK_SCORES = 2**20  # of a block; an equation has some ten temporaries of this size
 
 
 def whole_rows(rows: int, columns: int, like: Tensor) -> bool:
@@ -27,94 +28,113 @@ def whole_rows(rows: int, columns: int, like: Tensor) -> bool:
     return watched(like) or rows * columns <= MOST_SCORES
 
 
+def scores_of(queries: Tensor, keys: Tensor | None = None) -> Tensor:
+    """[b, C]: the products of queries [b, D] and keys [C, D], or what is given."""
+    return queries if keys is None else product(queries, keys)
+
+
 def rows_in_blocks(
-    equation: Callable[..., Tensor], columns: int, cut: tuple[Tensor, ...], whole: tuple[Tensor, ...]
+    equation: Callable[..., Tensor],
+    factors: tuple[Tensor, Tensor] | tuple[Tensor],
+    cut: Sequence[Tensor] = (),
+    whole: Sequence[Tensor] = (),
 ) -> Tensor:
     """The losses of all rows.
 
     Args:
-        equation: (first, *cut, *whole) -> [m], the losses of rows first to first + m - 1; not random.
-        columns: C, the scores of a row, from which m follows.
-        cut: [b, ...] each, of which the equation gets its m rows; one at least.
+        equation: (first, scores [m, C], *cut, *whole) -> [m], the losses of rows first to first + m - 1; not random.
+        factors: what the scores are made of, see `scores_of`; float32 or float64.
+        cut: [b, ...] each, of which the equation gets its m rows.
         whole: of which it gets all.
 
     Returns:
-        [b]. Differentiable in cut and whole, with create_graph as often as the equation is, then without its saving.
+        [b]. Differentiable in all tensors. With create_graph it is as often as the equation, and keeps all blocks.
     """
-    step = max(1, BLOCK_SCORES // columns)
-    losses: Tensor = _RowsInBlocks.apply(equation, step, len(cut), *cut, *whole)  # type: ignore[no-untyped-call]
+    columns = (factors[-1].shape[0]) if len(factors) == 2 else factors[0].shape[1]
+    plan = _Plan(equation, len(factors), len(factors) + len(cut), max(1, BLOCK_SCORES // columns))
+    losses: Tensor = _RowsInBlocks.apply(plan, *factors, *cut, *whole)  # type: ignore[no-untyped-call]
     return losses
+
+
+class _Plan:
+    """Which rows make a block, and what the equation gets of the tensors factors, cut, whole."""
+
+    def __init__(self, equation: Callable[..., Tensor], factors: int, cut: int, step: int) -> None:
+        self.equation, self.factors, self.cut, self.step = equation, factors, cut, step
+
+    def blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+        """The rows of each block, and the tensors reduced to them: not keys and what is whole."""
+        b = tensors[0].shape[0]
+        for first in range(0, b, self.step):
+            rows = slice(first, min(first + self.step, b))
+            yield rows, [x[rows] if n == 0 or self.factors <= n < self.cut else x for n, x in enumerate(tensors)]
+
+    def losses(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        for rows, own in self.blocks(tensors):
+            yield rows, self.equation(rows.start, scores_of(*own[: self.factors]), *own[self.factors :])
 
 
 class _RowsInBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, equation, step, cuts, *tensors):  # type: ignore[no-untyped-def]
-        ctx.plain = equation, step, cuts
+    def forward(ctx, plan, *tensors):  # type: ignore[no-untyped-def]
+        ctx.plan = plan
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return torch.cat([_evaluate(equation, rows.start, own) for rows, own in _blocks(tensors, cuts, step)])
+        # Results that lie between the temporaries of the blocks would keep the allocator from using these again.
+        results = tensors[0].new_empty(tensors[0].shape[0])
+        with full_precision(results):
+            for rows, losses in plan.losses(tensors):
+                results[rows] = losses
+        return results
 
     @staticmethod
     def backward(ctx, dlosses):  # type: ignore[no-untyped-def]
-        (equation, step, cuts), tensors = ctx.plain, ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
+        plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if dlosses is None or not any(needed):
-            return (None,) * (3 + len(tensors))
+            return (None,) * (1 + len(tensors))
         gradients = _gradients_with_graph if torch.is_grad_enabled() else _gradients
-        return None, None, None, *gradients(equation, step, cuts, tensors, needed, dlosses)
+        with full_precision(tensors[0]):  # whatever autocast the backward is called under
+            return None, *gradients(plan, tensors, needed, dlosses)
 
 
 def _gradients(
-    equation: Callable[..., Tensor],
-    step: int,
-    cuts: int,
-    tensors: tuple[Tensor, ...],
-    needed: tuple[bool, ...],
-    dlosses: Tensor,
+    plan: _Plan, tensors: tuple[Tensor, ...], needed: Sequence[bool], dlosses: Tensor
 ) -> list[Tensor | None]:
     """One block's graph at a time. What is cut gets its rows' gradients, what is whole their sum over the blocks."""
-    wanted = [n for n, is_needed in enumerate(needed) if is_needed]
-    pieces: dict[int, list[Tensor]] = {n: [] for n in wanted}
-    for rows, own in _blocks(tensors, cuts, step):
-        leaves = [x.detach().requires_grad_(is_needed) for x, is_needed in zip(own, needed, strict=True)]
+    of_equation = [n for n in range(plan.factors, len(tensors)) if needed[n]]
+    totals: list[Any] = [
+        torch.zeros_like(x) if is_needed else None for x, is_needed in zip(tensors, needed, strict=True)
+    ]
+    for rows, own in plan.blocks(tensors):
+        scores = scores_of(*own[: plan.factors]).detach().requires_grad_(any(needed[: plan.factors]))
+        given = [x.detach().requires_grad_(needed[n]) for n, x in enumerate(own)][plan.factors :]
         with torch.enable_grad():
-            losses = _evaluate(equation, rows.start, leaves)
-        inputs = [leaves[n] for n in wanted]
-        found = torch.autograd.grad(losses, inputs, dlosses[rows], materialize_grads=True)
-        for n, gradient in zip(wanted, found, strict=True):
-            if n < cuts:
-                pieces[n].append(gradient)
-            elif pieces[n]:
-                pieces[n][0].add_(gradient)
-            else:
-                pieces[n].append(gradient.clone())
-    totals = {n: torch.cat(of) if n < cuts else of[0] for n, of in pieces.items()}
-    return [totals.get(n) for n in range(len(tensors))]
+            losses = plan.equation(rows.start, scores, *given)
+        leaves = [*([scores] if scores.requires_grad else []), *(given[n - plan.factors] for n in of_equation)]
+        found = list(torch.autograd.grad(losses, leaves, dlosses[rows], materialize_grads=True))
+        if scores.requires_grad:
+            _add_scores_gradient(found.pop(0), rows, own[: plan.factors], totals)
+        for n, gradient in zip(of_equation, found, strict=True):
+            (totals[n][rows] if n < plan.cut else totals[n]).add_(gradient)
+    return totals
+
+
+def _add_scores_gradient(dscores: Tensor, rows: slice, factors: list[Tensor], totals: list[Any]) -> None:
+    if len(factors) == 1:
+        totals[0][rows] = dscores
+        return
+    queries, keys = factors
+    if totals[0] is not None:
+        torch.mm(dscores, keys, out=totals[0][rows])
+    if totals[1] is not None:
+        totals[1].addmm_(dscores.T, queries)
 
 
 def _gradients_with_graph(
-    equation: Callable[..., Tensor],
-    step: int,
-    cuts: int,
-    tensors: tuple[Tensor, ...],
-    needed: tuple[bool, ...],
-    dlosses: Tensor,
+    plan: _Plan, tensors: tuple[Tensor, ...], needed: Sequence[bool], dlosses: Tensor
 ) -> list[Tensor | None]:
     """With create_graph nothing may be cut off from what it came from: the graphs of all blocks at once."""
-    losses = torch.cat([_evaluate(equation, rows.start, own) for rows, own in _blocks(tensors, cuts, step)])
     wanted = [x for x, is_needed in zip(tensors, needed, strict=True) if is_needed]
+    losses = torch.cat([of_block for _, of_block in plan.losses(tensors)])
     found = iter(torch.autograd.grad(losses, wanted, dlosses, create_graph=True, materialize_grads=True))
     return [next(found) if is_needed else None for is_needed in needed]
-
-
-def _evaluate(equation: Callable[..., Tensor], first: int, tensors: Sequence[Tensor]) -> Tensor:
-    with full_precision(tensors[0]):  # the backward may run under an autocast that the forward did not have
-        return equation(first, *tensors)
-
-
-def _blocks(tensors: tuple[Tensor, ...], cuts: int, step: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """The rows of each block, and the tensors with what is cut reduced to them."""
-    b = tensors[0].shape[0]
-    for first in range(0, b, step):
-        rows = slice(first, min(first + step, b))
-        yield rows, [x[rows] if n < cuts else x for n, x in enumerate(tensors)]
