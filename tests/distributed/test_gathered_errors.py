@@ -19,9 +19,9 @@ from fmfa_losses.losses.loss import Loss
 PAIRS = 3  # a rank
 OPTIONS = [{"gather": gather, "equal_batches": equal} for gather in (True, "ring") for equal in (False, True)]
 ANY = inputs_of(torch.ones(1, 1, 1), torch.ones(1, 1, 1), *torch.ones(2), batch(1))
-# Of each loss a variant that compares identities, so that pids belong to the call.
+# Of each loss the variant whose call takes most, such as pids.
 NAMES = [
-    next(name for name, (of, _) in VARIANTS.items() if of is loss and "pids" in arguments(build(name), ANY))
+    max((name for name, (of, _) in VARIANTS.items() if of is loss), key=lambda name: len(arguments(build(name), ANY)))
     for loss in PUBLIC
 ]
 Case = tuple[str, Callable[[], Tensor], tuple[str, ...]]  # name, the wrong call, words of the message
@@ -45,13 +45,13 @@ def wrong_inputs(taken: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], t
     alone, last = words_of_ranks()
     samples = {name: x for name, x in taken.items() if x.ndim >= 1}
     features = {name: x for name, x in samples.items() if x.is_floating_point() and x.ndim >= 2}
-    image = next(name for name in features if name.startswith("image"))
+    first = next(iter(features))
     ids = {name: x for name, x in samples.items() if x.dtype == torch.int64}
     agree = ("must agree on all ranks", "on rank 0", last)
     yield "empty batch", {name: x[:0] for name, x in samples.items()}, ("must not be empty", alone)
     yield "width", {name: x[..., :-1] for name, x in features.items()}, (*agree, ", 6] on rank 0", f", 5] {last}")
     yield "dtype", {name: x.float() for name, x in features.items()}, ("float64", "float32", "on rank 0", last)
-    yield f"dtype of {image}", {image: taken[image].float()}, ("float64", "float32", "on rank 0", last)
+    yield f"dtype of {first}", {first: taken[first].float()}, ("float64", "float32", "on rank 0", last)
     for name, x in samples.items():
         yield f"short {name}", {name: x[:-1]}, (alone, f"[{PAIRS - 1}")
         yield f"{name} as a list", {name: x.tolist()}, (name, alone, "must be a", "list")
@@ -112,11 +112,9 @@ def errors_on_this_rank(names: list[str]) -> dict[str, tuple[str, tuple[str, ...
         found[f"right again; {where}"] = raised(right), ("nothing was raised",)
         option = next(iter(hyperparameters(type(loss))))
         renewed = build(name, **{**options, option: another(loss, option)})
-        taken["pids"] = taken["pids"].double() if is_wrong else taken["pids"]
-        found[f"after an agreement; {where}"] = (
-            raised(partial(renewed, **taken)),
-            ("pids must be an integer", words_of_ranks()[0]),
-        )
+        wrong = partial(renewed, **{name: x.tolist() for name, x in taken.items()})
+        message = raised(wrong if is_wrong else partial(renewed, **taken))
+        found[f"after an agreement; {where}"] = message, ("must be a tensor", words_of_ranks()[0])
     return found
 
 

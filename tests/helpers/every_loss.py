@@ -26,11 +26,14 @@ def hyperparameters(loss: type[Loss]) -> dict[str, tuple[Any, Any]]:
 
 
 def _variants(loss: type[Loss]) -> dict[str, tuple[type[Loss], dict[str, Any]]]:
-    """The loss as it is by default, and with each other value of each option that has a name or is a flag."""
+    """The loss as it is by default, with each other value of each option that has a name or is a flag, and with each
+    number that is off by default."""
     name = loss.__name__
     found: dict[str, tuple[type[Loss], dict[str, Any]]] = {name: (loss, {})}
     for option, (default, check) in hyperparameters(loss).items():
-        values = check if isinstance(check, tuple) else (False, True) if isinstance(default, bool) else ()
+        values = check if isinstance(check, tuple) else ()
+        if isinstance(default, bool) or default in (0, None):
+            values = (_another(default, check),)
         found |= {f"{name} {option}={value}": (loss, {option: value}) for value in values if value != default}
     return found
 
@@ -45,12 +48,17 @@ def build(name: str, **options: Any) -> Loss:
 
 def another(loss: Loss, name: str) -> Any:
     """A value that the hyperparameter may have and has not."""
-    value, (_, check) = getattr(loss, name), hyperparameters(type(loss))[name]
+    return _another(getattr(loss, name), hyperparameters(type(loss))[name][1])
+
+
+def _another(value: Any, check: Any) -> Any:
     if isinstance(check, tuple):
         return next(x for x in check if x != value)
     if isinstance(value, bool):
         return not value
-    return 0.5 if value in (None, 0) else value / 2
+    if isinstance(value, int):
+        return value + 1
+    return value / 2 if value else 0.5
 
 
 class Model(Towers):
@@ -66,6 +74,8 @@ def inputs_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, data: di
     return {
         "image_features": image.mean(1),
         "text_features": text.mean(1),
+        "first_view": image.mean(1),
+        "second_view": text.mean(1),
         "image_tokens": image,
         "text_tokens": text,
         "image_mask": data["image_mask"],
