@@ -25,6 +25,17 @@ def hyperparameters(loss: type[Loss]) -> dict[str, tuple[Any, Any]]:
     return {field.name: (field.default, field.metadata["check"]) for field in fields}
 
 
+def another_value(value: Any, check: Any) -> Any:
+    """One that the hyperparameter may have."""
+    if isinstance(check, tuple):
+        return next(x for x in check if x != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return value / 2 if value else 0.5
+
+
 def _variants(loss: type[Loss]) -> dict[str, tuple[type[Loss], dict[str, Any]]]:
     """The loss as it is by default, with each other value of each option that has a name or is a flag, and with each
     number that is off by default."""
@@ -33,7 +44,7 @@ def _variants(loss: type[Loss]) -> dict[str, tuple[type[Loss], dict[str, Any]]]:
     for option, (default, check) in hyperparameters(loss).items():
         values = check if isinstance(check, tuple) else ()
         if isinstance(default, bool) or default in (0, None):
-            values = (_another(default, check),)
+            values = (another_value(default, check),)
         found |= {f"{name} {option}={value}": (loss, {option: value}) for value in values if value != default}
     return found
 
@@ -48,17 +59,7 @@ def build(name: str, **options: Any) -> Loss:
 
 def another(loss: Loss, name: str) -> Any:
     """A value that the hyperparameter may have and has not."""
-    return _another(getattr(loss, name), hyperparameters(type(loss))[name][1])
-
-
-def _another(value: Any, check: Any) -> Any:
-    if isinstance(check, tuple):
-        return next(x for x in check if x != value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 1
-    return value / 2 if value else 0.5
+    return another_value(getattr(loss, name), hyperparameters(type(loss))[name][1])
 
 
 class Model(Towers):
