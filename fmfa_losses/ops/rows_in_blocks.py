@@ -113,7 +113,8 @@ class _RowsInBlocks(torch.autograd.Function):
         plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if dlosses is None or not any(needed):
             return (None,) * (1 + len(tensors))
-        gradients = _gradients_with_graph if torch.is_grad_enabled() else _gradients
+        at_once = torch.is_grad_enabled() or watched(dlosses)  # create_graph, or batched gradients
+        gradients = _gradients_at_once if at_once else _gradients
         with full_precision(tensors[0]):  # whatever autocast the backward is called under
             return None, *gradients(plan, tensors, needed, dlosses)
 
@@ -131,6 +132,8 @@ def _gradients(
         given = [x.detach().requires_grad_(needed[n]) for n, x in enumerate(own)][plan.factors :]
         with torch.enable_grad():
             losses = plan.equation(rows.start, scores, *given)
+        if not losses.requires_grad:
+            continue
         leaves = [*([scores] if scores.requires_grad else []), *(given[n - plan.factors] for n in of_equation)]
         found = list(torch.autograd.grad(losses, leaves, dlosses[rows], materialize_grads=True))
         if scores.requires_grad:
@@ -151,11 +154,13 @@ def _add_scores_gradient(dscores: Tensor, rows: slice, factors: list[Tensor], to
         totals[1].addmm_(dscores.T, queries)
 
 
-def _gradients_with_graph(
+def _gradients_at_once(
     plan: _Plan, tensors: tuple[Tensor, ...], needed: Sequence[bool], dlosses: Tensor
 ) -> list[Tensor | None]:
-    """With create_graph nothing may be cut off from what it came from: the graphs of all blocks at once."""
+    """The graphs of all blocks: with create_graph nothing may be cut off from what it came from."""
+    create_graph = torch.is_grad_enabled()
     wanted = [x for x, is_needed in zip(tensors, needed, strict=True) if is_needed]
-    losses = torch.cat([of_block for _, of_block in plan.losses(tensors)])
-    found = iter(torch.autograd.grad(losses, wanted, dlosses, create_graph=True, materialize_grads=True))
+    with torch.enable_grad():
+        losses = torch.cat([of_block for _, of_block in plan.losses(tensors)])
+    found = iter(torch.autograd.grad(losses, wanted, dlosses, create_graph=create_graph, materialize_grads=True))
     return [next(found) if is_needed else None for is_needed in needed]
