@@ -142,7 +142,14 @@ def _mutual(near: Tensor, near_columns: Tensor, first: int) -> Tensor:
 def nearest(factors: Factors, k: int) -> Tensor:
     """The k columns of the largest scores of every row, [b, min(k, C)]; of equal scores the lowest column first."""
     queries, *keys = (x.detach() for x in factors)
-    return torch.cat([_nearest(scores_of(block, *keys), k) for block in row_blocks(queries, *keys)])
+    b, columns = queries.shape[0], keys[0].shape[0] if keys else queries.shape[1]
+    if whole_rows(b, columns, queries):
+        return _nearest(scores_of(queries, *keys), k)
+    # Allocated first: pieces between the temporaries of the blocks would keep the allocator from using these again.
+    found = queries.new_empty(b, min(k, columns), dtype=torch.long)
+    for rows in row_blocks(b, columns):
+        found[rows] = _nearest(scores_of(queries[rows], *keys), k)
+    return found
 
 
 def _nearest(scores: Tensor, k: int) -> Tensor:
