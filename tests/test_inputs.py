@@ -172,7 +172,16 @@ NUMBERS = {
     "pool_scale": (2.0, [fl.EFALoss]),
     "sparsity": (0.5, [fl.EFALoss]),
     "num_identities": (3, [partial(fl.IDHead, 8)]),
-    "embed_dim": (64, [partial(fl.IDHead, num_identities=3), partial(fl.IRRHead, vocab_size=9, depth=1)]),
+    "embed_dim": (
+        64,
+        [
+            partial(fl.IDHead, num_identities=3),
+            partial(fl.IRRHead, vocab_size=9, depth=1),
+            partial(fl.TokenSelection, "text"),
+        ],
+    ),
+    "input_dim": (64, [partial(fl.TokenSelection, "image")]),
+    "ratio": (0.5, [partial(fl.TokenSelection, "image")]),
     "vocab_size": (9, [partial(fl.IRRHead, 64, depth=1)]),
     "depth": (1, [partial(fl.IRRHead, 64, 9)]),
     "num_heads": (2, [partial(fl.IRRHead, 64, 9, depth=1)]),

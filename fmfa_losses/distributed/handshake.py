@@ -70,23 +70,22 @@ def handshake(
         raise ValueError("process_group must contain the calling rank; pass the group that this rank belongs to")
     settings = {"gather": gather, "equal_batches": equal_batches, **(settings or {})}
     settings = {name: _python_number(value) for name, value in settings.items()}
-    key: tuple[Any, ...] = (group.group_name, loss)
     error: Exception | None = None
     try:
         _check_not_empty(tensors)
         checked = check()
     except Exception as raised:
-        error = raised
+        error, key = raised, _settings_key(group, loss, settings)
     else:
         values = ("a tensor" if isinstance(value, Tensor) else value for value in settings.values())
-        key = (*key, _batch_size(tensors), *(_layout(x) for x in tensors.values()), *values)
+        key = (group.group_name, loss, _batch_size(tensors), *(_layout(x) for x in tensors.values()), *values)
     if equal_batches and _is_agreed(key, group):
         if error is not None:
             raise error  # the other ranks do not wait for an exchange
         return Peers((_batch_size(tensors),) * world, rank, group, gather == "ring"), checked
     sizes = _exchange(loss, tensors, settings, group, error)
     if equal_batches:
-        _remember(key, group)
+        _remember(group, key, _settings_key(group, loss, settings))
     return Peers(sizes, rank, group, gather == "ring"), checked
 
 
@@ -120,17 +119,22 @@ def _layout(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (common_dtype(x), *x.shape[1:])
 
 
+def _settings_key(group: Any, loss: str, settings: Mapping[str, object]) -> tuple[Any, ...]:
+    """What a rank with wrong tensors knows of its call; in words, since what is wrong may have no hash."""
+    return group.group_name, loss, *map(_text, settings.values())
+
+
 def _is_agreed(key: tuple[Any, ...], group: Any) -> bool:
     where = agreed.get(key)
     return where is not None and where() is group
 
 
-def _remember(key: tuple[Any, ...], group: Any) -> None:
-    of_group = [old for old in agreed if old[0] == key[0]]
+def _remember(group: Any, *keys: tuple[Any, ...]) -> None:
+    of_group = [old for old in agreed if old[0] == group.group_name]
     if len(of_group) >= MOST_AGREED or any(agreed[old]() is not group for old in of_group):
         for old in of_group:
             del agreed[old]
-    agreed[key[:2]] = agreed[key] = weakref.ref(group)
+    agreed.update(dict.fromkeys(keys, weakref.ref(group)))
 
 
 def _batch_size(tensors: Mapping[str, Tensor | None]) -> int:

@@ -15,6 +15,7 @@ from ..ops.checks import check_fraction, check_ids, check_integer, check_scale, 
 from ..ops.precision import accumulation_dtype
 from ._distribution import DistributionLoss
 from .loss import hyperparameter
+from .negatives_queue import NegativesQueue, queued
 from .score_loss import Factors
 from .scores import check_features, check_scores, check_weight, resolve_scale, scalar_like
 from .soft_targets import (
@@ -48,6 +49,7 @@ class Given(NamedTuple):
     momentum: MomentumFeatures | None
     logit_scale: float | Tensor | None
     sample_weight: Tensor | None
+    queue: NegativesQueue | None = None
 
 
 class SoftDistributionLoss(DistributionLoss):
@@ -75,8 +77,9 @@ class SoftDistributionLoss(DistributionLoss):
         momentum_features: MomentumFeatures | None = None,
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
+        queue: NegativesQueue | None = None,
     ) -> Tensor:
-        given = Given(pids, image_ids, soft_targets, momentum_features, logit_scale, sample_weight)
+        given = Given(pids, image_ids, soft_targets, momentum_features, logit_scale, sample_weight, queue)
         return self.of_pairs(image_features, text_features, given)
 
     def from_scores(
@@ -106,19 +109,29 @@ class SoftDistributionLoss(DistributionLoss):
                 check_weight("sample_weight", given.sample_weight, text[:, 0])
             if self.gather:  # the other ranks wait: what cannot run here must be known before
                 select_backend(self.backend, image, text)
-            return self._checked_labels(given, text), check_scale(given.logit_scale, self.temperature)
+            ids = self._checked_labels(given, text)
+            if given.queue is not None and self._is_soft(given):
+                raise ValueError(
+                    "queue must come without soft targets, whose rows are those of the batch, got both; leave one out"
+                )
+            return ids, check_scale(given.logit_scale, self.temperature), self.check_queue(given.queue, text, *ids)
 
         tensors = {"image_features": image, "text_features": text, "pids": given.pids, "image_ids": given.image_ids}
         tensors |= {"sample_weight": given.sample_weight} | by_name(given.soft_targets, given.momentum)
         soft = "tensors" if are_tensors(given.soft_targets) else given.soft_targets and "a function"
-        peers, (ids, scale) = self.handshake(tensors, checked, logit_scale=given.logit_scale, soft_targets=soft)
-        if soft is None and self.softlabel_ratio == 0 and self.mutual_neighbors == 0:
-            value = self._of_labels(image, text, ids[0], ids[1], scale, given.sample_weight, peers)
+        settings: dict[str, Any] = {"logit_scale": given.logit_scale, "soft_targets": soft}
+        settings["queued"] = queued(given.queue)
+        peers, (ids, scale, columns) = self.handshake(tensors, checked, **settings)
+        if not self._is_soft(given):
+            value = self._of_labels(image, text, ids[0], ids[1], scale, given.sample_weight, columns, peers)
             return value if self.direction_weight == 1 else self.direction_weight * value
         if isinstance(scale, Tensor):
             scale = scalar_like("logit_scale", scale, text.new_empty((), dtype=accumulation_dtype(image, text)))
         value = self._in_rows(both_factors(image, text, peers), given, ids, scale, peers)
         return self.reduce(value, given.sample_weight, peers)
+
+    def _is_soft(self, given: Given) -> bool:
+        return given.soft_targets is not None or self.softlabel_ratio > 0 or self.mutual_neighbors > 0
 
     def _in_rows(
         self,

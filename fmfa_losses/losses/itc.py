@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from ..ops.options import MATCHINGS, Matching
 from ._soft_distribution import Given, SoftDistributionLoss
 from .loss import ScaledOptions, functional, hyperparameter
+from .negatives_queue import NegativesQueue, QueueOptions
 from .soft_targets import MomentumFeatures, SoftTargets
 
 __all__ = ["ITCLoss", "itc_loss", "itc_loss_from_scores"]
@@ -93,8 +94,9 @@ class ITCLoss(SoftDistributionLoss):
         momentum_features: MomentumFeatures | None = None,
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
+        queue: NegativesQueue | None = None,
     ) -> Tensor:
-        given = Given(pids, None, soft_targets, momentum_features, logit_scale, sample_weight)
+        given = Given(pids, None, soft_targets, momentum_features, logit_scale, sample_weight, queue)
         return self.of_pairs(image_features, text_features, given)
 
     def from_scores(  # type: ignore[override]
@@ -109,7 +111,7 @@ class ITCLoss(SoftDistributionLoss):
         return self.of_matrix(scores, Given(pids, None, soft_targets, None, logit_scale, sample_weight))
 
 
-class ITCOptions(ScaledOptions, total=False):
+class ITCOptions(ScaledOptions, QueueOptions, total=False):
     targets: Matching
     softlabel_ratio: float
     mutual_neighbors: int

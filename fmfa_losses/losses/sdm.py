@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from ..ops.checks import check_fraction, check_positive
 from ._soft_distribution import SoftDistributionLoss
 from .loss import ScaledOptions, functional, hyperparameter
+from .negatives_queue import QueueOptions
 from .scores import divergence
 from .soft_targets import MomentumFeatures, SoftTargets
 
@@ -69,7 +70,7 @@ class SDMLoss(SoftDistributionLoss):
         return divergence(logits, targets, self.eps)
 
 
-class SDMOptions(ScaledOptions, total=False):
+class SDMOptions(ScaledOptions, QueueOptions, total=False):
     eps: float
     image_id_factor: float
     image_ids: Tensor | None

@@ -54,8 +54,9 @@ def batch(total: int) -> dict[str, Tensor]:
     labels = torch.randint(1, V, (total, L), generator=generator)
     labels[torch.rand(total, L, generator=generator) < 0.5] = 0
     labels[:2] = 0
+    weight = torch.rand(total, generator=generator, dtype=torch.float64)
     tensors = {"image": image, "text": text, "image_mask": image_mask, "text_mask": text_mask}
-    return {**tensors, "image_ids": image_ids, "pids": pids, "labels": labels}
+    return {**tensors, "image_ids": image_ids, "pids": pids, "labels": labels, "weight": weight}
 
 
 def call(name: str, arguments: dict, towers: nn.Module, data: dict[str, Tensor], **gathering) -> Tensor:

@@ -1,0 +1,92 @@
+"""A training step of every loss over two processes: accumulated, checkpointed, compiled."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import processes
+from helpers.every_loss import PUBLIC, VARIANTS, Model, build, evaluate, gradients, inputs
+from helpers.global_batch import TOLERANCE, batch, error, mean_over, own
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+GATHER = (True, "ring")
+EQUAL, UNEQUAL = (4, 4), (3, 5)
+
+
+class Trainee(nn.Module):
+    """Model and loss in one module; with `checkpointed` the towers are computed again in the backward."""
+
+    def __init__(self, name: str, checkpointed: bool = False, **options: object) -> None:
+        super().__init__()
+        self.model, self.loss = Model(), build(name, **options)
+        if checkpointed:
+            self.model.image, self.model.text = Checkpointed(self.model.image), Checkpointed(self.model.text)
+
+    def forward(self, data: dict[str, Tensor]) -> Tensor:
+        return evaluate(self.loss, self.model, data)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(tower, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.tower, x, use_reentrant=False)
+
+
+def gradients_kept(module: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+
+
+def accumulated() -> dict[str, float]:
+    """Two micro batches under DDP, with one exchange of gradients, against one process that has the whole ones."""
+    found, rank, total = {}, dist.get_rank(), sum(UNEQUAL)
+    halves = [batch(total), {key: x.flip(0) for key, x in batch(total).items()}]
+    for name in VARIANTS:
+        alone = Trainee(name)
+        for data in halves:
+            alone(data).backward()
+        expected = gradients_kept(alone)
+        for gather, checkpointed in itertools.product(GATHER, (False, True)):
+            trainee = Trainee(name, checkpointed, gather=gather)
+            ddp = DistributedDataParallel(trainee, find_unused_parameters=True)
+            with ddp.no_sync():
+                ddp(own(halves[0], UNEQUAL, rank)).backward()
+            ddp(own(halves[1], UNEQUAL[::-1], rank)).backward()
+            found[f"{name}, {gather}, checkpointed {checkpointed}"] = error(gradients_kept(trainee), expected)
+    return found
+
+
+# The ring breaks the graph in the middle, and compiling the pieces is slow: one loss of each base.
+BASES = {loss.__bases__[0]: loss for loss in PUBLIC}.values()
+COMPILED = [(loss.__name__, True, EQUAL) for loss in PUBLIC] + [(loss.__name__, "ring", UNEQUAL) for loss in BASES]
+
+
+def compiled() -> dict[str, float]:
+    """One graph with gather=True and equal batches; else the graph breaks where sizes or blocks are exchanged."""
+    warnings.simplefilter("ignore")  # the compiler warns about its own internals, by version
+    found, model, rank = {}, Model(), dist.get_rank()
+    for name, gather, sizes in COMPILED:
+        loss, data = build(name, gather=gather, equal_batches=sizes is EQUAL), batch(sum(sizes))
+        given = inputs(loss, model, own(data, sizes, rank))
+        if sizes is EQUAL:
+            loss(**given)  # the first call exchanges the layout
+        torch._dynamo.reset()
+        value = torch.compile(loss, backend="aot_eager", fullgraph=sizes is EQUAL)(**given)
+        got = mean_over([value.detach(), gradients(value, model)], None)
+        whole = evaluate(build(name), model, data)
+        found[f"{name}, {gather}, {sizes}"] = error(got, [whole.detach(), gradients(whole, model)])
+    return found
+
+
+@pytest.mark.parametrize(("step", "cases"), [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(COMPILED))])
+def test_the_gradient_of_a_step_is_that_of_the_whole_batch(step, cases):
+    for found in processes.run(2, step):
+        assert isinstance(found, dict), found
+        wrong = {case: value for case, value in found.items() if not value <= TOLERANCE}
+        assert len(found) == cases and not wrong, wrong
