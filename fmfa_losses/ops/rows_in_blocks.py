@@ -69,12 +69,10 @@ def all_rows(
     return rows_in_blocks(equation, factors, cut, whole)
 
 
-def row_blocks(queries: Tensor, keys: Tensor | None = None) -> Sequence[Tensor]:
-    """The queries, or given scores, in pieces whose scores are one block."""
-    columns = queries.shape[1] if keys is None else keys.shape[0]
-    if whole_rows(queries.shape[0], columns, queries):
-        return (queries,)
-    return torch.split(queries, max(1, BLOCK_SCORES // columns))
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """The rows of each block."""
+    step = max(1, BLOCK_SCORES // columns)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 class _Plan:

@@ -189,8 +189,8 @@ def test_what_does_not_fit_raises():
         fl.TALLoss()(image[:, :4], text[:, :4], pids, queue=queue)
     with explains(ValueError, "gather=True", "gather=False", "NegativesQueue(2, gather=True)"):
         fl.TALLoss(gather=True)(image, text, pids, queue=queue)
-    with explains(ValueError, ("queue", "soft targets"), "both", "leave one out"):
-        fl.ITCLoss(softlabel_ratio=0.5)(image, text, queue=queue)
+    with explains(ValueError, ("queue", "softlabel_ratio"), "mutual_neighbors", "leave one out"):
+        fl.ITCLoss(mutual_neighbors=2)(image, text, queue=queue)
     with pytest.raises(TypeError, match="queue"):
         fl.EFALoss()(image[:, None], text[:, None], queue=queue)
     for wrong in (0, 1.5, True):
