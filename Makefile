@@ -7,7 +7,7 @@ TRITON_TESTS := tests/test_kernels.py tests/benchmarks/test_stand_in.py tests/be
 VERSIONS := 3.3.1 3.4.0 3.6.0 3.7.1 3.9.0
 OLDEST := torch==2.6.0 einops==0.7.0 numpy==2.2.6
 # test_derivatives asks for what torch.func learnt later.
-OLDEST_TESTS := tests/losses tests/heads tests/retrieval tests/compat tests/doctor/test_doctor.py tests/test_fmfa.py \
+OLDEST_TESTS := tests/losses tests/heads tests/noise tests/retrieval tests/compat tests/doctor/test_doctor.py tests/test_fmfa.py \
 	tests/test_package.py tests/distributed/test_cached.py $(filter-out %/test_derivatives.py,$(wildcard tests/ops/test_*.py))
 
 # A stamp that make would take for an intermediate file.

@@ -11,12 +11,17 @@ from .fmfa import FMFALoss, FMFAOutput
 from .heads.identity import IDHead, IDOutput
 from .heads.irr import IRRHead, IRROutput
 from .heads.token_masking import mask_tokens
+from .heads.token_selection import TokenSelection
 from .losses.asdm import ASDMLoss
+from .losses.citc import CITCLoss
 from .losses.cmpm import CMPMLoss
 from .losses.efa import EFALoss
 from .losses.itc import ITCLoss
+from .losses.negatives_queue import NegativesQueue
+from .losses.ritc import RITCLoss
 from .losses.sdm import SDMLoss
 from .losses.sigmoid import SigmoidLoss
+from .losses.simclr import SimCLRLoss
 from .losses.tal import TALLoss, TRLLoss
 from .losses.triplet import TripletLoss
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from . import compat as compat
     from . import distributed as distributed
     from . import doctor as doctor
+    from . import noise as noise
     from . import plot as plot
     from . import retrieval as retrieval
 
@@ -32,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASDMLoss",
+    "CITCLoss",
     "CMPMLoss",
     "EFALoss",
     "FMFALoss",
@@ -41,17 +48,21 @@ __all__ = [
     "IRRHead",
     "IRROutput",
     "ITCLoss",
+    "NegativesQueue",
+    "RITCLoss",
     "SDMLoss",
     "SigmoidLoss",
+    "SimCLRLoss",
     "TALLoss",
     "TRLLoss",
+    "TokenSelection",
     "TripletLoss",
     "functional",
     "mask_tokens",
 ]
 
 # Parts that a training script may never need are imported when they are named.
-_LAZY = ("cached", "compat", "distributed", "doctor", "plot", "retrieval")
+_LAZY = ("cached", "compat", "distributed", "doctor", "noise", "plot", "retrieval")
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for a lazy one
 

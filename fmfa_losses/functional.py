@@ -9,11 +9,14 @@ under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
 
 from .heads.identity import id_loss
 from .losses.asdm import asdm_loss
+from .losses.citc import citc_loss
 from .losses.cmpm import cmpm_loss, cmpm_loss_from_scores
 from .losses.efa import efa_loss
 from .losses.itc import itc_loss, itc_loss_from_scores
+from .losses.ritc import ritc_loss, ritc_loss_from_scores
 from .losses.sdm import sdm_loss, sdm_loss_from_scores
 from .losses.sigmoid import sigmoid_loss, sigmoid_loss_from_scores
+from .losses.simclr import simclr_loss
 from .losses.tal import tal_loss, tal_loss_from_scores, trl_loss, trl_loss_from_scores
 from .losses.triplet import triplet_loss, triplet_loss_from_scores
 from .ops.aggregation import sparse_aggregate
@@ -22,6 +25,7 @@ from .ops.lengths import length_mask, pad_packed
 
 __all__ = [
     "asdm_loss",
+    "citc_loss",
     "cmpm_loss",
     "cmpm_loss_from_scores",
     "efa_loss",
@@ -31,10 +35,13 @@ __all__ = [
     "itc_loss_from_scores",
     "length_mask",
     "pad_packed",
+    "ritc_loss",
+    "ritc_loss_from_scores",
     "sdm_loss",
     "sdm_loss_from_scores",
     "sigmoid_loss",
     "sigmoid_loss_from_scores",
+    "simclr_loss",
     "sparse_aggregate",
     "tal_loss",
     "tal_loss_from_scores",

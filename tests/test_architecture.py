@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "ops": {"kernels"},
     "distributed": {"ops"},
     "retrieval": {"ops"},
+    "noise": {"ops"},
     "losses": {"ops", "distributed"},
     "heads": {"ops", "distributed"},
     "cached": {"ops", "distributed"},
@@ -273,9 +274,9 @@ def test_functional_is_public_names_alone():
     assert not [name for name in names if name.startswith("_")]
 
 
-def test_the_package_has_at_most_14_entries():
+def test_the_package_has_at_most_15_entries():
     entries = {path.name for path in (ROOT / "fmfa_losses").iterdir()} - {"__pycache__"}
-    assert len(entries) <= 14, sorted(entries)
+    assert len(entries) <= 15, sorted(entries)
 
 
 def test_the_rules_see_what_breaks_them(tmp_path):

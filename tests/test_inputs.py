@@ -43,6 +43,9 @@ def fmfa_loss(image, text, pids, cast=lambda ids: ids):
 LOSSES = {
     **{name.removesuffix("_loss"): getattr(f, name) for name in f.__all__ if name.endswith("_loss")},
     "itc": partial(f.itc_loss, targets="identity"),
+    "itc soft": partial(f.itc_loss, targets="identity", softlabel_ratio=0.5, mutual_neighbors=2),
+    "citc": lambda i, t, p: f.citc_loss(i, t),
+    "simclr": lambda i, t, p: f.simclr_loss(i, t),
     "id": lambda i, t, p: ID(i, t, p),
     "id_loss": lambda i, t, p: id_loss(i[:, :C], t[:, :C], p),
     "fmfa": lambda i, t, p: fmfa_loss(i, t, p, lambda ids: ids.to(p.dtype)),
@@ -151,9 +154,16 @@ def test_ids_that_are_indices_are_in_range():
 
 # Numbers. name: (a number that is right, call with a number, kind)
 NUMBERS = {
-    "temperature": (0.5, [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.SigmoidLoss, fl.EFALoss]),
+    "temperature": (
+        0.5,
+        [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.SigmoidLoss, fl.EFALoss, fl.SimCLRLoss],
+    ),
     "alpha": (2.0, [fl.ASDMLoss]),
-    "eps": (0.125, [fl.ASDMLoss, fl.SDMLoss, fl.CMPMLoss]),
+    "eps": (0.125, [fl.ASDMLoss, fl.SDMLoss, fl.RITCLoss, fl.CMPMLoss]),
+    "softlabel_ratio": (0.25, [fl.ITCLoss, fl.SDMLoss]),
+    "mutual_neighbors": (2, [fl.ITCLoss]),
+    "lambda1": (0.125, [fl.CITCLoss]),
+    "lambda2": (0.125, [fl.CITCLoss]),
     "image_id_factor": (0.5, [fl.ASDMLoss, fl.SDMLoss]),
     "margin": (0.25, [fl.TALLoss, fl.TRLLoss, fl.TripletLoss]),
     "bias": (-2.0, [fl.SigmoidLoss]),
@@ -162,7 +172,16 @@ NUMBERS = {
     "pool_scale": (2.0, [fl.EFALoss]),
     "sparsity": (0.5, [fl.EFALoss]),
     "num_identities": (3, [partial(fl.IDHead, 8)]),
-    "embed_dim": (64, [partial(fl.IDHead, num_identities=3), partial(fl.IRRHead, vocab_size=9, depth=1)]),
+    "embed_dim": (
+        64,
+        [
+            partial(fl.IDHead, num_identities=3),
+            partial(fl.IRRHead, vocab_size=9, depth=1),
+            partial(fl.TokenSelection, "text"),
+        ],
+    ),
+    "input_dim": (64, [partial(fl.TokenSelection, "image")]),
+    "ratio": (0.5, [partial(fl.TokenSelection, "image")]),
     "vocab_size": (9, [partial(fl.IRRHead, 64, depth=1)]),
     "depth": (1, [partial(fl.IRRHead, 64, 9)]),
     "num_heads": (2, [partial(fl.IRRHead, 64, 9, depth=1)]),
@@ -307,7 +326,7 @@ def test_float8_is_refused_in_one_sentence(name, dtype):
     FEATURES[name](IMAGE.to(dtype).bfloat16(), TEXT.to(dtype).bfloat16(), IDS)  # what the sentence advises
 
 
-@pytest.mark.parametrize("name", ["asdm", "sdm", "itc", "cmpm", "tal", "trl", "triplet", "sigmoid", "id"])
+@pytest.mark.parametrize("name", ["asdm", "sdm", "itc", "cmpm", "tal", "trl", "triplet", "sigmoid", "id", "citc"])
 def test_sparse_features_are_refused(name):
     with explains(TypeError, "dense", "sparse", ".to_dense()"):
         LOSSES[name](IMAGE.to_sparse(), TEXT.to_sparse(), IDS)
@@ -326,6 +345,7 @@ def test_an_option_that_is_no_text_is_refused():
 
 
 TEMPERED = [fl.ASDMLoss, fl.SDMLoss, fl.ITCLoss, fl.TALLoss, fl.TRLLoss, fl.SigmoidLoss, fl.EFALoss]
+TEMPERED += [fl.RITCLoss, fl.SimCLRLoss]
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-320])
@@ -397,7 +417,8 @@ def test_messages_name_the_argument_of_the_caller(call, message):
 # Weights.
 
 WEIGHTED = {
-    **{name: LOSSES[name] for name in ("sdm", "itc", "cmpm", "tal", "trl", "triplet", "sigmoid")},
+    **{name: LOSSES[name] for name in ("sdm", "itc", "itc soft", "ritc", "cmpm", "tal", "trl", "triplet", "sigmoid")},
+    "citc": lambda i, t, p, **kwargs: f.citc_loss(i, t, **kwargs),
     **{
         name: partial(lambda loss, i, t, ids, **kwargs: loss(ids, **kwargs), loss) for name, loss in FROM_SCORES.items()
     },
@@ -505,13 +526,17 @@ def mask(tokens):
     return tokens[..., 0] > -2
 
 
-OF_TOKENS = ("EFALoss", "FMFALoss")  # the others are losses of features
-GLOBAL = tuple(getattr(fl, name)() for name in fl.__all__ if name.endswith("Loss") and name not in OF_TOKENS)
+OTHER_INPUTS = ("EFALoss", "FMFALoss", "CITCLoss", "SimCLRLoss")  # tokens, or no ids
+GLOBAL = tuple(getattr(fl, name)() for name in fl.__all__ if name.endswith("Loss") and name not in OTHER_INPUTS)
 GLOBAL += (fl.ITCLoss(targets="identity"), fl.TripletLoss(negatives="all"), fl.SigmoidLoss(positives="paired"), ID)
 EXPORTED = [
     *(Call(module, lambda m, i, t, v, w, p: m(i, t, p)) for module in GLOBAL),
     Call(fl.ASDMLoss(), lambda m, i, t, v, w, p: m(i, t, p, image_ids=p // 2)),
     Call(fl.TALLoss(), lambda m, i, t, v, w, p: m(i, t, p, sample_weight=i[:, 0].abs())),
+    Call(fl.CITCLoss(), lambda m, i, t, v, w, p: m(i, t)),
+    Call(fl.SimCLRLoss(), lambda m, i, t, v, w, p: m(i, t)),
+    Call(fl.ITCLoss(mutual_neighbors=2), lambda m, i, t, v, w, p: m(i, t, momentum_features=(t, i))),
+    Call(fl.SDMLoss(), lambda m, i, t, v, w, p: m(i, t, soft_targets=(i @ t.mT).exp())),
     Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w)),
     Call(fl.EFALoss(pool_scale=1e-6), lambda m, i, t, v, w, p: m(v, w)),
     Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w, image_mask=mask(v), text_mask=mask(w))),

@@ -52,7 +52,7 @@ def test_public_names():
 
 
 def test_a_part_is_imported_when_it_is_named():
-    names = ["cached", "compat", "distributed", "doctor", "plot", "retrieval"]
+    names = ["cached", "compat", "distributed", "doctor", "noise", "plot", "retrieval"]
     code = (
         "key = 'fmfa_losses.{0}'; part = fmfa_losses.{0};"
         "print(part is sys.modules[key], '{0}' in dir(fmfa_losses), 'matplotlib' in sys.modules)"

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import fmfa_losses
-from fmfa_losses import ASDMLoss, EFALoss, FMFALoss, IDHead, IRRHead, TRLLoss
-from fmfa_losses.losses.score_loss import ScoreLoss
+from fmfa_losses import ASDMLoss, EFALoss, FMFALoss, IDHead, IRRHead, NegativesQueue, TRLLoss
 from fmfa_losses.ops import options as _options
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +28,11 @@ assert_type(f.ASDMLoss(positive="any", gather="ring")(x, x, pids), Tensor)
 assert_type(f.SDMLoss(eps=1e-6)(x, x, pids), Tensor)
 assert_type(f.EFALoss(negatives="different_identity", gather=True)(tokens, tokens), Tensor)
 assert_type(f.ITCLoss(targets="identity")(x, x, pids), Tensor)
+assert_type(f.ITCLoss(softlabel_ratio=0.5)(x, x, momentum_features=(x, x)), Tensor)
+assert_type(f.SDMLoss()(x, x, soft_targets=torch.ones(4, 4)), Tensor)
+assert_type(f.RITCLoss()(x, x, pids, soft_targets=lambda scores, positive: scores.exp() * positive), Tensor)
+assert_type(f.CITCLoss(0.25, lambda2=0.5)(x, x), Tensor)
+assert_type(f.SimCLRLoss(0.1)(x, x, logit_scale=torch.ones(())), Tensor)
 assert_type(f.CMPMLoss(normalize="released")(x, x, pids), Tensor)
 assert_type(f.TALLoss(reduction="none")(x, x, pids), Tensor)
 assert_type(f.TRLLoss(negatives="released")(x, x, pids), Tensor)
@@ -36,6 +40,7 @@ assert_type(f.TripletLoss(negatives="all")(x, x), Tensor)
 assert_type(f.SigmoidLoss(positives="paired")(x, x), Tensor)
 assert_type(f.IDHead(64, 10)(x, x, pids), f.IDOutput)
 assert_type(f.IRRHead(64, 10)(tokens, tokens, pids).accuracy, Tensor)
+assert_type(f.TokenSelection("image", 64)(tokens, tokens[..., :3]), Tensor)
 objective = f.FMFALoss.for_dataset("RSTPReid", 64, 10, gather=bool(x.numel()))
 assert_type(objective(x, x, tokens, tokens, pids), f.FMFAOutput)
 assert_type(objective.asdm.alpha, float)
@@ -60,6 +65,9 @@ F.itc_loss(x, x, targets="pairs")
 f.ASDMLoss()(x, x)
 f.ASDMLoss()(x, x, pids, image_id=pids)
 f.IDHead(64, 10)(x, x, pids).accuracy
+f.ITCLoss(softlabel_ratio=0.5)(x, x, momentum_features=x)
+f.CITCLoss()(x, x, pids)
+f.TokenSelection("video")
 """
 
 
@@ -97,14 +105,15 @@ MODULES = [
     for one in map(vars(fmfa_losses).get, fmfa_losses.__all__)
     if isinstance(one, type) and issubclass(one, torch.nn.Module)
 ]
-SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11}
+SIZES = {"embed_dim": 64, "num_identities": 5, "vocab_size": 11, "modality": "text", "batches": 2}
 # For every argument, a value that is not its default; what a part shows, in the words of the part.
 OTHER = {
     "temperature": 0.5, "alpha": 3.0, "margin": 0.75, "margin_text": 0.75, "margin_image": 0.25, "pool_scale": 2.0,
     "sparsity": 0.125, "bias": -3.0, "eps": 1e-6, "image_id_factor": 0.75, "detach_weight": True, "check_labels": True,
-    "equal_batches": True, "reduction": "sum", "positive": "any",
+    "mutual_neighbors": 3, "equal_batches": True, "reduction": "sum", "positive": "any",
     "normalize": "released", "targets": "identity", "positives": "paired", "gather": "ring",
     "backend": "torch", "depth": 3, "num_heads": 2, "ignore_index": -100, "max_masked": 9, "weights": {"efa": 0.5},
+    "input_dim": 64,
     **SIZES,
 }  # fmt: skip
 BY_PARTS = {
@@ -130,7 +139,7 @@ def another(one: inspect.Parameter) -> object:
     return next((option for option in get_args(one.annotation) if option != one.default), None)
 
 
-def required(module: type) -> dict[str, int]:
+def required(module: type) -> dict[str, object]:
     return {name: SIZES[name] for name, one in arguments(module).items() if one.default is inspect.Parameter.empty}
 
 
@@ -143,7 +152,7 @@ def test_repr_shows_every_argument_that_is_not_at_its_default(module):
         elif name == "negatives":
             value = {"TRLLoss": "released", "TripletLoss": "all"}.get(module.__name__, "different_identity")
             shown = f"negatives={value!r}"
-        elif name == "gather" and issubclass(module, ScoreLoss):  # which has no ring
+        elif name == "gather" and module is NegativesQueue:  # which has no ring
             value, shown = True, "gather=True"
         else:
             value = OTHER[name] if name in OTHER else another(one)

@@ -5,7 +5,7 @@ Each module replaces the `model/objectives.py` of its codebase; only the import 
     from fmfa_losses.compat import irra as objectives            # IRRA and what derives from it
     from fmfa_losses.compat import fmfa as objectives            # FMFA, as released in 2025-08
     from fmfa_losses.compat import fmfa_2025_04 as objectives    # FMFA, as first released
-    from fmfa_losses.compat import rde as objectives             # RDE, per-sample losses
+    from fmfa_losses.compat import rde as objectives             # RDE, per-sample losses; its two TSE layers too
 
 Names (misspelt ones too), order of arguments, shapes and results are the published ones. So are the quirks: every
 docstring names those of its function, and what to call instead. Three things differ:

@@ -1,12 +1,13 @@
-"""RDE: `model/objectives.py`, per-sample losses on scores. Source: QinYang79/RDE, arXiv 2308.09911.
+"""RDE: `model/objectives.py`, per-sample losses on scores, and the two layers of `model/CrossEmbeddingLayer_tse.py`.
 
-Scores are cosines, text x image, [B, B]. The released code calls the rows i2t; both directions are summed, so no
-result depends on it.
+Source: QinYang79/RDE, arXiv 2308.09911. Scores are cosines, text x image, [B, B]. The released code calls the rows
+i2t; both directions are summed, so no result depends on it.
 """
 
 import torch
 from torch import Tensor
 
+from ..heads.token_selection import TokenSelection
 from ..losses.itc import itc_loss_from_scores
 from ..losses.scores import check_scores, check_weight, cosine_scores
 from ..losses.sdm import sdm_loss_from_scores
@@ -15,6 +16,8 @@ from ..ops.checks import check_divisor, check_option, check_positive
 from .released import flat_ids
 
 __all__ = [
+    "TexualEmbeddingLayer",
+    "VisualEmbeddingLayer",
     "compute_InfoNCE_per",
     "compute_TAL_per",
     "compute_TRL_per",
@@ -175,3 +178,46 @@ def compute_rbs(
         return total if loss_type in ("TAL", "TRL") else total / weight.sum()
 
     return weighted(i_feats, t_feats), weighted(i_tse_f, t_tse_f)
+
+
+class TexualEmbeddingLayer(TokenSelection):
+    """`TokenSelection("text")` with the published constructor and order of arguments.
+
+    Args:
+        input_dim: D. embed_dim: E. ratio: share of the tokens that is chosen.
+    Inputs:
+        features: [B, T, D]. text: [B, T] token ids. atten: [B, T, T].
+    Returns:
+        [B, E], float32 or better.
+    Example:
+        >>> layer = TexualEmbeddingLayer(input_dim=8, embed_dim=16).eval()
+        >>> layer(torch.ones(1, 7, 8), torch.tensor([[49406, 320, 786, 2342, 49407, 0, 0]]), torch.ones(1, 7, 7)).shape
+        torch.Size([1, 16])
+    """
+
+    def __init__(self, input_dim: int = 512, embed_dim: int = 1024, ratio: float = 0.3) -> None:
+        super().__init__("text", input_dim, embed_dim, ratio)
+
+    def forward(self, features: Tensor, text: Tensor, atten: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(features, atten, text)
+
+
+class VisualEmbeddingLayer(TokenSelection):
+    """`TokenSelection("image")` with the published constructor and names of arguments.
+
+    Args:
+        input_dim: D. embed_dim: E. ratio: share of the tokens that is chosen.
+    Inputs:
+        base_features: [B, T, D], token 0 is [CLS]. atten: [B, T, T].
+    Returns:
+        [B, E], float32 or better.
+    Example:
+        >>> VisualEmbeddingLayer(input_dim=8, embed_dim=16).eval()(torch.ones(1, 5, 8), torch.ones(1, 5, 5)).shape
+        torch.Size([1, 16])
+    """
+
+    def __init__(self, input_dim: int = 512, embed_dim: int = 1024, ratio: float = 0.3) -> None:
+        super().__init__("image", input_dim, embed_dim, ratio)
+
+    def forward(self, base_features: Tensor, atten: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(base_features, atten)

@@ -10,6 +10,7 @@ from ..ops.backend import select_backend
 from ..ops.checks import check_divisor, check_ids, check_scale
 from ..ops.similarity_distribution.api import RowLoss, row_loss, similarity_distribution_ring
 from .loss import Loss, hyperparameter
+from .negatives_queue import Columns, NegativesQueue, queued, queued_columns
 from .scores import check_features, check_weight
 
 __all__ = ["DistributionLoss"]
@@ -34,9 +35,11 @@ class DistributionLoss(Loss):
         image_ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
+        queue: NegativesQueue | None = None,
         peers: Peers | None = None,
     ) -> Tensor:
-        return self._of_features(image_features, text_features, pids, image_ids, logit_scale, sample_weight, peers)
+        given = (pids, image_ids, logit_scale, sample_weight)
+        return self._of_features(image_features, text_features, *given, queue, peers)
 
     def check_inputs(
         self,
@@ -68,44 +71,89 @@ class DistributionLoss(Loss):
         image_ids: Tensor | None,
         logit_scale: float | Tensor | None,
         sample_weight: Tensor | None,
-        peers: Peers | None = None,
+        queue: NegativesQueue | None,
+        peers: Peers | None,
     ) -> Tensor:
         def checked() -> Any:  # torch.compile of 2.6 cannot make the types of a nested function
             given = (pids, image_ids, logit_scale, sample_weight)
-            return self.check_inputs(image, text, *given, shared=bool(self.gather))
+            scale, ids, images = self.check_inputs(image, text, *given, shared=bool(self.gather))
+            return scale, ids, images, self.check_queue(queue, text, ids, images)
 
         tensors = {"image_features": image, "text_features": text, "pids": pids, "image_ids": image_ids}
         tensors["sample_weight"] = sample_weight
-        peers, (scale, ids, image_ids) = self.handshake(tensors, checked, peers, logit_scale=logit_scale)
+        settings = {"logit_scale": logit_scale, "queued": queued(queue)}
+        peers, (scale, ids, image_ids, columns) = self.handshake(tensors, checked, peers, **settings)
+        return self._of_labels(image, text, ids, image_ids, scale, sample_weight, columns, peers)
+
+    def check_queue(
+        self, queue: NegativesQueue | None, text: Tensor, ids: Tensor | None, image_ids: Tensor | None
+    ) -> Columns | None:
+        compared = {"pids": ids, "image_ids": image_ids}
+        return queued_columns(queue, text, self.gather, tuple(name for name, x in compared.items() if x is not None))
+
+    def _of_labels(
+        self,
+        image: Tensor,
+        text: Tensor,
+        ids: Tensor | None,
+        image_ids: Tensor | None,
+        scale: float | Tensor,
+        sample_weight: Tensor | None,
+        columns: Columns | None,
+        peers: Peers,
+    ) -> Tensor:
+        """The loss of checked arguments."""
         if ids is None:  # pairs alone count: identities that are all different
             start, own = peers.offset, text.shape[0]
             ids = torch.arange(start, start + own, device=text.device)
-        if self.gather:
-            return self.reduce(self._own_rows(image, text, ids, image_ids, scale, peers), sample_weight, peers)
+            if columns is not None:  # and others that are none of theirs
+                columns = columns._replace(pids=-1 - torch.arange(len(columns.text_features), device=text.device))
+        if self.gather or columns is not None:
+            rows = self._own_rows(image, text, ids, image_ids, scale, columns, peers)
+            return self.reduce(rows, sample_weight, peers)
         spec = RowLoss(**self.row_options(), reduction=self.reduction if sample_weight is None else "none")
         loss = row_loss(image, text, ids, image_ids, scale, spec, self.backend)
         return loss if sample_weight is None else self.reduce(loss, sample_weight, peers)
 
     def _own_rows(
-        self, image: Tensor, text: Tensor, ids: Tensor, image_ids: Tensor | None, scale: float | Tensor, peers: Peers
+        self,
+        image: Tensor,
+        text: Tensor,
+        ids: Tensor,
+        image_ids: Tensor | None,
+        scale: float | Tensor,
+        columns: Columns | None,
+        peers: Peers,
     ) -> Tensor:
         """What the own texts and images add to the loss of the batch of all ranks, [b]."""
-        both_ids = torch.stack([x.long() for x in (ids, image_ids) if x is not None], dim=1)
-        every_id = peers.gather(both_ids).T.contiguous()  # [1 or 2, B]
+        every_id = peers.gather(_together(ids, image_ids)).T  # [1 or 2, B]
+        if columns is not None:
+            queued_images = None if image_ids is None else columns.image_ids
+            every_id = torch.cat([every_id, _together(columns.pids, queued_images).T], dim=1)
+        pids, *images = every_id.contiguous()
         spec = RowLoss(**self.row_options(), offset=peers.offset, both=False, reduction="none")
         if peers.ring:
             return similarity_distribution_ring(
                 torch.stack([image, text], dim=1),
-                *(every_id if image_ids is not None else (every_id[0], None)),
+                pids,
+                images[0] if images else None,
                 logit_scale=scale,
                 ring=peers,
                 backend=select_backend(self.backend, image, text),
                 spec=spec,
+                queued=None if columns is None else torch.stack(columns[:2], dim=1),
             )
 
-        def direction(queries: Tensor, keys: Tensor) -> Tensor:
+        def direction(queries: Tensor, keys: Tensor, queued_keys: Tensor | None) -> Tensor:
             """The own queries against everybody's keys, [b]. Raw features travel, in their own dtype."""
-            images = None if image_ids is None else every_id[1]
-            return row_loss(queries, peers.gather(keys), every_id[0], images, scale, spec, self.backend)
+            keys = peers.gather(keys)
+            if queued_keys is not None:
+                keys = torch.cat([keys, queued_keys])
+            return row_loss(queries, keys, pids, images[0] if images else None, scale, spec, self.backend)
 
-        return direction(text, image) + direction(image, text)
+        queued_image, queued_text = (None, None) if columns is None else columns[:2]
+        return direction(text, image, queued_image) + direction(image, text, queued_text)
+
+
+def _together(*ids: Tensor | None) -> Tensor:
+    return torch.stack([x.long() for x in ids if x is not None], dim=1)

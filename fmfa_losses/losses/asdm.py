@@ -17,6 +17,7 @@ from ..ops.checks import check_flag, check_fraction, check_nonnegative, check_po
 from ..ops.options import POSITIVES, Positive
 from ._distribution import DistributionLoss
 from .loss import ScaledOptions, functional, hyperparameter
+from .negatives_queue import QueueOptions
 
 __all__ = ["ASDMLoss", "asdm_loss"]
 
@@ -82,7 +83,7 @@ class ASDMLoss(DistributionLoss):
     moved = ("gap", "target")
 
 
-class ASDMOptions(ScaledOptions, total=False):
+class ASDMOptions(ScaledOptions, QueueOptions, total=False):
     alpha: float
     positive: Positive
     detach_weight: bool

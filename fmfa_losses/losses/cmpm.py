@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from ..ops.checks import check_positive, check_same
 from ..ops.options import NORMALIZE, Normalize
 from .loss import Options, functional, hyperparameter
+from .negatives_queue import QueueOptions
 from .score_loss import ScoreLoss
 from .scores import check_scores, divergence
 
@@ -73,7 +74,7 @@ class CMPMLoss(ScoreLoss):
         return self._of_scores(t2i, i2t, pids, sample_weight)
 
 
-class CMPMOptions(Options, total=False):
+class CMPMOptions(Options, QueueOptions, total=False):
     normalize: Normalize
     eps: float
 

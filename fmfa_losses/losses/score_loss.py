@@ -2,7 +2,8 @@
 
 A `ScoreLoss` has `rows`, its equation on a block of rows [m, C], and nothing else; everything around it is here. A
 small matrix of scores is kept whole, a large one exists in blocks of rows alone: `ops.rows_in_blocks`. The keys are
-those of the own pairs, with gather of all ranks. In a ring the keys travel, and of them only their scores stay.
+those of the own pairs, with gather of all ranks, and behind them those of a queue. In a ring the keys travel, and of
+them only their scores stay.
 """
 
 from collections.abc import Callable
@@ -18,15 +19,16 @@ from ..ops.options import BACKENDS, Backend
 from ..ops.precision import accumulation_dtype, product, unit_rows
 from ..ops.rows_in_blocks import rows_in_blocks, scores_of, whole_rows
 from .loss import Loss, hyperparameter
+from .negatives_queue import Columns, NegativesQueue, queued, queued_columns
 from .scores import check_features, check_scores, check_weight, resolve_scale
 
-__all__ = ["ScaledScoreLoss", "ScoreLoss"]
+__all__ = ["Factors", "ScaledScoreLoss", "ScoreLoss", "score_factors", "without_kernel"]
 
 # One direction's scores [b, C]: queries [b, D] and keys [C, D] whose products they are, or themselves.
 Factors = tuple[Tensor, Tensor] | tuple[Tensor]
 
 
-def _without_kernel(name: str, backend: Any) -> Any:
+def without_kernel(name: str, backend: Any) -> Any:
     if backend == "triton":
         raise ValueError(f'{name} must be "auto" or "torch", got "triton": this loss has no kernel; pass "auto"')
     check_option(name, backend, BACKENDS)
@@ -45,9 +47,10 @@ class ScoreLoss(Loss):
         image_features, text_features: [B, D], any float dtype.
         pids: [B] integer identities.
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
+        queue: NegativesQueue whose samples are keys besides.
     """
 
-    backend: Backend = hyperparameter(default="auto", check=_without_kernel, kw_only=True)
+    backend: Backend = hyperparameter(default="auto", check=without_kernel, kw_only=True)
     rows: ClassVar[Callable[..., Tensor]]
     unit_queries: ClassVar[bool] = True  # scores are cosines; otherwise products of features and unit vectors
 
@@ -58,8 +61,9 @@ class ScoreLoss(Loss):
         pids: Tensor | None = None,
         *,
         sample_weight: Tensor | None = None,
+        queue: NegativesQueue | None = None,
     ) -> Tensor:
-        return self._of_features(image_features, text_features, pids, sample_weight)
+        return self._of_features(image_features, text_features, pids, sample_weight, queue)
 
     def from_scores(self, scores: Tensor, pids: Tensor | None = None, *, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of scores that exist already, [B, B] text x image."""
@@ -80,6 +84,7 @@ class ScoreLoss(Loss):
         text: Tensor,
         pids: Tensor | None,
         sample_weight: Tensor | None,
+        queue: NegativesQueue | None,
         **given: Any,
     ) -> Tensor:
         def checked() -> Any:  # torch.compile of 2.6 cannot make the types of a nested function
@@ -87,12 +92,14 @@ class ScoreLoss(Loss):
             if sample_weight is not None:
                 check_weight("sample_weight", sample_weight, text[:, 0])
             like = text.new_empty((), dtype=accumulation_dtype(image, text))
-            return self.check_pids(pids, text), self.arguments(like, **given)
+            ids = self.check_pids(pids, text)
+            columns = queued_columns(queue, text, self.gather, () if ids is None else ("pids",))
+            return ids, columns, self.arguments(like, **given)
 
         tensors = {"image_features": image, "text_features": text, "pids": pids, "sample_weight": sample_weight}
-        peers, (ids, arguments) = self.handshake(tensors, checked, **given)
-        t2i, i2t = self._factors(image, text, peers)
-        per_sample = self._both(t2i, i2t, _ids(ids, text, peers), peers.offset, arguments)
+        peers, (ids, columns, arguments) = self.handshake(tensors, checked, queued=queued(queue), **given)
+        t2i, i2t = score_factors(image, text, peers, columns, unit_queries=self.unit_queries)
+        per_sample = self._both(t2i, i2t, _ids(ids, text, peers, columns), peers.offset, arguments)
         return self.reduce(per_sample, sample_weight, peers)
 
     def _of_scores(
@@ -105,22 +112,8 @@ class ScoreLoss(Loss):
     ) -> Tensor:
         alone, ids, arguments = self.alone(), self.check_pids(pids, scores), self.arguments(scores, **given)
         i2t = None if transposed is None else (transposed,)
-        per_sample = self._both((scores,), i2t, _ids(ids, scores, Peers((len(scores),))), 0, arguments)
+        per_sample = self._both((scores,), i2t, _ids(ids, scores, Peers((len(scores),)), None), 0, arguments)
         return self.reduce(per_sample, sample_weight, alone)
-
-    def _factors(self, image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Factors | None]:
-        """Of own texts x all images, and of own images x all texts where these are not the transposed ones."""
-        dtype = accumulation_dtype(image, text)
-        if peers.ring:
-            t2i, i2t = _ring_scores(image, text, self.unit_queries, peers)
-            return (t2i,), (i2t,)
-        image_query, text_query = (
-            unit_rows(x, dtype=dtype) if self.unit_queries else x.to(dtype) for x in (image, text)
-        )
-        if peers.group is None and self.unit_queries:
-            return (text_query, image_query), None
-        image_key, text_key = (unit_rows(peers.gather(x), dtype=dtype) for x in (image, text))
-        return (text_query, image_key), (image_query, text_key)
 
     def _both(
         self, t2i: Factors, i2t: Factors | None, ids: tuple[Tensor, Tensor], offset: int, arguments: dict[str, Any]
@@ -166,8 +159,9 @@ class ScaledScoreLoss(ScoreLoss):
         *,
         logit_scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
+        queue: NegativesQueue | None = None,
     ) -> Tensor:
-        return self._of_features(image_features, text_features, pids, sample_weight, logit_scale=logit_scale)
+        return self._of_features(image_features, text_features, pids, sample_weight, queue, logit_scale=logit_scale)
 
     def from_scores(
         self,
@@ -184,23 +178,45 @@ class ScaledScoreLoss(ScoreLoss):
         return {"scale": resolve_scale(logit_scale, self.temperature, like), **given}
 
 
-def _ids(ids: Tensor | None, like: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
+def score_factors(
+    image: Tensor, text: Tensor, peers: Peers, columns: Columns | None = None, *, unit_queries: bool = True
+) -> tuple[Factors, Factors | None]:
+    """Of own texts x all images, and of own images x all texts where these are not the transposed ones."""
+    queued_features = () if columns is None else columns[:2]
+    dtype = accumulation_dtype(image, text, *queued_features)
+    queries = [unit_rows(x, dtype=dtype) if unit_queries else x.to(dtype) for x in (image, text)]
+    queued_keys = [unit_rows(x, dtype=dtype) for x in queued_features]
+    if peers.ring:
+        t2i, i2t = _ring_scores(image, text, queries, peers)
+        if queued_keys:
+            t2i = torch.cat([t2i, product(queries[1], queued_keys[0])], dim=1)
+            i2t = torch.cat([i2t, product(queries[0], queued_keys[1])], dim=1)
+        return (t2i,), (i2t,)
+    if peers.group is None and columns is None and unit_queries:
+        return (queries[1], queries[0]), None
+    keys = [unit_rows(peers.gather(x), dtype=dtype) for x in (image, text)]
+    if queued_keys:
+        keys = [torch.cat(parts) for parts in zip(keys, queued_keys, strict=True)]
+    return (queries[1], keys[0]), (queries[0], keys[1])
+
+
+def _ids(ids: Tensor | None, like: Tensor, peers: Peers, columns: Columns | None) -> tuple[Tensor, Tensor]:
     """Ids of rows [b] and columns [C]: where they are equal, the column is a positive of the row."""
     if ids is not None:
-        return ids, peers.gather(ids)
-    index = torch.arange(sum(peers.sizes), device=like.device)
+        queued_ids = () if columns is None or columns.pids is None else (columns.pids,)
+        return ids, torch.cat([peers.gather(ids), *queued_ids])
+    pairs = sum(peers.sizes)
+    index = torch.arange(pairs if columns is None else pairs + len(columns.image_features), device=like.device)
     return index[peers.offset : peers.offset + like.shape[0]], index
 
 
 @never_compiled
-def _ring_scores(image: Tensor, text: Tensor, unit_queries: bool, peers: Peers) -> Tensor:
+def _ring_scores(image: Tensor, text: Tensor, queries: list[Tensor], peers: Peers) -> Tensor:
     """Own texts x all images and own images x all texts, [2, b, B], while the raw features of all ranks travel."""
-    features = torch.stack([image, text], dim=1)  # [b, 2, D]
-    dtype = accumulation_dtype(features)
-    queries = unit_rows(features, dtype=dtype) if unit_queries else features.to(dtype)
+    own, dtype = torch.stack(queries, dim=1), queries[0].dtype  # [b, 2, D]
 
-    def with_rank(q: int, queries: Tensor, held: Tensor) -> Tensor:
+    def with_rank(q: int, own: Tensor, held: Tensor) -> Tensor:
         keys = unit_rows(held, dtype=dtype)
-        return torch.stack([product(queries[:, 1], keys[:, 0]), product(queries[:, 0], keys[:, 1])])
+        return torch.stack([product(own[:, 1], keys[:, 0]), product(own[:, 0], keys[:, 1])])
 
-    return torch.cat(peers.over_ranks(with_rank, (queries,), features), dim=2)
+    return torch.cat(peers.over_ranks(with_rank, (own,), torch.stack([image, text], dim=1)), dim=2)

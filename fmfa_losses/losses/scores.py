@@ -29,7 +29,6 @@ __all__ = [
     "resolve_scale",
     "same_identity",
     "scalar_like",
-    "soft_targets",
 ]
 
 
@@ -61,15 +60,6 @@ def same_identity(pids: Tensor, scores: Tensor) -> Tensor:
     """[pid_i == pid_j], [B, B] bool; true on the diagonal."""
     pids = check_ids("pids", pids, scores.shape[0], scores.device)
     return pids[:, None] == pids
-
-
-def soft_targets(same: Tensor, image_ids: Tensor | None, factor: float, like: Tensor) -> Tensor:
-    """Labels [same pid], or factor [same pid] + (1 - factor) [same image], normalised: [B, B] in `like`'s dtype."""
-    y = same.to(like.dtype)
-    if image_ids is not None:
-        image_ids = check_ids("image_ids", image_ids, like.shape[0], like.device)
-        y = factor * y + (1 - factor) * (image_ids[:, None] == image_ids).to(like.dtype)
-    return y / y.sum(dim=1, keepdim=True)  # at least the sample itself
 
 
 def divergence(logits: Tensor, target: Tensor, eps: float) -> Tensor:

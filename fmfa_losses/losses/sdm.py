@@ -13,14 +13,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..ops.checks import check_fraction, check_positive
-from ._distribution import DistributionLoss
+from ._soft_distribution import SoftDistributionLoss
 from .loss import ScaledOptions, functional, hyperparameter
-from .scores import check_scores, divergence, resolve_scale, same_identity, soft_targets
+from .negatives_queue import QueueOptions
+from .scores import divergence
+from .soft_targets import MomentumFeatures, SoftTargets
 
 __all__ = ["SDMLoss", "sdm_loss", "sdm_loss_from_scores"]
 
 
-class SDMLoss(DistributionLoss):
+class SDMLoss(SoftDistributionLoss):
     """Pulls each text's and image's similarity distribution to the distribution of its labels.
 
         L = mean_i KL(p_i || q_i + eps)    over texts, plus the same over images
@@ -30,19 +32,21 @@ class SDMLoss(DistributionLoss):
         eps: added to the target inside the logarithm.
         reduction: "mean", "sum", or "none" for the per-sample sum of both directions, [B].
         image_id_factor: weight of a shared identity against a shared image where image_ids are given, in [0, 1].
+        softlabel_ratio, mutual_neighbors: soft labels of a teacher in q: see ITCLoss.
         backend: "auto", "triton" or "torch".
 
     Inputs:
         image_features, text_features: [B, D], any float dtype; need not be normalised.
-        pids: [B] integer identities.
+        pids: [B] integer identities; may be left out with soft_targets that are tensors.
         image_ids: [B] integer ids of the images, for soft labels y = factor [same pid] + (1 - factor) [same image].
+        soft_targets, momentum_features: instead of labels, and the teacher: see ITCLoss.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0 up to eps; a zero
-        vector has cosine 0 with everything. Memory beyond inputs and
-        gradients: a block of rows of [B, B]; all of it for up to 1024 pairs on the CPU.
+        vector has cosine 0 with everything. Memory beyond inputs and gradients: a block of rows of [B, B]; all of it
+        for up to 1024 pairs on the CPU, with soft labels for up to 2048 pairs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
@@ -62,30 +66,24 @@ class SDMLoss(DistributionLoss):
 
     moved = ("target",)
 
-    def from_scores(
-        self,
-        scores: Tensor,
-        pids: Tensor,
-        *,
-        image_ids: Tensor | None = None,
-        logit_scale: float | Tensor | None = None,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        alone, scores = self.alone(), check_scores(scores)
-        logits = resolve_scale(logit_scale, self.temperature, scores) * scores
-        targets = soft_targets(same_identity(pids, scores), image_ids, self.image_id_factor, scores)
-        per_sample = divergence(logits, targets, self.eps) + divergence(logits.T, targets, self.eps)
-        return self.reduce(per_sample, sample_weight, alone)
+    def rows(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return divergence(logits, targets, self.eps)
 
 
-class SDMOptions(ScaledOptions, total=False):
+class SDMOptions(ScaledOptions, QueueOptions, total=False):
     eps: float
     image_id_factor: float
     image_ids: Tensor | None
+    softlabel_ratio: float
+    mutual_neighbors: int
+    soft_targets: SoftTargets | None
+    momentum_features: MomentumFeatures | None
 
 
 @functional(SDMLoss)
-def sdm_loss(image_features: Tensor, text_features: Tensor, pids: Tensor, **options: Unpack[SDMOptions]) -> Tensor:
+def sdm_loss(
+    image_features: Tensor, text_features: Tensor, pids: Tensor | None = None, **options: Unpack[SDMOptions]
+) -> Tensor:
     """Functional form of `SDMLoss`, which documents every argument.
 
     Example:
@@ -98,7 +96,7 @@ def sdm_loss(image_features: Tensor, text_features: Tensor, pids: Tensor, **opti
 
 
 @functional(SDMLoss, "from_scores")
-def sdm_loss_from_scores(scores: Tensor, pids: Tensor, **options: Unpack[SDMOptions]) -> Tensor:
+def sdm_loss_from_scores(scores: Tensor, pids: Tensor | None = None, **options: Unpack[SDMOptions]) -> Tensor:
     """`SDMLoss` on scores that exist already, [B, B] text x image, before the logit scale.
 
     Example:

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from ..ops.checks import check_divisor, check_finite
 from ..ops.options import MATCHINGS, Matching
 from .loss import ScaledOptions, functional, hyperparameter
+from .negatives_queue import NegativesQueue, QueueOptions
 from .score_loss import ScaledScoreLoss
 from .scores import check_scores, scalar_like
 
@@ -76,9 +77,10 @@ class SigmoidLoss(ScaledScoreLoss):
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
+        queue: NegativesQueue | None = None,
     ) -> Tensor:
         given = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-        return self._of_features(image_features, text_features, pids, sample_weight, **given)
+        return self._of_features(image_features, text_features, pids, sample_weight, queue, **given)
 
     def from_scores(
         self,
@@ -118,7 +120,7 @@ class SigmoidLoss(ScaledScoreLoss):
         return (cost.sum(dim=1) + cost.sum(dim=0)) / 2
 
 
-class SigmoidOptions(ScaledOptions, total=False):
+class SigmoidOptions(ScaledOptions, QueueOptions, total=False):
     bias: float
     logit_bias: float | Tensor | None
     positives: Matching

@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 from ..ops.checks import check_nonnegative
 from ..ops.options import TRL_NEGATIVES, TRLNegatives
 from .loss import ScaledOptions, functional, hyperparameter
+from .negatives_queue import QueueOptions
 from .score_loss import ScaledScoreLoss
 from .scores import masked_logsumexp
 
@@ -68,8 +69,9 @@ class TALLoss(ScaledScoreLoss):
 
     def rows(self, scores: Tensor, same: Tensor, offset: int, scale: float | Tensor) -> Tensor:
         tau = 1 / scale
-        hardness = tau * masked_logsumexp(scores / tau, ~same)
-        return (self.margin - _positive(scores, same, tau) + hardness).clamp(min=0)
+        none = same.all(dim=1)  # tau times their -inf would be a NaN in the gradient of tau
+        hardness = tau * masked_logsumexp(scores / tau, ~same).masked_fill(none, 0)
+        return (self.margin - _positive(scores, same, tau) + hardness).clamp(min=0).masked_fill(none, 0)
 
 
 class TRLLoss(ScaledScoreLoss):
@@ -115,7 +117,7 @@ class TRLLoss(ScaledScoreLoss):
         return (self.margin - _positive(scores, same, 1 / scale) + hardest).clamp(min=0)
 
 
-class TALOptions(ScaledOptions, total=False):
+class TALOptions(ScaledOptions, QueueOptions, total=False):
     margin: float
 
 

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from ..ops.checks import check_nonnegative
 from ..ops.options import NEGATIVES, Negatives
 from .loss import Options, functional, hyperparameter
+from .negatives_queue import QueueOptions
 from .score_loss import ScoreLoss
 
 __all__ = ["TripletLoss", "triplet_loss", "triplet_loss_from_scores"]
@@ -62,7 +63,7 @@ class TripletLoss(ScoreLoss):
         return (self.margin - scores.diagonal(offset) + hardest).clamp(min=0)
 
 
-class TripletOptions(Options, total=False):
+class TripletOptions(Options, QueueOptions, total=False):
     margin: float
     negatives: Negatives
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .operator import watched
 from .precision import full_precision, product
 
-__all__ = ["rows_in_blocks", "scores_of", "whole_rows"]
+__all__ = ["all_rows", "row_blocks", "rows_in_blocks", "scores_of", "whole_rows"]
 
 MOST_SCORES = 2**22  # of a matrix that is kept whole: 2048 x 2048, 16 MiB in float32
 BLOCK_SCORES = 2**20  # of a block; an equation has some ten temporaries of this size
@@ -54,6 +54,27 @@ def rows_in_blocks(
     plan = _Plan(equation, len(factors), len(factors) + len(cut), max(1, BLOCK_SCORES // columns))
     losses: Tensor = _RowsInBlocks.apply(plan, *factors, *cut, *whole)  # type: ignore[no-untyped-call]
     return losses
+
+
+def all_rows(
+    equation: Callable[..., Tensor],
+    factors: tuple[Tensor, Tensor] | tuple[Tensor],
+    cut: Sequence[Tensor] = (),
+    whole: Sequence[Tensor] = (),
+) -> Tensor:
+    """`rows_in_blocks`, or all rows at once where `whole_rows` says so."""
+    columns = factors[1].shape[0] if len(factors) == 2 else factors[0].shape[1]
+    if whole_rows(factors[0].shape[0], columns, factors[0]):
+        return equation(0, scores_of(*factors), *cut, *whole)
+    return rows_in_blocks(equation, factors, cut, whole)
+
+
+def row_blocks(queries: Tensor, keys: Tensor | None = None) -> Sequence[Tensor]:
+    """The queries, or given scores, in pieces whose scores are one block."""
+    columns = queries.shape[1] if keys is None else keys.shape[0]
+    if whole_rows(queries.shape[0], columns, queries):
+        return (queries,)
+    return torch.split(queries, max(1, BLOCK_SCORES // columns))
 
 
 class _Plan:

@@ -3,16 +3,18 @@
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import describe
+from ..ops.checks import check_flag, describe
+from .fused import FusedMetrics, fused_metrics
 from .metrics import RetrievalMetrics, check_ranks, retrieval_metrics
 
 __all__ = ["Evaluator"]
 
+Encode: TypeAlias = Callable[[Any, Any], Tensor]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -24,6 +26,9 @@ class Evaluator:
         textloader: batches of (pids [b], captions).
         encode_image: (model, images) -> features [b, D]; default: `model.encode_image(images)`.
         encode_text: (model, captions) -> features [b, D]; default: `model.encode_text(captions)`.
+        fused: rank by the mean of two cosines, of these features and of those of the next two, as RDE does (BGE+TSE).
+        encode_image_tse: (model, images) -> features [b, E]; default: `model.encode_image_tse(images)`.
+        encode_text_tse: (model, captions) -> features [b, E]; default: `model.encode_text_tse(captions)`.
         ranks: the k of CMC@k.
         block_size: queries compared at a time.
         progress: a tqdm bar for each loader, where tqdm is installed.
@@ -40,8 +45,11 @@ class Evaluator:
         imageloader: Iterable[Any],
         textloader: Iterable[Any],
         *,
-        encode_image: Callable[[Any, Any], Tensor] | None = None,
-        encode_text: Callable[[Any, Any], Tensor] | None = None,
+        encode_image: Encode | None = None,
+        encode_text: Encode | None = None,
+        fused: bool = False,
+        encode_image_tse: Encode | None = None,
+        encode_text_tse: Encode | None = None,
         ranks: Sequence[int] = (1, 5, 10),
         block_size: int | None = None,
         progress: bool = True,
@@ -50,56 +58,103 @@ class Evaluator:
         self.textloader = textloader
         self.encode_image = encode_image
         self.encode_text = encode_text
+        self.fused = check_flag("fused", fused)
+        self.encode_image_tse = encode_image_tse
+        self.encode_text_tse = encode_text_tse
+        if not self.fused and (encode_image_tse is not None or encode_text_tse is not None):
+            raise ValueError(
+                "fused must be True where encode_image_tse or encode_text_tse is given, got False; pass fused=True, or "
+                "leave both out"
+            )
         self.ranks: tuple[int, ...] = check_ranks(ranks)
         self.block_size = block_size
         self.progress = progress
         self.logger: logging.Logger = logging.getLogger("fmfa_losses.retrieval")
 
     def eval(self, model: Any) -> float:
-        """Rank-1 of text-to-image retrieval in percent, which picks the best epoch; logs the table."""
-        metrics = self.metrics(model, ranks=sorted({1, *self.ranks}))
+        """Rank-1 of text-to-image retrieval in percent, which picks the best epoch; logs the table.
+
+        With `fused` it is that of the mean, and the table has both branches too.
+        """
+        metrics = self._measure(model, sorted({1, *self.ranks}))
         self.logger.info("\n%s", metrics)
-        return metrics.t2i.cmc[1]
+        return _ranked_by(metrics).t2i.cmc[1]
 
     def metrics(self, model: Any, *, ranks: Sequence[int] | None = None) -> RetrievalMetrics:
         """Everything, both directions. The model's train and eval modes are as before afterwards."""
-        texts, text_pids = self._features(model, "encode_text", self.encode_text, self.textloader)
-        images, image_pids = self._features(model, "encode_image", self.encode_image, self.imageloader)
-        return retrieval_metrics(
-            texts, images, text_pids, image_pids, ranks=ranks or self.ranks, block_size=self.block_size
+        return _ranked_by(self._measure(model, ranks or self.ranks))
+
+    def fused_metrics(self, model: Any, *, ranks: Sequence[int] | None = None) -> FusedMetrics:
+        """Metrics of both branches and of their mean, from one pass over the loaders; needs `fused`."""
+        metrics = self._measure(model, ranks or self.ranks)
+        if not isinstance(metrics, FusedMetrics):
+            raise ValueError("fused must be True for fused_metrics, got False; build Evaluator(..., fused=True)")
+        return metrics
+
+    def _measure(self, model: Any, ranks: Sequence[int]) -> RetrievalMetrics | FusedMetrics:
+        texts, text_pids = self._features(model, "encode_text", self.textloader)
+        images, image_pids = self._features(model, "encode_image", self.imageloader)
+        if not self.fused:
+            return retrieval_metrics(
+                texts[0], images[0], text_pids, image_pids, ranks=ranks, block_size=self.block_size
+            )
+        return fused_metrics(
+            texts[0], images[0], texts[1], images[1], text_pids, image_pids, ranks=ranks, block_size=self.block_size
         )
 
+    def _encoders(self, model: Any, name: str) -> dict[str, Encode]:
+        """By name: the function that was passed, or the method of the model."""
+        encoders: dict[str, Encode] = {}
+        for each in (name, f"{name}_tse") if self.fused else (name,):
+            encode = getattr(self, each)
+            if encode is None and not hasattr(model, each):
+                raise TypeError(
+                    f"model must have {each}(batch), got {type(model).__name__}; "
+                    f"pass Evaluator(..., {each}=lambda model, batch: ...)"
+                )
+            encoders[each] = encode or _method(each)
+        return encoders
+
     @torch.no_grad()
-    def _features(
-        self, model: Any, name: str, encode: Callable[[Any, Any], Tensor] | None, loader: Iterable[Any]
-    ) -> tuple[Tensor, Tensor]:
-        if encode is None and not hasattr(model, name):
-            raise TypeError(
-                f"model must have {name}(batch), got {type(model).__name__}; "
-                f"pass Evaluator(..., {name}=lambda model, batch: ...)"
-            )
+    def _features(self, model: Any, name: str, loader: Iterable[Any]) -> tuple[list[Tensor], Tensor]:
+        """Features by each encoder, and pids, of one pass over the loader."""
+        encoders = self._encoders(model, name)
         modes: dict[nn.Module, bool] = {}
         parameter = None
         if isinstance(model, nn.Module):
             modes = {module: module.training for module in model.modules()}
             parameter = next(model.parameters(), None)
             model.eval()
-        features, pids = [], []
+        features: dict[str, list[Tensor]] = {each: [] for each in encoders}
+        pids = []
         try:
             for item in _progress(loader, name, self.progress):
                 batch_pids, batch = _checked_batch(item, name)
                 if parameter is not None and hasattr(batch, "to"):
                     batch = batch.to(parameter.device)
-                encoded = getattr(model, name)(batch) if encode is None else encode(model, batch)
-                _check_encoded(encoded, batch_pids, name)
-                features.append(encoded)
+                for each, encode in encoders.items():
+                    encoded = encode(model, batch)
+                    _check_encoded(encoded, batch_pids, each)
+                    features[each].append(encoded)
                 pids.append(batch_pids)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if not features:
+        if not pids:
             raise ValueError(f"the loader for {name} must give at least one batch, got none; check its data set")
-        return torch.cat(features), torch.cat(pids)
+        return [torch.cat(blocks) for blocks in features.values()], torch.cat(pids)
+
+
+def _method(name: str) -> Encode:
+    def encode(model: Any, batch: Any) -> Tensor:
+        encoded: Tensor = getattr(model, name)(batch)
+        return encoded
+
+    return encode
+
+
+def _ranked_by(metrics: RetrievalMetrics | FusedMetrics) -> RetrievalMetrics:
+    return metrics.fused if isinstance(metrics, FusedMetrics) else metrics
 
 
 def _checked_batch(item: Any, name: str) -> tuple[Tensor, Any]:

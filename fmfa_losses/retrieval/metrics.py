@@ -28,7 +28,9 @@ from .scores import Array, Scores, array_ids, block_sizes, check_array, feature_
 __all__ = [
     "RankingMetrics",
     "RetrievalMetrics",
+    "block_metrics",
     "check_ranks",
+    "checked_ids",
     "ranking_metrics",
     "retrieval_metrics",
     "similarity_metrics",
@@ -201,8 +203,8 @@ def similarity_metrics(
         return block.to(torch.promote_types(block.dtype, torch.float32)).contiguous()
 
     sizes = similarity.shape[0], similarity.shape[1]
-    ids = _checked_ids("query", query_pids, "gallery", gallery_pids, sizes, device)
-    return _metrics(scores, *ids, check_ranks(ranks), block_size)
+    ids = checked_ids("query", query_pids, "gallery", gallery_pids, sizes, device)
+    return block_metrics(scores, *ids, check_ranks(ranks), block_size)
 
 
 class _Items(NamedTuple):
@@ -228,13 +230,14 @@ def _feature_metrics(
         device,
     )
     sizes = len(queries.features), len(gallery.features)
-    ids = _checked_ids(queries.kind, queries.pids, gallery.kind, gallery.pids, sizes, target)
-    return _metrics(scores, *ids, ranks, block_size)
+    ids = checked_ids(queries.kind, queries.pids, gallery.kind, gallery.pids, sizes, target)
+    return block_metrics(scores, *ids, ranks, block_size)
 
 
-def _metrics(
+def block_metrics(
     scores: Scores, query_ids: Tensor, gallery_ids: Tensor, ranks: tuple[int, ...], block_size: int | None
 ) -> RankingMetrics:
+    """Of scores that come a block at a time; ids [Q] and [G] as `checked_ids` returns them."""
     sizes, device = (len(query_ids), len(gallery_ids)), query_ids.device
     # Gallery indices grouped by person, ascending in a group: a query's matches are one run of `by_person`.
     sorted_ids, by_person = gallery_ids.sort(stable=True)
@@ -273,7 +276,7 @@ def _metrics(
     )
 
 
-def _checked_ids(
+def checked_ids(
     query_kind: str,
     query_pids: Array,
     gallery_kind: str,

@@ -93,6 +93,8 @@ SIGNATURES = {
         "compute_rbs": "i_feats, t_feats, i_tse_f, t_tse_f, pid, label_hat=None, tau=0.02, margin=0.1,"
         " loss_type='TAL', logit_scale=50",
         "compute_per_loss": "image_features, text_features, pid, tau=0.02, margin=0.2, loss_type='TAL', logit_scale=50",
+        "TexualEmbeddingLayer": "input_dim=512, embed_dim=1024, ratio=0.3",
+        "VisualEmbeddingLayer": "input_dim=512, embed_dim=1024, ratio=0.3",
     },
 }
 

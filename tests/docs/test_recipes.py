@@ -16,6 +16,7 @@ from fmfa_losses import IRRHead, mask_tokens
 from fmfa_losses.compat.irra import rank
 from fmfa_losses.losses.itc import ITCLoss
 from fmfa_losses.losses.sdm import SDMLoss
+from fmfa_losses.noise import consensus_division
 from fmfa_losses.retrieval import Evaluator
 
 RECIPES = Path(__file__).parents[2] / "docs/recipes"
@@ -50,6 +51,9 @@ def load(monkeypatch, source):
     loss.compute_simclr_loss = None
     monkeypatch.setitem(sys.modules, "model", package)
     monkeypatch.setitem(sys.modules, "model.loss", loss)
+    layers = types.ModuleType("model.CrossEmbeddingLayer_tse")
+    exec(compile(codebases.RDE_LAYERS, "model/CrossEmbeddingLayer_tse.py", "exec"), layers.__dict__)
+    monkeypatch.setitem(sys.modules, layers.__name__, layers)
     namespace = {"__name__": "model.build", "__package__": "model"}
     exec(compile(source, "model/build.py", "exec"), namespace)
     return SimpleNamespace(**namespace)
@@ -59,6 +63,7 @@ def arguments(**kwargs):
     defaults = {
         "loss_names": "sdm", "patch_dim": P, "vocab_size": V, "embed_dim": D, "temperature": 0.02, "cmt_depth": 2,
         "lr": 1e-3, "dataset_name": "RSTPReid", "minmax_loss_weight": 1.0, "tau": 0.02, "margin": 0.1,
+        "select_ratio": 0.3,
     }  # fmt: skip
     return SimpleNamespace(**{**defaults, **kwargs})
 
@@ -199,8 +204,7 @@ def test_rde_keeps_its_losses(monkeypatch, loss_type, tau):
     batch = make_batch()
     ret = train_one_step(model, torch.optim.Adam(model.parameters(), eps=1e-3), batch)
     assert ret.keys() == {"bge_loss", "tse_loss"}
-    loss, cosine = model.compute_per_loss(batch)
-    assert loss.shape == cosine.shape == (B,)
+    assert {each.shape for each in model.compute_per_loss(batch)} == {(B,)}
 
 
 def test_rde_takes_the_module(monkeypatch):
@@ -215,6 +219,79 @@ def test_rde_takes_the_module(monkeypatch):
     summed = other(batch)["bge_loss"]
     torch.testing.assert_close(model(batch)["bge_loss"], summed / batch["label_hat"].sum())
     assert ret.keys() == {"bge_loss", "tse_loss"}
+
+
+def rde_models(monkeypatch):
+    """With the losses of this library, and with its layers too; the second has the checkpoint of the first."""
+    same = apply(blocks("rde", "diff")["rde-same"], codebases.RDE)
+    models = []
+    for source in (same, apply(blocks("rde", "diff")["rde-selection"], same)):
+        module = load(monkeypatch, source)
+        models.append(module.RDE(arguments(loss_names="TAL")))
+    models[1].load_state_dict(models[0].state_dict())
+    return module, *models
+
+
+def test_rde_selects_the_same_tokens(monkeypatch):
+    module, released, ours = rde_models(monkeypatch)
+    assert {type(layer).__module__ for layer in (ours.visul_emb_layer, ours.texual_emb_layer)} == {
+        "fmfa_losses.compat.rde"
+    }
+    batch = make_batch()
+    for model in (released.eval(), ours.eval()):
+        model(batch)["tse_loss"].backward()
+    torch.testing.assert_close(ours.encode_image_tse(batch["images"]), released.encode_image_tse(batch["images"]))
+    captions = batch["caption_ids"]
+    torch.testing.assert_close(ours.encode_text_tse(captions), released.encode_text_tse(captions))
+    torch.testing.assert_close(ours(batch), released(batch))
+    gradients = {name: parameter.grad for name, parameter in released.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients.pop(name), rtol=1e-4, atol=1e-5)
+    assert not any(gradient is not None for gradient in gradients.values())  # of what nothing calls
+    module.convert_weights(ours)
+    train_one_step(ours, torch.optim.Adam(ours.parameters(), eps=1e-3), batch)
+
+
+def test_rde_divides_its_pairs(monkeypatch):
+    pytest.importorskip("sklearn")
+    _, _, model = rde_models(monkeypatch)
+    processor = load(monkeypatch, apply(blocks("rde", "diff")["rde-division"], codebases.RDE_PROCESSOR))
+
+    class Pairs(list):
+        dataset = range(3 * B)
+
+    batches = Pairs({**make_batch(), "index": torch.arange(i * B, (i + 1) * B)} for i in range(3))
+    before = [parameter.clone() for parameter in model.parameters()]
+    processor.do_train(1, 2, model, batches, torch.optim.Adam(model.parameters(), eps=1e-3))
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    losses = processor.get_loss(model, batches)
+    expected = consensus_division(*losses, seed=2).label_hat
+    assert losses[0].shape == expected.shape == (3 * B,) and set(expected.tolist()) <= {0, 1}
+    weights = torch.cat([batch["label_hat"] for batch in batches])
+    assert weights.shape == (3 * B,) and weights.any()
+
+
+def test_rde_reads_noise_indices(tmp_path):
+    pairs = [(i, i, f"{i}.jpg", f"caption {i}") for i in range(50)]
+    done = run_recipe("rde", path=tmp_path / "RSTPReid_0.2.npy", pairs=pairs)
+    noisy = [new != old for new, old in zip(done.noisy_pairs, pairs, strict=True)]
+    assert sum(noisy) == int((done.index != torch.arange(50)).sum()) and 5 < sum(noisy) <= 10
+
+
+def test_rde_evaluates(monkeypatch):
+    _, _, model = rde_models(monkeypatch)
+    batch = make_batch()
+    halves = slice(0, 4), slice(4, 6)
+    images, texts = ([(batch["pids"][half], batch[key][half]) for half in halves] for key in ("images", "caption_ids"))
+    top1 = Evaluator(images, texts, fused=True, progress=False).eval(model.eval())
+    scores = []
+    with torch.no_grad():
+        for branch in ("", "_tse"):
+            text = getattr(model, f"encode_text{branch}")(batch["caption_ids"])
+            image = getattr(model, f"encode_image{branch}")(batch["images"])
+            scores.append(nn.functional.normalize(text) @ nn.functional.normalize(image).T)
+    assert top1 == pytest.approx(rank(sum(scores) / 2, batch["pids"], batch["pids"])[0][0].item())
+    assert "Evaluator(val_img_loader, val_txt_loader, fused=True)" in (RECIPES / "rde.md").read_text()
 
 
 def test_tbps_clip(monkeypatch):

@@ -79,7 +79,7 @@ def test_copies_and_pickles_are_equal(name):
 def test_an_unknown_keyword_names_the_loss_and_the_nearest_one(name):
     title, function = LOSSES[name].__name__, OF_FEATURES[name]
     tensors = (torch.eye(3)[:, None],) * 2 if name == "efa" else (torch.eye(3),) * 2
-    pids = {} if name == "efa" else {"pids": torch.arange(3)}
+    pids = {} if name in ("efa", "citc", "simclr") else {"pids": torch.arange(3)}
     for call in (lambda **k: LOSSES[name](**k), lambda **k: function(*tensors, **pids, **k)):
         with pytest.raises(TypeError, match=rf"^{title} .*'reducton'.*'reduction'\?"):
             call(reducton="sum")

@@ -423,6 +423,7 @@ def document(tmp_path, monkeypatch, containing: str) -> dict[str, object]:
     image_loader, text_loader, _ = loaders()
     model = Towers(text.shape[1])
     model.get_image_features, model.get_text_features = model.encode_image, model.encode_text
+    model.encode_image_tse, model.encode_text_tse = model.image, model.text
     scope = {
         "text_features": text,
         "image_features": image,
@@ -450,6 +451,11 @@ def test_document_evaluators(tmp_path, monkeypatch):
     assert numbers(second["evaluator"].metrics(first["model"]).t2i) == numbers(first["metrics"].t2i)
 
 
+def test_document_fused(tmp_path, monkeypatch):
+    scope = document(tmp_path, monkeypatch, "fused=True")
+    assert scope["rank_1"] == scope["metrics"].fused.t2i.cmc[1]
+
+
 def test_document_memory_map(tmp_path, monkeypatch):
     scope = document(tmp_path, monkeypatch, "mmap_mode")
     text, image, *_ = features()
@@ -466,7 +472,7 @@ def test_document_faiss(tmp_path, monkeypatch):
 
 
 def test_every_block_of_the_document_is_run():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 # --- Evaluator

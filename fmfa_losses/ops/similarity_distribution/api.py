@@ -256,12 +256,14 @@ def similarity_distribution_ring(
     ring: blocks.Ring,
     backend: str,
     spec: RowLoss,
+    queued: Tensor | None = None,
 ) -> Tensor:
     """w_i KL_i of the own texts and images, [b], differentiable once. Arguments are checked already.
 
     Args:
         features: [b, 2, D] own images and texts, in any float dtype, in which they travel.
-        pids, image_ids: [B] of the pairs of all ranks.
+        pids, image_ids: [B] of the pairs of all ranks, [B + Q] with a queue.
+        queued: [Q, 2, D], constants that are keys after those of all ranks.
         ring: the ranks, and how they exchange blocks.
         backend: "triton" or "torch".
     """
@@ -272,7 +274,7 @@ def similarity_distribution_ring(
         )
     spec = RowLoss(**spec._asdict() | {"offset": ring.offset, "both": False})
     block_backend = _implementation(backend, features, features)[1]
-    loss: Tensor = _Ring.apply(features, logit_scale, pids, image_ids, spec, ring, block_backend)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Ring.apply(features, logit_scale, pids, image_ids, spec, ring, block_backend, queued)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -296,7 +298,7 @@ class _Ring(torch.autograd.Function):
         *saved, scale, pids, image_ids = ctx.saved_tensors
         scale = scale if ctx.number is None else ctx.number
         gradients = _RingGradient.apply(dloss, *saved, pids, image_ids, scale, *ctx.route)  # type: ignore[no-untyped-call]
-        return gradients[0], gradients[1] if ctx.needs_input_grad[1] else None, *[None] * 5
+        return gradients[0], gradients[1] if ctx.needs_input_grad[1] else None, *[None] * 6
 
 
 class _RingGradient(torch.autograd.Function):

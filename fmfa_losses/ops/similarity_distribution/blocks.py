@@ -155,13 +155,15 @@ def ring_forward(
     spec: RowLoss,
     ring: Ring,
     backend: BlockBackend,
+    queued: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both directions of the own pairs against those of all ranks, from one rank's keys at a time.
 
     Args:
         features: [b, 2, D], own images and texts; they travel as they are.
-        pids, image_ids: [B] of all pairs, in rank order.
+        pids, image_ids: [B + Q] of all pairs, in rank order, and of what is queued.
         spec: of one direction; its offset is the ring's.
+        queued: [Q, 2, D], constants that are keys after those of all ranks.
     Returns:
         Losses [b], final statistics [2, 3 or 4, b], indices [2, 2, b] or [2, 0], norms [2, b, 2, 1], label sums [b].
     """
@@ -169,7 +171,7 @@ def ring_forward(
     norms = _norms(features, dtype, backend)
     batch = _batch(pids, image_ids, None, b, scale, spec, dtype)
     unit, outs = divide_by_norms(features, norms), [Rows.empty(b, norms, spec, carried=True) for _ in RING_DIRECTIONS]
-    for _, first, keys in _ring_keys(features, dtype, ring, backend):
+    for _, first, keys in _ring_keys(features, dtype, ring, backend, queued):
         for out, (q, k) in zip(outs, RING_DIRECTIONS, strict=True):
             for rows in _blocks(b, keys.shape[0], backend):
                 cos = _cosines(unit[rows, q], keys[:, k], backend)
@@ -191,6 +193,7 @@ def ring_backward(
     spec: RowLoss,
     ring: Ring,
     backend: BlockBackend,
+    queued: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the own features and of the scale. Features travel again, each followed by its gradient."""
     b = features.shape[0]
@@ -198,14 +201,16 @@ def ring_backward(
     outs = [Rows(norms[:0], *results, norms[:0]) for results in zip(final, index, strict=True)]
     unit = divide_by_norms(features, norms)
     dqueries, dkeys = torch.zeros_like(unit), torch.zeros_like(unit)
-    for rank, first, keys in _ring_keys(features, norms.dtype, ring, backend):
+    for rank, first, keys in _ring_keys(features, norms.dtype, ring, backend, queued):
         for out, (q, k) in zip(outs, RING_DIRECTIONS, strict=True):
             for rows in _blocks(b, keys.shape[0], backend):
                 cos = _cosines(unit[rows, q], keys[:, k], backend)
                 dz = backend.dlogits(cos, rows, first, dloss, batch, out)
                 dqueries[rows, q].addmm_(dz, keys[:, k])
-                dkeys[:, k].addmm_(dz.T, unit[rows, q])
-        dkeys = ring.shift(dkeys, ring.sizes[rank - 1])()  # after the last round it is back at its rank
+                if rank is not None:
+                    dkeys[:, k].addmm_(dz.T, unit[rows, q])
+        if rank is not None:
+            dkeys = ring.shift(dkeys, ring.sizes[rank - 1])()  # after the last round it is back at its rank
     dscale = (unit * dqueries).sum()
     dfeatures = dqueries.add_(dkeys)
     through_norms(dfeatures, unit, norms[1] / norms[0], scale)
@@ -213,11 +218,13 @@ def ring_backward(
 
 
 def _ring_keys(
-    features: Tensor, dtype: torch.dtype, ring: Ring, backend: BlockBackend
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(rank, index of its first pair, its unit rows [b_q, 2, D]) of every rank, the own one first."""
+    features: Tensor, dtype: torch.dtype, ring: Ring, backend: BlockBackend, queued: Tensor | None
+) -> Iterator[tuple[int | None, int, Tensor]]:
+    """(rank, index of its first pair, its unit rows [b_q, 2, D]) of every rank, the own one first; None of a queue."""
     for rank, held in ring.rounds(features):
         yield rank, sum(ring.sizes[:rank]), divide_by_norms(held, _norms(held, dtype, backend))
+    if queued is not None:
+        yield None, sum(ring.sizes), divide_by_norms(queued, _norms(queued, dtype, backend))
 
 
 def _norms(features: Tensor, dtype: torch.dtype, backend: BlockBackend) -> Tensor:

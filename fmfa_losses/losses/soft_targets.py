@@ -1,0 +1,241 @@
+"""Soft targets: the distributions that rows are pulled to where labels alone do not say them.
+
+    q_ij = r softmax_j(s c_ij) + (1 - r) y_ij / sum_k y_ik         r the ratio of the soft part, s the logit scale
+    y_ij = the label of row i and column j, or 1 where both are among each other's k nearest by c
+    c_ij = cosines of a teacher's features, or the own ones
+
+or q_ij = what the caller gives, divided by the sum of its row. Targets are constants: no gradient passes through them.
+Neighbours are kept as lists of indices and not as the k-th largest score, to which a score that is computed a second
+time, in a block of another shape, may not be equal.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import TypeIs
+
+from ..distributed.peers import Peers
+from ..ops.checks import check_float, check_same, describe, on_host
+from ..ops.rows_in_blocks import all_rows, row_blocks, scores_of, whole_rows
+from .score_loss import Factors, score_factors
+from .scores import check_features
+
+__all__ = [
+    "Direction",
+    "MomentumFeatures",
+    "SoftTargets",
+    "TargetSettings",
+    "are_tensors",
+    "both_factors",
+    "by_name",
+    "check_momentum_features",
+    "check_soft_targets",
+    "nearest",
+    "row_losses",
+    "target_rows",
+]
+
+TargetFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+SoftTargets: TypeAlias = Tensor | tuple[Tensor, Tensor] | TargetFunction
+MomentumFeatures: TypeAlias = tuple[Tensor, Tensor]
+
+
+class TargetSettings(NamedTuple):
+    """How targets are made, in both directions."""
+
+    ratio: float
+    image_id_factor: float
+    function: TargetFunction | None  # the caller's
+
+
+class Direction(NamedTuple):
+    """The scores of one direction, own rows against all columns, and what their targets are made of."""
+
+    scores: Factors
+    ids: tuple[Tensor, Tensor] | None  # of rows [b, 1 or 2] and columns [C, 1 or 2]: identity, image
+    teacher: Factors | None = None  # of scores c; the own ones when None
+    near: tuple[Tensor, Tensor] | None = None  # columns near each row [b, k], and rows near each column [C, k]
+    given: Tensor | None = None  # [b, C]
+
+
+def row_losses(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    direction: Direction,
+    offset: int,
+    scale: float | Tensor,
+    settings: TargetSettings,
+) -> Tensor:
+    """loss(logits [m, C], targets [m, C]) -> [m] of all rows, [b]; row i is paired with column offset + i."""
+    factors, ids, teacher, near, given = direction
+    cut: dict[str, Tensor | None] = {"given": given}
+    whole: dict[str, Tensor | None] = {"scale": scale if isinstance(scale, Tensor) else None}
+    cut["ids"], whole["column_ids"] = ids or (None, None)
+    cut["near"], whole["near_columns"] = near or (None, None)
+    if teacher is not None:
+        cut["teacher"], whole["teacher_keys"] = teacher[0], teacher[1] if len(teacher) == 2 else None
+    rows = {name: x for name, x in cut.items() if x is not None}
+    constants = {name: x for name, x in whole.items() if x is not None}
+    names = (*rows, *constants)
+
+    def equation(first: int, scores: Tensor, *tensors: Tensor) -> Tensor:
+        block = dict(zip(names, tensors, strict=True))
+        factor = block.get("scale", scale)
+        with torch.no_grad():
+            target = _target(block, scores.detach(), offset + first, factor, settings)
+        return loss(factor * scores, target)
+
+    return all_rows(equation, factors, tuple(rows.values()), tuple(constants.values()))
+
+
+def _target(
+    block: dict[str, Tensor], scores: Tensor, first: int, scale: float | Tensor, settings: TargetSettings
+) -> Tensor:
+    """q of a block of rows, [m, C] like its scores; `first` is the pair of its first row."""
+    if "given" in block:
+        return _normalised(block["given"].to(scores.dtype))
+    teacher = scores
+    if "teacher" in block:
+        teacher = scores_of(block["teacher"], block.get("teacher_keys")).to(scores.dtype)
+    rows, columns = block["ids"], block["column_ids"]
+    same = rows[:, 0, None] == columns[:, 0]
+    if settings.function is not None:
+        return _normalised(_checked(settings.function(teacher.clone(), same), scores))
+    y = same.to(scores.dtype)
+    if rows.shape[1] == 2:
+        factor = settings.image_id_factor
+        y = factor * y + (1 - factor) * (rows[:, 1, None] == columns[:, 1]).to(scores.dtype)
+    if "near" in block:
+        y = torch.where(_mutual(block["near"], block["near_columns"], first), 1.0, y)
+    hard = _normalised(y)
+    if settings.ratio == 0:
+        return hard
+    scale = scale.detach() if isinstance(scale, Tensor) else scale
+    return torch.lerp(hard, (scale * teacher).softmax(dim=1), settings.ratio)
+
+
+def _normalised(y: Tensor) -> Tensor:
+    return y / y.sum(dim=1, keepdim=True)
+
+
+def _checked(target: object, like: Tensor) -> Tensor:
+    if not isinstance(target, Tensor) or target.shape != like.shape:
+        raise ValueError(
+            f"soft_targets(scores, positive) must return a tensor of the shape of scores, {list(like.shape)}, got "
+            f"{describe(target)}; it is called for some rows at a time"
+        )
+    return target.detach().to(like.dtype)
+
+
+def _mutual(near: Tensor, near_columns: Tensor, first: int) -> Tensor:
+    """Which columns are among the nearest of a row, and the row among theirs, [m, C] bool."""
+    m, C = near.shape[0], near_columns.shape[0]
+    of_rows = near.new_zeros(m, C, dtype=torch.bool).scatter(1, near, True)
+    at = near_columns.T - first  # [k, C]
+    at = torch.where((at >= 0) & (at < m), at, m)
+    of_columns = near.new_zeros(m + 1, C, dtype=torch.bool).scatter(0, at, True)[:m]
+    return of_rows & of_columns
+
+
+@torch.no_grad()
+def nearest(factors: Factors, k: int) -> Tensor:
+    """The k columns of the largest scores of every row, [b, min(k, C)]; of equal scores the lowest column first."""
+    queries, *keys = (x.detach() for x in factors)
+    return torch.cat([_nearest(scores_of(block, *keys), k) for block in row_blocks(queries, *keys)])
+
+
+def _nearest(scores: Tensor, k: int) -> Tensor:
+    found = []
+    for _ in range(min(k, scores.shape[1])):
+        found.append(scores.argmax(dim=1, keepdim=True))
+        scores = scores.scatter(1, found[-1], -torch.inf)
+    return torch.cat(found, dim=1)
+
+
+def both_factors(image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Factors]:
+    """Factors of own texts x all images, and of own images x all texts; a small matrix is multiplied once."""
+    t2i, i2t = score_factors(image, text, peers)
+    if i2t is not None:
+        return t2i, i2t
+    if not whole_rows(text.shape[0], image.shape[0], text):
+        return t2i, (t2i[-1], t2i[0])
+    scores = scores_of(*t2i)
+    return (scores,), (scores.T,)
+
+
+def are_tensors(soft_targets: SoftTargets | None) -> TypeIs[Tensor | tuple[Tensor, Tensor]]:
+    """Whether the targets exist already, so that no labels are needed."""
+    return isinstance(soft_targets, (Tensor, tuple, list))
+
+
+def target_rows(soft_targets: Tensor | tuple[Tensor, Tensor], peers: Peers) -> tuple[Tensor, Tensor]:
+    """Of own texts x all images, and of own images x all texts, [b, C] each."""
+    parts = soft_targets if not isinstance(soft_targets, Tensor) else (soft_targets,)
+    pairs = sum(peers.sizes)
+    if parts[0].shape[1] != pairs or parts[-1].shape[1] != pairs:  # the same on all ranks, after the handshake
+        raise ValueError(
+            f"soft_targets must have a column for each pair of all processes, {pairs}, got "
+            f"{' and '.join(map(describe, parts))}; give every process its own rows of all columns"
+        )
+    t2i, i2t = (x.detach() for x in (parts if len(parts) == 2 else (parts[0], peers.transpose(parts[0].detach()))))
+    return t2i, i2t
+
+
+def by_name(soft_targets: object, momentum: object) -> dict[str, Tensor | None]:
+    """The tensors of both, not yet checked, which a handshake compares; None where there is none."""
+    found: dict[str, Tensor | None] = {}
+    for name, given in (("soft_targets", soft_targets), ("momentum_features", momentum)):
+        parts = given if isinstance(given, (tuple, list)) else (given,)
+        for n in (0, 1):
+            found[f"{name}[{n}]"] = parts[n] if n < len(parts) and isinstance(parts[n], Tensor) else None
+    return found
+
+
+def check_momentum_features(momentum: object, like: Tensor) -> None:
+    if momentum is None:
+        return
+    if not isinstance(momentum, (tuple, list)) or len(momentum) != 2:
+        raise TypeError(f"momentum_features must be a pair (image, text), [B, D] each, got {describe(momentum)}")
+    names = ("momentum_features[0]", "momentum_features[1]")
+    image, text = momentum
+    check_features(image, text, names)
+    check_same(f"{names[0]} and the features", image, like, dims=[("B", 0)])
+
+
+def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> None:
+    """`shared`: the columns are those of all ranks, whose number is not known yet."""
+    if soft_targets is None or (callable(soft_targets) and not isinstance(soft_targets, Tensor)):
+        return
+    parts = soft_targets if isinstance(soft_targets, (tuple, list)) else (soft_targets,)
+    if len(parts) not in (1, 2) or not all(isinstance(x, Tensor) for x in parts):
+        raise TypeError(
+            "soft_targets must be a tensor [B, B] text x image, a pair of such tensors (texts x images, images x "
+            f"texts), or a function of scores and positives, got {describe(soft_targets)}"
+        )
+    for x in parts:
+        check_float("soft_targets", x, "B B")
+        check_same("soft_targets and the features", x, like)
+        if x.shape[0] != like.shape[0] or (not shared and x.shape[1] != x.shape[0]):
+            shape = "[b, B], own pairs x all" if shared else "[B, B]"
+            raise ValueError(
+                f"soft_targets must be {shape}, for {like.shape[0]} pairs, got {describe(x)}; pass a row and a column "
+                "for each pair"
+            )
+        if on_host(x):
+            _check_values(x, columns=len(parts) == 1 and not shared)
+
+
+def _check_values(x: Tensor, *, columns: bool) -> None:
+    lowest = x.detach().min()
+    if not lowest >= 0:  # of NaN too
+        raise ValueError(f"soft_targets must not be negative, got {lowest.item():g} in {describe(x)}; clamp them at 0")
+    for dim, which in ((1, "row"),) + (((0, "column"),) if columns else ()):
+        total = x.detach().sum(dim=dim, dtype=torch.float64)
+        wrong = (total == 0) | ~total.isfinite()
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"soft_targets must have a finite sum > 0 in every row and column, got {total[at].item():g} in {which} "
+                f"{at} of {describe(x)}; give every sample at least its own pair"
+            )

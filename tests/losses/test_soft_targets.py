@@ -1,0 +1,262 @@
+"""Soft targets of ITC, SDM and R-ITC against the equations written out; blocks, limits, degenerate and bad input."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import soft_targets as plain
+from helpers.budget import assert_function_within_budget
+from helpers.compare import assert_close, assert_finite, value_and_grads
+from helpers.errors import explains
+
+from fmfa_losses import ITCLoss, RITCLoss, SDMLoss
+from fmfa_losses.functional import itc_loss, itc_loss_from_scores, sdm_loss
+from fmfa_losses.ops import rows_in_blocks
+
+B, D, SCALE = 9, 6, 5.0
+PIDS, IMAGE_IDS = torch.tensor([0, 1, 0, 2, 2, 3, 1, 4, 0]), torch.tensor([0, 1, 0, 2, 3, 4, 5, 6, 7])
+g = torch.Generator().manual_seed(0)
+IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT = torch.randn(4, B, D, generator=g, dtype=torch.float64)
+GIVEN, TRANSPOSED = torch.rand(2, B, B, generator=g, dtype=torch.float64)
+
+# name: (loss, its labels, eps, factor of the sum of both directions)
+LOSSES = {
+    "itc paired": (ITCLoss, (None, None), 0.0, 0.5),
+    "itc": (partial(ITCLoss, targets="identity"), (PIDS, None), 0.0, 0.5),
+    "sdm": (partial(SDMLoss, eps=1e-3), (PIDS, None), 1e-3, 1.0),
+    "sdm images": (partial(SDMLoss, eps=1e-3), (PIDS, IMAGE_IDS), 1e-3, 1.0),
+    "ritc": (RITCLoss, (PIDS, None), 1e-2, 0.5),
+}
+
+
+def sharpened(scores, positive):
+    return (3 * scores).exp() + 2 * positive
+
+
+# name: (constructor, call)
+MOMENTUM = {"momentum_features": (TEACHER_IMAGE, TEACHER_TEXT)}
+LABELLED = {
+    "own": ({"softlabel_ratio": 0.4}, {}),
+    "teacher": ({"softlabel_ratio": 0.4}, MOMENTUM),
+    "soft alone": ({"softlabel_ratio": 1.0}, MOMENTUM),
+    "neighbors": ({"mutual_neighbors": 3}, {}),
+    "neighbors of teacher": ({"mutual_neighbors": 2}, MOMENTUM),
+    "both": ({"mutual_neighbors": 3, "softlabel_ratio": 0.3}, MOMENTUM),
+    "all neighbors": ({"mutual_neighbors": 20}, {}),
+}
+GIVEN_BY_CALLER = {
+    "matrix": {"soft_targets": GIVEN},
+    "pair": {"soft_targets": (GIVEN, TRANSPOSED)},
+    "function": {"soft_targets": sharpened},
+    "function of teacher": {"soft_targets": sharpened, **MOMENTUM},
+}
+CASES = [(loss, how) for loss in LOSSES for how in (*LABELLED, *GIVEN_BY_CALLER)]
+CASES = [(loss, how) for loss, how in CASES if loss != "sdm images" or how in LABELLED]
+
+
+def inputs():
+    return IMAGE, TEXT, torch.tensor(SCALE, dtype=torch.float64)
+
+
+def ours(loss, how, image, text, scale, **options):
+    build, (pids, image_ids), _, _ = LOSSES[loss]
+    constructor, call = LABELLED[how] if how in LABELLED else ({}, GIVEN_BY_CALLER[how])
+    if image_ids is not None:
+        call = call | {"image_ids": image_ids}
+    return build(**constructor, **options)(image, text, pids, logit_scale=scale, **call)
+
+
+def written_out(loss, how, image, text, scale):
+    """[B], both directions."""
+    _, (pids, image_ids), eps, factor = LOSSES[loss]
+    constructor, call = LABELLED[how] if how in LABELLED else ({}, GIVEN_BY_CALLER[how])
+    cos = plain.cosines(text, image)
+    teacher = plain.cosines(TEACHER_TEXT, TEACHER_IMAGE) if "momentum_features" in call else cos.detach()
+    y, total = plain.labels(pids, image_ids, len(image)), 0
+    for way, (z, c) in enumerate([(scale * cos, teacher), (scale * cos.T, teacher.T)]):
+        if how in LABELLED:
+            ratio, k = constructor.get("softlabel_ratio", 0.0), constructor.get("mutual_neighbors", 0)
+            q = plain.targets(y, c, scale.item(), ratio, k)
+        elif "function" in how:
+            q = plain.divided(sharpened(c, torch.tensor(y, dtype=torch.float64)))
+        else:
+            q = plain.divided([GIVEN, TRANSPOSED if how == "pair" else GIVEN.T][way])
+        total = total + plain.row_loss(loss[:3], z, q.to(z.dtype), eps)
+    return factor * total
+
+
+@pytest.mark.parametrize(("loss", "how"), CASES)
+def test_value_and_gradients_are_those_of_the_equation(loss, how, monkeypatch):
+    expected = value_and_grads(partial(written_out, loss, how), inputs())
+    assert_close(value_and_grads(partial(ours, loss, how, reduction="none"), inputs()), expected, 1e-9)
+    monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", 0)
+    monkeypatch.setattr(rows_in_blocks, "BLOCK_SCORES", 4 * B)
+    assert_close(value_and_grads(partial(ours, loss, how, reduction="none"), inputs()), expected, 1e-9)
+    mean = value_and_grads(lambda *x: written_out(loss, how, *x).mean(), inputs())
+    assert_close(value_and_grads(partial(ours, loss, how), inputs()), mean, 1e-9)
+
+
+@pytest.mark.parametrize("how", ["both", "matrix", "function"])
+@pytest.mark.parametrize("loss", ["itc", "sdm", "ritc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_strided_and_expanded_inputs(loss, how, dtype):
+    def every_second(x):
+        wide = torch.stack([x, -x], dim=2).flatten(1)
+        return wide[:, ::2]
+
+    scale = torch.tensor(SCALE, dtype=torch.float64)  # neighbours of the rounded teacher are those of the exact one
+    assert_function_within_budget(
+        lambda i, t: ours(loss, how, every_second(i), every_second(t), scale, reduction="none"),
+        lambda i, t: written_out(loss, how, i, t, scale),
+        (IMAGE, TEXT),
+        dtype,
+        amplification=SCALE,
+    )
+    one = torch.randn(1, D, dtype=torch.float64)
+    expanded = value_and_grads(lambda i: ours(loss, "matrix", i.expand(B, D), TEXT, scale), (one,))
+    copied = value_and_grads(lambda i: ours(loss, "matrix", i.repeat(B, 1), TEXT, scale), (one,))
+    assert_close(expanded, copied, 1e-12)
+
+
+@pytest.mark.parametrize("loss", ["itc", "itc paired"])
+def test_the_gradient_of_own_soft_labels_is_a_part_of_that_of_the_hard_ones(loss):
+    """q - p = (1 - ratio) (y - p), also in the logit scale."""
+    build, (pids, _), _, _ = LOSSES[loss]
+    hard, soft = (
+        value_and_grads(lambda i, t, s, r=r: build(softlabel_ratio=r)(i, t, pids, logit_scale=s), inputs())
+        for r in (0.0, 0.4)
+    )
+    assert_close(soft[1:], [0.6 * x for x in hard[1:]], 1e-12)
+
+
+def test_limits():
+    for scores in (False, True):
+        call = (
+            (lambda *a, **k: itc_loss_from_scores(plain.cosines(TEXT, IMAGE), *a, **k))
+            if scores
+            else (lambda *a, **k: itc_loss(IMAGE, TEXT, *a, **k))
+        )
+        torch.testing.assert_close(call(soft_targets=torch.eye(B)), call())
+        hard = call(PIDS, targets="identity")
+        torch.testing.assert_close(call(soft_targets=(PIDS[:, None] == PIDS).float()), hard)
+        torch.testing.assert_close(call(PIDS, targets="identity", soft_targets=lambda s, p: p), hard)
+        torch.testing.assert_close(call(PIDS, soft_targets=7 * GIVEN), call(soft_targets=GIVEN))
+    assert sdm_loss(IMAGE, TEXT, PIDS, softlabel_ratio=0.0, mutual_neighbors=0) == sdm_loss(IMAGE, TEXT, PIDS)
+    everything = SDMLoss(mutual_neighbors=B)(IMAGE, TEXT, PIDS)
+    torch.testing.assert_close(everything, sdm_loss(IMAGE, TEXT, torch.zeros(B, dtype=torch.long)))
+
+
+def test_equal_scores_have_the_lowest_neighbor():
+    """Every text resembles all images alike: image 0 is its nearest, and only text 0 is the nearest of image 0."""
+    same = torch.ones(4, 3)
+    got = ITCLoss(mutual_neighbors=1, temperature=1.0, reduction="none")(same, same)
+    torch.testing.assert_close(got, torch.full((4,), 4.0).log())
+    image = torch.eye(4)
+    text = image[[1, 1, 2, 0]]  # texts 0 and 1 are nearest to image 1, of which text 0 is the nearest
+    q = torch.eye(4)
+    q[0, 1] = q[2, 2] = q[3, 0] = 1
+    found = ITCLoss(mutual_neighbors=1, temperature=0.5)(image, text)
+    torch.testing.assert_close(found, ITCLoss(temperature=0.5)(image, text, soft_targets=q))
+
+
+@pytest.mark.parametrize("loss", [partial(ITCLoss, targets="identity"), SDMLoss, RITCLoss])
+def test_degenerate_batches(loss):
+    options = {"softlabel_ratio": 0.5, "mutual_neighbors": 2}
+    one = value_and_grads(lambda i, t: loss(**options)(i, t, PIDS[:1]), (IMAGE[:1], TEXT[:1]))
+    assert_finite(one)
+    assert_close(one[1:], [torch.zeros(1, D, dtype=torch.float64)] * 2, 1e-12)
+    zeros, same = torch.zeros(B, D), torch.zeros(B, dtype=torch.long)
+    for call in ({}, {"momentum_features": (zeros, zeros)}, {"momentum_features": (TEACHER_IMAGE, TEACHER_TEXT)}):
+        assert_finite(value_and_grads(lambda i, t, c=call: loss(**options)(i, t, same, **c), (zeros, TEXT)))
+        assert_finite(value_and_grads(lambda i, t, c=call: loss(**options)(i, t, PIDS, **c), (zeros, zeros)))
+    assert_finite(value_and_grads(lambda i, t: loss()(i, t, soft_targets=torch.eye(1)), (IMAGE[:1], TEXT[:1])))
+
+
+def test_targets_receive_no_gradient():
+    given, teacher = GIVEN.clone().requires_grad_(), TEACHER_IMAGE.clone().requires_grad_()
+    for call in (
+        {"soft_targets": given},
+        {"soft_targets": (given, given)},
+        {"soft_targets": lambda s, p: given * s**2},
+    ):
+        assert torch.autograd.grad(
+            ITCLoss()(IMAGE.clone().requires_grad_(), TEXT, **call), given, allow_unused=True
+        ) == (None,)
+    image = IMAGE.clone().requires_grad_()
+    ITCLoss(softlabel_ratio=0.5)(image, TEXT, momentum_features=(teacher, TEACHER_TEXT)).backward()
+    assert teacher.grad is None and image.grad is not None
+
+
+def test_a_function_may_change_what_it_is_given():
+    def in_place(scores, positive):
+        return scores.exp_().add_(positive)
+
+    torch.testing.assert_close(
+        ITCLoss()(IMAGE, TEXT, soft_targets=in_place), ITCLoss()(IMAGE, TEXT, soft_targets=lambda s, p: s.exp() + p)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("how", ["both", "matrix", "function of teacher"])
+@pytest.mark.parametrize("loss", ["itc", "sdm"])
+def test_derivatives(loss, how, monkeypatch):
+    leaves = tuple(x.clone().requires_grad_() for x in (IMAGE, TEXT))
+    fixed = partial(ours, loss, how, scale=SCALE)  # the softmax of a teacher has the scale, and is a constant
+    assert torch.autograd.gradcheck(fixed, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(fixed, leaves)
+    expected = torch.func.grad(partial(ours, loss, how))(*inputs())
+    torch.testing.assert_close(expected, value_and_grads(partial(ours, loss, how), inputs(), torch.ones(()))[1])
+    several = torch.stack([IMAGE, IMAGE.flip(0)])
+    batched = torch.vmap(lambda i: ours(loss, how, i, TEXT, SCALE))(several)
+    torch.testing.assert_close(batched, torch.stack([ours(loss, how, i, TEXT, SCALE) for i in several]))
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+@pytest.mark.parametrize("how", ["both", "matrix", "function of teacher"])
+def test_compiled_and_exported(how):
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(ours, "itc", how), fullgraph=True, backend="aot_eager")
+    assert_close(value_and_grads(compiled, inputs()), value_and_grads(partial(ours, "itc", how), inputs()), 1e-12)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("call", "must", "got", "remedy"),
+    [
+        ({"soft_targets": -GIVEN}, ("soft_targets", "negative"), "[9, 9]", "clamp"),
+        ({"soft_targets": GIVEN * torch.nan}, ("soft_targets", "negative"), "nan", "clamp"),
+        ({"soft_targets": GIVEN * (torch.arange(B) != 3)}, ("soft_targets", "sum > 0"), "column 3", "own pair"),
+        ({"soft_targets": GIVEN * (torch.arange(B) != 3)[:, None]}, ("soft_targets", "sum > 0"), "row 3", "own pair"),
+        ({"soft_targets": GIVEN[:, :4]}, ("soft_targets", "[B, B]"), "[9, 4]", "a column for each pair"),
+        ({"soft_targets": GIVEN[:4]}, ("soft_targets", "[B, B]"), "[4, 9]", ()),
+        ({"soft_targets": (GIVEN, GIVEN[:4])}, ("soft_targets", "[B, B]"), "[4, 9]", ()),
+        ({"momentum_features": (IMAGE, TEXT[:4])}, ("momentum_features", "B"), "[4, 6]", None),
+        ({"momentum_features": (IMAGE[:4], TEXT[:4])}, ("momentum_features", "B"), "[4, 6]", None),
+        ({"soft_targets": lambda s, p: s.sum(dim=1)}, ("soft_targets", "shape of scores"), "[9]", ()),
+        ({"soft_targets": GIVEN, **MOMENTUM}, ("soft_targets", "only source"), "momentum_features", "leave it out"),
+    ],
+)
+def test_values_that_do_not_fit(call, must, got, remedy):
+    with explains(ValueError, must, got, remedy):
+        ITCLoss()(IMAGE, TEXT, **call)
+
+
+def test_what_does_not_fit_together():
+    for options in ({"softlabel_ratio": 0.5}, {"mutual_neighbors": 2}):
+        with explains(ValueError, ("soft_targets", "only source"), next(iter(options)), "leave it out"):
+            ITCLoss(**options)(IMAGE, TEXT, soft_targets=GIVEN)
+    with explains(ValueError, ("soft_targets", "only source"), "image_ids", "leave it out"):
+        SDMLoss()(IMAGE, TEXT, PIDS, soft_targets=GIVEN, image_ids=IMAGE_IDS)
+    for wrong in ("mutual", 3.0, (GIVEN, GIVEN, GIVEN), (GIVEN, None)):
+        with pytest.raises(TypeError, match="soft_targets must be a tensor"):
+            ITCLoss()(IMAGE, TEXT, soft_targets=wrong)
+    with pytest.raises(TypeError, match="momentum_features must be a pair"):
+        ITCLoss(softlabel_ratio=0.5)(IMAGE, TEXT, momentum_features=IMAGE)
+    with pytest.raises(TypeError, match="soft_targets must be a floating-point"):
+        ITCLoss()(IMAGE, TEXT, soft_targets=torch.ones(B, B, dtype=torch.long))
+    with pytest.raises(TypeError, match="pids must be an integer"):
+        SDMLoss()(IMAGE, TEXT)
+    with pytest.raises(ValueError, match="mutual_neighbors must be an integer >= 0"):
+        ITCLoss(mutual_neighbors=-1)
+    with pytest.raises(ValueError, match=r"softlabel_ratio must lie in \[0, 1\]"):
+        ITCLoss(softlabel_ratio=1.5)
