@@ -30,7 +30,6 @@ from .measure import peak_process_bytes
 BATCH, N, L, D = 16, 192, 77, 512
 WORLDS, REPEATS = (1, 2, 3, 4), 3
 
-
 # Every public loss without parameters, by its short name.
 LOSSES: dict[str, type[Loss]] = {
     name.removesuffix("Loss").lower(): loss
