@@ -7,6 +7,7 @@ Every case runs in fresh processes, one thread each; with more processes than co
 """
 
 import argparse
+import inspect
 import json
 import tempfile
 import time
@@ -19,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from fmfa_losses.losses.asdm import ASDMLoss
-from fmfa_losses.losses.efa import EFALoss
+import fmfa_losses
+from fmfa_losses.losses.loss import Loss
 from fmfa_losses.ops.options import GATHER
 
 from . import ROOT, results
@@ -29,16 +30,34 @@ from .measure import peak_process_bytes
 BATCH, N, L, D = 16, 192, 77, 512
 WORLDS, REPEATS = (1, 2, 3, 4), 3
 
+# Every public loss without parameters, by its short name.
+LOSSES: dict[str, type[Loss]] = {
+    name.removesuffix("Loss").lower(): loss
+    for name, loss in vars(fmfa_losses).items()
+    if isinstance(loss, type) and issubclass(loss, Loss)
+}
 
-def received(term: str, gather: bool | str, world: int, *, b: int, L: int, D: int, size: int) -> tuple[int, int]:
+
+def takes(term: str, name: str) -> bool:
+    return name in inspect.signature(LOSSES[term].forward).parameters
+
+
+def received(
+    term: str, gather: bool | str, world: int, *, b: int, L: int, D: int, size: int, weighted: bool = False
+) -> tuple[int, int]:
     """Bytes that reach a rank in one forward and one backward, b pairs a rank, features of `size` bytes a number.
 
-    Gradients and joint embeddings travel as float32. Identities count 8 bytes per pair.
+    Two features [b, D] of every rank, or EFA's joint embeddings [b, L, D]. Gradients and joint embeddings travel as
+    float32. Identities count 8 bytes per pair, weights 4.
     """
-    others, ids = world - 1, 8 * b
-    block, gradient = (2 * b * D * size, 2 * b * D * 4) if term == "asdm" else (b * L * D * 4, b * L * D * 4)
-    transposed = 0 if term == "asdm" else 2 * others * b * b * 4  # S of texts and of images
-    forward = others * (block + (ids if term == "asdm" else 0)) + transposed
+    others, labels = world - 1, 4 * b * weighted
+    if takes(term, "image_tokens"):
+        block = gradient = b * L * D * 4
+        transposed = 2 * others * b * b * 4  # S of texts and of images
+    else:
+        block, gradient, transposed = 2 * b * D * size, 2 * b * D * 4, 0
+        labels += 8 * b * takes(term, "pids")
+    forward = others * (block + labels) + transposed
     backward = others * gradient + transposed
     if gather == "ring" and world > 1:
         # The blocks go around again, and every gradient makes one step more than its block, back to its rank.
@@ -48,8 +67,20 @@ def received(term: str, gather: bool | str, world: int, *, b: int, L: int, D: in
 
 def columns(term: str, gather: bool | str, world: int, *, b: int, L: int, D: int, size: int) -> int:
     """Bytes of columns on a rank at one time in the forward: all, or the block in hand and the one that arrives."""
-    block = 2 * b * D * size if term == "asdm" else b * L * D * 4
+    block = b * L * D * 4 if takes(term, "image_tokens") else 2 * b * D * size
     return block * (min(world, 2) if gather == "ring" else world)
+
+
+def inputs_of(loss: Loss, rank: int) -> dict[str, torch.Tensor]:
+    """Features or tokens that want a gradient, and identities where the loss compares them."""
+    torch.manual_seed(rank)
+    shapes = {"image_tokens": (BATCH, N, D), "text_tokens": (BATCH, L, D)}
+    image, text, *others = inspect.signature(loss.forward).parameters
+    inputs = {name: torch.randn(shapes.get(name, (BATCH, D)), requires_grad=True) for name in (image, text)}
+    option = loss.pids_option
+    if "pids" in others and (option is None or getattr(loss, option[0]) == option[1]):
+        inputs["pids"] = torch.arange(BATCH) + rank * BATCH
+    return inputs
 
 
 @contextmanager
@@ -87,20 +118,14 @@ def measure(rank: int, world: int, folder: str, term: str, gather: bool | str) -
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    torch.manual_seed(rank)
-    pids = torch.arange(BATCH) + rank * BATCH
-    if term == "asdm":
-        loss: Any = ASDMLoss(gather=gather, equal_batches=True)
-        inputs = [torch.randn(BATCH, D, requires_grad=True) for _ in range(2)]
-    else:
-        loss = EFALoss(gather=gather, equal_batches=True)
-        inputs = [torch.randn(BATCH, T, D, requires_grad=True) for T in (N, L)]
+    loss: Any = LOSSES[term](gather=gather, equal_batches=True)
+    inputs = inputs_of(loss, rank)
 
     def step() -> tuple[float, float, int, int]:
         dist.barrier()
         with counted() as count:
             start = time.perf_counter()
-            value = loss(*inputs, pids) if term == "asdm" else loss(*inputs)
+            value = loss(**inputs)
             forward, middle = count["bytes"], time.perf_counter()
             value.backward()
             return middle - start, time.perf_counter() - middle, forward, count["bytes"] - forward
@@ -134,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     head = results.head("distributed", "python -m benchmarks distributed", threads=1)  # of each process
     cases = []
-    for term in ("asdm", "efa"):
+    for term in LOSSES:
         for world in WORLDS:
-            for gather in GATHER if world > 1 else (False,):
+            for gather in GATHER[1:] if world > 1 else (False,):
                 with tempfile.TemporaryDirectory() as folder:
                     torch.multiprocessing.spawn(measure, (world, folder, term, gather), nprocs=world)
                     case = json.loads(Path(folder, "result.json").read_text())
