@@ -162,6 +162,7 @@ NUMBERS = {
     "pool_scale": (2.0, [fl.EFALoss]),
     "sparsity": (0.5, [fl.EFALoss]),
     "num_identities": (3, [partial(fl.IDHead, 8)]),
+    "label_smoothing": (0.125, [partial(fl.IDHead, 8, 3), partial(id_loss, IMAGE[:, :C], TEXT[:, :C], IDS)]),
     "embed_dim": (64, [partial(fl.IDHead, num_identities=3), partial(fl.IRRHead, vocab_size=9, depth=1)]),
     "vocab_size": (9, [partial(fl.IRRHead, 64, depth=1)]),
     "depth": (1, [partial(fl.IRRHead, 64, 9)]),
