@@ -290,6 +290,7 @@ class FMFALoss(Module):
         settings: dict[str, object] = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
         if self.identity is not None:
             settings["num_identities"] = getattr(self.identity.classifier, "out_features", None)
+            settings["identity.label_smoothing"] = self.identity.label_smoothing
         if self.irr is not None:
             settings.update({f"irr.{name}": getattr(self.irr, name) for name in IRR_SETTINGS})
         with_efa, with_asdm = (
