@@ -172,6 +172,7 @@ NUMBERS = {
     "pool_scale": (2.0, [fl.EFALoss]),
     "sparsity": (0.5, [fl.EFALoss]),
     "num_identities": (3, [partial(fl.IDHead, 8)]),
+    "label_smoothing": (0.125, [partial(fl.IDHead, 8, 3), partial(id_loss, IMAGE[:, :C], TEXT[:, :C], IDS)]),
     "embed_dim": (
         64,
         [

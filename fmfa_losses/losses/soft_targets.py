@@ -148,7 +148,7 @@ def nearest(factors: Factors, k: int) -> Tensor:
         return _nearest(scores_of(queries, *keys), k)
     # Allocated first: pieces between the temporaries of the blocks would keep the allocator from using these again.
     found = queries.new_empty(b, min(k, columns), dtype=torch.long)
-    for rows in row_blocks(b, columns):
+    for rows in row_blocks(b, columns, queries):
         found[rows] = _nearest(scores_of(queries[rows], *keys), k)
     return found
 

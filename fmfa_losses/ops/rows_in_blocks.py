@@ -20,7 +20,9 @@ from .precision import full_precision, product
 __all__ = ["all_rows", "row_blocks", "rows_in_blocks", "scores_of", "whole_rows"]
 
 MOST_SCORES = 2**22  # of a matrix that is kept whole: 2048 x 2048, 16 MiB in float32
-BLOCK_SCORES = 2**20  # of a block; an equation has some ten temporaries of this size
+# Of a block; an equation has some ten temporaries of this size. On a CPU they should fit its caches, elsewhere a block
+# must be worth its launches.
+BLOCK_SCORES, BLOCK_SCORES_ELSEWHERE = 2**20, 2**22
 
 
 def whole_rows(rows: int, columns: int, like: Tensor) -> bool:
@@ -50,8 +52,7 @@ def rows_in_blocks(
     Returns:
         [b]. Differentiable in all tensors. With create_graph it is as often as the equation, and keeps all blocks.
     """
-    columns = (factors[-1].shape[0]) if len(factors) == 2 else factors[0].shape[1]
-    plan = _Plan(equation, len(factors), len(factors) + len(cut), max(1, BLOCK_SCORES // columns))
+    plan = _Plan(equation, len(factors), len(factors) + len(cut), _columns(factors))
     losses: Tensor = _RowsInBlocks.apply(plan, *factors, *cut, *whole)  # type: ignore[no-untyped-call]
     return losses
 
@@ -63,29 +64,31 @@ def all_rows(
     whole: Sequence[Tensor] = (),
 ) -> Tensor:
     """`rows_in_blocks`, or all rows at once where `whole_rows` says so."""
-    columns = factors[1].shape[0] if len(factors) == 2 else factors[0].shape[1]
-    if whole_rows(factors[0].shape[0], columns, factors[0]):
+    if whole_rows(factors[0].shape[0], _columns(factors), factors[0]):
         return equation(0, scores_of(*factors), *cut, *whole)
     return rows_in_blocks(equation, factors, cut, whole)
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+def _columns(factors: tuple[Tensor, Tensor] | tuple[Tensor]) -> int:
+    return factors[1].shape[0] if len(factors) == 2 else factors[0].shape[1]
+
+
+def row_blocks(rows: int, columns: int, like: Tensor) -> Iterator[slice]:
     """The rows of each block."""
-    step = max(1, BLOCK_SCORES // columns)
+    most = BLOCK_SCORES if like.device.type == "cpu" else BLOCK_SCORES_ELSEWHERE
+    step = max(1, most // columns)
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 class _Plan:
     """Which rows make a block, and what the equation gets of the tensors factors, cut, whole."""
 
-    def __init__(self, equation: Callable[..., Tensor], factors: int, cut: int, step: int) -> None:
-        self.equation, self.factors, self.cut, self.step = equation, factors, cut, step
+    def __init__(self, equation: Callable[..., Tensor], factors: int, cut: int, columns: int) -> None:
+        self.equation, self.factors, self.cut, self.columns = equation, factors, cut, columns
 
     def blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         """The rows of each block, and the tensors reduced to them: not keys and what is whole."""
-        b = tensors[0].shape[0]
-        for first in range(0, b, self.step):
-            rows = slice(first, min(first + self.step, b))
+        for rows in row_blocks(tensors[0].shape[0], self.columns, tensors[0]):
             yield rows, [x[rows] if n == 0 or self.factors <= n < self.cut else x for n, x in enumerate(tensors)]
 
     def losses(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:

@@ -170,7 +170,7 @@ def test_a_second_pass_with_other_random_numbers_raises():
             with pytest.raises(RuntimeError, match="chunk 0 other values of output 0"):
                 step()
     lengths = iter([3, 3, 3, 2])
-    with pytest.raises(RuntimeError, match=r"chunk 1 \{0: \[4, 3\]\}, then \{0: \[4, 2\]\}"):
+    with pytest.raises(RuntimeError, match=r"chunk 1 \{0: .*\[4, 3\].*, then \{0: .*\[4, 2\]"):
         cached_backward(lambda x: tower(x)[:, : next(lengths)], x.split(4), torch.sum)
 
 
@@ -240,7 +240,11 @@ def cached_under_ddp() -> tuple[float, int]:
     def count(state, bucket):
         travels.append(1)
         tensor = bucket.buffer() / dist.get_world_size()
-        return dist.all_reduce(tensor, async_op=True).get_future().then(lambda future: future.value()[0])
+        dist.all_reduce(tensor)
+        # A callback of Python's would run in Gloo's thread, which torch 2.6 may wait for with the interpreter's lock.
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(tensor)
+        return future
 
     ddp.register_comm_hook(None, count)
     part = slice(0, 4) if dist.get_rank() == 0 else slice(4, B)

@@ -214,3 +214,10 @@ def test_image_ids_are_compared_too():
 
     # Queued rows weigh nothing, and their columns pass no gradient to the batch.
     assert_close(found, value_and_grads(whole, [image, text]), 1e-9)
+
+
+def test_the_total_gives_its_queue_to_asdm():
+    image, text, pids = batch(1, 6)
+    queue, objective = filled(), fl.FMFALoss(D, 5, weights={"irr": 0, "id": 0}).double()
+    terms = objective(image, text, image[:, None], text[:, None], pids, queue=queue).terms
+    torch.testing.assert_close(terms["asdm"], fl.ASDMLoss()(image, text, pids, queue=queue))
