@@ -33,7 +33,8 @@ class ITCLoss(SoftDistributionLoss):
         temperature: tau > 0; logits are cos / tau.
         targets: "paired", or "identity": uniform over the samples of the same identity, which needs pids.
         softlabel_ratio: r in [0, 1]; the target is (1 - r) of these labels and r of the teacher's similarities,
-            softmax_j of its cosines / tau. May be set anew while training, as a ramp.
+            softmax_j of its cosines / tau. May be set anew while training, as a ramp; torch.compile compiles anew for
+            each value.
         mutual_neighbors: k >= 0; a text and an image that are among each other's k nearest by the teacher's cosines
             count as positives, too.
         reduction: "mean", "sum", or "none" for the per-sample mean of both directions, [B].

@@ -216,7 +216,9 @@ def test_degenerate_batches(loss):
     assert_finite(value_and_grads(lambda i, t: loss()(i, t, soft_targets=torch.eye(1)), (IMAGE[:1], TEXT[:1])))
 
 
-def test_targets_receive_no_gradient():
+@pytest.mark.parametrize("most", [0, 2**22])
+def test_targets_receive_no_gradient(most, monkeypatch):
+    monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", most)
     given, teacher = GIVEN.clone().requires_grad_(), TEACHER_IMAGE.clone().requires_grad_()
     for call in (
         {"soft_targets": given},
@@ -285,7 +287,21 @@ def test_values_that_do_not_fit(call, must, got, remedy):
         ITCLoss()(IMAGE, TEXT, **call)
 
 
+def test_autocast_does_not_reach_inside(monkeypatch):
+    pair = tuple(x.float() for x in (IMAGE, TEXT))
+    scale = torch.tensor(SCALE)
+    for most in (2**22, 0):
+        monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", most)
+        for how in ("both", "matrix", "function of teacher"):
+            expected = value_and_grads(partial(ours, "sdm", how, scale=scale), pair)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_close(value_and_grads(partial(ours, "sdm", how, scale=scale), pair), expected, 1e-6)
+
+
 def test_what_does_not_fit_together():
+    for call in ({}, {"soft_targets": GIVEN}):
+        with explains(ValueError, ("backend", '"auto"'), "triton", '"auto"'):
+            ITCLoss(softlabel_ratio=0.0 if call else 0.5, backend="triton")(IMAGE, TEXT, **call)
     for options in ({"softlabel_ratio": 0.5}, {"mutual_neighbors": 2}):
         with explains(ValueError, ("soft_targets", "only source"), next(iter(options)), "leave it out"):
             ITCLoss(**options)(IMAGE, TEXT, soft_targets=GIVEN)
