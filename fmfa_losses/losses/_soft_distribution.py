@@ -114,7 +114,8 @@ class SoftDistributionLoss(DistributionLoss):
             return ids, check_scale(given.logit_scale, self.temperature), self.check_queue(given.queue, text, *ids)
 
         tensors = {"image_features": image, "text_features": text, "pids": given.pids, "image_ids": given.image_ids}
-        tensors |= {"sample_weight": given.sample_weight} | by_name(given.soft_targets, given.momentum)
+        tensors["sample_weight"] = given.sample_weight
+        tensors.update(by_name(given.soft_targets, given.momentum))
         soft = "tensors" if are_tensors(given.soft_targets) else given.soft_targets and "a function"
         settings: dict[str, Any] = {"logit_scale": given.logit_scale, "soft_targets": soft}
         settings["queued"] = queued(given.queue)
