@@ -103,7 +103,9 @@ def _without_exchange(
 
 def _python_number(value: Any) -> object:
     """A NumPy array of 0 dimensions is a number, but no key of a dict."""
-    return value.item() if not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0 else value
+    if isinstance(value, (bool, int, float, str, Tensor)):  # torch.compile makes a symbol of a float that has changed
+        return value
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _check_not_empty(tensors: Mapping[str, Tensor | None]) -> None:

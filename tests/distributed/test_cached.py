@@ -240,11 +240,7 @@ def cached_under_ddp() -> tuple[float, int]:
     def count(state, bucket):
         travels.append(1)
         tensor = bucket.buffer() / dist.get_world_size()
-        dist.all_reduce(tensor)
-        # A callback of Python's would run in Gloo's thread, which torch 2.6 may wait for with the interpreter's lock.
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(tensor)
-        return future
+        return dist.all_reduce(tensor, async_op=True).get_future().then(lambda future: future.value()[0])
 
     ddp.register_comm_hook(None, count)
     part = slice(0, 4) if dist.get_rank() == 0 else slice(4, B)

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from helpers import processes
 from helpers.every_loss import PUBLIC, VARIANTS, Model, build, evaluate, gradients, inputs
-from helpers.global_batch import TOLERANCE, batch, error, mean_over, own
+from helpers.global_batch import TOLERANCE, batch, error, mean_over, own, raised
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+from fmfa_losses.losses.loss import Loss
 
 GATHER = (True, "ring")
 EQUAL, UNEQUAL = (4, 4), (3, 5)
@@ -62,9 +64,10 @@ def accumulated() -> dict[str, float]:
     return found
 
 
-# The ring breaks the graph in the middle, and compiling the pieces is slow: one loss of each base.
-BASES = {loss.__bases__[0]: loss for loss in PUBLIC}.values()
-COMPILED = [(loss.__name__, True, EQUAL) for loss in PUBLIC] + [(loss.__name__, "ring", UNEQUAL) for loss in BASES]
+# The ring breaks the graph in the middle, and compiling the pieces is slow: one loss of each base below `Loss`.
+BASES = {loss.__mro__[loss.__mro__.index(Loss) - 1]: loss for loss in reversed(PUBLIC)}.values()
+COMPILED = [(loss.__name__, True, EQUAL) for loss in PUBLIC] + [(loss.__name__, "ring", EQUAL) for loss in BASES]
+COMPILED += [("TALLoss", "ring", UNEQUAL)]
 
 
 def compiled() -> dict[str, float]:
@@ -77,14 +80,33 @@ def compiled() -> dict[str, float]:
         if sizes is EQUAL:
             loss(**given)  # the first call exchanges the layout
         torch._dynamo.reset()
-        value = torch.compile(loss, backend="aot_eager", fullgraph=sizes is EQUAL)(**given)
+        value = torch.compile(loss, backend="aot_eager", fullgraph=gather is True)(**given)
         got = mean_over([value.detach(), gradients(value, model)], None)
         whole = evaluate(build(name), model, data)
         found[f"{name}, {gather}, {sizes}"] = error(got, [whole.detach(), gradients(whole, model)])
-    return found
+    return found | compiled_anew()
 
 
-@pytest.mark.parametrize(("step", "cases"), [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(COMPILED))])
+def compiled_anew() -> dict[str, float]:
+    """A hyperparameter that changes becomes a symbol of the compiler; the ranks still compare its values."""
+    found, mine = {}, own(batch(sum(EQUAL)), EQUAL, dist.get_rank())
+    torch._dynamo.reset()
+    loss = build("TALLoss", gather=True, equal_batches=True)
+    given, step = inputs(loss, Model(), mine), torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for margin in (0.1, 0.3, 0.5):
+        loss.margin = margin
+        expected = loss(**given)
+        found[f"compiled with margin {margin}"] = (step(**given) - expected).abs().item()
+    loss.margin = 0.7 + dist.get_rank()
+    message = raised(lambda: torch.compile(loss, backend="aot_eager")(**given))  # with a handshake
+    said = "margin must be the same on all ranks, got 0.7 on rank 0, 1.7 on rank 1" in message
+    return {**found, f"compiled with other margins: {message}": 0.0 if said else 1.0}
+
+
+STEPS = [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(COMPILED) + 4)]
+
+
+@pytest.mark.parametrize(("step", "cases"), STEPS)
 def test_the_gradient_of_a_step_is_that_of_the_whole_batch(step, cases):
     for found in processes.run(2, step):
         assert isinstance(found, dict), found
