@@ -233,6 +233,16 @@ def test_targets_receive_no_gradient(most, monkeypatch):
     assert teacher.grad is None and image.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_targets_have_no_tangent():
+    def tangent(options, call):
+        return torch.func.jvp(lambda x: ITCLoss(**options)(IMAGE, TEXT, **call(x)), (GIVEN,), (TRANSPOSED,))[1]
+
+    assert tangent({"softlabel_ratio": 0.5}, lambda x: {"momentum_features": (IMAGE, x[:, :D])}) == 0
+    assert tangent({}, lambda x: {"soft_targets": x}) == 0
+    assert tangent({}, lambda x: {"soft_targets": lambda scores, positive: x}) == 0
+
+
 def test_a_function_may_change_what_it_is_given():
     def in_place(scores, positive):
         return scores.exp_().add_(positive)
