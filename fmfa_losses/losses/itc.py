@@ -49,6 +49,8 @@ class ITCLoss(SoftDistributionLoss):
             called for some rows of either direction at a time, and once more in the backward. With gather a process
             passes its own rows, [b, B] each. No gradient passes through targets.
         momentum_features: features of a teacher, (image, text), [B, D'] each, without gradient; the own ones when None.
+        queue: NegativesQueue whose samples are columns besides, with soft labels too; push the teacher's features into
+            it, as ALBEF does. Not with mutual_neighbors, nor with soft_targets that are tensors.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device, which
             receives its gradient.
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
