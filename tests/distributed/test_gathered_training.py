@@ -93,7 +93,7 @@ def compiled_anew() -> dict[str, float]:
     torch._dynamo.reset()
     loss = build("TALLoss", gather=True, equal_batches=True)
     given, step = inputs(loss, Model(), mine), torch.compile(loss, backend="aot_eager", fullgraph=True)
-    for margin in (0.1, 0.3, 0.5):
+    for margin in (0.1, 0.3):
         loss.margin = margin
         expected = loss(**given)
         found[f"compiled with margin {margin}"] = (step(**given) - expected).abs().item()
@@ -103,7 +103,7 @@ def compiled_anew() -> dict[str, float]:
     return {**found, f"compiled with other margins: {message}": 0.0 if said else 1.0}
 
 
-STEPS = [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(COMPILED) + 4)]
+STEPS = [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(COMPILED) + 3)]
 
 
 @pytest.mark.parametrize(("step", "cases"), STEPS)
