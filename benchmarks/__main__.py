@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "micro": ("benchmarks.micro", "every operation against its reference on the CPU"),
     "busy": ("benchmarks.busy", "EFA while another process works"),
+    "large-batch": ("benchmarks.large_batch", "every loss on 16384 pairs: seconds, memory, exactness of its blocks"),
     "retrieval-metrics": ("benchmarks.retrieval_metrics", "retrieval metrics against sorting whole galleries"),
     "distributed": ("benchmarks.distributed", "the global batch over processes: bytes, seconds, memory"),
     "person-retrieval": ("benchmarks.person_retrieval.__main__", "train, then find people by their description"),

@@ -52,6 +52,7 @@ PAGES = {
     "ablation": ("demo.md", "Ablation on rendered pedestrians"),
     "torchrun": ("distributed.md", "Training in one process and in two"),
     "distributed": ("distributed.md", "The global batch over processes"),
+    "large-batch": ("losses.md", "Every loss on a large batch"),
     "retrieval-metrics": ("retrieval.md", "Retrieval metrics"),
     "small-batch": ("kernels.md", "A-SDM in tiles and in blocks"),
     "compiled": ("kernels.md", "What the compiler gives for every kernel"),

@@ -13,6 +13,7 @@ from .heads.identity import IDHead
 from .heads.irr import IRRHead
 from .losses.asdm import ASDMLoss
 from .losses.efa import EFALoss
+from .losses.negatives_queue import NegativesQueue, queued
 from .ops.checks import (
     check_flag,
     check_float,
@@ -97,7 +98,7 @@ class FMFALoss(Module):
         image_mask, text_mask: [B, N] and [B, L] bool, True = keep.
         text_lengths, text_cu_seqlens, text_max_seqlen: in place of text_mask, as EFALoss takes them; wrong ones on an
             accelerator make the EFA and IRR terms NaN.
-        image_ids, logit_scale: as ASDMLoss takes them.
+        image_ids, logit_scale, queue: as ASDMLoss takes them.
 
     Returns:
         FMFAOutput(loss, terms, metrics). terms has the keys that were computed; metrics has "image_accuracy" and
@@ -196,6 +197,7 @@ class FMFALoss(Module):
         text_max_seqlen: int | None = None,
         image_ids: Tensor | None = None,
         logit_scale: float | Tensor | None = None,
+        queue: NegativesQueue | None = None,
     ) -> FMFAOutput:
         refuse_trace("FMFALoss")
         batch: dict[str, Any] = {
@@ -211,6 +213,7 @@ class FMFALoss(Module):
             "lengths": (text_lengths, text_cu_seqlens, text_max_seqlen),
             "image_ids": image_ids,
             "logit_scale": logit_scale,
+            "queue": queue,
         }
         gathering = [part for part in (self, self.efa, self.asdm) if part.gather]
         leader = gathering[0] if gathering else None
@@ -229,7 +232,7 @@ class FMFALoss(Module):
             terms["efa"] = nan_unless(batch["right"], efa)
         if self.weights["asdm"]:
             joined = {"peers": peers} if _joins(self.asdm, leader) else {}
-            soft: dict[str, Any] = {"image_ids": image_ids, "logit_scale": logit_scale}
+            soft: dict[str, Any] = {"image_ids": image_ids, "logit_scale": logit_scale, "queue": queue}
             terms["asdm"] = self.asdm(image_features, text_features, pids, **soft, **joined)
         loss = sum((self.weights[name] * term for name, term in terms.items()), nothing)
         return FMFAOutput(loss, terms, metrics)
@@ -290,6 +293,7 @@ class FMFALoss(Module):
         settings: dict[str, object] = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
         if self.identity is not None:
             settings["num_identities"] = getattr(self.identity.classifier, "out_features", None)
+            settings["identity.label_smoothing"] = self.identity.label_smoothing
         if self.irr is not None:
             settings.update({f"irr.{name}": getattr(self.irr, name) for name in IRR_SETTINGS})
         with_efa, with_asdm = (
@@ -302,7 +306,7 @@ class FMFALoss(Module):
         if with_asdm:
             names += ["text_features", "pids", "image_ids"]
             settings.update({f"asdm.{name}": value for name, value in self.asdm.settings().items()})
-            settings["logit_scale"] = batch["logit_scale"]
+            settings |= {"logit_scale": batch["logit_scale"], "queued": queued(batch["queue"])}
 
         tensors = {name: batch[name] for name in names}
 
@@ -317,6 +321,7 @@ class FMFALoss(Module):
             if self.weights["asdm"]:
                 features = ("image_features", "text_features", "pids", "image_ids", "logit_scale")
                 self.asdm.check_inputs(*(batch[name] for name in features), shared=True)
+                self.asdm.check_queue(*(batch[name] for name in ("queue", "text_features", "pids", "image_ids")))
             return self._own_terms(batch)
 
         return handshake(

@@ -1,10 +1,11 @@
 """The losses as functions, the two operators that EFA is made of, and masks of real lengths for them.
 
 All have first derivatives: by backward(), by torch.func (grad, vjp, jacrev, vmap) and under torch.compile. TAL, TRL,
-CMPM, triplet, sigmoid, ID and every function of scores also have second derivatives and forward mode (jvp, jacfwd,
-hessian, dual numbers). A-SDM, SDM, ITC, EFA and the two operators are differentiable once, in reverse mode; anything
-else raises. PyTorch itself has no second derivatives of compiled code, nor of the attention of IRRHead unless it runs
-under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+CMPM, C-ITC, SimCLR, triplet, sigmoid, ID and every function of scores also have second derivatives and forward mode
+(jvp, jacfwd, hessian, dual numbers), and so have ITC, SDM and R-ITC with soft targets. A-SDM, EFA, the two operators
+and SDM, ITC, R-ITC with labels are differentiable once, in reverse mode; anything else raises. PyTorch itself has no
+second derivatives of compiled code, nor of the attention of IRRHead unless it runs under
+torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
 """
 
 from .heads.identity import id_loss

@@ -172,6 +172,7 @@ NUMBERS = {
     "pool_scale": (2.0, [fl.EFALoss]),
     "sparsity": (0.5, [fl.EFALoss]),
     "num_identities": (3, [partial(fl.IDHead, 8)]),
+    "label_smoothing": (0.125, [partial(fl.IDHead, 8, 3), partial(id_loss, IMAGE[:, :C], TEXT[:, :C], IDS)]),
     "embed_dim": (
         64,
         [
@@ -535,7 +536,9 @@ EXPORTED = [
     Call(fl.TALLoss(), lambda m, i, t, v, w, p: m(i, t, p, sample_weight=i[:, 0].abs())),
     Call(fl.CITCLoss(), lambda m, i, t, v, w, p: m(i, t)),
     Call(fl.SimCLRLoss(), lambda m, i, t, v, w, p: m(i, t)),
-    Call(fl.ITCLoss(mutual_neighbors=2), lambda m, i, t, v, w, p: m(i, t, momentum_features=(t, i))),
+    Call(
+        fl.ITCLoss(softlabel_ratio=0.5, mutual_neighbors=1), lambda m, i, t, v, w, p: m(i, t, momentum_features=(t, i))
+    ),
     Call(fl.SDMLoss(), lambda m, i, t, v, w, p: m(i, t, soft_targets=(i @ t.mT).exp())),
     Call(fl.EFALoss(), lambda m, i, t, v, w, p: m(v, w)),
     Call(fl.EFALoss(pool_scale=1e-6), lambda m, i, t, v, w, p: m(v, w)),

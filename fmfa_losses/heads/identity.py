@@ -1,9 +1,11 @@
 """ID: images and captions of one person are the same class of one linear classifier.
 
     L_id = ( CE(W v + b, pid) + CE(W t + b, pid) ) / 2,    averaged over the batch
+    CE(z, y) = -sum_k q_k log softmax(z)_k,                q_k = (1 - s) [k = y] + s / K    of K identities
 
 Both modalities use one classifier, so that v and t of a person are pulled to the same class vector. The released
-code does the same. Source: Zheng et al., arXiv 1711.05535; IRRA, arXiv 2303.12501, section 3.4.
+code does the same, without label smoothing (s = 0). Source: Zheng et al., arXiv 1711.05535; IRRA, arXiv 2303.12501,
+section 3.4; label smoothing: Szegedy et al., arXiv 1512.00567, section 7.
 """
 
 from collections.abc import Mapping
@@ -13,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_flag, check_float, check_ids, check_integer, check_same, describe, on_host
+from ..ops.checks import (
+    check_flag,
+    check_float,
+    check_fraction,
+    check_ids,
+    check_integer,
+    check_same,
+    describe,
+    on_host,
+)
 from ..ops.module import Module
 from .checkpoint import LoadReport, checkpoint_entries, load_entries
 from .parts import WideLinear, check_device, nan_unless, to_dtype_of
@@ -31,13 +42,14 @@ class IDOutput(NamedTuple):
     text_accuracy: Tensor
 
 
-def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
+def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean of the cross-entropies of the two modalities.
 
     Args:
         image_logits: [B, identities], any float dtype.
         text_logits: [B, identities].
         pids: [B], integers in [0, identities). Values are checked on the CPU alone.
+        label_smoothing: s in [0, 1], the part of every target that is spread evenly over all identities.
     Returns:
         Scalar, float32 or better.
     Raises:
@@ -48,6 +60,7 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
 
     Reference: IRRA, arXiv 2303.12501, section 3.4.
     """
+    label_smoothing = check_fraction("label_smoothing", label_smoothing)
     check_float("image_logits", image_logits, "B identities")
     check_float("text_logits", text_logits, "B identities")
     check_same("image_logits and text_logits", image_logits, text_logits, dims=[("B", 0), ("identities", 1)])
@@ -55,7 +68,8 @@ def id_loss(image_logits: Tensor, text_logits: Tensor, pids: Tensor) -> Tensor:
     if on_host(pids):
         _check_range(pids, "identities", image_logits.shape[1], "build the classifier with more identities")
     image, text = (
-        F.cross_entropy(_at_least_float32(x), pids.long(), ignore_index=NO_PID) for x in (image_logits, text_logits)
+        F.cross_entropy(_at_least_float32(x), pids.long(), ignore_index=NO_PID, label_smoothing=label_smoothing)
+        for x in (image_logits, text_logits)
     )
     return (image + text) / 2
 
@@ -79,6 +93,7 @@ class IDHead(Module):
         check_labels: check the values of pids on an accelerator too, which makes the host wait for it. On the
             CPU they are always checked. torch.compile sees no values: there a pid outside the range makes the
             loss NaN, or PyTorch raises.
+        label_smoothing: s in [0, 1]; the targets are (1 - s) of the pid and s / num_identities of every identity.
     Inputs:
         image_features, text_features: [B, D], any float dtype.
         pids: [B], integers in [0, num_identities).
@@ -97,15 +112,19 @@ class IDHead(Module):
     """
 
     check_labels: bool
+    label_smoothing: float
     classifier: WideLinear
 
     _caller = "IDHead"  # as messages name the module; FMFALoss sets its own
 
-    def __init__(self, embed_dim: int, num_identities: int, *, check_labels: bool = False) -> None:
+    def __init__(
+        self, embed_dim: int, num_identities: int, *, check_labels: bool = False, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         embed_dim = check_integer("embed_dim", embed_dim, 1)
         num_identities = check_integer("num_identities", num_identities, 1)
         self.check_labels = check_flag("check_labels", check_labels)
+        self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
         self.classifier = WideLinear(embed_dim, num_identities)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
@@ -117,7 +136,7 @@ class IDHead(Module):
         )
         right = self._in_range(pids, image_logits.shape[1])
         return IDOutput(
-            loss=nan_unless(right, id_loss(image_logits, text_logits, pids)),
+            loss=nan_unless(right, id_loss(image_logits, text_logits, pids, label_smoothing=self.label_smoothing)),
             image_accuracy=_accuracy(image_logits, pids),
             text_accuracy=_accuracy(text_logits, pids),
         )

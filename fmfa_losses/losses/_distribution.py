@@ -13,7 +13,7 @@ from .loss import Loss, hyperparameter
 from .negatives_queue import Columns, NegativesQueue, queued, queued_columns
 from .scores import check_features, check_weight
 
-__all__ = ["DistributionLoss"]
+__all__ = ["DistributionLoss", "compared_ids"]
 
 
 class DistributionLoss(Loss):
@@ -103,14 +103,11 @@ class DistributionLoss(Loss):
         peers: Peers,
     ) -> Tensor:
         """The loss of checked arguments."""
-        if ids is None:  # pairs alone count: identities that are all different
-            start, own = peers.offset, text.shape[0]
-            ids = torch.arange(start, start + own, device=text.device)
-            if columns is not None:  # and others that are none of theirs
-                columns = columns._replace(pids=-1 - torch.arange(len(columns.text_features), device=text.device))
         if self.gather or columns is not None:
             rows = self._own_rows(image, text, ids, image_ids, scale, columns, peers)
             return self.reduce(rows, sample_weight, peers)
+        if ids is None:
+            ids = _of_pairs(text, peers)
         spec = RowLoss(**self.row_options(), reduction=self.reduction if sample_weight is None else "none")
         loss = row_loss(image, text, ids, image_ids, scale, spec, self.backend)
         return loss if sample_weight is None else self.reduce(loss, sample_weight, peers)
@@ -119,18 +116,15 @@ class DistributionLoss(Loss):
         self,
         image: Tensor,
         text: Tensor,
-        ids: Tensor,
+        ids: Tensor | None,
         image_ids: Tensor | None,
         scale: float | Tensor,
         columns: Columns | None,
         peers: Peers,
     ) -> Tensor:
         """What the own texts and images add to the loss of the batch of all ranks, [b]."""
-        every_id = peers.gather(_together(ids, image_ids)).T  # [1 or 2, B]
-        if columns is not None:
-            queued_images = None if image_ids is None else columns.image_ids
-            every_id = torch.cat([every_id, _together(columns.pids, queued_images).T], dim=1)
-        pids, *images = every_id.contiguous()
+        _, every_id = compared_ids(ids, image_ids, columns, text, peers)
+        pids, *images = every_id.T.contiguous()
         spec = RowLoss(**self.row_options(), offset=peers.offset, both=False, reduction="none")
         if peers.ring:
             return similarity_distribution_ring(
@@ -153,6 +147,25 @@ class DistributionLoss(Loss):
 
         queued_image, queued_text = (None, None) if columns is None else columns[:2]
         return direction(text, image, queued_image) + direction(image, text, queued_text)
+
+
+def compared_ids(
+    pids: Tensor | None, image_ids: Tensor | None, columns: Columns | None, like: Tensor, peers: Peers
+) -> tuple[Tensor, Tensor]:
+    """Identity, and image where it is known, of own rows [b, 1 or 2] and of all columns [C, 1 or 2]."""
+    own = _together(_of_pairs(like, peers) if pids is None else pids, image_ids)
+    every = peers.gather(own)
+    if columns is None:
+        return own, every
+    queued = columns.pids
+    if pids is None or queued is None:  # identities that are none of the pairs'
+        queued = -1 - torch.arange(columns.text_features.shape[0], device=like.device)
+    return own, torch.cat([every, _together(queued, None if image_ids is None else columns.image_ids)])
+
+
+def _of_pairs(like: Tensor, peers: Peers) -> Tensor:
+    """Where pairs alone count: identities that are all different."""
+    return torch.arange(peers.offset, peers.offset + like.shape[0], device=like.device)
 
 
 def _together(*ids: Tensor | None) -> Tensor:

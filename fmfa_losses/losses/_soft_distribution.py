@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..distributed.peers import Peers
 from ..ops.backend import select_backend
-from ..ops.checks import check_fraction, check_ids, check_integer, check_scale, describe
+from ..ops.checks import check_fraction, check_ids, check_integer, check_same, check_scale, describe
 from ..ops.precision import accumulation_dtype
-from ._distribution import DistributionLoss
+from ._distribution import DistributionLoss, compared_ids
 from .loss import hyperparameter
-from .negatives_queue import NegativesQueue, queued
+from .negatives_queue import Columns, NegativesQueue, queued
 from .score_loss import Factors
 from .scores import check_features, check_scores, check_weight, resolve_scale, scalar_like
 from .soft_targets import (
@@ -99,7 +99,7 @@ class SoftDistributionLoss(DistributionLoss):
         alone, scores = self.alone(), check_scores(scores)
         ids = self._checked_labels(given, scores)
         scale = resolve_scale(given.logit_scale, self.temperature, scores)
-        value = self._in_rows(((scores,), (scores.T,)), given, ids, scale, Peers((scores.shape[0],)))
+        value = self._in_rows(((scores,), (scores.T,)), given, ids, scale, None, Peers((scores.shape[0],)))
         return self.reduce(value, given.sample_weight, alone)
 
     def of_pairs(self, image: Tensor, text: Tensor, given: Given) -> Tensor:
@@ -110,14 +110,12 @@ class SoftDistributionLoss(DistributionLoss):
             if self.gather:  # the other ranks wait: what cannot run here must be known before
                 select_backend(self.backend, image, text)
             ids = self._checked_labels(given, text)
-            if given.queue is not None and self._is_soft(given):
-                raise ValueError(
-                    "queue must come without soft targets, whose rows are those of the batch, got both; leave one out"
-                )
+            self._check_queued(given)
             return ids, check_scale(given.logit_scale, self.temperature), self.check_queue(given.queue, text, *ids)
 
         tensors = {"image_features": image, "text_features": text, "pids": given.pids, "image_ids": given.image_ids}
-        tensors |= {"sample_weight": given.sample_weight} | by_name(given.soft_targets, given.momentum)
+        tensors["sample_weight"] = given.sample_weight
+        tensors.update(by_name(given.soft_targets, given.momentum))
         soft = "tensors" if are_tensors(given.soft_targets) else given.soft_targets and "a function"
         settings: dict[str, Any] = {"logit_scale": given.logit_scale, "soft_targets": soft}
         settings["queued"] = queued(given.queue)
@@ -127,7 +125,7 @@ class SoftDistributionLoss(DistributionLoss):
             return value if self.direction_weight == 1 else self.direction_weight * value
         if isinstance(scale, Tensor):
             scale = scalar_like("logit_scale", scale, text.new_empty((), dtype=accumulation_dtype(image, text)))
-        value = self._in_rows(both_factors(image, text, peers), given, ids, scale, peers)
+        value = self._in_rows(both_factors(image, text, peers, columns), given, ids, scale, columns, peers)
         return self.reduce(value, given.sample_weight, peers)
 
     def _is_soft(self, given: Given) -> bool:
@@ -139,6 +137,7 @@ class SoftDistributionLoss(DistributionLoss):
         given: Given,
         ids: tuple[Tensor | None, Tensor | None],
         scale: float | Tensor,
+        columns: Columns | None,
         peers: Peers,
     ) -> Tensor:
         """Both directions, [b], from the factors of their scores."""
@@ -147,13 +146,13 @@ class SoftDistributionLoss(DistributionLoss):
         near: list[Tensor] = []
         with torch.no_grad():
             if given.momentum is not None:
-                teachers = both_factors(given.momentum[0].detach(), given.momentum[1].detach(), peers)
+                teachers = both_factors(given.momentum[0].detach(), given.momentum[1].detach(), peers, columns)
             if self.mutual_neighbors > 0:
                 near = [nearest(x, self.mutual_neighbors) for x in teachers]
             if are_tensors(given.soft_targets):
                 target = target_rows(given.soft_targets, peers)
             else:
-                function, labels = given.soft_targets, _labels(ids, factors[0][0], peers)
+                function, labels = given.soft_targets, compared_ids(*ids, columns, factors[0][0], peers)
         settings = TargetSettings(self.softlabel_ratio, getattr(self, "image_id_factor", 1.0), function)
         t2i, i2t = (
             row_losses(
@@ -188,6 +187,21 @@ class SoftDistributionLoss(DistributionLoss):
             check_ids("pids", pids, like.shape[0], like.device)
         return None, None
 
+    def _check_queued(self, given: Given) -> None:
+        """The columns of a queue have labels and teachers, but no rows of their own."""
+        if given.queue is None:
+            return
+        if are_tensors(given.soft_targets) or self.mutual_neighbors > 0:
+            found = "soft_targets of the batch" if self.mutual_neighbors == 0 else "mutual_neighbors"
+            raise ValueError(
+                f"queue must come with targets that its columns have too: labels, softlabel_ratio or a function, got "
+                f"{found} besides; leave one out"
+            )
+        columns = given.queue.columns if isinstance(given.queue, NegativesQueue) else None
+        if given.momentum is not None and columns is not None:
+            names = "momentum_features and queue"
+            check_same(names, given.momentum[0], columns.image_features, dims=[("D", 1)])
+
     def _check_alone(self, given: Given) -> None:
         """Nothing else decides on the targets."""
         others = {name: getattr(self, name) for name in ("softlabel_ratio", "mutual_neighbors") if getattr(self, name)}
@@ -201,12 +215,3 @@ class SoftDistributionLoss(DistributionLoss):
                 f"soft_targets must be the only source of the targets, got {found} besides; leave it out, or mix it "
                 "into soft_targets"
             )
-
-
-def _labels(ids: tuple[Tensor | None, Tensor | None], like: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
-    """Identity, and image where it is known, of own rows [b, 1 or 2] and of all columns [C, 1 or 2]."""
-    pids, image_ids = ids
-    if pids is None:  # pairs alone count: identities that are all different
-        pids = torch.arange(peers.offset, peers.offset + like.shape[0], device=like.device)
-    own = torch.stack([x.long() for x in (pids, image_ids) if x is not None], dim=1)
-    return own, peers.gather(own)

@@ -19,6 +19,7 @@ from typing_extensions import TypeIs
 from ..distributed.peers import Peers
 from ..ops.checks import check_float, check_same, describe, on_host
 from ..ops.rows_in_blocks import all_rows, row_blocks, scores_of, whole_rows
+from .negatives_queue import Columns
 from .score_loss import Factors, score_factors
 from .scores import check_features
 
@@ -142,7 +143,14 @@ def _mutual(near: Tensor, near_columns: Tensor, first: int) -> Tensor:
 def nearest(factors: Factors, k: int) -> Tensor:
     """The k columns of the largest scores of every row, [b, min(k, C)]; of equal scores the lowest column first."""
     queries, *keys = (x.detach() for x in factors)
-    return torch.cat([_nearest(scores_of(block, *keys), k) for block in row_blocks(queries, *keys)])
+    b, columns = queries.shape[0], keys[0].shape[0] if keys else queries.shape[1]
+    if whole_rows(b, columns, queries):
+        return _nearest(scores_of(queries, *keys), k)
+    # Allocated first: pieces between the temporaries of the blocks would keep the allocator from using these again.
+    found = queries.new_empty(b, min(k, columns), dtype=torch.long)
+    for rows in row_blocks(b, columns, queries):
+        found[rows] = _nearest(scores_of(queries[rows], *keys), k)
+    return found
 
 
 def _nearest(scores: Tensor, k: int) -> Tensor:
@@ -153,9 +161,9 @@ def _nearest(scores: Tensor, k: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def both_factors(image: Tensor, text: Tensor, peers: Peers) -> tuple[Factors, Factors]:
+def both_factors(image: Tensor, text: Tensor, peers: Peers, columns: Columns | None) -> tuple[Factors, Factors]:
     """Factors of own texts x all images, and of own images x all texts; a small matrix is multiplied once."""
-    t2i, i2t = score_factors(image, text, peers)
+    t2i, i2t = score_factors(image, text, peers, columns)
     if i2t is not None:
         return t2i, i2t
     if not whole_rows(text.shape[0], image.shape[0], text):

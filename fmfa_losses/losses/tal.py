@@ -70,8 +70,8 @@ class TALLoss(ScaledScoreLoss):
     def rows(self, scores: Tensor, same: Tensor, offset: int, scale: float | Tensor) -> Tensor:
         tau = 1 / scale
         none = same.all(dim=1)  # tau times their -inf would be a NaN in the gradient of tau
-        hardness = tau * masked_logsumexp(scores / tau, ~same).masked_fill(none, 0)
-        return (self.margin - _positive(scores, same, tau) + hardness).clamp(min=0).masked_fill(none, 0)
+        hardness = (tau * masked_logsumexp(scores / tau, ~same).masked_fill(none, 0)).masked_fill(none, -torch.inf)
+        return (self.margin - _positive(scores, same, tau) + hardness).clamp(min=0)
 
 
 class TRLLoss(ScaledScoreLoss):

@@ -64,7 +64,7 @@ class TwoViewLoss(Loss):
         names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
 
         def equation(first: int, scores: Tensor, *tensors: Tensor) -> Tensor:
-            return self.rows(way, scores, offset + first, **arguments | dict(zip(names, tensors, strict=True)))
+            return self.rows(way, scores, offset + first, **{**arguments, **dict(zip(names, tensors, strict=True))})
 
         return all_rows(equation, factors, (), [arguments[name] for name in names])
 

@@ -20,7 +20,9 @@ from .precision import full_precision, product
 __all__ = ["all_rows", "row_blocks", "rows_in_blocks", "scores_of", "whole_rows"]
 
 MOST_SCORES = 2**22  # of a matrix that is kept whole: 2048 x 2048, 16 MiB in float32
-BLOCK_SCORES = 2**20  # of a block; an equation has some ten temporaries of this size
+# Of a block; an equation has some ten temporaries of this size. On a CPU they should fit its caches, elsewhere a block
+# must be worth its launches.
+BLOCK_SCORES, BLOCK_SCORES_ELSEWHERE = 2**20, 2**22
 
 
 def whole_rows(rows: int, columns: int, like: Tensor) -> bool:
@@ -50,8 +52,7 @@ def rows_in_blocks(
     Returns:
         [b]. Differentiable in all tensors. With create_graph it is as often as the equation, and keeps all blocks.
     """
-    columns = (factors[-1].shape[0]) if len(factors) == 2 else factors[0].shape[1]
-    plan = _Plan(equation, len(factors), len(factors) + len(cut), max(1, BLOCK_SCORES // columns))
+    plan = _Plan(equation, len(factors), len(factors) + len(cut), _columns(factors))
     losses: Tensor = _RowsInBlocks.apply(plan, *factors, *cut, *whole)  # type: ignore[no-untyped-call]
     return losses
 
@@ -63,31 +64,31 @@ def all_rows(
     whole: Sequence[Tensor] = (),
 ) -> Tensor:
     """`rows_in_blocks`, or all rows at once where `whole_rows` says so."""
-    columns = factors[1].shape[0] if len(factors) == 2 else factors[0].shape[1]
-    if whole_rows(factors[0].shape[0], columns, factors[0]):
+    if whole_rows(factors[0].shape[0], _columns(factors), factors[0]):
         return equation(0, scores_of(*factors), *cut, *whole)
     return rows_in_blocks(equation, factors, cut, whole)
 
 
-def row_blocks(queries: Tensor, keys: Tensor | None = None) -> Sequence[Tensor]:
-    """The queries, or given scores, in pieces whose scores are one block."""
-    columns = queries.shape[1] if keys is None else keys.shape[0]
-    if whole_rows(queries.shape[0], columns, queries):
-        return (queries,)
-    return torch.split(queries, max(1, BLOCK_SCORES // columns))
+def _columns(factors: tuple[Tensor, Tensor] | tuple[Tensor]) -> int:
+    return factors[1].shape[0] if len(factors) == 2 else factors[0].shape[1]
+
+
+def row_blocks(rows: int, columns: int, like: Tensor) -> Iterator[slice]:
+    """The rows of each block."""
+    most = BLOCK_SCORES if like.device.type == "cpu" else BLOCK_SCORES_ELSEWHERE
+    step = max(1, most // columns)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 class _Plan:
     """Which rows make a block, and what the equation gets of the tensors factors, cut, whole."""
 
-    def __init__(self, equation: Callable[..., Tensor], factors: int, cut: int, step: int) -> None:
-        self.equation, self.factors, self.cut, self.step = equation, factors, cut, step
+    def __init__(self, equation: Callable[..., Tensor], factors: int, cut: int, columns: int) -> None:
+        self.equation, self.factors, self.cut, self.columns = equation, factors, cut, columns
 
     def blocks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         """The rows of each block, and the tensors reduced to them: not keys and what is whole."""
-        b = tensors[0].shape[0]
-        for first in range(0, b, self.step):
-            rows = slice(first, min(first + self.step, b))
+        for rows in row_blocks(tensors[0].shape[0], self.columns, tensors[0]):
             yield rows, [x[rows] if n == 0 or self.factors <= n < self.cut else x for n, x in enumerate(tensors)]
 
     def losses(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
@@ -113,7 +114,8 @@ class _RowsInBlocks(torch.autograd.Function):
         plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if dlosses is None or not any(needed):
             return (None,) * (1 + len(tensors))
-        gradients = _gradients_with_graph if torch.is_grad_enabled() else _gradients
+        at_once = torch.is_grad_enabled() or watched(dlosses)  # create_graph, or batched gradients
+        gradients = _gradients_at_once if at_once else _gradients
         with full_precision(tensors[0]):  # whatever autocast the backward is called under
             return None, *gradients(plan, tensors, needed, dlosses)
 
@@ -131,6 +133,8 @@ def _gradients(
         given = [x.detach().requires_grad_(needed[n]) for n, x in enumerate(own)][plan.factors :]
         with torch.enable_grad():
             losses = plan.equation(rows.start, scores, *given)
+        if not losses.requires_grad:
+            continue
         leaves = [*([scores] if scores.requires_grad else []), *(given[n - plan.factors] for n in of_equation)]
         found = list(torch.autograd.grad(losses, leaves, dlosses[rows], materialize_grads=True))
         if scores.requires_grad:
@@ -151,11 +155,13 @@ def _add_scores_gradient(dscores: Tensor, rows: slice, factors: list[Tensor], to
         totals[1].addmm_(dscores.T, queries)
 
 
-def _gradients_with_graph(
+def _gradients_at_once(
     plan: _Plan, tensors: tuple[Tensor, ...], needed: Sequence[bool], dlosses: Tensor
 ) -> list[Tensor | None]:
-    """With create_graph nothing may be cut off from what it came from: the graphs of all blocks at once."""
+    """The graphs of all blocks: with create_graph nothing may be cut off from what it came from."""
+    create_graph = torch.is_grad_enabled()
     wanted = [x for x, is_needed in zip(tensors, needed, strict=True) if is_needed]
-    losses = torch.cat([of_block for _, of_block in plan.losses(tensors)])
-    found = iter(torch.autograd.grad(losses, wanted, dlosses, create_graph=True, materialize_grads=True))
+    with torch.enable_grad():
+        losses = torch.cat([of_block for _, of_block in plan.losses(tensors)])
+    found = iter(torch.autograd.grad(losses, wanted, dlosses, create_graph=create_graph, materialize_grads=True))
     return [next(found) if is_needed else None for is_needed in needed]

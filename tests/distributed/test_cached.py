@@ -170,7 +170,7 @@ def test_a_second_pass_with_other_random_numbers_raises():
             with pytest.raises(RuntimeError, match="chunk 0 other values of output 0"):
                 step()
     lengths = iter([3, 3, 3, 2])
-    with pytest.raises(RuntimeError, match=r"chunk 1 \{0: \[4, 3\]\}, then \{0: \[4, 2\]\}"):
+    with pytest.raises(RuntimeError, match=r"chunk 1 \{0: .*\[4, 3\].*, then \{0: .*\[4, 2\]"):
         cached_backward(lambda x: tower(x)[:, : next(lengths)], x.split(4), torch.sum)
 
 

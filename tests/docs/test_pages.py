@@ -68,3 +68,14 @@ def test_the_loss_of_contributing(monkeypatch):
     assert len(run) == 3
     for test in run:
         test()
+
+
+def test_the_page_of_losses_has_all_of_them_and_its_examples_run():
+    page = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \|.*\|$", page, re.M)
+    public = [name for name in fmfa_losses.__all__ if name.endswith(("Loss", "Head")) and name != "FMFALoss"]
+    assert sorted(table) == sorted(public)
+    for block in blocks("docs/losses.md"):
+        namespace: dict[str, torch.Tensor] = {}
+        exec(block, namespace)
+        assert namespace["loss"].isfinite()

@@ -14,8 +14,6 @@ from torch import nn
 
 from fmfa_losses import IRRHead, mask_tokens
 from fmfa_losses.compat.irra import rank
-from fmfa_losses.losses.itc import ITCLoss
-from fmfa_losses.losses.sdm import SDMLoss
 from fmfa_losses.noise import consensus_division
 from fmfa_losses.retrieval import Evaluator
 
@@ -294,33 +292,58 @@ def test_rde_evaluates(monkeypatch):
     assert "Evaluator(val_img_loader, val_txt_loader, fused=True)" in (RECIPES / "rde.md").read_text()
 
 
+TBPS_EXPERIMENT = {
+    "nitc_ratio": 1.0, "mvs_image": True, "ss": True, "ss_ratio": 0.4, "simclr_temperature": 0.1, "ritc": True,
+    "ritc_ratio": 1.0, "citc": True, "citc_ratio": 0.1, "citc_lambda1": 0.25, "citc_lambda2": 0.5,
+}  # fmt: skip
+
+
+def simclr_as_written(q_a, q_b, k_a, k_b, labels, temperature):
+    own = torch.zeros(len(q_a), len(k_a)).fill_diagonal_(-torch.inf)
+    of_a = torch.cat([q_a @ k_b.T, q_a @ k_a.T + own], dim=1) / temperature
+    of_b = torch.cat([q_b @ k_a.T, q_b @ k_b.T + own], dim=1) / temperature
+    return sum(nn.functional.cross_entropy(x, labels) for x in (of_a, of_b)) / 2
+
+
+def tbps_clip(monkeypatch, *diffs):
+    source = codebases.TBPS_CLIP
+    for diff in diffs:
+        source = apply(blocks("tbps_clip", "diff")[diff], source)
+    module = load(monkeypatch, source)
+    module.CLIP.forward.__globals__["compute_simclr_loss"] = simclr_as_written
+    torch.manual_seed(0)
+    return module.CLIP(arguments(experiment=SimpleNamespace(**TBPS_EXPERIMENT)))
+
+
 def test_tbps_clip(monkeypatch):
-    module = load(monkeypatch, apply(blocks("tbps_clip", "diff")["tbps-fmfa"], codebases.TBPS_CLIP))
-    model = module.CLIP(arguments(experiment=SimpleNamespace(nitc_ratio=1.0)))
     batch = make_batch()
+    batch |= {name: batch["images"] + 0.3 * torch.randn(B, 1 + N, P) for name in ("aug1", "aug_ss_1", "aug_ss_2")}
+    model = tbps_clip(monkeypatch, "tbps-fmfa")
     with torch.autocast("cpu", torch.bfloat16):
-        ret = model(batch)
+        ret = model(batch, 0.5)
         total = sum(value for key, value in ret.items() if "loss" in key)
-    assert {"asdm_loss", "efa_loss", "nitc_loss", "ritc_loss"} == ret.keys()
+    own = {"nitc_loss", "ritc_loss", "citc_loss", "ss_loss"}
+    assert own | {"asdm_loss", "efa_loss"} == ret.keys()
     assert ret["asdm_loss"].dtype == ret["efa_loss"].dtype == torch.float32
     total.backward()
     assert_finite([parameter.grad for parameter in model.parameters()])
 
-    def gradients(loss):
-        return torch.autograd.grad(loss, list(model.parameters()))
-
-    for name, loss in (
-        ("nitc_loss", lambda *features: ITCLoss(targets="identity")(*features, logit_scale=model.logit_scale.exp())),
-        ("ritc_loss", lambda *features: SDMLoss(eps=1e-2)(*features, logit_scale=model.logit_scale.exp()) / 2),
-    ):
-        image_tokens, text_tokens = model.backbone(batch["images"], batch["caption_ids"])
-        got, expected = loss(image_tokens[:, 0], text_tokens[:, 1], batch["pids"]), model(batch)[name]
-        torch.testing.assert_close(got, expected)
-        assert_close(gradients(got), gradients(expected), 1e-5)
-
     labels = torch.where(batch["mlm_labels"] == 0, -100, batch["mlm_labels"])
+    image_tokens, text_tokens = model.backbone(batch["images"], batch["caption_ids"])
     head = IRRHead(D, V, depth=1, ignore_index=-100)
     assert_finite([head(image_tokens.detach(), text_tokens.detach(), labels).loss.detach()])
+
+    theirs, ours = tbps_clip(monkeypatch), tbps_clip(monkeypatch, "tbps-losses")
+    for alpha in (0.0, 0.5):
+        expected, got = theirs(batch, alpha), ours(batch, alpha)
+        assert got.keys() == expected.keys() == own
+        for name in own:
+            torch.testing.assert_close(got[name], expected[name])
+            gradients = (
+                torch.autograd.grad(ret[name], list(model.parameters()), materialize_grads=True, retain_graph=True)
+                for ret, model in ((got, ours), (expected, theirs))
+            )
+            assert_close(*gradients, 1e-5)
 
 
 def run_recipe(recipe, **namespace):

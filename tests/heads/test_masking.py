@@ -152,6 +152,106 @@ def test_nothing_reads_values_of_an_accelerator():
     assert masked.shape == labels.shape == (3, 7)
 
 
+# --- a probability for every token ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("probability", [0.0, 0.15, 0.5, 1.0])
+def test_one_probability_for_all_tokens_is_the_number(probability, dtype):
+    token_ids = torch.randint(1, MASK, (200, 20), generator=generator(1))
+    token_ids[:, 0], token_ids[::3, 10], token_ids[::3, 11:] = START, END, 0
+    expected = mask_tokens(token_ids, probability=probability, generator=generator(2))
+    for shape in ((200, 20), (20,)):
+        tensor = torch.full(shape, probability, dtype=dtype)
+        assert all(map(torch.equal, mask_tokens(token_ids, probability=tensor, generator=generator(2)), expected))
+    one = mask_tokens(token_ids[0], probability=torch.full((20,), probability), generator=generator(2))
+    assert all(map(torch.equal, one, mask_tokens(token_ids[0], probability=probability, generator=generator(2))))
+
+
+def test_draws_of_a_number_are_those_of_the_version_before():
+    token_ids = torch.arange(1, 13).reshape(2, 6)
+    masked, labels = mask_tokens(token_ids, probability=0.3, mask_id=20, generator=generator(5))
+    assert masked.tolist() == [[1, 20, 3, 4, 5, 20], [20, 8, 20, 10, 11, 12]]
+    assert labels.tolist() == [[0, 2, 0, 0, 0, 6], [7, 0, 9, 0, 0, 0]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(captions, st.integers(0, 2**16), seeds)
+def test_what_holds_for_every_caption_with_probabilities(rows, which, seed):
+    token_ids = torch.tensor(rows)
+    probability = torch.tensor([0.0, 0.0, 1e-30, 0.15, 0.9, 1.0])[
+        torch.randint(6, token_ids.shape, generator=generator(which))
+    ]
+    content = is_content(token_ids)
+    chosen = mask_tokens(token_ids, probability=probability, generator=generator(seed))[1] != 0
+    likely = content & (probability > 0)
+    assert not (chosen & ~content).any()
+    assert torch.equal(chosen.any(1), content.any(1)), "at least one a caption that has content"
+    assert (chosen >= (content & (probability == 1))).all()
+    some = likely.any(1)
+    assert not (chosen & ~likely)[some].any(), "a probability of 0 is never chosen beside others"
+    assert (chosen[~some].sum(1) <= 1).all()
+
+
+def test_shares_are_the_probabilities():
+    token_ids = torch.tensor([[START, 5, 6, 7, 8, 9, END, 0]]).expand(20000, -1)
+    probability = torch.tensor([0.9, 0.0, 0.05, 0.3, 0.6, 1.0, 0.9, 0.9])
+    counts = (mask_tokens(token_ids, probability=probability, generator=generator(0))[1] != 0).sum(0)
+    assert counts[[0, 1, 6, 7]].tolist() == [0, 0, 0, 0]
+    assert counts[5] == 20000
+    assert all(within(int(counts[i]), 20000, float(probability[i])) for i in (2, 3, 4))
+
+
+def test_the_one_token_of_a_caption_is_rather_a_likely_one():
+    """Of two tokens with p and 2 p, both small, the second is the one of smallest u / p in 3 of 4 captions."""
+    token_ids = torch.tensor([[5, 6, 7]]).expand(20000, -1)
+    probability = torch.tensor([1e-6, 2e-6, 0.0])
+    counts = (mask_tokens(token_ids, probability=probability, generator=generator(0))[1] != 0).sum(0)
+    assert counts.sum() == 20000 and counts[2] == 0
+    assert within(int(counts[1]), 20000, 0.75)
+
+
+def test_noise_aware_masking():
+    """As in the docstring: the expected share of a caption is 0.15, and words unlike the image are masked rather."""
+    s = 0.3 + 0.1 * torch.rand(4000, 12, generator=generator(1))
+    s[:, 3] = 0.25
+    probability = (0.15 + s.mean(dim=1, keepdim=True) - s).clamp(0, 1)
+    token_ids = torch.full((4000, 12), 1234)
+    chosen = mask_tokens(token_ids, probability=probability.requires_grad_(), generator=generator(0))[1] != 0
+    assert chosen[:, 3].sum() > 1.5 * chosen[:, 4].sum()
+    alone = (1 - probability).prod(dim=1).sum().item()  # captions whose one token is the one of "at least one"
+    assert abs(chosen.sum().item() - alone - 0.15 * chosen.numel()) < 4.5 * (0.15 * chosen.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_strided_and_expanded_probabilities(dtype):
+    token_ids = torch.randint(1, MASK, (6, 8))
+    wide = torch.rand(8, 12).to(dtype)
+    strided = wide.T[::2]
+    assert not strided.is_contiguous()
+    expected = mask_tokens(token_ids, probability=strided.float().contiguous(), generator=generator(0))
+    assert all(map(torch.equal, mask_tokens(token_ids, probability=strided, generator=generator(0)), expected))
+    row = strided[:1].expand(6, -1)
+    expected = mask_tokens(token_ids, probability=row.clone(), generator=generator(0))
+    assert all(map(torch.equal, mask_tokens(token_ids, probability=row, generator=generator(0)), expected))
+
+
+def test_probabilities_of_an_accelerator_are_not_looked_at():
+    token_ids = torch.zeros(3, 7, dtype=torch.long, device="meta")
+    masked, _ = mask_tokens(token_ids, probability=torch.zeros(3, 7, device="meta"))
+    assert masked.shape == (3, 7)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals, by version
+def test_where_values_are_not_checked_nan_is_zero_and_the_others_are_clamped():
+    token_ids = torch.tensor([[5, 6, 7, 8]]).expand(50, -1)
+    wrong = torch.tensor([math.nan, -1.0, 2.0, math.inf])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda ids, p: mask_tokens(ids, probability=p)[1], fullgraph=True, backend="aot_eager")
+    assert compiled(token_ids, wrong).tolist() == [[0, 0, 7, 8]] * 50
+    assert (compiled(token_ids, torch.full((4,), math.nan)) != 0).sum(1).tolist() == [1] * 50
+
+
 CAPTION = torch.tensor([[START, 5, 6, END]])
 
 
@@ -166,6 +266,24 @@ CAPTION = torch.tensor([[START, 5, 6, END]])
         (CAPTION.short(), {}, ValueError, r"must be of a dtype that holds the ids 0 to 49407, got int16 .*long\(\)"),
         (CAPTION, {"probability": 1.5}, ValueError, r"probability must lie in \[0, 1\], got 1.5"),
         (CAPTION, {"probability": math.nan}, ValueError, r"probability must lie in \[0, 1\], got nan"),
+        (
+            CAPTION,
+            {"probability": torch.ones(1, 3)},
+            TypeError,
+            r"a tensor \[1, 4\] or \[4\].*got float32 \[1, 3\].*as_tensor",
+        ),
+        (CAPTION, {"probability": torch.tensor(0.5)}, TypeError, r"probability must be a number .*got float32 \[\]"),
+        (CAPTION, {"probability": [0.5] * 4}, TypeError, r"probability must be .* a tensor .*as_tensor"),
+        (CAPTION, {"probability": torch.rand(1, 4).numpy()}, TypeError, r"probability must be .* a tensor .*as_tensor"),
+        (CAPTION, {"probability": torch.ones(1, 4).long()}, TypeError, r"probability must be a floating-point tensor"),
+        (
+            CAPTION,
+            {"probability": torch.tensor([0.5, 0, 1.5, 0])},
+            ValueError,
+            r"lie in \[0, 1\], got 0 to 1.5; .*clamp",
+        ),
+        (CAPTION, {"probability": torch.tensor([0.5, 0, math.nan, 0])}, ValueError, r"lie in \[0, 1\], got nan"),
+        (CAPTION, {"probability": torch.ones(4, device="meta")}, ValueError, r"device of token_ids, got meta and cpu"),
         (CAPTION, {"mask_id": 1}, ValueError, r"must be an ordinary id below 1 .*pass vocab_size"),
         (
             CAPTION.to("meta"),

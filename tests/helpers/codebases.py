@@ -335,24 +335,70 @@ class CLIP(nn.Module):
         self.config = config
         self.backbone = Backbone(config.patch_dim, config.vocab_size, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.simclr_mlp = nn.Linear(config.embed_dim, 16)
         self.eps = eps
 
-    def forward(self, input):
+    def encode_image(self, images):
+        return self.backbone.encode_image(images)[:, 0]
+
+    def forward(self, input, alpha):
         ret = dict()
         text_tokens, ids = input['caption_ids'], input['pids']
         image_seq_embeddings, text_seq_embeddings = self.backbone(input['images'], text_tokens)
         image_features, text_features = image_seq_embeddings[:, 0], text_seq_embeddings[:, 1]
-        logit_scale = self.logit_scale.exp()
-        same = (ids.view(-1, 1) == ids.view(1, -1)).float()
-        sim_targets = same / same.sum(1, keepdim=True)
         image_norm, text_norm = F.normalize(image_features), F.normalize(text_features)
-        log_i2t = F.log_softmax(logit_scale * image_norm @ text_norm.t(), dim=1)
-        log_t2i = F.log_softmax(logit_scale * text_norm @ image_norm.t(), dim=1)
-        nitc_loss = -((sim_targets * log_i2t).sum(1).mean() + (sim_targets * log_t2i).sum(1).mean()) / 2
+
+        if self.config.experiment.ss:
+            aug1_embed = self.simclr_mlp(self.encode_image(input['aug_ss_1']))
+            aug2_embed = self.simclr_mlp(self.encode_image(input['aug_ss_2']))
+            q_a = F.normalize(aug1_embed, dim=-1, p=2)
+            q_b = F.normalize(aug2_embed, dim=-1, p=2)
+            labels = torch.arange(len(ids))
+            ss_loss = compute_simclr_loss(q_a, q_b, q_a, q_b, labels, self.config.experiment.simclr_temperature)
+            ret['ss_loss'] = ss_loss * self.config.experiment.ss_ratio
+
+        logit_scale = self.logit_scale.exp()
+        idx = ids.view(-1, 1)
+        same = (idx == idx.t()).float()
+        sim_targets = same / same.sum(1, keepdim=True)
+        nitc_loss = self.calc_contrastive(image_norm, text_norm,
+                                          sim_targets, alpha, logit_scale)
+
+        if self.config.experiment.mvs_image:
+            image_1_features = self.encode_image(input['aug1'])
+            image_1_features_norm = F.normalize(image_1_features)
+            loss_img1_txt0 = self.calc_contrastive(image_1_features_norm, text_norm,
+                                                   sim_targets, alpha, logit_scale)
+            nitc_loss = (nitc_loss + loss_img1_txt0) / 2
+
         ret['nitc_loss'] = nitc_loss * self.config.experiment.nitc_ratio
-        log_target = (sim_targets + self.eps).log()
-        divergences = [F.kl_div(log_target, x, log_target=True, reduction='batchmean') for x in (log_i2t, log_t2i)]
-        ret['ritc_loss'] = sum(divergences) / 2
+
+        if self.config.experiment.citc:
+            logits_image_per_image = logit_scale * image_norm @ image_norm.t()
+            logits_text_per_text = logit_scale * text_norm @ text_norm.t()
+            logits_text_per_image = logit_scale * image_norm @ text_norm.t()
+            logits_image_per_text = logits_text_per_image.t()
+            inmodal_cyclic_loss = (logits_image_per_image - logits_text_per_text).square().mean() / logit_scale**2
+            crossmodal_cyclic_loss = (logits_text_per_image - logits_image_per_text).square().mean() / logit_scale**2
+            weights = self.config.experiment
+            citc_loss = weights.citc_lambda1 * inmodal_cyclic_loss + weights.citc_lambda2 * crossmodal_cyclic_loss
+            ret['citc_loss'] = citc_loss * self.config.experiment.citc_ratio
+
+        if self.config.experiment.ritc:
+            logits_per_image_1 = logit_scale * image_norm @ text_norm.t()
+            kl_img, kl_txt = (
+                F.kl_div((sim_targets + self.eps).log(), x.log_softmax(dim=1), log_target=True, reduction='batchmean')
+                for x in (logits_per_image_1, logits_per_image_1.t())
+            )
+            ritc_loss = 0.5 * (kl_img + kl_txt)
+            ret['ritc_loss'] = ritc_loss * self.config.experiment.ritc_ratio
         return ret
+
+    def calc_contrastive(self, image_features, text_features, sim_targets, alpha, logit_scale):
+        losses, i2t = [], logit_scale * image_features @ text_features.t()
+        for logits in (i2t, i2t.t()):
+            targets = alpha * logits.detach().softmax(dim=1) + (1 - alpha) * sim_targets
+            losses.append(-torch.sum(F.log_softmax(logits, dim=1) * targets, dim=1).mean())
+        return sum(losses) / 2
 """
 )

@@ -189,8 +189,8 @@ def test_what_does_not_fit_raises():
         fl.TALLoss()(image[:, :4], text[:, :4], pids, queue=queue)
     with explains(ValueError, "gather=True", "gather=False", "NegativesQueue(2, gather=True)"):
         fl.TALLoss(gather=True)(image, text, pids, queue=queue)
-    with explains(ValueError, ("queue", "soft targets"), "both", "leave one out"):
-        fl.ITCLoss(softlabel_ratio=0.5)(image, text, queue=queue)
+    with explains(ValueError, ("queue", "softlabel_ratio"), "mutual_neighbors", "leave one out"):
+        fl.ITCLoss(mutual_neighbors=2)(image, text, queue=queue)
     with pytest.raises(TypeError, match="queue"):
         fl.EFALoss()(image[:, None], text[:, None], queue=queue)
     for wrong in (0, 1.5, True):
@@ -214,3 +214,10 @@ def test_image_ids_are_compared_too():
 
     # Queued rows weigh nothing, and their columns pass no gradient to the batch.
     assert_close(found, value_and_grads(whole, [image, text]), 1e-9)
+
+
+def test_the_total_gives_its_queue_to_asdm():
+    image, text, pids = batch(1, 6)
+    queue, objective = filled(), fl.FMFALoss(D, 5, weights={"irr": 0, "id": 0}).double()
+    terms = objective(image, text, image[:, None], text[:, None], pids, queue=queue).terms
+    torch.testing.assert_close(terms["asdm"], fl.ASDMLoss()(image, text, pids, queue=queue))

@@ -9,7 +9,7 @@ from helpers.budget import assert_function_within_budget
 from helpers.compare import assert_close, assert_finite, value_and_grads
 from helpers.errors import explains
 
-from fmfa_losses import ITCLoss, RITCLoss, SDMLoss
+from fmfa_losses import ITCLoss, NegativesQueue, RITCLoss, SDMLoss
 from fmfa_losses.functional import itc_loss, itc_loss_from_scores, sdm_loss
 from fmfa_losses.ops import rows_in_blocks
 
@@ -144,6 +144,50 @@ def test_limits():
     assert sdm_loss(IMAGE, TEXT, PIDS, softlabel_ratio=0.0, mutual_neighbors=0) == sdm_loss(IMAGE, TEXT, PIDS)
     everything = SDMLoss(mutual_neighbors=B)(IMAGE, TEXT, PIDS)
     torch.testing.assert_close(everything, sdm_loss(IMAGE, TEXT, torch.zeros(B, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("how", ["own", "teacher", "function of teacher"])
+@pytest.mark.parametrize("loss", ["itc", "itc paired", "sdm images"])
+def test_the_columns_of_a_queue_have_soft_labels_too(loss, how, monkeypatch):
+    """As pairs of the batch that count 0 as rows, whose teacher is what the queue holds (ALBEF)."""
+    if loss == "sdm images" and how not in LABELLED:
+        return
+    build, (pids, image_ids), _, _ = LOSSES[loss]
+    constructor, call = LABELLED[how] if how in LABELLED else ({}, GIVEN_BY_CALLER[how])
+    queue, old = NegativesQueue(1), torch.randn(2, 4, D, dtype=torch.float64)
+    old_ids, old_images = torch.tensor([0, 7, 2, 9]), torch.tensor([0, 9, 2, 8])
+    queue.push(*old, old_ids, image_ids=old_images)
+    joined = dict(call)
+    if "momentum_features" in call:
+        joined["momentum_features"] = tuple(map(torch.cat, zip(call["momentum_features"], old, strict=True)))
+    more = {} if image_ids is None else {"image_ids": image_ids}
+    joined |= {} if image_ids is None else {"image_ids": torch.cat([image_ids, old_images])}
+    every_id = None if pids is None else torch.cat([pids, old_ids])
+    weight = torch.cat([torch.ones(B), torch.zeros(4)]).double()
+
+    def in_the_batch(i, t, s):
+        features = torch.cat([i, old[0]]), torch.cat([t, old[1]])
+        return build(**constructor)(*features, every_id, logit_scale=s, sample_weight=weight, **joined)
+
+    def ours(i, t, s):
+        return build(**constructor)(i, t, pids, logit_scale=s, queue=queue, **call, **more)
+
+    expected = value_and_grads(in_the_batch, inputs())
+    assert_close(value_and_grads(ours, inputs()), expected, 1e-9)
+    monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", 0)
+    monkeypatch.setattr(rows_in_blocks, "BLOCK_SCORES", 4 * B)
+    assert_close(value_and_grads(ours, inputs()), expected, 1e-9)
+
+
+def test_what_the_columns_of_a_queue_do_not_have():
+    queue = NegativesQueue(1)
+    queue.push(IMAGE, TEXT)
+    for options, call in (({"mutual_neighbors": 2}, {}), ({}, {"soft_targets": GIVEN})):
+        with explains(ValueError, "queue", ("soft_targets", "mutual_neighbors")[not call], "leave one out"):
+            ITCLoss(**options)(IMAGE, TEXT, queue=queue, **call)
+    with explains(ValueError, ("momentum_features and queue", "D"), "[9, 3]", None):
+        narrow = (TEACHER_IMAGE[:, :3], TEACHER_TEXT[:, :3])
+        ITCLoss(softlabel_ratio=0.5)(IMAGE, TEXT, queue=queue, momentum_features=narrow)
 
 
 def test_equal_scores_have_the_lowest_neighbor():
