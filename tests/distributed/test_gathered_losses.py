@@ -20,8 +20,8 @@ GATHER = (True, "ring")
 # By group, batch sizes and whether the loss is given nothing that it can do without.
 COMBINATIONS = {
     (1,): ((EQUAL, False), (UNEQUAL, False)),
-    (0, 1): tuple(itertools.product((EQUAL, UNEQUAL), (True, False))),
-    (1, 2, 3): ((EQUAL, True), (UNEQUAL, False)),
+    (0, 1): ((EQUAL, True), (EQUAL, False), (UNEQUAL, False)),
+    (1, 2, 3): ((UNEQUAL, False),),
     (0, 1, 2, 3): ((EQUAL, True), (UNEQUAL, False)),
 }
 

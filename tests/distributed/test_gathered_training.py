@@ -66,20 +66,20 @@ def accumulated() -> dict[str, float]:
 
 # The ring breaks the graph in the middle, and compiling the pieces is slow: one loss of each base below `Loss`.
 BASES = {loss.__mro__[loss.__mro__.index(Loss) - 1]: loss for loss in reversed(PUBLIC)}.values()
-COMPILED = [(loss.__name__, True, EQUAL) for loss in PUBLIC] + [(loss.__name__, "ring", EQUAL) for loss in BASES]
-COMPILED += [("TALLoss", "ring", UNEQUAL)]
+COMPILED = [(loss.__name__, True, EQUAL) for loss in PUBLIC]
+COMPILED += [(loss.__name__, "ring", EQUAL if n else UNEQUAL) for n, loss in enumerate(BASES)]
 
 
 def compiled() -> dict[str, float]:
     """One graph with gather=True and equal batches; else the graph breaks where sizes or blocks are exchanged."""
     warnings.simplefilter("ignore")  # the compiler warns about its own internals, by version
     found, model, rank = {}, Model(), dist.get_rank()
+    torch._dynamo.reset()
     for name, gather, sizes in COMPILED:
         loss, data = build(name, gather=gather, equal_batches=sizes is EQUAL), batch(sum(sizes))
         given = inputs(loss, model, own(data, sizes, rank))
         if sizes is EQUAL:
             loss(**given)  # the first call exchanges the layout
-        torch._dynamo.reset()
         value = torch.compile(loss, backend="aot_eager", fullgraph=gather is True)(**given)
         got = mean_over([value.detach(), gradients(value, model)], None)
         whole = evaluate(build(name), model, data)
@@ -91,9 +91,9 @@ def compiled_anew() -> dict[str, float]:
     """A hyperparameter that changes becomes a symbol of the compiler; the ranks still compare its values."""
     found, mine = {}, own(batch(sum(EQUAL)), EQUAL, dist.get_rank())
     torch._dynamo.reset()
-    loss = build("TALLoss", gather=True, equal_batches=True)
+    loss = build("TripletLoss", gather=True, equal_batches=True)
     given, step = inputs(loss, Model(), mine), torch.compile(loss, backend="aot_eager", fullgraph=True)
-    for margin in (0.1, 0.3, 0.5):
+    for margin in (0.1, 0.3):
         loss.margin = margin
         expected = loss(**given)
         found[f"compiled with margin {margin}"] = (step(**given) - expected).abs().item()
@@ -103,7 +103,7 @@ def compiled_anew() -> dict[str, float]:
     return {**found, f"compiled with other margins: {message}": 0.0 if said else 1.0}
 
 
-STEPS = [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(COMPILED) + 4)]
+STEPS = [(accumulated, 2 * len(GATHER) * len(VARIANTS)), (compiled, len(COMPILED) + 3)]
 
 
 @pytest.mark.parametrize(("step", "cases"), STEPS)
