@@ -161,7 +161,7 @@ class SoftDistributionLoss(DistributionLoss):
         settings = TargetSettings(self.softlabel_ratio, getattr(self, "image_id_factor", 1.0), function)
         t2i, i2t = (
             row_losses(
-                self.rows,
+                self.as_called().rows,
                 Direction(
                     factors[way],
                     labels,

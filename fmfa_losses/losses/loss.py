@@ -5,6 +5,7 @@ the arguments of its constructor, as in a dataclass. The function of the same lo
 rows of scores have more in common: score_loss.py.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import dataclass_transform
+from typing_extensions import Self, dataclass_transform
 
 from ..distributed.handshake import handshake
 from ..distributed.peers import Peers
@@ -197,6 +198,10 @@ class Loss(_Declared):
                     f'{option}="{used}" needs the identities: pass pids [B], or choose {option}="{unused}"'
                 )
         return check_ids("pids", pids, like.shape[0], like.device)
+
+    def as_called(self) -> Self:
+        """A copy with the hyperparameters of this call, whatever becomes of these before its backward."""
+        return self if torch.compiler.is_compiling() else copy.copy(self)
 
     def alone(self) -> Peers:
         """The peers of scores that exist already: none."""

@@ -62,10 +62,10 @@ class TwoViewLoss(Loss):
 
     def _direction(self, way: int, factors: Factors, offset: int, arguments: dict[str, Any]) -> Tensor:
         """Losses of all own rows, [b]."""
-        names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+        names, loss = [name for name, value in arguments.items() if isinstance(value, Tensor)], self.as_called()
 
         def equation(first: int, scores: Tensor, *tensors: Tensor) -> Tensor:
-            return self.rows(way, scores, offset + first, **{**arguments, **dict(zip(names, tensors, strict=True))})
+            return loss.rows(way, scores, offset + first, **{**arguments, **dict(zip(names, tensors, strict=True))})
 
         return all_rows(equation, factors, (), [arguments[name] for name in names])
 

@@ -158,10 +158,15 @@ def _add_scores_gradient(dscores: Tensor, rows: slice, factors: list[Tensor], to
 def _gradients_at_once(
     plan: _Plan, tensors: tuple[Tensor, ...], needed: Sequence[bool], dlosses: Tensor
 ) -> list[Tensor | None]:
-    """The graphs of all blocks: with create_graph nothing may be cut off from what it came from."""
+    """The graphs of all blocks: with create_graph nothing may be cut off from what it came from.
+
+    Each tensor is looked at through a view of it. Else, where keys come from queries (CMPM of a feature with itself),
+    the gradient of the queries would have that of the keys in it, which reaches them by the graph outside besides.
+    """
     create_graph = torch.is_grad_enabled()
-    wanted = [x for x, is_needed in zip(tensors, needed, strict=True) if is_needed]
     with torch.enable_grad():
-        losses = torch.cat([of_block for _, of_block in plan.losses(tensors)])
+        own = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
+        losses = torch.cat([of_block for _, of_block in plan.losses(own)])
+    wanted = [x for x, is_needed in zip(own, needed, strict=True) if is_needed]
     found = iter(torch.autograd.grad(losses, wanted, dlosses, create_graph=create_graph, materialize_grads=True))
     return [next(found) if is_needed else None for is_needed in needed]

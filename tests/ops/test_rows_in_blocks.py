@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.budget import assert_within_budget
 from helpers.compare import assert_close
-from helpers.every_loss import VARIANTS, Model, build, evaluate, gradients
+from helpers.every_loss import VARIANTS, Model, another, build, evaluate, gradients, hyperparameters
 from helpers.global_batch import batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,6 +100,23 @@ def test_strided_expanded_and_batched_gradients(small_blocks):
     assert_close([*found], [*expected], 1e-12)
 
 
+def dependent(function, x: Tensor, scale: Tensor) -> list[Tensor]:
+    """Every input of the equation comes from others of its inputs."""
+    return function(x, x.repeat(2, 1)[:C] * x[0], x.sum(dim=1), x.repeat(2, 1)[:C, 0] * scale, scale)
+
+
+def test_inputs_that_come_from_each_other_are_counted_once(small_blocks):
+    x, *_, scale = inputs()
+    basis = torch.eye(B, dtype=torch.float64)
+    for order in (1, 2):
+        found, expected = (derivatives(lambda *t, f=f: dependent(f, *t), [x, scale], order) for f in (blocks, whole))
+        assert_close(found, expected, 1e-12)
+    found, expected = (
+        torch.autograd.grad(dependent(f, x, scale), [x, scale], basis, is_grads_batched=True) for f in (blocks, whole)
+    )
+    assert_close([*found], [*expected], 1e-12)
+
+
 def test_float32_has_the_error_of_whole_matrices(small_blocks):
     found, plain = (derivatives(f, inputs(torch.float32), 1) for f in (blocks, whole))
     for got, other, exact in zip(found, plain, derivatives(whole, inputs(), 1), strict=True):
@@ -118,6 +135,20 @@ def test_every_loss_is_the_same_in_blocks(name, monkeypatch):
         rows = evaluate(build(name, reduction="none"), model, data)
         results[-1].append(rows.detach())
     assert_close(results[1], results[0], 1e-12)
+
+
+@EVERY
+def test_a_hyperparameter_that_changes_before_the_backward_is_that_of_the_call(name, monkeypatch):
+    """As of a schedule that sets the next value while losses are still added up."""
+    monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", 0)
+    monkeypatch.setattr(rows_in_blocks, "BLOCK_SCORES", 2 * 9 + 5)
+    data, model, loss = batch(9), Model(), build(name)
+    expected = gradients(evaluate(loss, model, data), model)
+    for option in hyperparameters(type(loss)):
+        loss = build(name)
+        value = evaluate(loss, model, data)
+        setattr(loss, option, another(loss, option))
+        assert torch.equal(gradients(value, model), expected), option
 
 
 class Largest(TorchDispatchMode):
