@@ -1,5 +1,8 @@
 """What A-SDM, SDM and ITC share: the operator of similarity distributions, in one process or over ranks."""
 
+# torch.compile of 2.6 cannot make the types of a nested function.
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -111,13 +111,18 @@ class SoftDistributionLoss(DistributionLoss):
                 select_backend(self.backend, image, text)
             ids = self._checked_labels(given, text)
             self._check_queued(given)
+            if self.backend == "triton" and self._is_soft(given):
+                raise ValueError(
+                    'backend must be "auto" or "torch" with soft targets, got "triton": only labels have a kernel; '
+                    'pass "auto"'
+                )
             return ids, check_scale(given.logit_scale, self.temperature), self.check_queue(given.queue, text, *ids)
 
         tensors = {"image_features": image, "text_features": text, "pids": given.pids, "image_ids": given.image_ids}
         tensors["sample_weight"] = given.sample_weight
         tensors.update(by_name(given.soft_targets, given.momentum))
-        soft = "tensors" if are_tensors(given.soft_targets) else given.soft_targets and "a function"
-        settings: dict[str, Any] = {"logit_scale": given.logit_scale, "soft_targets": soft}
+        kind = None if given.soft_targets is None else "tensors" if are_tensors(given.soft_targets) else "a function"
+        settings: dict[str, Any] = {"logit_scale": given.logit_scale, "soft_targets": kind}
         settings["queued"] = queued(given.queue)
         peers, (ids, scale, columns) = self.handshake(tensors, checked, **settings)
         if not self._is_soft(given):

@@ -33,7 +33,8 @@ class ITCLoss(SoftDistributionLoss):
         temperature: tau > 0; logits are cos / tau.
         targets: "paired", or "identity": uniform over the samples of the same identity, which needs pids.
         softlabel_ratio: r in [0, 1]; the target is (1 - r) of these labels and r of the teacher's similarities,
-            softmax_j of its cosines / tau. May be set anew while training, as a ramp.
+            softmax_j of its cosines / tau. May be set anew while training, as a ramp; torch.compile compiles anew for
+            each value.
         mutual_neighbors: k >= 0; a text and an image that are among each other's k nearest by the teacher's cosines
             count as positives, too.
         reduction: "mean", "sum", or "none" for the per-sample mean of both directions, [B].
@@ -48,6 +49,8 @@ class ITCLoss(SoftDistributionLoss):
             called for some rows of either direction at a time, and once more in the backward. With gather a process
             passes its own rows, [b, B] each. No gradient passes through targets.
         momentum_features: features of a teacher, (image, text), [B, D'] each, without gradient; the own ones when None.
+        queue: NegativesQueue whose samples are columns besides, with soft labels too; push the teacher's features into
+            it, as ALBEF does. Not with mutual_neighbors, nor with soft_targets that are tensors.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device, which
             receives its gradient.
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.

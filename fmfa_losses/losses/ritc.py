@@ -32,7 +32,7 @@ class RITCLoss(SDMLoss):
         pids: [B] integer identities.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
-        image_ids, soft_targets, momentum_features: see SDMLoss.
+        image_ids, soft_targets, momentum_features, queue: see SDMLoss.
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). As q + eps sums to more than 1, it may

@@ -39,7 +39,7 @@ class SDMLoss(SoftDistributionLoss):
         image_features, text_features: [B, D], any float dtype; need not be normalised.
         pids: [B] integer identities; may be left out with soft_targets that are tensors.
         image_ids: [B] integer ids of the images, for soft labels y = factor [same pid] + (1 - factor) [same image].
-        soft_targets, momentum_features: instead of labels, and the teacher: see ITCLoss.
+        soft_targets, momentum_features, queue: instead of labels; the teacher; further columns: see ITCLoss.
         logit_scale: 1 / tau instead of `temperature`: a number, or a tensor with one element on any device.
         sample_weight: [B] weights >= 0 of the pairs; "mean" divides by their sum.
 

@@ -1,7 +1,8 @@
 """Losses over products within and across two views of every sample: image and text, or two augmentations of an image.
 
-They have two directions as other losses have, with scores of their own: a subclass says by `factors` what these are the
-products of, and by `rows` what a row of them costs. Blocks of rows, the global batch and the ring are as in ScoreLoss.
+They have two directions as other losses have, with scores of their own: a subclass says by `queries` and `keys` what
+these are the products of, and by `rows` what a row of them costs. Blocks of rows, the global batch and the ring are as
+in score_loss.py.
 """
 
 from typing import Any

@@ -5,6 +5,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -43,7 +44,10 @@ def _start(
     except Exception:
         result = traceback.format_exc()
     torch.save(result, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    # Under load the Gloo of torch 2.6 now and then never comes back from its end; the result is written by now.
+    end = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    end.start()
+    end.join(20)
 
 
 FORKS = """

@@ -216,7 +216,9 @@ def test_degenerate_batches(loss):
     assert_finite(value_and_grads(lambda i, t: loss()(i, t, soft_targets=torch.eye(1)), (IMAGE[:1], TEXT[:1])))
 
 
-def test_targets_receive_no_gradient():
+@pytest.mark.parametrize("most", [0, 2**22])
+def test_targets_receive_no_gradient(most, monkeypatch):
+    monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", most)
     given, teacher = GIVEN.clone().requires_grad_(), TEACHER_IMAGE.clone().requires_grad_()
     for call in (
         {"soft_targets": given},
@@ -229,6 +231,16 @@ def test_targets_receive_no_gradient():
     image = IMAGE.clone().requires_grad_()
     ITCLoss(softlabel_ratio=0.5)(image, TEXT, momentum_features=(teacher, TEACHER_TEXT)).backward()
     assert teacher.grad is None and image.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_targets_have_no_tangent():
+    def tangent(options, call):
+        return torch.func.jvp(lambda x: ITCLoss(**options)(IMAGE, TEXT, **call(x)), (GIVEN,), (TRANSPOSED,))[1]
+
+    assert tangent({"softlabel_ratio": 0.5}, lambda x: {"momentum_features": (IMAGE, x[:, :D])}) == 0
+    assert tangent({}, lambda x: {"soft_targets": x}) == 0
+    assert tangent({}, lambda x: {"soft_targets": lambda scores, positive: x}) == 0
 
 
 def test_a_function_may_change_what_it_is_given():
@@ -257,7 +269,7 @@ def test_derivatives(loss, how, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 @pytest.mark.parametrize("how", ["both", "matrix", "function of teacher"])
-def test_compiled_and_exported(how):
+def test_compiled(how):
     torch._dynamo.reset()
     compiled = torch.compile(partial(ours, "itc", how), fullgraph=True, backend="aot_eager")
     assert_close(value_and_grads(compiled, inputs()), value_and_grads(partial(ours, "itc", how), inputs()), 1e-12)
@@ -285,7 +297,21 @@ def test_values_that_do_not_fit(call, must, got, remedy):
         ITCLoss()(IMAGE, TEXT, **call)
 
 
+def test_autocast_does_not_reach_inside(monkeypatch):
+    pair = tuple(x.float() for x in (IMAGE, TEXT))
+    scale = torch.tensor(SCALE)
+    for most in (2**22, 0):
+        monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", most)
+        for how in ("both", "matrix", "function of teacher"):
+            expected = value_and_grads(partial(ours, "sdm", how, scale=scale), pair)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_close(value_and_grads(partial(ours, "sdm", how, scale=scale), pair), expected, 1e-6)
+
+
 def test_what_does_not_fit_together():
+    for call in ({}, {"soft_targets": GIVEN}):
+        with explains(ValueError, ("backend", '"auto"'), "triton", '"auto"'):
+            ITCLoss(softlabel_ratio=0.0 if call else 0.5, backend="triton")(IMAGE, TEXT, **call)
     for options in ({"softlabel_ratio": 0.5}, {"mutual_neighbors": 2}):
         with explains(ValueError, ("soft_targets", "only source"), next(iter(options)), "leave it out"):
             ITCLoss(**options)(IMAGE, TEXT, soft_targets=GIVEN)
