@@ -26,6 +26,7 @@ from fmfa_losses.ops.options import GATHER
 
 from . import ROOT, results
 from .measure import peak_process_bytes
+from .tables import markdown
 
 BATCH, N, L, D = 16, 192, 77, 512
 WORLDS, REPEATS = (1, 2, 3, 4), 3
@@ -149,6 +150,38 @@ def measure(rank: int, world: int, folder: str, term: str, gather: bool | str) -
     dist.destroy_process_group()
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """One process, and the most processes of each way: a line a loss."""
+    ranks = max(row["ranks"] for row in records)
+    rows = []
+    for term in dict.fromkeys(row["term"] for row in records):
+        by_way = {row["gather"]: row for row in records if row["term"] == term and row["ranks"] in (1, ranks)}
+        alone, every, ring = (by_way[way] for way in GATHER)
+        growth = " / ".join(str(row["peak_growth_mib"]) for row in (alone, every, ring))
+        rows.append(
+            [LOSSES[term].__name__, _seconds(alone), _bytes(every), _seconds(every), _bytes(ring), _seconds(ring)]
+        )
+        rows[-1].append(growth)
+    head = [
+        "loss",
+        "alone, seconds",
+        f"True, {ranks} ranks: bytes",
+        "seconds",
+        f"ring, {ranks} ranks: bytes",
+        "seconds",
+    ]
+    return markdown([*head, "growth of peak, MiB: alone / True / ring"], rows)
+
+
+def _seconds(record: dict[str, Any]) -> str:
+    """Medians of forward and backward."""
+    return " + ".join(f"{sorted(record[key])[REPEATS // 2]:.3f}" for key in ("forward_seconds", "backward_seconds"))
+
+
+def _bytes(record: dict[str, Any]) -> str:
+    return " + ".join(f"{number:,}" for number in record["received_bytes"])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks distributed",
@@ -170,3 +203,4 @@ def main(argv: list[str] | None = None) -> None:
                 print(json.dumps(case))
     shape = {"pairs_per_rank": BATCH, "N": N, "L": L, "D": D, "dtype": "float32"}
     results.write(arguments.out, head | {"shape": shape, "records": cases})
+    print(table(cases))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fmfa_losses
-from benchmarks import ROOT
+from benchmarks import ROOT, distributed, large_batch, results
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 EVERY = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -79,3 +79,15 @@ def test_the_page_of_losses_has_all_of_them_and_its_examples_run():
         namespace: dict[str, torch.Tensor] = {}
         exec(block, namespace)
         assert namespace["loss"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("page", "file", "table"),
+    [
+        ("losses.md", "large_batch_cpu.json", large_batch.table),
+        ("distributed.md", "distributed_cpu.json", distributed.table),
+    ],
+)
+def test_tables_of_measurements_are_those_of_the_results(page, file, table):
+    records = results.read(ROOT / "benchmarks/results" / file)["records"]
+    assert table(records) in (ROOT / "docs" / page).read_text(encoding="utf-8")
