@@ -42,7 +42,8 @@ def cached_backward(
             another dimension (captions padded to the longest of a chunk), zeros or False are appended. An output of
             shape [], such as a scale, must not depend on the chunk. Samples must not depend on each other: batch
             normalisation in training mode sees chunks, and updates its averages twice.
-        chunks: the batch, cut into pieces of any sizes; all are kept until the end.
+        chunks: the batch, cut into pieces of any sizes; all are kept until the end. They share no graph made before the
+            call, nor does what else the model uses: the backward of the first chunk would use it up.
         loss_fn: called once with the outputs of all chunks concatenated along dim 0: loss_fn(*outputs), or
             loss_fn(**outputs) where the model returns a dict. Returns a scalar. Labels, and whatever else it needs,
             come with its closure. Its own parameters receive their gradients too.
@@ -61,11 +62,11 @@ def cached_backward(
     model is. Losses with gather=True work as anywhere. Autocast must enclose the call.
 
     Raises:
-        ValueError: no chunk, a loss that is not a scalar, chunks whose outputs differ in number, names, rank or dtype,
-            an output of shape [] that is another one for another chunk.
+        ValueError: no chunk, a loss that is not a scalar or has no gradient, chunks whose outputs differ in number,
+            names, rank or dtype, an output of shape [] that is another one for another chunk.
         TypeError: an output that is not a tensor, a generator that is none.
-        RuntimeError: the second pass of a chunk does not repeat the first; found at the end, when gradients have been
-            added: call zero_grad().
+        RuntimeError: the second pass of a chunk does not repeat the first, found at the end; or chunks share a graph.
+            Gradients have been added: call zero_grad().
 
     Example:
         >>> tower = torch.nn.Linear(4, 4)
@@ -111,6 +112,11 @@ def _loss(loss_fn: Callable[..., Tensor], whole: "dict[Any, _Whole]", scaler: to
         loss = _call(loss_fn, batch if isinstance(next(iter(batch)), str) else tuple(batch.values()))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn must return a scalar, got {describe(loss)}; reduce it")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"loss_fn must return a loss with a gradient, got {describe(loss)} without one; compute it from outputs "
+            "that are floating-point numbers, without detach(), no_grad() or inference_mode()"
+        )
     _backward([loss if scaler is None else scaler.scale(loss)])
     return loss.detach()
 
@@ -137,9 +143,22 @@ def _second_pass(
                 gradients = {name: part.gradient(index) for name, part in whole.items() if output[name].requires_grad}
                 used = {name: gradient for name, gradient in gradients.items() if gradient is not None}
                 if used:
-                    _backward([output[name] for name in used], [used[name].to(output[name].dtype) for name in used])
+                    _backward_of_chunk(index, output, used)
     finally:
         rng.restore(after)
+
+
+def _backward_of_chunk(index: int, output: dict[Any, Tensor], gradients: dict[Any, Tensor]) -> None:
+    try:
+        _backward([output[name] for name in gradients], [x.to(output[name].dtype) for name, x in gradients.items()])
+    except RuntimeError as error:
+        if "a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"chunks must not share a graph made before the call, got for chunk {index} one that the backward of an "
+            "earlier chunk has used up, of its inputs or of what else the model uses; call zero_grad(), and compute "
+            "that in the model or detach() it"
+        ) from error
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor] | None = None) -> None:

@@ -32,11 +32,11 @@ def make_noise_index(length: int, rate: float, *, seed: int = 0) -> Tensor:
     Args:
         length: N, pairs of the training set.
         rate: in [0, 1].
-        seed: the same seed gives the same index.
+        seed: the same seed gives the same index; 0 to 2^63 - 1.
     Returns:
         [N] int64 on the CPU, a permutation of 0 ... N - 1.
     Raises:
-        TypeError, ValueError: a length < 1 or a rate outside [0, 1].
+        TypeError, ValueError: a length < 1, a rate outside [0, 1] or a seed out of its range.
     Example:
         >>> index = make_noise_index(10, 0.5)
         >>> index.sort().values.equal(torch.arange(10)), (index != torch.arange(10)).sum() <= 5
@@ -45,7 +45,7 @@ def make_noise_index(length: int, rate: float, *, seed: int = 0) -> Tensor:
     Reference: RDE, arXiv 2308.09911, section 4.1 (synthetic noise of 20, 50 and 80 %).
     """
     length, rate = check_integer("length", length, 1), check_fraction("rate", rate)
-    generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
+    generator = torch.Generator().manual_seed(check_integer("seed", seed, 0, 2**63 - 1))
     chosen = torch.randperm(length, generator=generator)[: int(rate * length)]
     index = torch.arange(length)
     index[chosen] = chosen[torch.randperm(len(chosen), generator=generator)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.errors import explains
 from torch import Tensor, nn
 
 from fmfa_losses.cached import cached_backward
@@ -233,3 +234,23 @@ def test_what_leaves_autocast_in_the_forward_leaves_it_in_the_backward():
     with torch.autocast("cpu", torch.bfloat16):
         cached_backward(model, x.split(8), loss_fn)
     assert (linear.weight.grad - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_a_loss_without_gradient_says_so():
+    tower = Tower()
+    for loss_fn in (lambda y: y.detach().mean(), lambda y: torch.tensor(1.0)):
+        with explains(ValueError, "a loss with a gradient", "without one", "without detach()"):
+            cached_backward(tower, X.split(3), loss_fn)
+    with torch.inference_mode(), explains(ValueError, "a loss with a gradient", "without one", "inference_mode()"):
+        cached_backward(tower, X.split(3), lambda y: similarity(y, y))
+
+
+def test_chunks_that_share_a_graph_say_so():
+    tower, before = Tower(), Tower()
+    chunks = before(X).split(3)
+    with explains(RuntimeError, "share a graph", "chunk 1", "detach()"):
+        cached_backward(tower, chunks, lambda y: similarity(y, y))
+    tower.zero_grad()
+    separate = [before(x) for x in X.split(3)]  # each has its own
+    assert_whole_batch(tower, lambda y: similarity(y, y), tower, separate, (before(X).detach(),))
+    assert before.linear.weight.grad is not None

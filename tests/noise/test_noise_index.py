@@ -34,6 +34,11 @@ def test_an_index_moves_its_share_and_no_more(length, rate):
         assert not torch.equal(make_noise_index(length, rate, seed=1), index)
 
 
+def test_a_seed_that_no_generator_takes():
+    with explains(ValueError, "seed must be an integer from 0 to", str(2**70), ()):
+        make_noise_index(7, 0.5, seed=2**70)
+
+
 def test_the_global_random_state_stays():
     before = torch.get_rng_state()
     make_noise_index(50, 0.5)

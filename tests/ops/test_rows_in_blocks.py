@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fmfa_losses import CMPMLoss, SigmoidLoss, TALLoss
+from fmfa_losses import CMPMLoss, SigmoidLoss, TALLoss, TripletLoss
 from fmfa_losses.ops import rows_in_blocks
 from fmfa_losses.ops.rows_in_blocks import rows_in_blocks as in_blocks
 
@@ -184,6 +184,15 @@ def test_in_blocks_no_matrix_of_all_scores_exists(name, monkeypatch):
     assert largest(name) >= 96 * 96  # this is seen
     if not name.startswith(("SDMLoss", "ITCLoss", "RITCLoss")) or "softlabel" in name or "mutual" in name:
         assert in_blocks < 96 * 96 / 2
+
+
+@pytest.mark.parametrize("pairs", [2048, 2300])
+def test_by_itself_a_loss_of_more_than_2048_pairs_takes_blocks(pairs):
+    x = torch.randn(pairs, 2, requires_grad=True)
+    with Largest() as seen:
+        torch.autograd.grad(TripletLoss(negatives="all")(x, x.detach()), x)
+    assert (seen.numbers >= pairs**2) == (pairs <= 2048)
+    assert seen.numbers < pairs**2 / 2 or pairs <= 2048
 
 
 @pytest.mark.parametrize("loss", [TALLoss(), CMPMLoss(), SigmoidLoss()])
