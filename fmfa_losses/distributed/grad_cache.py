@@ -63,7 +63,7 @@ def cached_backward(
     Raises:
         ValueError: no chunk, a loss that is not a scalar, chunks whose outputs differ in number, names, rank or dtype,
             an output of shape [] that is another one for another chunk.
-        TypeError: an output that is not a tensor, a generator that is none.
+        TypeError: a model or loss_fn that cannot be called, an output that is not a tensor, a generator that is none.
         RuntimeError: the second pass of a chunk does not repeat the first; found at the end, when gradients have been
             added: call zero_grad().
 
@@ -74,6 +74,11 @@ def cached_backward(
         >>> loss.shape, tower.weight.grad.shape
         (torch.Size([]), torch.Size([4, 4]))
     """
+    if not callable(loss_fn) or not callable(model):
+        raise TypeError(
+            f"model and loss_fn must be callable, got {describe(model)} and {describe(loss_fn)}; call "
+            "cached_backward(model, chunks, loss_fn)"
+        )
     chunks, rng, repeat = list(chunks), RandomStates(generators), Repeat(model, tolerance)
     states, whole = _first_pass(model, chunks, rng)
     loss = _loss(loss_fn, whole, scaler)
@@ -111,6 +116,8 @@ def _loss(loss_fn: Callable[..., Tensor], whole: "dict[Any, _Whole]", scaler: to
         loss = _call(loss_fn, batch if isinstance(next(iter(batch)), str) else tuple(batch.values()))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn must return a scalar, got {describe(loss)}; reduce it")
+    if not loss.requires_grad:
+        raise ValueError("loss_fn must return a loss with a gradient, got none; leave out detach() and no_grad()")
     _backward([loss if scaler is None else scaler.scale(loss)])
     return loss.detach()
 
