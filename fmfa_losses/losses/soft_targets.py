@@ -95,14 +95,14 @@ def _target(
 ) -> Tensor:
     """q of a block of rows, [m, C] like its scores; `first` is the pair of its first row."""
     if "given" in block:
-        return _normalised(block["given"].to(scores.dtype))
+        return _normalised(_nan_where_negative(block["given"].to(scores.dtype)))
     teacher = scores
     if "teacher" in block:
         teacher = scores_of(block["teacher"], block.get("teacher_keys")).to(scores.dtype)
     rows, columns = block["ids"], block["column_ids"]
     same = rows[:, 0, None] == columns[:, 0]
     if settings.function is not None:
-        return _normalised(_checked(settings.function(teacher.clone(), same), scores))
+        return _normalised(_nan_where_negative(_checked(settings.function(teacher.clone(), same), scores)))
     y = same.to(scores.dtype)
     if rows.shape[1] == 2:
         factor = settings.image_id_factor
@@ -118,6 +118,11 @@ def _target(
 
 def _normalised(y: Tensor) -> Tensor:
     return y / y.sum(dim=1, keepdim=True)
+
+
+def _nan_where_negative(y: Tensor) -> Tensor:
+    """The host does not look at a function's result, nor at tensors of an accelerator."""
+    return torch.where(y >= 0, y, float("nan"))
 
 
 def _checked(target: object, like: Tensor) -> Tensor:
