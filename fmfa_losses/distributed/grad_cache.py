@@ -64,7 +64,7 @@ def cached_backward(
     Raises:
         ValueError: no chunk, a loss that is not a scalar or has no gradient, chunks whose outputs differ in number,
             names, rank or dtype, an output of shape [] that is another one for another chunk.
-        TypeError: an output that is not a tensor, a generator that is none.
+        TypeError: a model or loss_fn that cannot be called, an output that is not a tensor, a generator that is none.
         RuntimeError: the second pass of a chunk does not repeat the first, found at the end; or chunks share a graph.
             Gradients have been added: call zero_grad().
 
@@ -75,6 +75,11 @@ def cached_backward(
         >>> loss.shape, tower.weight.grad.shape
         (torch.Size([]), torch.Size([4, 4]))
     """
+    if not callable(loss_fn) or not callable(model):
+        raise TypeError(
+            f"model and loss_fn must be callable, got {describe(model)} and {describe(loss_fn)}; call "
+            "cached_backward(model, chunks, loss_fn)"
+        )
     chunks, rng, repeat = list(chunks), RandomStates(generators), Repeat(model, tolerance)
     states, whole = _first_pass(model, chunks, rng)
     loss = _loss(loss_fn, whole, scaler)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.checks import AS_TENSOR, check_float, check_fraction, check_integer, describe, integer_ids, on_host
+from ..ops.checks import as_tensor, check_float, check_fraction, check_integer, describe, integer_ids, on_host
 
 __all__ = ["mask_tokens"]
 
@@ -103,7 +103,7 @@ def _check_probability(probability: object, token_ids: Tensor) -> float | Tensor
         wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise TypeError(
             f"probability must be a number in [0, 1], or a tensor {wanted} with one for every token, got "
-            f"{describe(probability)}; reshape it ({AS_TENSOR})"
+            f"{describe(probability)}; reshape it ({as_tensor(probability)})"
         )
     check_float("probability", probability, "B L" if probability.ndim == 2 else "L")
     if probability.device != token_ids.device:
@@ -115,9 +115,8 @@ def _check_probability(probability: object, token_ids: Tensor) -> float | Tensor
     if on_host(probability):
         low, high = float(probability.min()), float(probability.max())
         if not (low >= 0 and high <= 1):  # NaN is neither
-            raise ValueError(
-                f"probability must lie in [0, 1], got {low:.6g} to {high:.6g}; call probability.clamp(0, 1)"
-            )
+            remedy = "look for what made the NaN" if low != low else "call probability.clamp(0, 1)"
+            raise ValueError(f"probability must lie in [0, 1], got {low:.6g} to {high:.6g}; {remedy}")
     return probability
 
 
@@ -162,6 +161,11 @@ def _check(token_ids: Tensor, ids: set[int], generator: torch.Generator | None) 
         raise ValueError(
             f"token_ids must be of a dtype that holds the ids {min(ids)} to {max(ids)}, got {describe(token_ids)}; "
             "call token_ids.long()"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, got {describe(generator)}; of a seed make one: "
+            "torch.Generator().manual_seed(seed)"
         )
     if generator is not None and generator.device.type != token_ids.device.type:
         raise ValueError(

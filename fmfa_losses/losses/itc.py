@@ -57,9 +57,9 @@ class ITCLoss(SoftDistributionLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0; a zero vector has
-        cosine 0 with everything. A row of soft_targets that is all 0 raises, or gives NaN where the host cannot look.
-        Memory beyond inputs and gradients: a block of rows of [B, B]; all of it for up to 1024 pairs on the CPU, with
-        soft labels for up to 2048 pairs.
+        cosine 0 with everything. A negative number or a row of 0 in soft_targets raises, or gives NaN
+        where the host does not look: on an accelerator, and of a function. Memory beyond inputs and gradients: a block
+        of rows of [B, B]; all of it for up to 1024 pairs on the CPU, with soft labels for up to 2048 pairs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.

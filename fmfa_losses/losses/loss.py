@@ -197,6 +197,11 @@ class Loss(_Declared):
                 raise ValueError(
                     f'{option}="{used}" needs the identities: pass pids [B], or choose {option}="{unused}"'
                 )
+        elif pids is None:
+            raise TypeError(
+                f"pids must be an integer tensor [B], got None; {type(self).__name__} compares identities: pass that "
+                "of each pair"
+            )
         return check_ids("pids", pids, like.shape[0], like.device)
 
     def as_called(self) -> Self:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import (
-    AS_TENSOR,
+    as_tensor,
     check_float,
     check_ids,
     check_same,
@@ -92,7 +92,7 @@ def scalar_like(name: str, scalar: Tensor, like: Tensor) -> Tensor:
 def check_weight(name: str, weight: Tensor, per_sample: Tensor) -> Tensor:
     """Weights [B] in the dtype of the losses that they multiply; none is negative, where the host can look."""
     if not isinstance(weight, Tensor) or weight.is_complex():
-        raise TypeError(f"{name} must be a tensor [B] of real numbers, got {describe(weight)}; {AS_TENSOR}")
+        raise TypeError(f"{name} must be a tensor [B] of real numbers, got {describe(weight)}; {as_tensor(weight)}")
     if weight.shape != per_sample.shape:
         raise ValueError(
             f"{name} must have shape {list(per_sample.shape)} (one weight per pair), got {describe(weight)}; reshape it"

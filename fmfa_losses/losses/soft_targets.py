@@ -95,14 +95,14 @@ def _target(
 ) -> Tensor:
     """q of a block of rows, [m, C] like its scores; `first` is the pair of its first row."""
     if "given" in block:
-        return _normalised(block["given"].to(scores.dtype))
+        return _normalised(_nan_where_negative(block["given"].to(scores.dtype)))
     teacher = scores
     if "teacher" in block:
         teacher = scores_of(block["teacher"], block.get("teacher_keys")).to(scores.dtype)
     rows, columns = block["ids"], block["column_ids"]
     same = rows[:, 0, None] == columns[:, 0]
     if settings.function is not None:
-        return _normalised(_checked(settings.function(teacher.clone(), same), scores))
+        return _normalised(_nan_where_negative(_checked(settings.function(teacher.clone(), same), scores)))
     y = same.to(scores.dtype)
     if rows.shape[1] == 2:
         factor = settings.image_id_factor
@@ -118,6 +118,11 @@ def _target(
 
 def _normalised(y: Tensor) -> Tensor:
     return y / y.sum(dim=1, keepdim=True)
+
+
+def _nan_where_negative(y: Tensor) -> Tensor:
+    """The host does not look at a function's result, nor at tensors of an accelerator."""
+    return torch.where(y >= 0, y, float("nan"))
 
 
 def _checked(target: object, like: Tensor) -> Tensor:
@@ -225,11 +230,9 @@ def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> N
         check_float("soft_targets", x, "B B")
         check_same("soft_targets and the features", x, like)
         if x.shape[0] != like.shape[0] or (not shared and x.shape[1] != x.shape[0]):
-            shape = "[b, B], own pairs x all" if shared else "[B, B]"
-            raise ValueError(
-                f"soft_targets must be {shape}, for {like.shape[0]} pairs, got {describe(x)}; pass a row and a column "
-                "for each pair"
-            )
+            shape = "[b, B], own pairs x those of all ranks" if shared else "[B, B]"
+            rows = "a row for each own pair, a column for each of all ranks" if shared else "a row and a column a pair"
+            raise ValueError(f"soft_targets must be {shape}, for {like.shape[0]} pairs, got {describe(x)}; pass {rows}")
         if on_host(x):
             _check_values(x, columns=len(parts) == 1 and not shared)
 
@@ -237,7 +240,8 @@ def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> N
 def _check_values(x: Tensor, *, columns: bool) -> None:
     lowest = x.detach().min()
     if not lowest >= 0:  # of NaN too
-        raise ValueError(f"soft_targets must not be negative, got {lowest.item():g} in {describe(x)}; clamp them at 0")
+        remedy = "clamp them at 0" if lowest < 0 else "look for what made it"
+        raise ValueError(f"soft_targets must not be negative, got {lowest.item():g} in {describe(x)}; {remedy}")
     for dim, which in ((1, "row"),) + (((0, "column"),) if columns else ()):
         total = x.detach().sum(dim=dim, dtype=torch.float64)
         wrong = (total == 0) | ~total.isfinite()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "as_tensor",
     "check_divisor",
     "check_finite",
     "check_flag",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-AS_TENSOR = "torch.as_tensor makes one of an array or a list of numbers"
+ORDER = "check the order of the arguments"
 LARGEST = torch.finfo(torch.float64).max
 
 
@@ -50,10 +51,21 @@ def describe(tensor: object) -> str:
     """`float32 [4, 7] on cpu`, the way every message here shows a tensor."""
     if isinstance(tensor, Tensor):
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+    if tensor is None:
+        return "None"
+    if isinstance(tensor, torch.nn.Module):
+        return f"a module {type(tensor).__name__}"
+    if getattr(tensor, "ndim", 0) > 0 and hasattr(tensor, "dtype"):  # an array of NumPy
+        return f"{type(tensor).__name__} {tensor.dtype} {list(getattr(tensor, 'shape', ()))}"
     text = repr(tensor)
     if isinstance(tensor, (list, tuple, dict)) and len(text) > 60:
         return f"{type(tensor).__name__} of length {len(tensor)}"
     return f"{type(tensor).__name__} {text:.60}"
+
+
+def as_tensor(value: object) -> str:
+    """The advice of a message about a value that is no tensor."""
+    return "pass one" if value is None else "torch.as_tensor makes one of an array or a list of numbers"
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -88,7 +100,7 @@ def warn_once(message: str) -> None:
 def check_float(name: str, tensor: object, pattern: str) -> None:
     """A floating-point tensor with as many dimensions as `pattern` ("B L D") has letters, none of them empty."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; {AS_TENSOR}")
+        raise TypeError(f"{name} must be a tensor [{pattern}], got {describe(tensor)}; {as_tensor(tensor)}")
     if hasattr(tensor, "device_mesh"):
         raise TypeError(
             f"{name} must be a plain tensor with this process's samples, got a DTensor; pass {name}.to_local() where "
@@ -99,6 +111,8 @@ def check_float(name: str, tensor: object, pattern: str) -> None:
             f"{name} must be a dense tensor, got a {'nested' if tensor.is_nested else 'sparse'} one; pass "
             f"{name}.{'to_padded_tensor(0), and a mask' if tensor.is_nested else 'to_dense()'}"
         )
+    if not (tensor.is_floating_point() or tensor.is_complex()) and tensor.ndim != len(pattern.split()):
+        raise TypeError(f"{name} must be a floating-point tensor [{pattern}], got {describe(tensor)}; {ORDER}")
     if not tensor.is_floating_point():
         part = ".real" if tensor.is_complex() else ".float()"
         raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}; pass {name}{part}")
@@ -121,9 +135,8 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) 
 def check_same(names: str, a: Tensor, b: Tensor, *, dims: Iterable[tuple[str, int]] = ()) -> None:
     """`a` and `b` are on one device and agree in the given (letter, dimension) pairs; `names` is "image and text"."""
     if a.device != b.device:
-        raise ValueError(
-            f"{names} must be on one device, got {a.device} and {b.device}; move one with .to({str(a.device)!r})"
-        )
+        to = str(b.device if a.device.type == "cpu" else a.device)
+        raise ValueError(f"{names} must be on one device, got {a.device} and {b.device}; move one with .to({to!r})")
     for letter, dim in dims:
         if a.shape[dim] != b.shape[dim]:
             raise ValueError(f"{names} must agree in {letter} (dimension {dim}), got {describe(a)} and {describe(b)}")
@@ -155,8 +168,10 @@ def integer_ids(name: str, ids: object, pattern: str) -> Tensor:
     Ids of different values stay different: those of uint64 from 2^63 on become negative.
     """
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be an integer tensor [{pattern}], got {describe(ids)}; {AS_TENSOR}")
+        raise TypeError(f"{name} must be an integer tensor [{pattern}], got {describe(ids)}; {as_tensor(ids)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        if ids.is_floating_point() and ids.ndim > len(pattern.split()):
+            raise TypeError(f"{name} must be an integer tensor [{pattern}], got {describe(ids)}; {ORDER}")
         part = ".real" if ids.is_complex() else ""
         raise TypeError(f"{name} must be an integer tensor, got {describe(ids)}; call {name}{part}.long()")
     if ids.dtype == torch.uint64:

@@ -138,11 +138,19 @@ def test_frozen_tower():
     [
         ([], torch.sum, "at least one piece"),
         ([torch.ones(2, D).double()], lambda y: y, "must return a scalar"),
+        ([torch.ones(2, D).double()], lambda y: y.sum().detach(), "a loss with a gradient"),
     ],
 )
 def test_errors(chunks, loss_fn, message):
     with pytest.raises(ValueError, match=message):
         cached_backward(nn.Linear(D, D).double(), chunks, loss_fn)
+
+
+def test_swapped_arguments():
+    with explains(
+        TypeError, "model and loss_fn must be callable", "a module Linear and list", "model, chunks, loss_fn"
+    ):
+        cached_backward(nn.Linear(D, D), torch.sum, [torch.ones(2, D)])
 
 
 def test_outputs_that_are_no_tensors_or_differ():

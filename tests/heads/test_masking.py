@@ -284,6 +284,7 @@ CAPTION = torch.tensor([[START, 5, 6, END]])
         ),
         (CAPTION, {"probability": torch.tensor([0.5, 0, math.nan, 0])}, ValueError, r"lie in \[0, 1\], got nan"),
         (CAPTION, {"probability": torch.ones(4, device="meta")}, ValueError, r"device of token_ids, got meta and cpu"),
+        (CAPTION, {"generator": 0}, TypeError, r"generator must be a torch.Generator, got int 0; .*manual_seed"),
         (CAPTION, {"mask_id": 1}, ValueError, r"must be an ordinary id below 1 .*pass vocab_size"),
         (
             CAPTION.to("meta"),

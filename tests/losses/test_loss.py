@@ -198,3 +198,16 @@ def test_batched_gradients():
     (batched,) = torch.autograd.grad(loss, image, every, is_grads_batched=True, retain_graph=True)
     for row, g in zip(batched, every, strict=True):
         torch.testing.assert_close(row, torch.autograd.grad(loss, image, g, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("loss", [fl.SDMLoss, fl.RITCLoss, fl.CMPMLoss, fl.TALLoss, fl.TRLLoss])
+def test_forgotten_and_swapped_arguments(loss):
+    image, text, pids = torch.randn(3, 4), torch.randn(3, 4), torch.arange(3)
+    with explains(TypeError, "pids must be an integer tensor [B]", "None", loss.__name__):
+        loss()(image, text)
+    with explains(TypeError, "image_features must be a floating-point tensor [B D]", "int64 [3]", "order"):
+        loss()(pids, image, text)
+    with explains(TypeError, "pids must be an integer tensor [B]", "float32 [3, 4]", "order"):
+        loss()(image, text, image)
+    with explains(TypeError, "sample_weight must be a tensor", "ndarray float64 [3]", "as_tensor"):
+        loss()(image, text, pids, sample_weight=np.ones(3))

@@ -280,10 +280,10 @@ def test_compiled(how):
     ("call", "must", "got", "remedy"),
     [
         ({"soft_targets": -GIVEN}, ("soft_targets", "negative"), "[9, 9]", "clamp"),
-        ({"soft_targets": GIVEN * torch.nan}, ("soft_targets", "negative"), "nan", "clamp"),
+        ({"soft_targets": GIVEN * torch.nan}, ("soft_targets", "negative"), "nan", "look"),
         ({"soft_targets": GIVEN * (torch.arange(B) != 3)}, ("soft_targets", "sum > 0"), "column 3", "own pair"),
         ({"soft_targets": GIVEN * (torch.arange(B) != 3)[:, None]}, ("soft_targets", "sum > 0"), "row 3", "own pair"),
-        ({"soft_targets": GIVEN[:, :4]}, ("soft_targets", "[B, B]"), "[9, 4]", "a column for each pair"),
+        ({"soft_targets": GIVEN[:, :4]}, ("soft_targets", "[B, B]"), "[9, 4]", "a column a pair"),
         ({"soft_targets": GIVEN[:4]}, ("soft_targets", "[B, B]"), "[4, 9]", ()),
         ({"soft_targets": (GIVEN, GIVEN[:4])}, ("soft_targets", "[B, B]"), "[4, 9]", ()),
         ({"momentum_features": (IMAGE, TEXT[:4])}, ("momentum_features", "B"), "[4, 6]", None),
@@ -295,6 +295,20 @@ def test_compiled(how):
 def test_values_that_do_not_fit(call, must, got, remedy):
     with explains(ValueError, must, got, remedy):
         ITCLoss()(IMAGE, TEXT, **call)
+
+
+@pytest.mark.parametrize("loss", [ITCLoss, SDMLoss, RITCLoss])
+@pytest.mark.parametrize("most", [0, 2**22])
+def test_a_negative_target_of_a_function_makes_its_row_nan(loss, most, monkeypatch):
+    monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", most)
+
+    def function(scores, positive):
+        targets = torch.ones_like(scores)
+        return torch.where((scores == scores.max()) & (scores > 0), -0.1, targets)
+
+    options = {"targets": "identity"} if loss is ITCLoss else {}
+    assert loss(**options, reduction="sum")(IMAGE, TEXT, PIDS, soft_targets=function).isnan()
+    assert loss(**options)(IMAGE, TEXT, PIDS, soft_targets=lambda scores, positive: positive).isfinite()
 
 
 def test_autocast_does_not_reach_inside(monkeypatch):
