@@ -46,8 +46,8 @@ class ITCLoss(SoftDistributionLoss):
         soft_targets: instead of labels, the targets themselves: [B, B] text x image, >= 0, whose rows (texts) and
             columns (images) are divided by their sums; or a pair of them, texts x images and images x texts. Or a
             function (scores [m, C], positive [m, C]) -> [m, C], >= 0, of the teacher's cosines and of labels as bool,
-            which is called for some rows of either direction at a time, and once more in the backward. With gather a process
-            passes its own rows, [b, B] each. No gradient passes through targets.
+            which is called for some rows of either direction at a time, and once more in the backward. With gather a
+            process passes its own rows, [b, B] each. No gradient passes through targets.
         momentum_features: features of a teacher, (image, text), [B, D'] each, without gradient; the own ones when None.
         queue: NegativesQueue whose samples are columns besides, with soft labels too; push the teacher's features into
             it, as ALBEF does. Not with mutual_neighbors, nor with soft_targets that are tensors.
@@ -58,8 +58,8 @@ class ITCLoss(SoftDistributionLoss):
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0; a zero vector has
         cosine 0 with everything. A row or column of soft_targets that is all 0 raises, or gives NaN where the host
-        cannot look. Memory beyond inputs and gradients: a block of rows of [B, B]; all of it for up to 1024 pairs on the CPU, with
-        soft labels for up to 2048 pairs.
+        cannot look. Memory beyond inputs and gradients: a block of rows of [B, B]; all of it for up to 1024 pairs on
+        the CPU, with soft labels for up to 2048 pairs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.
