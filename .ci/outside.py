@@ -28,7 +28,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # so that a missing triton is th
 pids = torch.tensor([0, 1, 0])
 losses = [getattr(fmfa_losses, name) for name in fmfa_losses.__all__ if name.endswith("Loss") and name != "FMFALoss"]
 assert len(losses) >= 9, losses
-IDENTITY = [Loss for Loss in losses if Loss not in (fmfa_losses.EFALoss, fmfa_losses.ITCLoss)]
+WITHOUT_PIDS = (fmfa_losses.CITCLoss, fmfa_losses.EFALoss, fmfa_losses.ITCLoss, fmfa_losses.SimCLRLoss)
+IDENTITY = [Loss for Loss in losses if Loss not in WITHOUT_PIDS]
 
 
 def value_and_gradient(Loss, **options):

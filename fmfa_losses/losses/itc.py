@@ -33,8 +33,8 @@ class ITCLoss(SoftDistributionLoss):
         temperature: tau > 0; logits are cos / tau.
         targets: "paired", or "identity": uniform over the samples of the same identity, which needs pids.
         softlabel_ratio: r in [0, 1]; the target is (1 - r) of these labels and r of the teacher's similarities,
-            softmax_j of its cosines / tau. May be set anew while training, as a ramp; torch.compile compiles anew for
-            each value.
+            softmax_j of its cosines / tau. May be set anew while training, as a ramp; torch.compile does
+            not compile anew for each value.
         mutual_neighbors: k >= 0; a text and an image that are among each other's k nearest by the teacher's cosines
             count as positives, too.
         reduction: "mean", "sum", or "none" for the per-sample mean of both directions, [B].
@@ -45,9 +45,9 @@ class ITCLoss(SoftDistributionLoss):
         pids: [B] integer identities, for targets="identity"; "paired" does not use them and warns once.
         soft_targets: instead of labels, the targets themselves: [B, B] text x image, >= 0, whose rows (texts) and
             columns (images) are divided by their sums; or a pair of them, texts x images and images x texts. Or a
-            function (scores [m, C], positive [m, C]) -> [m, C] of the teacher's cosines and of labels as bool, which is
-            called for some rows of either direction at a time, and once more in the backward. With gather a process
-            passes its own rows, [b, B] each. No gradient passes through targets.
+            function (scores [m, C], positive [m, C]) -> [m, C], >= 0, of the teacher's cosines and of labels as bool,
+            which is called for some rows of either direction at a time, and once more in the backward. With gather a
+            process passes its own rows, [b, B] each. No gradient passes through targets.
         momentum_features: features of a teacher, (image, text), [B, D'] each, without gradient; the own ones when None.
         queue: NegativesQueue whose samples are columns besides, with soft labels too; push the teacher's features into
             it, as ALBEF does. Not with mutual_neighbors, nor with soft_targets that are tensors.
@@ -57,9 +57,9 @@ class ITCLoss(SoftDistributionLoss):
 
     Returns:
         Scalar, or [B] with reduction="none"; float32 (float64 when an input is). B == 1 gives 0; a zero vector has
-        cosine 0 with everything. A negative number or a row of 0 in soft_targets raises, or gives NaN
-        where the host does not look: on an accelerator, and of a function. Memory beyond inputs and gradients: a block
-        of rows of [B, B]; all of it for up to 1024 pairs on the CPU, with soft labels for up to 2048 pairs.
+        cosine 0 with everything. A negative number in soft_targets, or a row or column of 0, raises, or gives NaN where
+        the host cannot look. Memory beyond inputs and gradients: a block of rows of [B, B]; all of it for up to 1024
+        pairs on the CPU, with soft labels for up to 2048 pairs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or hyperparameters that do not fit.

@@ -18,6 +18,7 @@ from typing_extensions import TypeIs
 
 from ..distributed.peers import Peers
 from ..ops.checks import check_float, check_same, describe, on_host
+from ..ops.precision import accumulation_dtype
 from ..ops.rows_in_blocks import all_rows, row_blocks, scores_of, whole_rows
 from .negatives_queue import Columns
 from .score_loss import Factors, score_factors
@@ -95,29 +96,33 @@ def _target(
 ) -> Tensor:
     """q of a block of rows, [m, C] like its scores; `first` is the pair of its first row."""
     if "given" in block:
-        return _normalised(_nan_where_negative(block["given"].to(scores.dtype)))
+        return _normalised(_nan_where_negative(block["given"]), scores)
     teacher = scores
     if "teacher" in block:
         teacher = scores_of(block["teacher"], block.get("teacher_keys")).to(scores.dtype)
     rows, columns = block["ids"], block["column_ids"]
     same = rows[:, 0, None] == columns[:, 0]
     if settings.function is not None:
-        return _normalised(_nan_where_negative(_checked(settings.function(teacher.clone(), same), scores)))
+        return _normalised(_nan_where_negative(_checked(settings.function(teacher.clone(), same), scores)), scores)
     y = same.to(scores.dtype)
     if rows.shape[1] == 2:
         factor = settings.image_id_factor
         y = factor * y + (1 - factor) * (rows[:, 1, None] == columns[:, 1]).to(scores.dtype)
     if "near" in block:
         y = torch.where(_mutual(block["near"], block["near_columns"], first), 1.0, y)
-    hard = _normalised(y)
+    hard = _normalised(y, scores)
     if settings.ratio == 0:
         return hard
     scale = scale.detach() if isinstance(scale, Tensor) else scale
-    return torch.lerp(hard, (scale * teacher).softmax(dim=1), settings.ratio)
+    soft = (scale * teacher).softmax(dim=1)
+    # No lerp: torch.compile would compile it anew for every ratio of a ramp, up to its limit.
+    return settings.ratio * soft + (1 - settings.ratio) * hard
 
 
-def _normalised(y: Tensor) -> Tensor:
-    return y / y.sum(dim=1, keepdim=True)
+def _normalised(y: Tensor, like: Tensor) -> Tensor:
+    """Each row divided by its sum, in `like`'s dtype; the numbers themselves may be too large or small for it."""
+    y = y.to(accumulation_dtype(y, like))
+    return (y / y.sum(dim=1, keepdim=True)).to(like.dtype)
 
 
 def _nan_where_negative(y: Tensor) -> Tensor:
@@ -126,12 +131,16 @@ def _nan_where_negative(y: Tensor) -> Tensor:
 
 
 def _checked(target: object, like: Tensor) -> Tensor:
-    if not isinstance(target, Tensor) or target.shape != like.shape:
+    """What a caller's function returned."""
+    if not isinstance(target, Tensor) or target.shape != like.shape or target.is_complex():
         raise ValueError(
-            f"soft_targets(scores, positive) must return a tensor of the shape of scores, {list(like.shape)}, got "
+            f"soft_targets(scores, positive) must return a real tensor of the shape of scores, {list(like.shape)}, got "
             f"{describe(target)}; it is called for some rows at a time"
         )
-    return target.detach().to(like.dtype)
+    target = target.detach()
+    if on_host(target) and on_host(like) and not like.isnan().any():  # NaN features give a NaN loss
+        _check_values("soft_targets(scores, positive)", target, columns=False)
+    return target
 
 
 def _mutual(near: Tensor, near_columns: Tensor, first: int) -> Tensor:
@@ -192,6 +201,8 @@ def target_rows(soft_targets: Tensor | tuple[Tensor, Tensor], peers: Peers) -> t
             f"{' and '.join(map(describe, parts))}; give every process its own rows of all columns"
         )
     t2i, i2t = (x.detach() for x in (parts if len(parts) == 2 else (parts[0], peers.transpose(parts[0].detach()))))
+    if len(parts) == 1 and peers.group is not None and on_host(i2t):
+        _check_columns(i2t, peers)
     return t2i, i2t
 
 
@@ -234,20 +245,45 @@ def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> N
             rows = "a row for each own pair, a column for each of all ranks" if shared else "a row and a column a pair"
             raise ValueError(f"soft_targets must be {shape}, for {like.shape[0]} pairs, got {describe(x)}; pass {rows}")
         if on_host(x):
-            _check_values(x, columns=len(parts) == 1 and not shared)
+            _check_values("soft_targets", x, columns=len(parts) == 1 and not shared)
 
 
-def _check_values(x: Tensor, *, columns: bool) -> None:
-    lowest = x.detach().min()
-    if not lowest >= 0:  # of NaN too
-        remedy = "clamp them at 0" if lowest < 0 else "look for what made it"
-        raise ValueError(f"soft_targets must not be negative, got {lowest.item():g} in {describe(x)}; {remedy}")
-    for dim, which in ((1, "row"),) + (((0, "column"),) if columns else ()):
-        total = x.detach().sum(dim=dim, dtype=torch.float64)
-        wrong = (total == 0) | ~total.isfinite()
-        if wrong.any():
-            at = int(wrong.nonzero()[0])
+def _check_values(name: str, x: Tensor, *, columns: bool) -> None:
+    """In blocks of rows: a sum in another dtype would copy the whole of x."""
+    lowest, of_rows, of_columns = [], [], torch.zeros((), dtype=accumulation_dtype(x))
+    for rows in row_blocks(x.shape[0], x.shape[1], x):
+        part = x[rows].detach().to(of_columns.dtype)
+        lowest.append(part.min())
+        of_rows.append(part.sum(dim=1))
+        if columns:
+            of_columns = of_columns + part.sum(dim=0)
+    least = torch.stack(lowest).min()
+    if not least >= 0:  # of NaN too
+        remedy = "clamp them at 0" if least < 0 else "look for what made it"
+        raise ValueError(f"{name} must hold no negative number, got {least.item():g} in {describe(x)}; {remedy}")
+    for which, totals in (("row", torch.cat(of_rows)), *([("column", of_columns)] if columns else [])):
+        at = _without_sum(totals)
+        if at >= 0:
             raise ValueError(
-                f"soft_targets must have a finite sum > 0 in every row and column, got {total[at].item():g} in {which} "
-                f"{at} of {describe(x)}; give every sample at least its own pair"
+                f"{name} must have a finite sum > 0 in every row and column, got {totals[at].item():g} in {which} {at} "
+                f"of {describe(x)}; give every sample at least its own pair"
             )
+
+
+def _without_sum(totals: Tensor) -> int:
+    """Where targets cannot be divided by their sum, the first one; -1 where all can."""
+    wrong = (totals == 0) | ~totals.isfinite()
+    return int(wrong.nonzero()[0, 0]) if wrong.any() else -1
+
+
+def _check_columns(i2t: Tensor, peers: Peers) -> None:
+    """Of the columns of all ranks' rows no rank has a sum before it receives its own ones: all ranks raise."""
+    at = _without_sum(i2t.sum(dim=1, dtype=accumulation_dtype(i2t)))
+    found = torch.tensor([at if at < 0 else peers.offset + at])
+    every = Peers((1,) * len(peers.sizes), peers.rank, peers.group).gather(found).tolist()
+    first = next((column for column in every if column >= 0), -1)
+    if first >= 0:
+        raise ValueError(
+            f"soft_targets must have a finite sum > 0 in every row and column, got none in column {first} of the rows "
+            "of all ranks; give every sample at least its own pair"
+        )

@@ -276,9 +276,44 @@ def test_compiled(how):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be instantiated")
+def test_a_ramp_is_compiled_for_all_ratios():
+    """Not once for each: after 8 times the compiler gives up, with fullgraph by an error."""
+    torch._dynamo.reset()
+    loss = RITCLoss()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ratio in (step / 11 for step in range(12)):
+        loss.softlabel_ratio = ratio
+        expected = RITCLoss(softlabel_ratio=ratio)(IMAGE, TEXT, PIDS)
+        torch.testing.assert_close(compiled(IMAGE, TEXT, PIDS), expected, rtol=1e-9, atol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e300])
+def test_targets_may_be_too_small_or_too_large_for_the_features(factor):
+    image, text = IMAGE.float(), TEXT.float()
+    for given in (factor * GIVEN, (factor * GIVEN, factor * TRANSPOSED)):
+        ones = (GIVEN, TRANSPOSED) if isinstance(given, tuple) else GIVEN
+        torch.testing.assert_close(
+            ITCLoss()(image, text, soft_targets=given), ITCLoss()(image, text, soft_targets=ones)
+        )
+    got = ITCLoss()(image, text, soft_targets=lambda scores, positive: factor * (3 * scores.double()).exp())
+    torch.testing.assert_close(got, ITCLoss()(image, text, soft_targets=lambda scores, positive: (3 * scores).exp()))
+
+
+def test_features_that_are_nan_give_nan():
+    nan = IMAGE * torch.nan
+    assert ITCLoss()(nan, TEXT, soft_targets=lambda scores, positive: scores.exp()).isnan()
+
+
 @pytest.mark.parametrize(
     ("call", "must", "got", "remedy"),
     [
+        ({"soft_targets": lambda s, p: s}, ("soft_targets(scores", "negative"), "[9, 9]", "clamp"),
+        ({"soft_targets": lambda s, p: s / 0 * 0}, ("soft_targets(scores", "negative"), "nan", "what made it"),
+        ({"soft_targets": lambda s, p: p * (torch.arange(B) != 3)}, ("soft_targets(scores", "sum > 0"), "row 3", ()),
+        ({"soft_targets": lambda s, p: s + 1j}, ("soft_targets(scores", "real"), "complex128", ()),
+        ({"soft_targets": 1e308 + GIVEN}, ("soft_targets", "finite sum"), "inf in row 0", ()),
         ({"soft_targets": -GIVEN}, ("soft_targets", "negative"), "[9, 9]", "clamp"),
         ({"soft_targets": GIVEN * torch.nan}, ("soft_targets", "negative"), "nan", "look"),
         ({"soft_targets": GIVEN * (torch.arange(B) != 3)}, ("soft_targets", "sum > 0"), "column 3", "own pair"),
@@ -299,15 +334,21 @@ def test_values_that_do_not_fit(call, must, got, remedy):
 
 @pytest.mark.parametrize("loss", [ITCLoss, SDMLoss, RITCLoss])
 @pytest.mark.parametrize("most", [0, 2**22])
-def test_a_negative_target_of_a_function_makes_its_row_nan(loss, most, monkeypatch):
+def test_a_negative_target_of_a_function_raises_or_makes_its_row_nan(loss, most, monkeypatch):
     monkeypatch.setattr(rows_in_blocks, "MOST_SCORES", most)
 
     def function(scores, positive):
-        targets = torch.ones_like(scores)
-        return torch.where((scores == scores.max()) & (scores > 0), -0.1, targets)
+        return torch.where((scores == scores.max()) & (scores > 0), -0.1, torch.ones_like(scores))
 
     options = {"targets": "identity"} if loss is ITCLoss else {}
-    assert loss(**options, reduction="sum")(IMAGE, TEXT, PIDS, soft_targets=function).isnan()
+
+    def total(image):
+        return loss(**options, reduction="sum")(image, TEXT, PIDS, soft_targets=function)
+
+    with explains(ValueError, ("soft_targets(scores", "negative"), "-0.1", "clamp"):
+        total(IMAGE)
+    _, value = torch.func.grad_and_value(total)(IMAGE)  # of which the host sees no values
+    assert value.isnan()
     assert loss(**options)(IMAGE, TEXT, PIDS, soft_targets=lambda scores, positive: positive).isfinite()
 
 
