@@ -46,7 +46,8 @@ class NegativesQueue(Module):
 
     Returns:
         Nothing of its own: `push` adds a batch, `columns` are the samples that it holds, `clear` forgets them. Contents
-        follow `to(device)` and belong to the state_dict.
+        follow `to(device)` and belong to the state_dict; loaded ones are on the device of the state, so call
+        `to(device)` after load_state_dict.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or arguments that do not fit, here or between processes.
