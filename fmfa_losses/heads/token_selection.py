@@ -37,6 +37,7 @@ from ..ops.checks import (
     check_integer,
     check_mask,
     check_option,
+    check_positive,
     check_same,
     check_shape,
     describe,
@@ -112,7 +113,7 @@ class TokenSelection(Module):
         self.modality = modality
         self.input_dim = check_integer("input_dim", input_dim, 1)
         self.embed_dim = check_integer("embed_dim", embed_dim, 2)
-        self.ratio = check_fraction("ratio", ratio)
+        self.ratio = check_fraction("ratio", check_positive("ratio", ratio))
         self.add_module(RESIDUAL[modality], WideLinear(self.input_dim, self.embed_dim))
         self.mlp = _MLP(self.input_dim, self.embed_dim)
 

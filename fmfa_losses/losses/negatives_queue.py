@@ -159,8 +159,14 @@ class NegativesQueue(Module):
                 f"the queue must hold at most batches = {self.batches} batches, got a state of {len(state['sizes'])}; "
                 "build it as it was saved"
             )
-        self._sizes = tuple(state["sizes"])
-        self._columns = None if state["columns"] is None else Columns(*state["columns"])
+        columns = None if state["columns"] is None else Columns(*state["columns"])
+        held = 0 if columns is None else len(columns.image_features)
+        if sum(state["sizes"]) != held:
+            raise ValueError(
+                f"the state of a queue must hold the samples of its batches, got {held} for batches of "
+                f"{list(state['sizes'])}; take the state_dict that was saved"
+            )
+        self._sizes, self._columns = tuple(state["sizes"]), columns
 
     def extra_repr(self) -> str:
         held = f"samples={len(self)}"

@@ -167,6 +167,10 @@ def test_a_run_goes_on_from_its_state():
         assert len(again) == 7 and len(queue) == 8
     with explains(ValueError, "at most batches = 1", "2", "build it as it was saved"):
         fl.NegativesQueue(1).load_state_dict(queue.state_dict())
+    damaged = queue.state_dict()
+    damaged["_extra_state"] = {**damaged["_extra_state"], "sizes": (5, 4)}
+    with explains(ValueError, "the samples of its batches", ("8", "[5, 4]"), "that was saved"):
+        other.load_state_dict(damaged)
     assert queue.float().columns.image_features.dtype == torch.float32
     assert "batches=2" in repr(queue) and "samples=8" in repr(queue)
 
