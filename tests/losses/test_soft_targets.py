@@ -36,6 +36,7 @@ def sharpened(scores, positive):
 # name: (constructor, call)
 MOMENTUM = {"momentum_features": (TEACHER_IMAGE, TEACHER_TEXT)}
 LABELLED = {
+    "hard": ({}, {}),
     "own": ({"softlabel_ratio": 0.4}, {}),
     "teacher": ({"softlabel_ratio": 0.4}, MOMENTUM),
     "soft alone": ({"softlabel_ratio": 1.0}, MOMENTUM),
@@ -240,6 +241,9 @@ def test_targets_have_no_tangent():
 
     assert tangent({"softlabel_ratio": 0.5}, lambda x: {"momentum_features": (IMAGE, x[:, :D])}) == 0
     assert tangent({}, lambda x: {"soft_targets": x}) == 0
+    soft, scale = ITCLoss(softlabel_ratio=0.5), torch.tensor(SCALE, dtype=torch.float64)
+    of_scale = torch.func.jvp(lambda s: soft(IMAGE, TEXT, logit_scale=s), (scale,), (torch.ones_like(scale),))[1]
+    torch.testing.assert_close(of_scale, torch.func.grad(lambda s: soft(IMAGE, TEXT, logit_scale=s))(scale))
     assert tangent({}, lambda x: {"soft_targets": lambda scores, positive: x}) == 0
 
 
