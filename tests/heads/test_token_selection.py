@@ -439,7 +439,7 @@ def test_bad_input_says_what_to_change(modality, change, error, parts):
 
 def test_bad_hyperparameters():
     for ratio in (-0.1, 0, 1.5):
-        with pytest.raises(ValueError, match=r"ratio must (be > 0|lie in \[0, 1\])"):
+        with pytest.raises(ValueError, match=r"ratio must (be a finite number > 0|lie in \[0, 1\])"):
             TokenSelection("text", ratio=ratio)
     with pytest.raises(ValueError, match="modality must be one of 'image', 'text', got 'video'"):
         TokenSelection("video")
