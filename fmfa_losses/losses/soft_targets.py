@@ -216,8 +216,8 @@ def check_momentum_features(momentum: object, like: Tensor) -> None:
         return
     if not isinstance(momentum, (tuple, list)) or len(momentum) != 2:
         raise TypeError(
-            f"momentum_features must be a pair (image, text), [B, D] each, got {describe(momentum)}; pass the teacher's "
-            "features of both"
+            f"momentum_features must be a pair (image, text), [B, D] each, got {describe(momentum)}; pass the "
+            "teacher's features of both"
         )
     names = ("momentum_features[0]", "momentum_features[1]")
     image, text = momentum
@@ -233,8 +233,8 @@ def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> N
     if len(parts) not in (1, 2) or not all(isinstance(x, Tensor) for x in parts):
         raise TypeError(
             "soft_targets must be a tensor [B, B] text x image, a pair of such tensors (texts x images, images x "
-            f"texts), or a function of scores and positives, got {describe(soft_targets)}; torch.as_tensor makes one of "
-            "an array or a list of numbers"
+            f"texts), or a function of scores and positives, got {describe(soft_targets)}; torch.as_tensor makes one "
+            "of an array or a list of numbers"
         )
     for x in parts:
         check_float("soft_targets", x, "B B")
