@@ -44,6 +44,9 @@ SoftTargets: TypeAlias = Tensor | tuple[Tensor, Tensor] | TargetFunction
 MomentumFeatures: TypeAlias = tuple[Tensor, Tensor]
 
 
+STEPS = {torch.float32: 2.0**18, torch.float64: 2.0**40}  # of cosines; where one rounds to the same, they are equal
+
+
 class TargetSettings(NamedTuple):
     """How targets are made, in both directions."""
 
@@ -163,7 +166,8 @@ def nearest(factors: Factors, k: int) -> Tensor:
 
 
 def _nearest(scores: Tensor, k: int) -> Tensor:
-    found = []
+    """Scores of the same image, twice in a batch, differ in their last bits between products of different shapes."""
+    found, scores = [], (scores * STEPS[scores.dtype]).round()
     for _ in range(min(k, scores.shape[1])):
         found.append(scores.argmax(dim=1, keepdim=True))
         scores = scores.scatter(1, found[-1], -torch.inf)
