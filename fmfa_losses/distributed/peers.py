@@ -145,7 +145,7 @@ class Peers:
         return wait
 
 
-_refuse_second, _refuse_forward = refusals('gather="ring"', "every loss")
+_refuse_second, _refuse_forward = refusals('gather="ring"', "all losses")
 
 
 class _OverRanks(torch.autograd.Function):

@@ -36,7 +36,7 @@ class ITCLoss(SoftDistributionLoss):
             softmax_j of its cosines / tau. May be set anew while training, as a ramp; torch.compile does
             not compile anew for each value.
         mutual_neighbors: k >= 0; a text and an image that are among each other's k nearest by the teacher's cosines
-            count as positives, too.
+            count as positives, too. Of cosines that are equal up to 4e-6 (float64: 1e-12) the lowest index is nearest.
         reduction: "mean", "sum", or "none" for the per-sample mean of both directions, [B].
         backend: "auto", "triton" or "torch".
 

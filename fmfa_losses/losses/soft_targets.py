@@ -44,6 +44,9 @@ SoftTargets: TypeAlias = Tensor | tuple[Tensor, Tensor] | TargetFunction
 MomentumFeatures: TypeAlias = tuple[Tensor, Tensor]
 
 
+STEPS = {torch.float32: 2.0**18, torch.float64: 2.0**40}  # of cosines; where one rounds to the same, they are equal
+
+
 class TargetSettings(NamedTuple):
     """How targets are made, in both directions."""
 
@@ -168,7 +171,8 @@ def nearest(factors: Factors, k: int) -> Tensor:
 
 
 def _nearest(scores: Tensor, k: int) -> Tensor:
-    found = []
+    """Scores of the same image, twice in a batch, differ in their last bits between products of different shapes."""
+    found, scores = [], (scores * STEPS[scores.dtype]).round()
     for _ in range(min(k, scores.shape[1])):
         found.append(scores.argmax(dim=1, keepdim=True))
         scores = scores.scatter(1, found[-1], -torch.inf)
@@ -220,7 +224,10 @@ def check_momentum_features(momentum: object, like: Tensor) -> None:
     if momentum is None:
         return
     if not isinstance(momentum, (tuple, list)) or len(momentum) != 2:
-        raise TypeError(f"momentum_features must be a pair (image, text), [B, D] each, got {describe(momentum)}")
+        raise TypeError(
+            f"momentum_features must be a pair (image, text), [B, D] each, got {describe(momentum)}; pass the "
+            "teacher's features of both"
+        )
     names = ("momentum_features[0]", "momentum_features[1]")
     image, text = momentum
     check_features(image, text, names)
@@ -235,7 +242,8 @@ def check_soft_targets(soft_targets: object, like: Tensor, *, shared: bool) -> N
     if len(parts) not in (1, 2) or not all(isinstance(x, Tensor) for x in parts):
         raise TypeError(
             "soft_targets must be a tensor [B, B] text x image, a pair of such tensors (texts x images, images x "
-            f"texts), or a function of scores and positives, got {describe(soft_targets)}"
+            f"texts), or a function of scores and positives, got {describe(soft_targets)}; torch.as_tensor makes one "
+            "of an array or a list of numbers"
         )
     for x in parts:
         check_float("soft_targets", x, "B B")

@@ -377,9 +377,9 @@ def test_what_does_not_fit_together():
     with explains(ValueError, ("soft_targets", "only source"), "image_ids", "leave it out"):
         SDMLoss()(IMAGE, TEXT, PIDS, soft_targets=GIVEN, image_ids=IMAGE_IDS)
     for wrong in ("mutual", 3.0, (GIVEN, GIVEN, GIVEN), (GIVEN, None)):
-        with pytest.raises(TypeError, match="soft_targets must be a tensor"):
+        with explains(TypeError, ("soft_targets", "a tensor [B, B]"), (), "torch.as_tensor"):
             ITCLoss()(IMAGE, TEXT, soft_targets=wrong)
-    with pytest.raises(TypeError, match="momentum_features must be a pair"):
+    with explains(TypeError, ("momentum_features", "a pair (image, text)"), "[9, 6]", "of both"):
         ITCLoss(softlabel_ratio=0.5)(IMAGE, TEXT, momentum_features=IMAGE)
     with pytest.raises(TypeError, match="soft_targets must be a floating-point"):
         ITCLoss()(IMAGE, TEXT, soft_targets=torch.ones(B, B, dtype=torch.long))

@@ -278,7 +278,7 @@ def similarity_distribution_ring(
     return loss
 
 
-_refuse_second, _refuse_forward = refusals('gather="ring"', "A-SDM and EFA")
+_refuse_second, _refuse_forward = refusals('gather="ring"', "all losses")
 
 
 class _Ring(torch.autograd.Function):
