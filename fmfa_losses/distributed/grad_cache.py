@@ -75,17 +75,21 @@ def cached_backward(
         >>> loss.shape, tower.weight.grad.shape
         (torch.Size([]), torch.Size([4, 4]))
     """
-    if not callable(loss_fn) or not callable(model):
-        raise TypeError(
-            f"model and loss_fn must be callable, got {describe(model)} and {describe(loss_fn)}; call "
-            "cached_backward(model, chunks, loss_fn)"
-        )
+    _check_callable(model, loss_fn)
     chunks, rng, repeat = list(chunks), RandomStates(generators), Repeat(model, tolerance)
     states, whole = _first_pass(model, chunks, rng)
     loss = _loss(loss_fn, whole, scaler)
     _second_pass(model, chunks, whole, rng, states, repeat)
     repeat.finish()
     return loss
+
+
+def _check_callable(model: object, loss_fn: object) -> None:
+    if not callable(loss_fn) or not callable(model):
+        raise TypeError(
+            f"model and loss_fn must be callable, got {describe(model)} and {describe(loss_fn)}; call "
+            "cached_backward(model, chunks, loss_fn)"
+        )
 
 
 def _first_pass(

@@ -155,7 +155,7 @@ def ring_forward(
     spec: RowLoss,
     ring: Ring,
     backend: BlockBackend,
-    queued: Tensor | None,
+    queued: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both directions of the own pairs against those of all ranks, from one rank's keys at a time.
 
@@ -193,7 +193,7 @@ def ring_backward(
     spec: RowLoss,
     ring: Ring,
     backend: BlockBackend,
-    queued: Tensor | None,
+    queued: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the own features and of the scale. Features travel again, each followed by its gradient."""
     b = features.shape[0]
