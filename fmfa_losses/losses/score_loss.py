@@ -131,14 +131,12 @@ class ScoreLoss(Loss):
         self, factors: Factors, ids: tuple[Tensor, Tensor], offset: int, arguments: dict[str, Any]
     ) -> Tensor:
         """One direction, [b]."""
-        names, loss = [name for name, value in arguments.items() if isinstance(value, Tensor)], self.as_called()
+        loss = self.as_called()
 
-        def equation(first: int, scores: Tensor, row_ids: Tensor, column_ids: Tensor, *tensors: Tensor) -> Tensor:
-            given = arguments | dict(zip(names, tensors, strict=True))
+        def equation(first: int, scores: Tensor, row_ids: Tensor, column_ids: Tensor, **given: Any) -> Tensor:
             return loss.rows(scores, row_ids[:, None] == column_ids, offset + first, **given)
 
-        row_ids, column_ids = ids
-        return rows_in_blocks(equation, factors, (row_ids,), (column_ids, *(arguments[name] for name in names)))
+        return rows_in_blocks(equation, factors, {"row_ids": ids[0]}, {"column_ids": ids[1], **arguments})
 
 
 class ScaledScoreLoss(ScoreLoss):

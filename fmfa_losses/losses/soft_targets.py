@@ -10,7 +10,7 @@ time, in a block of another shape, may not be equal.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -75,23 +75,20 @@ def row_losses(
     """loss(logits [m, C], targets [m, C]) -> [m] of all rows, [b]; row i is paired with column offset + i."""
     factors, ids, teacher, near, given = direction
     cut: dict[str, Tensor | None] = {"given": given}
-    whole: dict[str, Tensor | None] = {"scale": scale if isinstance(scale, Tensor) else None}
+    whole: dict[str, Any] = {"scale": scale}
     cut["ids"], whole["column_ids"] = ids or (None, None)
     cut["near"], whole["near_columns"] = near or (None, None)
     if teacher is not None:
         cut["teacher"], whole["teacher_keys"] = teacher[0], teacher[1] if len(teacher) == 2 else None
-    rows = {name: x for name, x in cut.items() if x is not None}
-    constants = {name: x for name, x in whole.items() if x is not None}
-    names = (*rows, *constants)
 
-    def equation(first: int, scores: Tensor, *tensors: Tensor) -> Tensor:
-        block = dict(zip(names, tensors, strict=True))
-        factor = block.get("scale", scale)
+    # torch.compile of 2.6 cannot make the union of a number and a tensor in a nested function.
+    def equation(first: int, scores: Tensor, *, scale: Any, **block: Tensor) -> Tensor:
         with torch.no_grad():
-            target = _target(block, scores.detach(), offset + first, factor, settings)
-        return loss(factor * scores, target)
+            target = _target(block, scores.detach(), offset + first, scale, settings)
+        return loss(scale * scores, target)
 
-    return all_rows(equation, factors, tuple(rows.values()), tuple(constants.values()))
+    rows = {name: x for name, x in cut.items() if x is not None}
+    return all_rows(equation, factors, rows, {name: x for name, x in whole.items() if x is not None})
 
 
 def _target(

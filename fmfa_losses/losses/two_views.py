@@ -62,12 +62,12 @@ class TwoViewLoss(Loss):
 
     def _direction(self, way: int, factors: Factors, offset: int, arguments: dict[str, Any]) -> Tensor:
         """Losses of all own rows, [b]."""
-        names, loss = [name for name, value in arguments.items() if isinstance(value, Tensor)], self.as_called()
+        loss = self.as_called()
 
-        def equation(first: int, scores: Tensor, *tensors: Tensor) -> Tensor:
-            return loss.rows(way, scores, offset + first, **{**arguments, **dict(zip(names, tensors, strict=True))})
+        def equation(first: int, scores: Tensor, **given: Any) -> Tensor:
+            return loss.rows(way, scores, offset + first, **given)
 
-        return all_rows(equation, factors, (), [arguments[name] for name in names])
+        return all_rows(equation, factors, {}, arguments)
 
     def _factors(self, first: Tensor, second: Tensor, peers: Peers) -> tuple[Factors, Factors]:
         """Own queries and the keys of all samples, of both directions; in a ring their scores."""

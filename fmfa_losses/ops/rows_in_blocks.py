@@ -8,7 +8,7 @@ when it is needed. The price is one more evaluation. Source: Chen et al., Traini
 arXiv 1604.06174.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,34 +38,40 @@ def scores_of(queries: Tensor, keys: Tensor | None = None) -> Tensor:
 def rows_in_blocks(
     equation: Callable[..., Tensor],
     factors: tuple[Tensor, Tensor] | tuple[Tensor],
-    cut: Sequence[Tensor] = (),
-    whole: Sequence[Tensor] = (),
+    cut: Mapping[str, Tensor],
+    whole: Mapping[str, Any],
 ) -> Tensor:
     """The losses of all rows.
 
     Args:
-        equation: (first, scores [m, C], *cut, *whole) -> [m], the losses of rows first to first + m - 1; not random.
+        equation: (first, scores [m, C], **cut, **whole) -> [m], the losses of rows first to first + m - 1; not random.
         factors: what the scores are made of, see `scores_of`; float32 or float64.
-        cut: [b, ...] each, of which the equation gets its m rows.
-        whole: of which it gets all.
+        cut: by name [b, ...] each, of which the equation gets its m rows.
+        whole: by name tensors of which it gets all, and numbers.
 
     Returns:
         [b]. Differentiable in all tensors. With create_graph it is as often as the equation, and keeps all blocks.
     """
-    plan = _Plan(equation, len(factors), len(factors) + len(cut), _columns(factors))
-    losses: Tensor = _RowsInBlocks.apply(plan, *factors, *cut, *whole)  # type: ignore[no-untyped-call]
+    tensors = {name: x for name, x in whole.items() if isinstance(x, Tensor)}
+    numbers = {name: x for name, x in whole.items() if name not in tensors}
+
+    def named(first: int, scores: Tensor, *given: Tensor) -> Tensor:
+        return equation(first, scores, **dict(zip((*cut, *tensors), given, strict=True)), **numbers)
+
+    plan = _Plan(named, len(factors), len(factors) + len(cut), _columns(factors))
+    losses: Tensor = _RowsInBlocks.apply(plan, *factors, *cut.values(), *tensors.values())  # type: ignore[no-untyped-call]
     return losses
 
 
 def all_rows(
     equation: Callable[..., Tensor],
     factors: tuple[Tensor, Tensor] | tuple[Tensor],
-    cut: Sequence[Tensor] = (),
-    whole: Sequence[Tensor] = (),
+    cut: Mapping[str, Tensor],
+    whole: Mapping[str, Any],
 ) -> Tensor:
     """`rows_in_blocks`, or all rows at once where `whole_rows` says so."""
     if whole_rows(factors[0].shape[0], _columns(factors), factors[0]):
-        return equation(0, scores_of(*factors), *cut, *whole)
+        return equation(0, scores_of(*factors), **cut, **whole)
     return rows_in_blocks(equation, factors, cut, whole)
 
 

@@ -50,7 +50,7 @@ def whole(*tensors: Tensor) -> Tensor:
 
 def blocks(*tensors: Tensor) -> Tensor:
     *factors, own, level, scale = tensors
-    return in_blocks(equation, tuple(factors), (own,), (level, scale))
+    return in_blocks(equation, tuple(factors), {"own": own}, {"level": level, "scale": scale})
 
 
 def derivatives(function, tensors: list[Tensor], order: int) -> list[Tensor]:
