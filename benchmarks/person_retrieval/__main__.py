@@ -19,11 +19,10 @@ from tqdm import tqdm
 from fmfa_losses import FMFALoss
 
 from .. import results
-from .datasets import LAYOUTS, Pairs, Split, read_dataset, rendered_splits
+from .data import LAYOUTS, Pairs, Split, read_dataset, rendered_splits
 from .evaluation import as_dict, chance, draw, encode, evaluate
-from .model import TwoStream
-from .tokenizer import WordTokenizer
-from .train import Beginner, Recipe, Trainee, Trainer, World
+from .models import TwoStream, WordTokenizer
+from .training import Beginner, Recipe, Trainee, Trainer, World
 
 # Table 6 of the paper: the baseline has ID, IRR and SDM; A-SDM takes SDM's place, EFA comes in addition.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -128,7 +127,7 @@ def rendered_task(args: argparse.Namespace, progress: Callable[..., Any]) -> Tas
 
 
 def dataset_task(args: argparse.Namespace) -> Task:
-    from .clip import load_clip  # transformers, which the rendered pedestrians do without
+    from .models.clip import load_clip  # transformers, which the rendered pedestrians do without
 
     train, test = (read_dataset(args.dataset, args.root, split) for split in ("train", "test"))
     clip, tokenizer = load_clip(args.weights, train.captions, image_size=PAPER_SIZE, tiny=args.tiny)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fmfa_losses import plot
 from fmfa_losses.retrieval import RetrievalMetrics, retrieval_metrics, search
 
-from .datasets import Pairs
+from .data import Pairs
 
 __all__ = ["as_dict", "chance", "draw", "encode", "evaluate"]
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import results
 from benchmarks.person_retrieval.__main__ import main
-from benchmarks.person_retrieval.datasets import (
+from benchmarks.person_retrieval.data import (
     LAYOUTS,
     Batches,
     IdentitySampler,
@@ -30,10 +30,9 @@ from benchmarks.person_retrieval.datasets import (
     read_dataset,
     rendered_splits,
 )
-from benchmarks.person_retrieval.model import Neck, TwoStream
+from benchmarks.person_retrieval.models import Neck, TwoStream, WordTokenizer
 from benchmarks.person_retrieval.pedestrians import HEIGHT, WIDTH, caption, make_identities, render
-from benchmarks.person_retrieval.tokenizer import WordTokenizer
-from benchmarks.person_retrieval.train import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
+from benchmarks.person_retrieval.training import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
 from fmfa_losses import FMFALoss
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +224,7 @@ def test_clip_weights_from_a_folder(tmp_path: Path) -> None:
     """A CLIPModel and its tokenizer, as save_pretrained leaves them."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    from benchmarks.person_retrieval.clip import TINY, load_clip
+    from benchmarks.person_retrieval.models.clip import TINY, load_clip
 
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
     words = [

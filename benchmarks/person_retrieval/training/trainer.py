@@ -8,169 +8,28 @@ order of sums: each reads its slice of those batches, objectives and batch norma
 are averaged.
 """
 
-import gc
 import math
-import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fmfa_losses import FMFALoss, FMFAOutput, mask_tokens
-from fmfa_losses.distributed.handshake import handshake
-from fmfa_losses.distributed.peers import Peers
-from fmfa_losses.functional import hard_similarity
+from fmfa_losses import FMFAOutput, mask_tokens
 
-from .datasets import Batches, IdentitySampler, Pairs, RandomSampler
+from ..data import Batches, IdentitySampler, Pairs, RandomSampler
+from .objectives import Beginner, Trainee
+from .optimizer import parameter_groups
+from .recipe import Recipe
+from .world import World
 
-__all__ = ["Beginner", "Recipe", "Trainee", "Trainer", "World", "parameter_groups"]
-
-FAST_PARTS = ("cross", "classifier", "mlm_head")  # modules that start from nothing learn five times as fast
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are the paper's."""
-
-    epochs: int = 60
-    batch_size: int = 64  # of one process
-    gather: bool | str = True  # of the objectives, where there is more than one process
-    lr: float = 1e-5
-    fast_factor: float = 5.0
-    warmup_epochs: float = 5.0
-    warmup_factor: float = 0.1
-    final_factor: float = 0.0
-    weight_decay: float = 4e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = None
-    sampler: str = "random"
-    workers: int = 0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of this run. Under torchrun: one a device, NCCL on GPUs and Gloo on CPUs."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @classmethod
-    def join(cls, device: str | None) -> "World":
-        """Joins the process group that torchrun announced, or stays alone."""
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if "RANK" not in os.environ:
-            return cls(device=torch.device(kind))
-        if kind.startswith("cuda"):
-            kind = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(kind)
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(kind))
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def gather(self, recipe: Recipe) -> bool | str:
-        """What the objectives are given; one process has nobody to gather from."""
-        return recipe.gather if self.size > 1 else False
-
-    def leave(self) -> None:
-        """Leaves together: whoever tears the group down while another process still talks may be aborted."""
-        if self.size > 1:
-            gc.collect()  # trainers stand in reference cycles, and hold on to the group
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-class Trainee(nn.Module):
-    """Model and objective as one module, so that one forward under DDP sees every parameter."""
-
-    title = "FMFA"
-
-    def __init__(self, model: nn.Module, objective: FMFALoss) -> None:
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(
-        self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
-    ) -> FMFAOutput:
-        image_features, image_tokens = self.model.encode_image(pixels)
-        # Captions and masked captions share one pass through the text stream.
-        features, tokens = self.model.encode_text(torch.cat([token_ids, masked_ids]))
-        text_features, _ = features.chunk(2)
-        text_tokens, masked_tokens = tokens.chunk(2)
-        return self.objective(
-            image_features,
-            text_features,
-            image_tokens,
-            text_tokens,
-            pids,
-            masked_text_tokens=masked_tokens,
-            masked_labels=labels,
-            text_mask=self.model.text_mask(token_ids),
-        )
-
-
-class Beginner(nn.Module):
-    """The model alone with contrastive losses: what the objectives of FMFA expect to have happened before.
-
-    A-SDM is a reverse KL divergence. From fresh weights its nearest minimum is a model that finds everything alike; it
-    sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians start from here:
-    CLIP's loss on the global features, and FILIP's (arXiv 2111.07783) on tokens, where each word picks its best patch.
-
-    Args:
-        gather: False contrasts within this process's batch; True and "ring" do so with the images, captions and patches
-            of all processes, gathered either way: this model's patches are few.
-    """
-
-    title = "contrastive beginning"
-
-    def __init__(self, model: nn.Module, temperature: float = 0.07, *, gather: bool | str = False) -> None:
-        super().__init__()
-        self.model, self.temperature, self.gather = model, temperature, gather
-
-    def forward(
-        self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
-    ) -> FMFAOutput:
-        image, patches = self.model.encode_image(pixels)
-        text, words = self.model.encode_text(token_ids)
-        keep = self.model.text_mask(token_ids)
-        peers, _ = handshake(self.gather, None, {"image": image, "patches": patches})
-        similarity = F.normalize(text, dim=1) @ peers.gather(F.normalize(image, dim=1)).T  # own rows, [b, B]
-        token_similarity = hard_similarity(words, peers.gather(patches), x_mask=keep, pool="mean")
-        terms = {
-            "contrastive": self._contrast(similarity, peers),
-            "token_contrastive": self._contrast(token_similarity, peers),
-        }
-        return FMFAOutput(torch.stack(list(terms.values())).sum(), terms, {})
-
-    def _contrast(self, similarity: Tensor, peers: Peers) -> Tensor:
-        """Cross-entropy of the own pairs on the diagonal of [B, B], own rows of which are given, both ways."""
-        pairs = peers.offset + torch.arange(len(similarity), device=similarity.device)
-        both = [similarity / self.temperature, peers.transpose(similarity) / self.temperature]
-        return peers.mean(
-            torch.stack([F.cross_entropy(logits, pairs, reduction="none") for logits in both]).mean(dim=0)
-        )
-
-
-def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters that start from nothing, told by their name, at `fast_factor` times the learning rate."""
-    slow, fast = [], []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (fast if any(part in name for part in FAST_PARTS) else slow).append(parameter)
-    groups = [{"params": slow, "lr": recipe.lr}, {"params": fast, "lr": recipe.lr * recipe.fast_factor}]
-    return [group for group in groups if group["params"]]
+__all__ = ["Trainer"]
 
 
 class Trainer:

@@ -1,0 +1,19 @@
+"""Splits of images and captions, and how they are read: the three public data sets and the rendered pedestrians."""
+
+from .folders import LAYOUTS, read_dataset
+from .pairs import Images, Pairs
+from .rendered import rendered_splits
+from .samplers import Batches, IdentitySampler, RandomSampler
+from .split import Split
+
+__all__ = [
+    "LAYOUTS",
+    "Batches",
+    "IdentitySampler",
+    "Images",
+    "Pairs",
+    "RandomSampler",
+    "Split",
+    "read_dataset",
+    "rendered_splits",
+]
