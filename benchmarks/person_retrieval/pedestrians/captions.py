@@ -11,7 +11,7 @@ import numpy as np
 from .identities import Identity
 from .photo import Photo
 
-__all__ = ["caption"]
+__all__ = ["Wording", "article", "caption", "garment", "upper_garment"]
 
 SYNONYMS: dict[str, Sequence[str]] = {
     "gray": ("gray", "grey"),
@@ -47,8 +47,8 @@ SYNONYMS: dict[str, Sequence[str]] = {
 }
 
 
-class _Witness:
-    """Chooses words by the seed."""
+class Wording:
+    """Chooses among words that mean the same, by the seed."""
 
     def __init__(self, seed: tuple[int, ...]) -> None:
         self.rng = np.random.default_rng([*seed, 104729])
@@ -68,7 +68,7 @@ class _Witness:
 
 def caption(who: Identity, photo: Photo, *, seed: tuple[int, ...]) -> str:
     """One description of `photo`, lower-case words without punctuation but the hyphen."""
-    witness = _Witness(seed)
+    witness = Wording(seed)
     pick, chance = witness.pick, witness.chance
     subject = pick("person", "pedestrian") if chance(0.12) else witness.word("woman" if who.female else "man")
     clothes = _clothes(witness, who, photo)
@@ -89,29 +89,29 @@ def caption(who: Identity, photo: Photo, *, seed: tuple[int, ...]) -> str:
     return " . ".join([*extras[:before], sentence, *extras[before:]]) + " ."
 
 
-def _clothes(witness: _Witness, who: Identity, photo: Photo) -> list[str]:
+def _clothes(witness: Wording, who: Identity, photo: Photo) -> list[str]:
     clothes: list[str] = []
     if witness.chance(0.93):
-        clothes.append(_upper(witness, who, front=photo.view == "front"))
+        clothes.append(article(upper_garment(witness, who, front=photo.view == "front")))
     if who.upper != "dress" and witness.chance(0.88):
-        lower = _garment(witness, who.lower_color, who.lower)
-        clothes.append(_article(lower) if who.lower == "skirt" else lower)
+        lower = garment(witness, who.lower_color, who.lower)
+        clothes.append(article(lower) if who.lower == "skirt" else lower)
     if not photo.feet_hidden and witness.chance(0.6):
         clothes.append(f"{witness.word(who.shoes_color)} {witness.pick('shoes', 'sneakers', 'footwear')}")
     witness.shuffle(clothes)
     return clothes
 
 
-def _extras(witness: _Witness, who: Identity, photo: Photo) -> list[str]:
+def _extras(witness: Wording, who: Identity, photo: Photo) -> list[str]:
     """Hat, bag, hair and glasses, a sentence each."""
     pick, chance = witness.pick, witness.chance
     pronoun = "she" if who.female else "he"
     extras: list[str] = []
     if who.hat != "none" and chance(0.85):
-        extras.append(f"{pronoun} {pick('wears', 'has on')} {_article(_garment(witness, who.hat_color, who.hat))}")
+        extras.append(f"{pronoun} {pick('wears', 'has on')} {article(garment(witness, who.hat_color, who.hat))}")
     if who.bag != "none" and chance(0.85):
         verb = pick("carries", "is carrying", "has", "holds" if who.bag == "handbag" else "carries")
-        extras.append(f"{pronoun} {verb} {_article(_garment(witness, who.bag_color, who.bag))}")
+        extras.append(f"{pronoun} {verb} {article(garment(witness, who.bag_color, who.bag))}")
     if chance(0.6) and not (who.hair == "bald" and who.hat != "none"):
         extras.append(_hair(witness, who, pronoun))
     if who.glasses and photo.view == "front" and chance(0.7):
@@ -120,7 +120,7 @@ def _extras(witness: _Witness, who: Identity, photo: Photo) -> list[str]:
     return extras
 
 
-def _hair(witness: _Witness, who: Identity, pronoun: str) -> str:
+def _hair(witness: Wording, who: Identity, pronoun: str) -> str:
     pick, word, chance = witness.pick, witness.word, witness.chance
     their = "her" if who.female else "his"
     if who.hair == "bald":
@@ -134,7 +134,7 @@ def _hair(witness: _Witness, who: Identity, pronoun: str) -> str:
     return f"{their} {word(who.hair_color)} hair is {style}"
 
 
-def _action(witness: _Witness, photo: Photo) -> str:
+def _action(witness: Wording, photo: Photo) -> str:
     pick = witness.pick
     action = pick("is walking", "walks") if photo.walking else pick("is standing", "stands", "waits")
     if witness.chance(0.3):
@@ -146,7 +146,8 @@ def _action(witness: _Witness, photo: Photo) -> str:
     return action
 
 
-def _upper(witness: _Witness, who: Identity, *, front: bool) -> str:
+def upper_garment(witness: Wording, who: Identity, *, front: bool) -> str:
+    """With its colours and pattern, and what can be seen under it from the front."""
     pick, word, chance = witness.pick, witness.word, witness.chance
     color, name, second = word(who.upper_color), word(who.upper), word(who.second_color)
     if who.pattern in ("striped", "checked", "dotted") and chance(0.8):
@@ -158,18 +159,18 @@ def _upper(witness: _Witness, who: Identity, *, front: bool) -> str:
         noun = f"{color} {name}"
     if who.upper in ("jacket", "coat") and front and chance(0.6):
         noun += f" over a {second} {pick('shirt', 'top')}"
-    return _article(noun)
+    return noun
 
 
-def _garment(witness: _Witness, color: str, name: str) -> str:
+def garment(witness: Wording, color: str, name: str) -> str:
     return f"{witness.word(color)} {witness.word(name)}"
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _join(witness: _Witness, items: list[str]) -> str:
+def _join(witness: Wording, items: list[str]) -> str:
     if len(items) < 2:
         return "".join(items)
     return f"{witness.pick(' with ', ' and ').join(items[:-1])} {witness.pick('and', 'with')} {items[-1]}"

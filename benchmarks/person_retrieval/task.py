@@ -1,0 +1,150 @@
+"""What a run trains and tests on, and with: splits, tokenizer, model, recipe and objective of a data set."""
+
+import argparse
+from collections.abc import Callable
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from fmfa_losses import FMFALoss
+
+from .data import Augmentation, Pairs, Split, check_images, read_dataset, rendered_splits, splits_of, too_long
+from .errors import RunError
+from .models import load_two_stream
+from .options import objective_of, recipe_of
+from .training import Recipe
+
+__all__ = ["PAPER_SIZE", "Task", "make_task", "reseeded", "selection"]
+
+RENDERED_SIZE = (96, 32)
+PAPER_SIZE = (384, 128)
+RENDERED_SEED = 0  # of the pedestrians: every run sees the same people, whatever its own seed
+Progress = Callable[..., Any]
+
+
+@dataclass
+class Task:
+    """What a run trains and tests on, and with.
+
+    Attributes:
+        train, val, test: pairs; val is None where the data set has no such split.
+        build: seed -> the model as it is before training: pretrained, or random by that seed.
+        objective: keyword arguments of FMFALoss -> objective; they come after those of the command line.
+        about: what says which data, weights and objective these are, in run.json and metrics.json.
+    """
+
+    dataset: str
+    train: Pairs
+    val: Pairs | None
+    test: Pairs
+    tokenizer: Any
+    recipe: Recipe
+    build: Callable[[int], nn.Module]
+    objective: Callable[..., nn.Module]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> dict[str, Any]:
+        """What masking asks of the tokenizer."""
+        return {"mask_id": self.tokenizer.mask_id, "special_ids": self.tokenizer.special_ids}
+
+
+def make_task(args: argparse.Namespace, progress: Progress = iter) -> Task:
+    """Reads and checks everything that the run will need.
+
+    Raises:
+        RunError: what is missing or broken, before the first step.
+    """
+    return _rendered(args, progress) if args.dataset == "rendered" else _on_disk(args, progress)
+
+
+def reseeded(task: Task, seed: int) -> Task:
+    """The same task for a run with another seed."""
+    train = copy(task.train)
+    train.seed = seed
+    return replace(task, train=train, recipe=replace(task.recipe, seed=seed))
+
+
+def selection(args: argparse.Namespace, task: Task) -> tuple[str, str]:
+    """By which split an epoch is chosen, and the sentence that says so."""
+    chosen = args.select or ("val" if task.val else "last")
+    if chosen == "val" and task.val is None:
+        raise RunError(f"--select val needs a validation split, {task.dataset} has none; pass --select last or test")
+    told = {
+        "val": "the epoch with the best Rank-1 on the validation split is kept, and tested once",
+        "test": "the epoch with the best Rank-1 on the TEST split is kept, as published codebases do: a biased figure",
+        "last": "the last epoch is kept" + ("" if task.val else f": {task.dataset} has no validation split"),
+    }
+    return chosen, told[chosen]
+
+
+def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
+    counts = {
+        "train": args.identities or 800, "val": args.val_identities or 100, "test": args.test_identities or 750
+    }  # fmt: skip
+    weights = load_two_stream(args.weights, image_size=RENDERED_SIZE)
+    splits = rendered_splits(counts, seed=RENDERED_SEED, progress=progress)
+    recipe = recipe_of(args)
+    pairs = _all_pairs(splits, weights.tokenizer, recipe, RENDERED_SIZE, keep=True)
+
+    def objective(**variant: Any) -> FMFALoss:
+        sizes = (weights.embed_dim, splits["train"].num_identities)
+        words = {"vocab_size": weights.tokenizer.vocab_size, "irr": {"depth": 1, "num_heads": weights.heads}}
+        return FMFALoss(*sizes, **words, **merged(given, variant))
+
+    given = objective_of(args, weights.patches)
+    about = {"dataset": "rendered", "rendered": {**counts, "seed": RENDERED_SEED}, **weights.about, "dry_run": False}
+    return Task("rendered", *pairs, weights.tokenizer, recipe, weights.build, objective, about | {"objective": given})
+
+
+def _on_disk(args: argparse.Namespace, progress: Progress) -> Task:
+    from .models.clip import load_clip  # transformers, which the rendered pedestrians do without
+
+    names = [name for name in ("train", "val", "test") if name in splits_of(args.dataset, args.root)]
+    splits = {name: read_dataset(args.dataset, args.root, name) for name in names}
+    recipe = recipe_of(args)
+    loaded = load_clip(
+        args.weights, splits["train"].captions, image_size=PAPER_SIZE, tiny=bool(args.tiny), tokenizer=args.tokenizer,
+        seed=recipe.seed,
+    )  # fmt: skip
+    splits = {name: check_images(split, progress=progress) for name, split in splits.items()}
+    for split in splits.values():
+        if long := too_long(loaded.tokenizer, split.captions):
+            split.notes["captions over 77 tokens, cut"] = long
+    pairs = _all_pairs(splits, loaded.tokenizer, recipe, PAPER_SIZE)
+    model = loaded.model
+    rows, columns = model.grid
+    given = objective_of(args, rows * columns)
+
+    def objective(**variant: Any) -> FMFALoss:
+        sizes = (args.dataset, model.embed_dim, splits["train"].num_identities)
+        return FMFALoss.for_dataset(*sizes, vocab_size=loaded.tokenizer.vocab_size, **merged(given, variant))
+
+    about = {
+        "dataset": args.dataset, "root": args.root.resolve(), "weights": args.weights,
+        "weights_sha256": loaded.report.sha256, "dry_run": args.weights is None, "objective": given,
+    }  # fmt: skip
+    return Task(args.dataset, *pairs, loaded.tokenizer, recipe, lambda seed: deepcopy(model), objective, about)
+
+
+def _all_pairs(
+    splits: dict[str, Split], tokenizer: Any, recipe: Recipe, size: tuple[int, int], *, keep: bool = False
+) -> tuple[Pairs, Pairs | None, Pairs]:
+    augmentation = Augmentation(flip=recipe.flip, pad=recipe.pad, erase=recipe.erase)
+    read = {
+        name: Pairs(
+            split, tokenizer(split.captions), size=size, seed=recipe.seed, keep=keep,
+            augmentation=augmentation if name == "train" else None,
+        )
+        for name, split in splits.items()
+    }  # fmt: skip
+    return read["train"], read.get("val"), read["test"]
+
+
+def merged(given: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of FMFALoss: those of the command line, and over them those of a variant."""
+    parts = given | variant
+    both = [key for key in given.keys() & variant.keys() if isinstance(given[key], dict)]
+    return parts | {key: {**given[key], **variant[key]} for key in both}
