@@ -1,41 +1,93 @@
-"""What a trained model finds: the metrics, and the pictures that show them."""
+"""What a trained model finds, by the cosine of global features: features, metrics, and the first images of captions."""
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fmfa_losses import plot
 from fmfa_losses.retrieval import RetrievalMetrics, retrieval_metrics, search
 
 from .data import Pairs
+from .errors import RunError
 
-__all__ = ["as_dict", "chance", "draw", "encode", "evaluate"]
+__all__ = [
+    "Found",
+    "as_dict",
+    "chance",
+    "encode",
+    "encode_images",
+    "encode_texts",
+    "evaluate",
+    "find",
+    "image_batches",
+    "joined",
+    "text_batches",
+]
 
-# Words that point at nothing in an image.
-_SILENT = (
-    "a an and away are at back behind by camera carries carrying dressed female footwear guy has he her his holds in",
-    "is it its lady male man of on over pedestrian person she side stands standing that the this to towards waits",
-    "walking walks wearing wears who with woman young . ,",
-)
-SILENT = frozenset(word for line in _SILENT for word in line.split())
+QUERIES = 512  # ranked at a time
+
+
+def encode(
+    model: nn.Module, pairs: Pairs, device: torch.device, *, batch_size: int = 128, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Features of every caption [P, D] and every image [M, D], on the CPU in float32 or better.
+
+    Raises:
+        RunError: a feature is not finite.
+    """
+    texts = encode_texts(model, pairs, device, batch_size=batch_size)
+    return texts, encode_images(model, pairs, device, batch_size=batch_size, workers=workers)
+
+
+def encode_texts(model: nn.Module, pairs: Pairs, device: torch.device, *, batch_size: int = 128) -> Tensor:
+    """[P, D], as `encode`."""
+    return joined("captions", [x for x, _, _ in text_batches(model, pairs, device, batch_size=batch_size)])
+
+
+def encode_images(
+    model: nn.Module, pairs: Pairs, device: torch.device, *, batch_size: int = 128, workers: int = 0
+) -> Tensor:
+    """[M, D], as `encode`."""
+    batches = image_batches(model, pairs, device, batch_size=batch_size, workers=workers)
+    return joined("images", [x for x, _ in batches])
 
 
 @torch.no_grad()
-def encode(model: nn.Module, pairs: Pairs, device: torch.device, *, batch_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Features of every caption [P, D] and every image [M, D], on the CPU in float32."""
+def text_batches(
+    model: nn.Module, pairs: Pairs, device: torch.device, *, batch_size: int = 128
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Captions in their order: features [b, D], words [b, L, D] and which of them are no padding [b, L]."""
     model.eval()
-    loader = DataLoader(pairs.images(), batch_size)
-    with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-        images = [model.encode_image(pixels.to(device))[0].float().cpu() for pixels in loader]  # type: ignore[operator]
-        texts = [
-            model.encode_text(ids.to(device))[0].float().cpu()  # type: ignore[operator]
-            for ids in pairs.token_ids.split(batch_size)
-        ]
-    return torch.cat(texts), torch.cat(images)
+    for ids in pairs.token_ids.split(batch_size):
+        ids = ids.to(device)
+        with _precision(device):
+            features, words = model.encode_text(ids)  # type: ignore[operator]
+        yield features, words, model.text_mask(ids)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def image_batches(
+    model: nn.Module, pairs: Pairs, device: torch.device, *, batch_size: int = 128, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images in their order: features [b, D] and patches [b, N, D].
+
+    Args:
+        workers: processes that read images.
+    """
+    model.eval()
+    loader = DataLoader(
+        pairs.images(),
+        batch_size,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # a loader draws a number even where it shuffles nothing
+    )
+    for pixels in loader:
+        with _precision(device):
+            features, patches = model.encode_image(pixels.to(device, non_blocking=True))  # type: ignore[operator]
+        yield features, patches
 
 
 def evaluate(texts: Tensor, images: Tensor, pairs: Pairs) -> RetrievalMetrics:
@@ -52,68 +104,42 @@ def as_dict(metrics: RetrievalMetrics) -> dict[str, dict[str, float]]:
 
 def chance(pairs: Pairs) -> float:
     """Rank-1 in percent of captions that point at an image blindly."""
-    matches = (pairs.split.caption_pids[:, None] == pairs.split.image_pids).sum(dim=1)
-    return 100 * float(matches.float().mean()) / len(pairs.split.image_pids)
+    _, counts = pairs.split.image_pids.unique(return_counts=True)
+    people = torch.searchsorted(pairs.split.image_pids.unique(), pairs.split.caption_pids)
+    return 100 * float(counts[people].double().mean()) / len(pairs.split.image_pids)
 
 
-def draw(
-    folder: Path,
-    model: nn.Module,
-    pairs: Pairs,
-    tokenizer: Any,
-    features: tuple[Tensor, Tensor],
-    history: dict[str, list[float]],
-    device: torch.device,
-    *,
-    queries: int = 6,
-    top: int = 5,
-) -> dict[str, Path]:
-    """Writes loss curves, retrieved images and similarity maps; returns where they are."""
-    split = pairs.split
-    texts, images = features
-    top = min(top, len(images))
-    scores, found = search(texts, images, top)
-    correct = split.image_pids[found] == split.caption_pids[:, None]
-    files = {name: folder / f"{name}.png" for name in ("loss_curves", "retrieval", "similarity_maps")}
+class Found(NamedTuple):
+    """What every caption finds: the first images [P, k], their cosines [P, k], and the rank of the first right one."""
 
-    terms = {name: values for name, values in history.items() if not name.endswith("accuracy")}
-    plot.loss_curves(terms, smoothing=0.9).savefig(files["loss_curves"], dpi=130)
-
-    # Captions at even distances, not the ones that went well.
-    chosen = np.linspace(0, len(split.captions) - 1, min(queries, len(split.captions))).astype(int).tolist()
-    strips = [[np.asarray(split.photograph(int(i))) for i in found[q]] for q in chosen]
-    plot.retrieval_strips(
-        [_sentence(split.captions[q]) for q in chosen], strips, scores[chosen], correct[chosen]
-    ).savefig(files["retrieval"], dpi=130)
-
-    # The caption that names the most things, among those that found their person.
-    named = [_named(tokenizer.words(ids)) for ids in pairs.token_ids]
-    hits = correct[:, 0].nonzero().flatten().tolist() or range(len(named))
-    caption = max(hits, key=lambda p: len(named[p]))
-    words, positions = zip(*named[caption][:8], strict=True)
-    image = int(split.caption_images[caption])
-    similarity = _similarity(model, pairs, caption, image, device)[list(positions)]
-    picture = np.asarray(split.photograph(image))
-    plot.similarity_maps(picture, similarity, tokens=words, grid=model.grid).savefig(files["similarity_maps"], dpi=130)  # type: ignore[arg-type]
-    return files
+    images: Tensor
+    scores: Tensor
+    ranks: Tensor  # [P], from 1
 
 
-@torch.no_grad()
-def _similarity(model: nn.Module, pairs: Pairs, caption: int, image: int, device: torch.device) -> Tensor:
-    """Inner products [L, N] of the words of one caption with the patches of one image."""
-    model.eval()
-    _, patches = model.encode_image(pairs.images()[image][None].to(device))  # type: ignore[operator]
-    _, words = model.encode_text(pairs.token_ids[caption][None].to(device))  # type: ignore[operator]
-    return (words[0] @ patches[0].T).float().cpu()
+def find(texts: Tensor, images: Tensor, pairs: Pairs, *, top: int) -> Found:
+    """Equal cosines rank by image index, lower first, as in the metrics."""
+    pids, top = pairs.split.image_pids, min(top, len(images))
+    parts = []
+    for features, own in zip(texts.split(QUERIES), pairs.split.caption_pids.split(QUERIES), strict=True):
+        scores, order = search(features, images, len(images))
+        right = pids[order] == own[:, None]  # a caption's own image is in the gallery
+        parts.append((order[:, :top], scores[:, :top], right.int().argmax(dim=1) + 1))
+    return Found(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _named(words: list[str]) -> list[tuple[str, int]]:
-    """(word, position in the caption's ids) of the words that point at something; SOT stands at position 0."""
-    telling = [(word, position + 1) for position, word in enumerate(words) if word not in SILENT]
-    return telling or [(word, position + 1) for position, word in enumerate(words)]
+def joined(what: str, blocks: list[Tensor]) -> Tensor:
+    """Features of all `what`, on the CPU in float32 or better; RunError where one is not finite."""
+    features = torch.cat([block.to("cpu", torch.promote_types(block.dtype, torch.float32)) for block in blocks])
+    broken = int((~features.isfinite().all(dim=1)).sum())
+    if broken:
+        raise RunError(
+            f"features must be finite, those of {broken} of {len(features)} {what} are not: the weights are of a run "
+            "that diverged, or too large for float16; take other weights, or --device cpu"
+        )
+    return features
 
 
-def _sentence(caption: str) -> str:
-    """Rendered captions are bare words; capitals and full stops make them readable."""
-    parts = [part.strip() for part in caption.split(" .") if part.strip()]
-    return ". ".join(part[0].upper() + part[1:] for part in parts) + "." if " ." in caption else caption
+def _precision(device: torch.device) -> torch.autocast:
+    """Half precision on a GPU. Entered for each batch: a generator must not leave it on for its caller."""
+    return torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
