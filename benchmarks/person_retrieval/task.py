@@ -82,7 +82,7 @@ def selection(args: argparse.Namespace, task: Task) -> tuple[str, str]:
 
 def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
     counts = {
-        "train": args.identities or 800, "val": args.val_identities or 100, "test": args.test_identities or 750
+        "train": args.identities or 1200, "val": args.val_identities or 100, "test": args.test_identities or 750
     }  # fmt: skip
     weights = load_two_stream(args.weights, image_size=RENDERED_SIZE)
     splits = rendered_splits(counts, seed=RENDERED_SEED, progress=progress)

@@ -2,7 +2,7 @@
 
 from .folders import LAYOUTS, read_dataset
 from .pairs import Images, Pairs
-from .rendered import rendered_splits
+from .rendered import catalogue_split, rendered_splits
 from .samplers import Batches, IdentitySampler, RandomSampler
 from .split import Split
 
@@ -14,6 +14,7 @@ __all__ = [
     "Pairs",
     "RandomSampler",
     "Split",
+    "catalogue_split",
     "read_dataset",
     "rendered_splits",
 ]
