@@ -121,10 +121,11 @@ def add_run(parser: argparse.ArgumentParser, out: str, *, train: bool = True) ->
         )
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe of the data set with what was given."""
-    rendered = args.dataset == "rendered"
-    base = RENDERED if rendered else Recipe(epochs=EPOCHS.get(args.dataset, 60), workers=4)
+def recipe_of(args: argparse.Namespace, base: Recipe | None = None) -> Recipe:
+    """`base`, or else the recipe of the data set, with what was given."""
+    if base is None:
+        rendered = args.dataset == "rendered"
+        base = RENDERED if rendered else Recipe(epochs=EPOCHS.get(args.dataset, 60), workers=4)
     given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     if given["gather"] is not None:
         given["gather"] = GATHER[given["gather"]]

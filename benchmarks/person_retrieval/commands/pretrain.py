@@ -19,13 +19,16 @@ from ..models import TwoStream
 from ..models.pretrained import tokenizer_of
 from ..options import add_recipe, add_run, command_of, recipe_of
 from ..pedestrians import vocabulary
-from ..training import Contrastive, Log, RunFolder, Trainer, World, save, settings_of
+from ..training import Contrastive, Log, Recipe, RunFolder, Trainer, World, save, settings_of
 
 __all__ = ["main"]
 
 SIZE = (96, 32)
 SEED = 7  # of the pictures
 WIDTH, HEADS = 96, 3
+RECIPE = Recipe(
+    epochs=6, batch_size=128, lr=2e-3, bias_lr_factor=1.0, eps=1e-8, warmup_epochs=0.5, lr_per="step", clip_norm=1.0
+)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -34,7 +37,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add_recipe(parser)
     add_run(parser, "runs/pretrain")
     args = parser.parse_args(argv)
-    args.command, args.dataset = command_of("pretrain", argv), "rendered"
+    args.command = command_of("pretrain", argv)
     return args
 
 
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     world = World.join(args.device)
     log = Log(quiet=args.quiet, leads=world.leads)
-    recipe = recipe_of(args)
+    recipe = recipe_of(args, RECIPE)
     words = vocabulary()
     tokenizer = tokenizer_of(words)
     split = catalogue_split(args.pictures, seed=SEED, progress=partial(tqdm, desc="rendering", disable=not log.bars))
