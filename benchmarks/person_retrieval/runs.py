@@ -1,8 +1,9 @@
 """One training from beginning to end: the model as it is, then trained, then tested; and written down."""
 
 import argparse
+import json
+import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,26 @@ from torch import nn
 
 from .. import results
 from .data import Pairs
+from .errors import RunError
 from .evaluation import as_dict, chance, encode, evaluate
 from .pictures import draw
-from .task import Task, reseeded, selection
-from .training import InfoNCE, Log, RunFolder, Trainee, Trainer, World, affordable_epochs, measure_pace, settings_of
+from .task import Task, selection
+from .training import (
+    InfoNCE,
+    Log,
+    RunFolder,
+    Trainee,
+    Trainer,
+    World,
+    affordable_epochs,
+    differences,
+    load,
+    measure_pace,
+    plain,
+    settings_of,
+)
 
-__all__ = ["FMFA", "Variant", "finished", "run"]
+__all__ = ["FMFA", "Variant", "finished", "kept_weights", "run", "tested"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ def run(
         What metrics.json holds; {} on all processes but the leading one.
     """
     chosen, told = selection(args, task)
-    settings = settings_of(task.recipe, world, select=chosen, variant=variant.name, **task.about)
+    settings = all_settings(task, variant, args, world)
     options = {"resume": args.resume, "overwrite": args.overwrite, "leads": world.leads, "command": args.command}
     with RunFolder(out, settings, **options) as folder:
         log = Log(folder.path, quiet=args.quiet, tensorboard=args.tensorboard, leads=world.leads)
@@ -141,3 +156,41 @@ def sizes(task: Task) -> dict[str, dict[str, Any]]:
         }
         for name, pairs in splits.items() if pairs is not None
     }  # fmt: skip
+
+
+def finished(out: Path, task: Task, variant: Variant, args: argparse.Namespace, world: World) -> dict[str, Any] | None:
+    """What metrics.json of a run with these settings holds; None where the run has not come to its end.
+
+    Raises:
+        RunError: another run is in `out`.
+    """
+    if not (out / "metrics.json").exists():
+        return None
+    found: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    before = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
+    forbidden, allowed = differences(before, plain(all_settings(task, variant, args, world)), trained=0)
+    if forbidden:
+        raise RunError(
+            f"a study must keep its settings; in {out} {'; '.join(forbidden)}; give the former ones, or another --out"
+        )
+    return None if allowed and found["epochs"] < task.recipe.epochs else found
+
+
+def all_settings(task: Task, variant: Variant, args: argparse.Namespace, world: World) -> dict[str, Any]:
+    chosen, _ = selection(args, task)
+    return settings_of(task.recipe, world, select=chosen, variant=asdict(variant), **task.about)
+
+
+def kept_weights(out: Path) -> dict[str, Any]:
+    """Of the model in the epoch that a run kept: its best, or its last."""
+    best = out / "best.pt"
+    if best.exists():
+        weights: dict[str, Any] = load(best, keys=("model",))["model"]
+        return weights
+    trainee = load(out / "checkpoint.pt", keys=("trainee",))["trainee"]
+    return {name.removeprefix("model."): x for name, x in trainee.items() if name.startswith("model.")}
+
+
+def last_epoch(trainer: Trainer) -> dict[str, float]:
+    """Means of every term and accuracy over the steps of the last epoch."""
+    return {name: statistics.fmean(values[-trainer.steps_per_epoch :]) for name, values in trainer.history.items()}
