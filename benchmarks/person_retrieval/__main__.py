@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fmfa_losses import FMFALoss
 
 from .. import results
-from .data import LAYOUTS, Pairs, Split, read_dataset, rendered_splits
+from .data import LAYOUTS, Augmentation, Pairs, Split, check_images, read_dataset, rendered_splits
 from .evaluation import as_dict, chance, draw, encode, evaluate
 from .models import TwoStream, WordTokenizer
 from .training import Beginner, Recipe, Trainee, Trainer, World
@@ -129,7 +129,7 @@ def rendered_task(args: argparse.Namespace, progress: Callable[..., Any]) -> Tas
 def dataset_task(args: argparse.Namespace) -> Task:
     from .models.clip import load_clip  # transformers, which the rendered pedestrians do without
 
-    train, test = (read_dataset(args.dataset, args.root, split) for split in ("train", "test"))
+    train, test = (check_images(read_dataset(args.dataset, args.root, split)) for split in ("train", "test"))
     clip, tokenizer = load_clip(args.weights, train.captions, image_size=PAPER_SIZE, tiny=args.tiny)
     recipe = Recipe(
         epochs=args.epochs or 60,
@@ -151,7 +151,8 @@ def dataset_task(args: argparse.Namespace) -> Task:
 
 
 def _both(pairs: Callable[..., Pairs], train: Split, test: Split, tokenizer: Any) -> tuple[Pairs, Pairs]:
-    return pairs(train, tokenizer(train.captions)), pairs(test, tokenizer(test.captions), augment=False)
+    augmented = pairs(train, tokenizer(train.captions), augmentation=Augmentation())
+    return augmented, pairs(test, tokenizer(test.captions))
 
 
 def begin(args: argparse.Namespace, task: Task, world: World, *, out: Path | None) -> nn.Module:
