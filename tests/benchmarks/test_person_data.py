@@ -324,7 +324,7 @@ def test_checks_add_to_what_reading_counted(folder: Path) -> None:
     split = check_images(training(folder), progress=lambda images: (seen.append(len(images)), images)[1])
     assert split.notes == {"empty captions left out": 1, "greyscale images": 2} and seen == [4]
     assert check_images(split).notes == split.notes
-    drawn, _ = rendered_splits(1, 1, images=1)
+    drawn = rendered_splits({"train": 1})["train"]
     assert check_images(drawn) is drawn
 
 

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 def others_of(args: argparse.Namespace, task: Task, log: Log) -> dict[str, Pairs]:
     """Test pairs of the other data sets, in the tokens and the size of this one."""
     if args.dataset == "rendered":
-        splits = {CATALOGUE: catalogue_split(PICTURES, seed=SEED, progress=log.progress("rendering", unit="photo"))}
+        splits = {CATALOGUE: catalogue_split(PICTURES, size=task.test.size, seed=SEED, progress=log.progress("rendering", unit="photo"))}
     else:
         names = args.on or [name for name in LAYOUTS if name != args.dataset and lies_in(args.root, name)]
         if not names:

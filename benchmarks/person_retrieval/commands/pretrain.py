@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     recipe = recipe_of(args, RECIPE)
     words = vocabulary()
     tokenizer = tokenizer_of(words)
-    split = catalogue_split(args.pictures, seed=SEED, progress=partial(tqdm, desc="rendering", disable=not log.bars))
+    split = catalogue_split(args.pictures, size=SIZE, seed=SEED, progress=partial(tqdm, desc="rendering", disable=not log.bars))
     pairs = Pairs(
         split, tokenizer(split.captions), size=SIZE, seed=recipe.seed, keep=True,
         augmentation=Augmentation(flip=recipe.flip, pad=recipe.pad, erase=recipe.erase),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..pedestrians import CATALOGUE, STUDIO, alt_text, caption, make_identities, render
 from .split import Split
@@ -39,16 +40,17 @@ def rendered_splits(people: Mapping[str, int], *, seed: int = 0, progress: Progr
     return splits
 
 
-def catalogue_split(count: int, *, seed: int, progress: Progress = iter) -> Split:
+def catalogue_split(count: int, *, size: tuple[int, int], seed: int, progress: Progress = iter) -> Split:
     """Pictures in general: `count` people, each photographed once and described in one line.
 
-    Other frequencies of clothes and colours, other sentences, better light and no look-alikes.
+    Other frequencies of clothes and colours, other sentences, better light and no look-alikes. Pictures are kept at
+    `size`, (height, width): there are many.
     """
     people = make_identities(count, seed=seed, lookalikes=0.0, wardrobe=CATALOGUE)
     photos, texts = [], []
     for who, person in enumerate(progress(people)):
         photo = render(person, seed=(seed, who, 0, 1), camera=STUDIO)
-        photos.append(photo.image)
+        photos.append(photo.image.resize(size[::-1], Image.Resampling.BILINEAR))
         texts.append(alt_text(person, photo, seed=(seed, who, 0, 1)))
     return _split("rendered catalogue", photos, texts, 1, 1)
 
