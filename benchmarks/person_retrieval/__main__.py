@@ -1,4 +1,7 @@
-"""`python -m benchmarks.person_retrieval COMMAND`: the paper's experiments, on its data sets or on rendered pedestrians."""
+"""`python -m benchmarks.person_retrieval COMMAND`: the paper's experiments.
+
+On its data sets, or on rendered pedestrians, which need no download.
+"""
 
 import importlib
 import sys

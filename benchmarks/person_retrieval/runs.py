@@ -107,7 +107,8 @@ def run(
         }  # fmt: skip
         if pictures:
             result["files"] = [
-                file.name for file in draw(out, model, task.test, task.tokenizer, trainer.history, world.device).values()
+                file.name
+                for file in draw(out, model, task.test, task.tokenizer, trainer.history, world.device).values()
             ]
         results.write(folder.path / "metrics.json", results.head("training", args.command) | result)
     return result
@@ -139,8 +140,8 @@ def choose_epochs(trainer: Trainer, folder: RunFolder, log: Log, seconds: float,
     left = max(0.0, seconds - 2 * testing)
     epochs = affordable_epochs(pace, trainer.steps_per_epoch, left / 60, trainer.epochs, besides=testing / 4)
     log.say(
-        f"{pace:.2f} s a step, {trainer.steps_per_epoch} steps an epoch: {epochs} of {trainer.epochs} epochs are trained "
-        f"within the {left:.0f} s that are left of --minutes"
+        f"{pace:.2f} s a step, {trainer.steps_per_epoch} steps an epoch: {epochs} of {trainer.epochs} epochs "
+        f"are trained within the {left:.0f} s that are left of --minutes"
     )
     if epochs < trainer.epochs:
         folder.choose_epochs(epochs)

@@ -24,7 +24,9 @@ def draw_variants(file: Path, records: Sequence[Record], names: Sequence[str], t
             values = [_values(records, name, metric, seed)[0] for name in names]
             axes.plot(range(len(names)), values, color="0.8", linewidth=0.9, marker="o", markersize=3, zorder=1)
         means = [statistics.fmean(_values(records, name, metric)) for name in names]
-        axes.plot(range(len(names)), means, color=COLORS[0], linewidth=0, marker="_", markersize=26, markeredgewidth=2.5)
+        axes.plot(
+            range(len(names)), means, color=COLORS[0], linewidth=0, marker="_", markersize=26, markeredgewidth=2.5
+        )
         for place, mean in enumerate(means):
             axes.annotate(f"{mean:.1f}", (place, mean), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         before = _before(records[0], metric)
@@ -43,7 +45,9 @@ def draw_sweep(file: Path, records: Sequence[Record], names: Sequence[str], what
     for place, name in enumerate(names):
         values = _values(records, name, "R1")
         axes.plot([place] * len(values), values, color="0.7", linewidth=0, marker="o", markersize=3)
-    axes.plot([statistics.fmean(_values(records, name, "R1")) for name in names], color=COLORS[0], marker="o", linewidth=1.6)
+    axes.plot(
+        [statistics.fmean(_values(records, name, "R1")) for name in names], color=COLORS[0], marker="o", linewidth=1.6
+    )
     axes.axhline(_before(records[0], "R1"), color=GREY, linestyle=":", linewidth=1, label="before training")
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(what, fontsize=9)
@@ -58,9 +62,7 @@ def draw_starts(file: Path, records: Sequence[Record], starts: Sequence[str], na
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     after, gain = figure.subplots(1, 2)
     found = {(start, name): _values(records, f"{name} from {start}", "R1") for start in starts for name in names}
-    before = [
-        next(_before(r, "R1") for r in records if r["variant"] == f"{names[0]} from {start}") for start in starts
-    ]
+    before = [next(_before(r, "R1") for r in records if r["variant"] == f"{names[0]} from {start}") for start in starts]
     for color, name in zip(COLORS, names, strict=False):
         means = [statistics.fmean(found[start, name]) for start in starts]
         after.plot(before, means, color=color, marker="o", linewidth=1.6, label=name)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import results
 from benchmarks.person_retrieval.__main__ import main
-from benchmarks.person_retrieval.commands import ablation, pretrain, sweep
+from benchmarks.person_retrieval.commands import ablation, sweep
 from benchmarks.person_retrieval.runs import Variant
 from benchmarks.person_retrieval.study import columns, differences, markdown
 from fmfa_losses import ASDMLoss
@@ -89,8 +89,10 @@ def test_a_sweep_trains_every_value(tmp_path: Path) -> None:
     options = [*TINY, "--seeds", "1", "--out", str(tmp_path)]
     assert main(["sweep", "--over", "alpha", "--values", "0", "5", *options]) == 0
     report = results.read(tmp_path / "sweep_alpha.json")
-    assert [r["variant"]["objective"]["asdm"]["alpha"] if isinstance(r["variant"], dict) else r["variant"]
-            for r in report["records"]] == ["0", "5"]
+    assert [
+        r["variant"]["objective"]["asdm"]["alpha"] if isinstance(r["variant"], dict) else r["variant"]
+        for r in report["records"]
+    ] == ["0", "5"]
     assert (tmp_path / "sweep_alpha.png").exists()
     with pytest.raises(SystemExit, match="--starts and --over start"):
         main(["sweep", "--over", "start", *options])

@@ -8,7 +8,7 @@ from ..runs import Variant
 from ..study import add_seeds, markdown, paired_runs, seeds_of, write
 from ..study_plots import draw_variants
 from ..task import make_task
-from ..training import Log, World
+from ..training import World
 
 __all__ = ["VARIANTS", "main"]
 
@@ -40,15 +40,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     world = World.join(args.device)
-    task = make_task(args, Log(quiet=args.quiet, leads=world.leads))
+    task = make_task(args, world)
     seeds = seeds_of(args, task)
     records = paired_runs(task, VARIANTS, seeds, args, world)
     if world.leads:
         names = [variant.name for variant in VARIANTS]
-        lines = [f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-                 f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.", ""]
-        lines += [*markdown(records, names, BASE, first="objectives (ID and IRR beside all but InfoNCE)"),
-                  *table_6(task.dataset)]
+        lines = [
+            f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
+            f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+            "",
+        ]
+        lines += [
+            *markdown(records, names, BASE, first="objectives (ID and IRR beside all but InfoNCE)"),
+            *table_6(task.dataset),
+        ]
         draw_variants(args.out / "ablation.png", records, names, f"{task.dataset}, {len(seeds)} seeds")
         write(args.out, "ablation", args.command, lines, {"records": records})
     world.leave()

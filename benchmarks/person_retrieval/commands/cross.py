@@ -4,18 +4,17 @@ The run in --out is trained, or gone on with, as `train` does; one that is finis
 """
 
 import argparse
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from ... import results
 from ...tables import markdown
-from ..data import LAYOUTS, Pairs, catalogue_split, check_images, read_dataset, splits_of
+from ..data import LAYOUTS, Pairs, catalogue_split, check_images, read_dataset
 from ..errors import RunError
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
 from ..runs import FMFA, finished, kept_weights, run, tested
-from ..task import Task, make_task
-from ..training import Log, World
+from ..task import Task, make_task, progress_bar
+from ..training import World
 
 __all__ = ["main"]
 
@@ -45,9 +44,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     world = World.join(args.device)
-    log = Log(quiet=args.quiet, leads=world.leads)
-    task = make_task(args, log)
-    others = others_of(args, task, log)  # read and checked before the first step
+    task = make_task(args, world)
+    others = others_of(args, task, world)  # read and checked before the first step
     result = finished(args.out, task, FMFA, args, world) if args.resume else None
     if result is None:
         result = run(task, args.out, args, world)
@@ -57,27 +55,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def others_of(args: argparse.Namespace, task: Task, log: Log) -> dict[str, Pairs]:
+def others_of(args: argparse.Namespace, task: Task, world: World) -> dict[str, Pairs]:
     """Test pairs of the other data sets, in the tokens and the size of this one."""
+    progress = progress_bar(args, world)
     if args.dataset == "rendered":
-        splits = {CATALOGUE: catalogue_split(PICTURES, size=task.test.size, seed=SEED, progress=log.progress("rendering", unit="photo"))}
+        splits = {CATALOGUE: catalogue_split(PICTURES, size=task.test.size, seed=SEED, progress=progress)}
     else:
         names = args.on or [name for name in LAYOUTS if name != args.dataset and lies_in(args.root, name)]
         if not names:
             raise RunError(f"--root must hold another data set to test on, got {args.root} with {args.dataset} alone")
         splits = {name: read_dataset(name, args.root, "test") for name in names}
-        splits = {name: check_images(split, progress=log.progress("reading images", unit="image"))
-                  for name, split in splits.items()}
-    return {
-        name: Pairs(split, task.tokenizer(split.captions), size=task.test.size) for name, split in splits.items()
-    }
+        splits = {name: check_images(split, progress=progress) for name, split in splits.items()}
+    return {name: Pairs(split, task.tokenizer(split.captions), size=task.test.size) for name, split in splits.items()}
 
 
 def lies_in(root: Path, name: str) -> bool:
     return (root / name / LAYOUTS[name][0]).is_file()
 
 
-def report(args: argparse.Namespace, task: Task, others: dict[str, Pairs], result: dict[str, Any], world: World) -> None:
+def report(
+    args: argparse.Namespace, task: Task, others: dict[str, Pairs], result: dict[str, Any], world: World
+) -> None:
     """A line a data set: before training on this one, and after."""
     before, after = task.build(task.recipe.seed), task.build(task.recipe.seed)
     after.load_state_dict(kept_weights(args.out))
@@ -87,7 +85,8 @@ def report(args: argparse.Namespace, task: Task, others: dict[str, Pairs], resul
     metrics = list(rows[0]["after"]["t2i"])
     header = [f"trained on {task.dataset}, tested on", *metrics]
     cells = [
-        [row["test"], *(f"{row['before']['t2i'][m]:.2f} → {row['after']['t2i'][m]:.2f}" for m in metrics)] for row in rows
+        [row["test"], *(f"{row['before']['t2i'][m]:.2f} → {row['after']['t2i'][m]:.2f}" for m in metrics)]
+        for row in rows
     ]
     table = markdown(header, cells)
     results.write(args.out / "cross.json", results.head("cross", args.command) | {"records": rows})

@@ -7,18 +7,17 @@ other things, beside lines in another style; the losses are CLIP's on global fea
 
 import argparse
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..data import Augmentation, Pairs, catalogue_split
 from ..models import TwoStream
 from ..models.pretrained import tokenizer_of
 from ..options import add_recipe, add_run, command_of, recipe_of
 from ..pedestrians import vocabulary
+from ..task import progress_bar
 from ..training import Contrastive, Log, Recipe, RunFolder, Trainer, World, save, settings_of
 
 __all__ = ["main"]
@@ -44,11 +43,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     world = World.join(args.device)
-    log = Log(quiet=args.quiet, leads=world.leads)
     recipe = recipe_of(args, RECIPE)
     words = vocabulary()
     tokenizer = tokenizer_of(words)
-    split = catalogue_split(args.pictures, size=SIZE, seed=SEED, progress=partial(tqdm, desc="rendering", disable=not log.bars))
+    split = catalogue_split(args.pictures, size=SIZE, seed=SEED, progress=progress_bar(args, world))
     pairs = Pairs(
         split, tokenizer(split.captions), size=SIZE, seed=recipe.seed, keep=True,
         augmentation=Augmentation(flip=recipe.flip, pad=recipe.pad, erase=recipe.erase),
@@ -77,7 +75,9 @@ def main(argv: list[str]) -> int:
 
 def content(model: TwoStream, words: list[str], args: argparse.Namespace, epoch: int) -> dict[str, Any]:
     """What `load_two_stream` reads: weights in half precision, and how they were made."""
-    state = {name: x.detach().cpu().half() if x.is_floating_point() else x.cpu() for name, x in model.state_dict().items()}
+    state = {
+        name: x.detach().cpu().half() if x.is_floating_point() else x.cpu() for name, x in model.state_dict().items()
+    }
     made = {"command": args.command, "epoch": epoch, "pictures": args.pictures}
     return {"width": WIDTH, "heads": HEADS, "vocabulary": words, "made": made, "model": state}
 

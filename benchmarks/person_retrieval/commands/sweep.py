@@ -13,13 +13,12 @@ from ..runs import Variant
 from ..study import add_seeds, differences, markdown, paired_runs, seeds_of, write
 from ..study_plots import draw_starts, draw_sweep
 from ..task import Task, make_task
-from ..training import Log, World
+from ..training import World
 
 __all__ = ["SWEEPS", "main"]
 
 Objective = dict[str, Any]
-# w_i = c + alpha gap_i with c so small that it is absent: the loss is (c KL + alpha gap KL), and c is the weight of A-SDM
-# whose alpha is alpha / c.
+# w_i = c + alpha gap_i with c so small that it is absent: A-SDM with alpha / c, and c as its weight in the sum.
 ABSENT = 1e-6
 
 
@@ -43,9 +42,11 @@ SWEEPS: dict[str, tuple[tuple[float, ...], str, Callable[[float, int], Objective
     "weight-efa": ((0, 0.1, 0.5, 1, 5, 10), "weight of EFA", _weight("efa")),
 }  # fmt: skip
 CONSTANT = {"with the constant 1": {}, "without": None}  # Table 8
-STARTS = (Variant("SDM", {"weights": {"efa": 0.0}, "asdm": {"alpha": 0.0}}),
-          Variant("A-SDM, alpha 1", {"weights": {"efa": 0.0}, "asdm": {"alpha": 1.0}}),
-          Variant("A-SDM, alpha 10", {"weights": {"efa": 0.0}, "asdm": {"alpha": 10.0}}))
+STARTS = (
+    Variant("SDM", {"weights": {"efa": 0.0}, "asdm": {"alpha": 0.0}}),
+    Variant("A-SDM, alpha 1", {"weights": {"efa": 0.0}, "asdm": {"alpha": 1.0}}),
+    Variant("A-SDM, alpha 10", {"weights": {"efa": 0.0}, "asdm": {"alpha": 10.0}}),
+)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -80,17 +81,20 @@ def main(argv: list[str]) -> int:
 
 def values(args: argparse.Namespace, world: World) -> None:
     """Everything but one number as the paper has it."""
-    task = make_task(args, Log(quiet=args.quiet, leads=world.leads))
+    task = make_task(args, world)
     seeds = seeds_of(args, task)
     variants, what = variants_of(args, task)
     records = paired_runs(task, variants, seeds, args, world)
     if not world.leads:
         return
     names = [variant.name for variant in variants]
-    lines = [f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-             f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.", ""]
+    lines = [
+        f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
+        f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+        "",
+    ]
     lines += markdown(records, names, None, first=what)
-    lines += {"weight-asdm": table_7, "weight-efa": table_7, "constant": table_8}.get(args.over, lambda: [])()
+    lines += {"weight-asdm": table_7, "weight-efa": table_7, "constant": table_8}.get(args.over, list)()
     draw_sweep(args.out / f"sweep_{args.over}.png", records, names, what, task.dataset)
     write(args.out, f"sweep_{args.over}", args.command, lines, {"over": args.over, "records": records})
 
@@ -109,22 +113,27 @@ def starts(args: argparse.Namespace, world: World) -> None:
     records = []
     for start in args.starts:
         args.weights = start
-        task = make_task(args, Log(quiet=args.quiet, leads=world.leads))
+        task = make_task(args, world)
         variants = [Variant(f"{variant.name} from {start}", variant.objective) for variant in STARTS]
         seeds = seeds_of(args, task)
         records += paired_runs(task, variants, seeds, args, world)
     if not world.leads:
         return
-    lines = [f"Text-to-image R1 on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-             f"{len(seeds)} seeds; differences to SDM seed by seed.", "",
-             f"| weights | R1 before | {' | '.join(variant.name for variant in STARTS)} | A-SDM 1 less SDM | A-SDM 10 less SDM |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        f"Text-to-image R1 on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
+        f"{len(seeds)} seeds; differences to SDM seed by seed.",
+        "",
+        f"| weights | R1 before | {' | '.join(variant.name for variant in STARTS)} | A-SDM 1 - SDM | A-SDM 10 - SDM |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for start in args.starts:
         names = [f"{variant.name} from {start}" for variant in STARTS]
         before = next(r["before"]["t2i"]["R1"] for r in records if r["variant"] == names[0])
         cells = ["{mean:.2f} ± {std:.2f}".format(**differences(records, name, None)) for name in names]
-        cells += ["{mean:+.2f} ± {std:.2f}, above in {above} of {seeds}".format(**differences(records, name, names[0]))
-                  for name in names[1:]]
+        cells += [
+            "{mean:+.2f} ± {std:.2f}, above in {above} of {seeds}".format(**differences(records, name, names[0]))
+            for name in names[1:]
+        ]
         lines.append(f"| {start} | {before:.2f} | {' | '.join(cells)} |")
     draw_starts(args.out / "sweep_start.png", records, args.starts, [variant.name for variant in STARTS])
     write(args.out, "sweep_start", args.command, lines, {"over": "start", "records": records})

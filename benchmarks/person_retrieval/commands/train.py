@@ -6,7 +6,7 @@ import time
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
 from ..runs import run
 from ..task import make_task
-from ..training import Log, World
+from ..training import World
 
 __all__ = ["main"]
 
@@ -20,7 +20,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add_objective(parser)
     add_run(parser, "runs/demo")
     parser.add_argument(
-        "--minutes", type=float, help=f"rendered: a machine too slow for all epochs trains fewer ({MINUTES}; 0: no limit)"
+        "--minutes",
+        type=float,
+        help=f"rendered: a machine too slow for all epochs trains fewer ({MINUTES}; 0: no limit)",
     )
     args = parser.parse_args(argv)
     check_applies(args)
@@ -32,9 +34,10 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     args = arguments(argv)
     world = World.join(args.device)
-    log = Log(quiet=args.quiet, leads=world.leads)
-    task = make_task(args, log)
-    minutes = (MINUTES if args.minutes is None else args.minutes) if args.dataset == "rendered" and not args.epochs else 0
+    task = make_task(args, world)
+    minutes = (
+        (MINUTES if args.minutes is None else args.minutes) if args.dataset == "rendered" and not args.epochs else 0
+    )
     seconds = 60 * minutes - (time.perf_counter() - start) if minutes else None
     result = run(task, args.out, args, world, pictures=True, seconds=seconds)
     if world.leads:

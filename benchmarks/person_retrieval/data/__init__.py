@@ -20,6 +20,7 @@ __all__ = [
     "RandomSampler",
     "Split",
     "catalogue_split",
+    "check_images",
     "read_dataset",
     "rendered_splits",
     "splits_of",
