@@ -5,6 +5,7 @@ defaults, and an option that does not apply is an error instead of nothing.
 """
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ GATHER: dict[str, bool | str] = {"true": True, "ring": "ring", "no": False}
 
 # Of rendered pedestrians and of a model of 0.5 million parameters; what is not named is the paper's.
 RENDERED = Recipe(
-    epochs=8, lr=3e-4, lr_factor=3.0, bias_lr_factor=1.0, eps=1e-8, warmup_epochs=0.5, lr_per="step", clip_norm=1.0
+    epochs=4, lr=3e-4, lr_factor=3.0, bias_lr_factor=1.0, eps=1e-8, warmup_epochs=0.5, lr_per="step", clip_norm=1.0
 )
 EPOCHS = {"ICFG-PEDES": 100}  # the others: 60
 
@@ -40,7 +41,7 @@ def _positive(text: str) -> int:
 
 
 RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
-    "epochs": {"type": int, "help": "60, ICFG-PEDES 100, rendered 8"},
+    "epochs": {"type": int, "help": "60, ICFG-PEDES 100, rendered 4"},
     "batch_size": {"type": int, "help": "of one process: two with 32 train as one with 64"},
     "gather": {
         "choices": tuple(GATHER),
@@ -74,7 +75,7 @@ def add_data(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
     group = parser.add_argument_group("what to learn from")
     group.add_argument("--dataset", choices=("rendered", *LAYOUTS), default="rendered", help="default: %(default)s")
     group.add_argument("--root", type=Path, help="folder that holds the data set's folder")
-    group.add_argument("--identities", type=_positive, help="rendered, in training: 800")
+    group.add_argument("--identities", type=_positive, help="rendered, in training: 1200")
     group.add_argument("--val-identities", type=_positive, help="rendered: 100")
     group.add_argument("--test-identities", type=_positive, help="rendered: 750, of whom there are 3000 captions")
     if weights:
@@ -120,10 +121,11 @@ def add_run(parser: argparse.ArgumentParser, out: str, *, train: bool = True) ->
         )
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe of the data set with what was given."""
-    rendered = args.dataset == "rendered"
-    base = RENDERED if rendered else Recipe(epochs=EPOCHS.get(args.dataset, 60), workers=4)
+def recipe_of(args: argparse.Namespace, base: Recipe | None = None) -> Recipe:
+    """`base`, or else the recipe of the data set, with what was given."""
+    if base is None:
+        rendered = args.dataset == "rendered"
+        base = RENDERED if rendered else Recipe(epochs=EPOCHS.get(args.dataset, 60), workers=4)
     given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     if given["gather"] is not None:
         given["gather"] = GATHER[given["gather"]]
@@ -182,3 +184,8 @@ def invoke(action: Callable[[], int | None]) -> int:
         return action() or 0
     except RunError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def command_of(name: str, argv: list[str]) -> str:
+    """As it is typed, for result files."""
+    return shlex.join(["python", "-m", "benchmarks.person_retrieval", name, *argv])

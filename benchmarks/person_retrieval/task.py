@@ -1,22 +1,25 @@
 """What a run trains and tests on, and with: splits, tokenizer, model, recipe and objective of a data set."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from fmfa_losses import FMFALoss
 
 from .data import Augmentation, Pairs, Split, check_images, read_dataset, rendered_splits, splits_of, too_long
 from .errors import RunError
-from .models import load_two_stream
+from .models.pretrained import load_two_stream
 from .options import objective_of, recipe_of
-from .training import Recipe
+from .training import Recipe, World
 
-__all__ = ["PAPER_SIZE", "Task", "make_task", "reseeded", "selection"]
+__all__ = ["PAPER_SIZE", "Task", "make_task", "progress_bar", "reseeded", "selection"]
 
 RENDERED_SIZE = (96, 32)
 PAPER_SIZE = (384, 128)
@@ -51,13 +54,19 @@ class Task:
         return {"mask_id": self.tokenizer.mask_id, "special_ids": self.tokenizer.special_ids}
 
 
-def make_task(args: argparse.Namespace, progress: Progress = iter) -> Task:
+def make_task(args: argparse.Namespace, world: World) -> Task:
     """Reads and checks everything that the run will need.
 
     Raises:
         RunError: what is missing or broken, before the first step.
     """
+    progress = progress_bar(args, world)
     return _rendered(args, progress) if args.dataset == "rendered" else _on_disk(args, progress)
+
+
+def progress_bar(args: argparse.Namespace, world: World) -> Progress:
+    """Over anything that is counted; silent where nobody watches."""
+    return partial(tqdm, disable=args.quiet or not world.leads or not sys.stderr.isatty(), leave=False)
 
 
 def reseeded(task: Task, seed: int) -> Task:
@@ -82,7 +91,7 @@ def selection(args: argparse.Namespace, task: Task) -> tuple[str, str]:
 
 def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
     counts = {
-        "train": args.identities or 800, "val": args.val_identities or 100, "test": args.test_identities or 750
+        "train": args.identities or 1200, "val": args.val_identities or 100, "test": args.test_identities or 750
     }  # fmt: skip
     weights = load_two_stream(args.weights, image_size=RENDERED_SIZE)
     splits = rendered_splits(counts, seed=RENDERED_SEED, progress=progress)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import processes
+from helpers.person_folders import folder_of
 from PIL import Image
 
 from benchmarks import results
 from benchmarks.person_retrieval.__main__ import main
-from benchmarks.person_retrieval.data import (
-    LAYOUTS,
-    Batches,
-    IdentitySampler,
-    Pairs,
-    RandomSampler,
-    read_dataset,
-    rendered_splits,
-)
+from benchmarks.person_retrieval.data import LAYOUTS, Pairs, rendered_splits
 from benchmarks.person_retrieval.models import Neck, TwoStream, WordTokenizer
 from benchmarks.person_retrieval.pedestrians import HEIGHT, WIDTH, caption, make_identities, render
 from benchmarks.person_retrieval.training import Beginner, Recipe, Trainee, Trainer, World, parameter_groups
@@ -108,83 +100,11 @@ def test_tokenizer_keeps_eot_and_marks_the_unknown() -> None:
     assert tokenizer.mask_id == tokenizer.vocab_size - 3
 
 
-def test_augmentation_follows_from_seed_epoch_and_index() -> None:
-    train, _ = rendered_splits(3, 1, images=1, seed=0)
-    ids = WordTokenizer(train.captions)(train.captions)
-    pairs, again = (Pairs(train, ids, size=(96, 32), seed=4) for _ in range(2))
-    assert torch.equal(pairs[1]["pixels"], again[1]["pixels"])
-    pairs.epoch = 1
-    drawn = [bool((pairs[i]["pixels"] != again[i]["pixels"]).any()) for i in range(6)]
-    assert sum(drawn) >= 3
-    assert pairs[0]["pixels"].dtype == torch.uint8
-    plain = Pairs(train, ids, size=(96, 32), augment=False)
-    assert torch.equal(plain.images()[0], plain[0]["pixels"])
-
-
-def test_identity_batches_hold_groups() -> None:
-    pids = torch.arange(10).repeat_interleave(9)
-    sampler = IdentitySampler(pids, per_identity=4, seed=1)
-    drawn = list(sampler)
-    assert len(drawn) == len(set(drawn)) == len(sampler) == 80
-    groups = pids[torch.tensor(drawn)].view(-1, 4)
-    assert (groups.amax(1) == groups.amin(1)).all()
-    sampler.epoch = 1
-    assert list(sampler) != drawn
-
-
-@pytest.mark.parametrize("sampler", [RandomSampler(23, seed=3), IdentitySampler(torch.arange(23) // 5, seed=3)])
-@pytest.mark.parametrize(("world", "size"), [(2, 4), (3, 2), (4, 1), (2, 16), (3, 16)])
-def test_processes_read_slices_of_the_batches_of_one(
-    sampler: RandomSampler | IdentitySampler, world: int, size: int
-) -> None:
-    whole = Batches(sampler, world * size)
-    shares = [Batches(sampler, size, rank=rank, world_size=world) for rank in range(world)]
-    for epoch in range(2):
-        for batches in (whole, *shares):
-            batches.set_epoch(epoch)
-        assert len(list(whole)) == len(whole) == len(shares[0]) > 0
-        together = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
-        assert together == list(whole)
-        if world * size <= len(sampler):
-            assert all(len(batch) == size for batches in shares for batch in batches)
-        else:  # all pairs are one batch, and processes get one pair more or less
-            assert sorted(together[0]) == sorted(sampler)
-            assert {len(batch) for batches in shares for batch in batches} <= {
-                len(sampler) // world,
-                len(sampler) // world + 1,
-            }
-    with pytest.raises(ValueError, match="got 2 pairs for 3 processes"):
-        Batches(RandomSampler(2), size, rank=1, world_size=3)
-
-
-def folder_of(root: Path, name: str) -> Path:
-    """A data set of four training and two test identities in the layout of `name`."""
-    file, path_key = LAYOUTS[name]
-    entries = []
-    for i, who in enumerate(make_identities(6, seed=9)):
-        for number in range(2):
-            photo = render(who, seed=(9, i, number))
-            path = Path("cam") / f"{i:04d}_{number}.png"
-            (root / name / "imgs" / "cam").mkdir(parents=True, exist_ok=True)
-            photo.image.save(root / name / "imgs" / path)
-            captions = [caption(who, photo, seed=(9, i, number, wording)) for wording in range(2)]
-            split = "train" if i < 4 else "test"
-            entries.append({"id": 100 + 7 * i, path_key: path.as_posix(), "split": split, "captions": captions})
-    (root / name / file).write_text(json.dumps(entries), encoding="utf-8")
-    return root
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_folder_in_each_layout_trains_and_resumes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     root = folder_of(tmp_path, name)
-    train, test = (read_dataset(name, root, split) for split in ("train", "test"))
-    assert train.image_pids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert test.image_pids.tolist() == [128, 128, 135, 135]
-    assert (len(train.captions), len(test.captions)) == (16, 8)
-    assert train.photograph(3).size == (WIDTH, HEIGHT)
-
     out, fit = tmp_path / "out", Trainer.fit
     command = ["--dataset", name, "--root", str(root), "--tiny", "--device", "cpu", "--workers", "0", "--quiet"]
     command += ["--batch-size", "8", "--epochs", "2", "--out", str(out)]
@@ -206,16 +126,12 @@ def test_a_folder_in_each_layout_trains_and_resumes(
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"reid_raw\.json"):
-        read_dataset("CUHK-PEDES", tmp_path, "train")
-    root = folder_of(tmp_path, "RSTPReid")
-    (root / "RSTPReid" / "imgs" / "cam" / "0001_0.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 8 images .*0001_0\.png"):
-        read_dataset("RSTPReid", root, "train")
-    with pytest.raises(ValueError, match="split 'val'"):
-        read_dataset("RSTPReid", root, "val")
     with pytest.raises(SystemExit, match="data_captions"):
         main(["--dataset", "RSTPReid", "--root", str(tmp_path / "nowhere"), "--device", "cpu"])
+    root = folder_of(tmp_path, "RSTPReid")
+    (root / "RSTPReid" / "imgs" / "cam" / "0001_0.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"1 of 8 images [^\n]*\n.*0001_0\.png.* 0 bytes"):
+        main(["--dataset", "RSTPReid", "--root", str(root), "--device", "cpu", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="--resume needs a checkpoint"):
         main([*TINY_RUN, "--resume", "--out", str(tmp_path / "empty")])
 

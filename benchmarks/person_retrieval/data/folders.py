@@ -4,19 +4,20 @@
     ROOT/ICFG-PEDES/ICFG-PEDES.json      the same fields                                   images under ICFG-PEDES/imgs/
     ROOT/RSTPReid/data_captions.json     "img_path" instead of "file_path"                 images under RSTPReid/imgs/
 
-ROOT may also be the data set's own folder. Every caption is a pair; training identities are numbered from 0.
+ROOT may also be the data set's own folder. ICFG-PEDES has no validation split. What an annotation file must keep is
+described in `annotations.py`. Every caption is a pair; training identities are numbered from 0.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 
+from .annotations import SPLITS, Entry, read_annotations
+from .errors import DataError
+from .images import ImageFiles
 from .split import Split
 
-__all__ = ["LAYOUTS", "read_dataset"]
+__all__ = ["LAYOUTS", "read_dataset", "splits_of"]
 
 # annotation file, key of the image path
 LAYOUTS = {
@@ -26,55 +27,68 @@ LAYOUTS = {
 }
 
 
+def splits_of(name: str, root: str | Path) -> set[str]:
+    """The splits that the annotations have: "train", "test" and, of some data sets, "val". Raises as `read_dataset`."""
+    return {entry.split for entry in _read(name, root)[1]}
+
+
 def read_dataset(name: str, root: str | Path, split: str) -> Split:
-    """One split ("train", "val" or "test") of a public data set.
+    """One split ("train", "val" or "test") of a public data set; no image is opened, `check_images` does that.
+
+    `notes` counts empty captions that were left out, and entries that repeat the path of another and were merged.
 
     Raises:
-        FileNotFoundError: the annotation file or an image is missing; the message names what was looked for.
-        ValueError: unknown data set, or an annotation without the fields of its layout.
+        FileNotFoundError: there is no annotation file; the message names what was looked for.
+        DataError: the annotation file, any split of it, breaks a rule, or does not have this split.
+        ValueError: no such data set, no such split.
     """
-    if name not in LAYOUTS:
-        raise ValueError(f"dataset must be one of {', '.join(LAYOUTS)}, got {name!r}")
-    file, path_key = LAYOUTS[name]
-    folders = (Path(root) / name, Path(root))
-    folder = next((folder for folder in folders if (folder / file).is_file()), None)
-    if folder is None:
-        wanted = " nor ".join(str(folder / file) for folder in folders)
-        raise FileNotFoundError(
-            f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/"
-        )
-    with open(folder / file, encoding="utf-8") as stream:
-        entries: list[dict[str, Any]] = json.load(stream)
-    for entry in entries:
-        missing = {"split", "captions", "id", path_key} - entry.keys()
-        if missing:
-            raise ValueError(
-                f"every entry of {folder / file} must have {sorted(missing)}, got one with {sorted(entry)}"
-            )
-    entries = [entry for entry in entries if entry["split"] == split]
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    file, everything = _read(name, root)
+    entries = [entry for entry in everything if entry.split == split]
     if not entries:
-        raise ValueError(f"{folder / file} must have entries of the split {split!r}, got none")
+        found = ", ".join(one for one in SPLITS if any(entry.split == one for entry in everything))
+        raise DataError(f"{file} has no entries of the split {split!r}, it has {found}; choose one of these")
 
-    # One entry an image in CUHK-PEDES and RSTPReid, but nothing forbids two: images are told apart by their path.
-    paths: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     pids: list[int] = []
     captions: list[str] = []
     caption_images: list[int] = []
     for entry in entries:
-        path = entry[path_key]
-        if path not in paths:
-            paths[path] = len(paths)
-            pids.append(int(entry["id"]))
-        for text in entry["captions"]:
-            captions.append(text)
-            caption_images.append(paths[path])
-    files = [folder / "imgs" / path for path in paths]
-    absent = [file for file in files if not file.is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"{len(absent)} of {len(files)} images of {name} {split} are missing, the first is {absent[0]}"
-        )
+        if entry.path not in numbers:
+            numbers[entry.path] = len(numbers)
+            pids.append(entry.pid)
+        captions += entry.captions
+        caption_images += [numbers[entry.path]] * len(entry.captions)
     image_pids = torch.tensor(pids)
     if split == "train":
         image_pids = torch.unique(image_pids, return_inverse=True)[1]
-    return Split(lambda i: Image.open(files[i]).convert("RGB"), image_pids, captions, torch.tensor(caption_images))
+    notes = {
+        "empty captions left out": sum(entry.empty for entry in entries),
+        "repeated images merged": len(entries) - len(numbers),
+    }
+    files = [file.parent / "imgs" / path for path in numbers]
+    return Split(
+        ImageFiles(files),
+        image_pids,
+        captions,
+        torch.tensor(caption_images),
+        name=f"{name} {split}",
+        notes={note: count for note, count in notes.items() if count},
+        files=files,
+    )
+
+
+def _read(name: str, root: str | Path) -> tuple[Path, list[Entry]]:
+    """The annotation file and its entries."""
+    if name not in LAYOUTS:
+        raise ValueError(f"dataset must be one of {', '.join(LAYOUTS)}, got {name!r}")
+    file, path_key = LAYOUTS[name]
+    candidates = (Path(root) / name / file, Path(root) / file)
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        wanted = " nor ".join(map(str, candidates))
+        raise FileNotFoundError(
+            f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/"
+        )
+    return found, read_annotations(found, path_key)

@@ -6,20 +6,23 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augmentation import augment_image
+from .augmentation import Augmentation
 from .split import Split
 
 __all__ = ["Images", "Pairs"]
 
 
 class Pairs(Dataset[dict[str, Tensor]]):
-    """Training pairs: an augmented image (uint8), its caption's ids, its identity, its index.
+    """Pairs: an image [3, H, W] uint8, its caption's ids [L], its identity, its index.
 
     The augmentation of a pair follows from (seed, epoch, index), whichever worker draws it.
 
     Args:
+        token_ids: of the captions, [P, L].
         size: (height, width) the images are resized to.
+        augmentation: for training; None leaves images as they are.
         keep: hold the resized images in memory.
+        resample: the filter that resizes, as Pillow applies it: over all pixels that fall into one.
     """
 
     def __init__(
@@ -29,10 +32,12 @@ class Pairs(Dataset[dict[str, Tensor]]):
         *,
         size: tuple[int, int],
         seed: int = 0,
-        augment: bool = True,
+        augmentation: Augmentation | None = None,
         keep: bool = False,
+        resample: Image.Resampling = Image.Resampling.BILINEAR,
     ) -> None:
-        self.split, self.token_ids, self.size, self.seed, self.augment = split, token_ids, size, seed, augment
+        self.split, self.token_ids, self.size, self.seed = split, token_ids, size, seed
+        self.augmentation, self.resample = augmentation, resample
         self.epoch = 0
         self.kept = [self._read(i) for i in range(len(split.image_pids))] if keep else None
 
@@ -42,8 +47,8 @@ class Pairs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = int(self.split.caption_images[index])
         pixels = self.kept[image] if self.kept is not None else self._read(image)
-        if self.augment:
-            pixels = augment_image(pixels, np.random.default_rng([self.seed, self.epoch, index]))
+        if self.augmentation is not None:
+            pixels = self.augmentation(pixels, np.random.default_rng([self.seed, self.epoch, index]))
         return {
             "pixels": _channels_first(pixels),
             "token_ids": self.token_ids[index],
@@ -56,7 +61,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
 
     def _read(self, image: int) -> np.ndarray:
         photo = self.split.photograph(image)
-        return np.asarray(photo.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC))
+        return np.asarray(photo.resize((self.size[1], self.size[0]), self.resample))
 
 
 class Images(Dataset[Tensor]):

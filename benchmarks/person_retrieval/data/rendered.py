@@ -1,36 +1,60 @@
-"""Splits of rendered pedestrians."""
+"""Splits of rendered pedestrians: the street, where people are searched for, and pictures in general.
 
-from collections.abc import Callable
+Who is in a split, how the photographs look and what is written follow from integers; no identity is in two splits.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 
-from ..pedestrians import caption, make_identities, render
+from ..pedestrians import CATALOGUE, STUDIO, alt_text, caption, make_identities, render
 from .split import Split
 
-__all__ = ["rendered_splits"]
+__all__ = ["catalogue_split", "rendered_splits"]
+
+PHOTOGRAPHS, CAPTIONS = 2, 2  # of a person, of a photograph
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-def rendered_splits(
-    train: int, test: int, *, images: int = 2, test_images: int = 2, seed: int = 0, progress: Callable[..., Any] = iter
-) -> tuple[Split, Split]:
-    """Training and test split of rendered pedestrians; every photograph has two captions.
+def rendered_splits(people: Mapping[str, int], *, seed: int = 0, progress: Progress = iter) -> dict[str, Split]:
+    """Splits of the street by name; `people` says how many identities each has.
 
-    The test identities come after the training ones in one list of distinct people: none is in both.
+    They follow each other in one list of distinct people. Each person has two photographs, each of two captions.
     """
-    people = make_identities(train + test, seed=seed)
-    plan = [(who, photo) for who in range(train) for photo in range(images)]
-    plan += [(who, photo) for who in range(train, train + test) for photo in range(test_images)]
-    photos, captions = [], []
-    for who, number in progress(plan):
-        photo = render(people[who], seed=(seed, who, number))
-        photos.append(photo.image)
-        captions.append([caption(people[who], photo, seed=(seed, who, number, wording)) for wording in range(2)])
+    everybody = make_identities(sum(people.values()), seed=seed)
+    splits, first = {}, 0
+    done = iter(progress(range(len(everybody) * PHOTOGRAPHS)))
+    for name, count in people.items():
+        photos, texts = [], []
+        for who in range(first, first + count):
+            for number in range(PHOTOGRAPHS):
+                photo = render(everybody[who], seed=(seed, who, number))
+                photos.append(photo.image)
+                texts += [caption(everybody[who], photo, seed=(seed, who, number, k)) for k in range(CAPTIONS)]
+                next(done)
+        splits[name] = _split(f"rendered {name}", photos, texts, PHOTOGRAPHS, CAPTIONS)
+        first += count
+    next(done, None)  # closes a progress bar
+    return splits
 
-    def part(start: int, stop: int, first: int) -> Split:
-        texts = [text for pair in captions[start:stop] for text in pair]
-        pids = torch.tensor([who - first for who, _ in plan[start:stop]])
-        return Split(photos[start:stop].__getitem__, pids, texts, torch.arange(stop - start).repeat_interleave(2))
 
-    cut = train * images
-    return part(0, cut, 0), part(cut, len(plan), train)
+def catalogue_split(count: int, *, size: tuple[int, int], seed: int, progress: Progress = iter) -> Split:
+    """Pictures in general: `count` people, each photographed once and described in one line.
+
+    Other frequencies of clothes and colours, other sentences, better light and no look-alikes. Pictures are kept at
+    `size`, (height, width): there are many.
+    """
+    people = make_identities(count, seed=seed, lookalikes=0.0, wardrobe=CATALOGUE)
+    photos, texts = [], []
+    for who, person in enumerate(progress(people)):
+        photo = render(person, seed=(seed, who, 0, 1), camera=STUDIO)
+        photos.append(photo.image.resize(size[::-1], Image.Resampling.BILINEAR))
+        texts.append(alt_text(person, photo, seed=(seed, who, 0, 1)))
+    return _split("rendered catalogue", photos, texts, 1, 1)
+
+
+def _split(name: str, photos: list[Any], texts: list[str], photographs: int, captions: int) -> Split:
+    pids = torch.arange(len(photos)) // photographs
+    return Split(photos.__getitem__, pids, texts, torch.arange(len(photos)).repeat_interleave(captions), name=name)

@@ -19,7 +19,7 @@ class RandomSampler(Sampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
@@ -30,6 +30,8 @@ class IdentitySampler(Sampler[int]):
     """
 
     def __init__(self, pids: Tensor, *, per_identity: int = 4, seed: int = 0) -> None:
+        if per_identity < 1:
+            raise ValueError(f"per_identity must be at least 1, got {per_identity}")
         self.pids, self.per_identity, self.seed, self.epoch = pids, per_identity, seed, 0
 
     def __len__(self) -> int:

@@ -62,8 +62,9 @@ def load_two_stream(weights: str | Path | None, *, image_size: tuple[int, int]) 
         tokenizer = tokenizer_of(content["vocabulary"])
         shape = {**shape_of(content), "image_size": image_size}
         model = TwoStream(tokenizer.vocab_size, **shape)
-        model.load_state_dict({name: value.float() if value.is_floating_point() else value
-                               for name, value in content["model"].items()})
+        model.load_state_dict(
+            {name: value.float() if value.is_floating_point() else value for name, value in content["model"].items()}
+        )
     except Exception as error:
         raise RunError(
             f"--weights of rendered pedestrians must be a file that `pretrain` wrote, or `none`; {file}: {error}"
@@ -80,7 +81,9 @@ def load_two_stream(weights: str | Path | None, *, image_size: tuple[int, int]) 
             return TwoStream(tokenizer.vocab_size, **shape)
 
     random = weights == "none"
-    about = {"weights": "random" if random else ("committed" if weights is None else str(weights)),
-             "weights_sha256": None if random else sha256}
+    about = {
+        "weights": "random" if random else ("committed" if weights is None else str(weights)),
+        "weights_sha256": None if random else sha256,
+    }
     rows, columns = model.grid
     return Pretrained(build, tokenizer, model.embed_dim, content["heads"], rows * columns, about)

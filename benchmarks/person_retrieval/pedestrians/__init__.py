@@ -14,6 +14,7 @@ from .captions import caption
 from .colors import COLORS
 from .identities import CATALOGUE, STREET, Identity, Wardrobe, make_identities
 from .photo import HEIGHT, STUDIO, SURVEILLANCE, WIDTH, Camera, Photo, render
+from .vocabulary import vocabulary
 
 __all__ = [
     "CATALOGUE",
@@ -31,4 +32,5 @@ __all__ = [
     "caption",
     "make_identities",
     "render",
+    "vocabulary",
 ]

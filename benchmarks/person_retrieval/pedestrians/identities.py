@@ -88,7 +88,8 @@ CATALOGUE = Wardrobe(
     bags=(6, 1, 3, 1),
     colors={
         "black": 6, "white": 5, "gray": 4, "navy": 4, "blue": 4, "beige": 2.5, "brown": 2, "red": 2, "light blue": 2,
-        "pink": 1.2, "green": 1, "olive": 0.7, "burgundy": 0.7, "yellow": 0.6, "orange": 0.5, "purple": 0.5, "teal": 0.4,
+        "pink": 1.2, "green": 1, "olive": 0.7, "burgundy": 0.7, "yellow": 0.6, "orange": 0.5, "purple": 0.5,
+        "teal": 0.4,
     },
 )  # fmt: skip
 

@@ -1,0 +1,86 @@
+"""`pretrain`: the small two-stream model on rendered pictures in general, contrastively; the weights that training on
+rendered pedestrians starts from.
+
+What CLIP is to the paper. The pictures show other people than the street does, each once, in better light, wearing
+other things, beside lines in another style; the losses are CLIP's on global features and FILIP's on tokens.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Augmentation, Pairs, catalogue_split
+from ..models import TwoStream
+from ..models.pretrained import tokenizer_of
+from ..options import add_recipe, add_run, command_of, recipe_of
+from ..pedestrians import vocabulary
+from ..task import progress_bar
+from ..training import Contrastive, Log, Recipe, RunFolder, Trainer, World, save, settings_of
+
+__all__ = ["main"]
+
+SIZE = (96, 32)
+SEED = 7  # of the pictures
+WIDTH, HEADS = 96, 3
+RECIPE = Recipe(
+    epochs=6, batch_size=128, lr=2e-3, bias_lr_factor=1.0, eps=1e-8, warmup_epochs=0.5, lr_per="step", clip_norm=1.0
+)
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval pretrain", description=__doc__)
+    parser.add_argument("--pictures", type=int, default=24000, help="default: %(default)s")
+    add_recipe(parser)
+    add_run(parser, "runs/pretrain")
+    args = parser.parse_args(argv)
+    args.command = command_of("pretrain", argv)
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    world = World.join(args.device)
+    recipe = recipe_of(args, RECIPE)
+    words = vocabulary()
+    tokenizer = tokenizer_of(words)
+    split = catalogue_split(args.pictures, size=SIZE, seed=SEED, progress=progress_bar(args, world))
+    pairs = Pairs(
+        split, tokenizer(split.captions), size=SIZE, seed=recipe.seed, keep=True,
+        augmentation=Augmentation(flip=recipe.flip, pad=recipe.pad, erase=recipe.erase),
+    )  # fmt: skip
+    settings = settings_of(recipe, world, pictures=args.pictures, seed_of_pictures=SEED)
+    options = {"resume": args.resume, "overwrite": args.overwrite, "leads": world.leads, "command": args.command}
+    with RunFolder(args.out, settings, **options) as folder:
+        log = Log(folder.path, quiet=args.quiet, tensorboard=args.tensorboard, leads=world.leads)
+        torch.manual_seed(recipe.seed)
+        shape = {"width": WIDTH, "heads": HEADS, "context_length": tokenizer.context_length}
+        model = TwoStream(tokenizer.vocab_size, image_size=SIZE, **shape)
+        trainer = Trainer(
+            Contrastive(model, gather=world.gather(recipe)), pairs, recipe, world=world, folder=folder, log=log,
+            tokens={"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids},
+        )  # fmt: skip
+        trainer.resume()
+        while trainer.epoch < trainer.epochs:
+            trainer.fit(until=trainer.epoch + 1)
+            if world.leads:
+                file = folder.path / f"epoch_{trainer.epoch}.pt"
+                save(file, content(model, words, args, trainer.epoch))
+                log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB  sha256 {sha256(file)}")
+    world.leave()
+    return 0
+
+
+def content(model: TwoStream, words: list[str], args: argparse.Namespace, epoch: int) -> dict[str, Any]:
+    """What `load_two_stream` reads: weights in half precision, and how they were made."""
+    state = {
+        name: x.detach().cpu().half() if x.is_floating_point() else x.cpu() for name, x in model.state_dict().items()
+    }
+    made = {"command": args.command, "epoch": epoch, "pictures": args.pictures}
+    return {"width": WIDTH, "heads": HEADS, "vocabulary": words, "made": made, "model": state}
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,197 @@
+"""One training from beginning to end: the model as it is, then trained, then tested; and written down."""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import results
+from .data import Pairs
+from .errors import RunError
+from .evaluation import as_dict, chance, encode, evaluate
+from .pictures import draw
+from .task import Task, selection
+from .training import (
+    InfoNCE,
+    Log,
+    RunFolder,
+    Trainee,
+    Trainer,
+    World,
+    affordable_epochs,
+    differences,
+    load,
+    measure_pace,
+    plain,
+    settings_of,
+)
+
+__all__ = ["FMFA", "Variant", "finished", "kept_weights", "run", "tested"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained with: the objectives of FMFA with these keyword arguments over those of the command line."""
+
+    name: str
+    objective: dict[str, Any] = field(default_factory=dict)
+    contrastive: bool = False  # InfoNCE of CLIP on the global features, and nothing else
+
+    def build(self, task: Task, model: nn.Module, gather: bool | str) -> nn.Module:
+        if self.contrastive:
+            return InfoNCE(model, gather=gather)
+        return Trainee(model, task.objective(gather=gather, **self.objective))
+
+
+FMFA = Variant("FMFA")
+
+
+def run(
+    task: Task,
+    out: Path,
+    args: argparse.Namespace,
+    world: World,
+    *,
+    variant: Variant = FMFA,
+    pictures: bool = False,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Trains, or goes on with what is in `out`; tests the epoch that was kept; writes metrics.json.
+
+    Args:
+        pictures: draw loss curves, retrieved images and similarity maps, too.
+        seconds: how long it may take; a machine too slow for all epochs trains fewer, aloud.
+
+    Returns:
+        What metrics.json holds; {} on all processes but the leading one.
+    """
+    chosen, told = selection(args, task)
+    settings = all_settings(task, variant, args, world)
+    options = {"resume": args.resume, "overwrite": args.overwrite, "leads": world.leads, "command": args.command}
+    with RunFolder(out, settings, **options) as folder:
+        log = Log(folder.path, quiet=args.quiet, tensorboard=args.tensorboard, leads=world.leads)
+        start = time.perf_counter()
+        model = task.build(task.recipe.seed)
+        before = tested(model, task.test, world) if world.leads else {}
+        testing = time.perf_counter() - start
+        torch.manual_seed(task.recipe.seed)
+        trainee = variant.build(task, model, world.gather(task.recipe))
+        split = {"val": task.val, "test": task.test, "last": None}[chosen]
+        trainer = Trainer(
+            trainee, task.train, task.recipe, tokens=task.tokens, world=world, folder=folder, log=log, selected=chosen,
+            validate=None if split is None else lambda model: tested(model, split, world)["t2i"],
+        )  # fmt: skip
+        if world.leads and not args.resume:
+            announce(log, task, told, before)
+        trainer.resume()
+        if seconds is not None and not args.resume:
+            choose_epochs(trainer, folder, log, seconds - (time.perf_counter() - start), testing)
+        trainer.fit()
+        kept = trainer.select()
+        if not world.leads:
+            return {}
+        model.to(world.device)
+        result = {
+            **tested(model, task.test, world), "before": before, "chance_R1": chance(task.test), "epoch": kept,
+            "selected": chosen, "epochs": trainer.epochs, "steps": len(trainer.history["loss"]),
+            "validations": trainer.validations, "last_epoch": last_epoch(trainer),
+            "seconds": round(time.perf_counter() - start, 1),
+            "data": sizes(task), "variant": asdict(variant), "parameters": sum(p.numel() for p in model.parameters()),
+            "device": str(world.device), **settings,
+        }  # fmt: skip
+        if pictures:
+            result["files"] = [
+                file.name
+                for file in draw(out, model, task.test, task.tokenizer, trainer.history, world.device).values()
+            ]
+        results.write(folder.path / "metrics.json", results.head("training", args.command) | result)
+    return result
+
+
+def tested(model: nn.Module, pairs: Pairs, world: World) -> dict[str, dict[str, float]]:
+    """Both directions, in percent."""
+    return as_dict(evaluate(*encode(model.to(world.device), pairs, world.device), pairs))
+
+
+def announce(log: Log, task: Task, told: str, before: dict[str, Any]) -> None:
+    """What is trained on, with, and how it starts."""
+    for name in ("train", "val", "test"):
+        pairs = getattr(task, name)
+        log.say(f"{name + ':':6} {pairs.split if pairs else 'no such split'}")
+    if task.about["dry_run"]:
+        log.say("no --weights: random weights, a dry run that shows only that everything runs")
+    log.say(f"before training: t2i R1 {before['t2i']['R1']:.2f}, chance {chance(task.test):.2f}")
+    log.say(f"{told}")
+
+
+def choose_epochs(trainer: Trainer, folder: RunFolder, log: Log, seconds: float, testing: float) -> None:
+    """As many epochs as this machine trains in `seconds`, measured before the first step.
+
+    Args:
+        testing: how long one test took, as many seconds as the last one will take; pictures come after it.
+    """
+    pace = measure_pace(trainer)
+    left = max(0.0, seconds - 2 * testing)
+    epochs = affordable_epochs(pace, trainer.steps_per_epoch, left / 60, trainer.epochs, besides=testing / 4)
+    log.say(
+        f"{pace:.2f} s a step, {trainer.steps_per_epoch} steps an epoch: {epochs} of {trainer.epochs} epochs "
+        f"are trained within the {left:.0f} s that are left of --minutes"
+    )
+    if epochs < trainer.epochs:
+        folder.choose_epochs(epochs)
+        trainer.epochs = epochs
+
+
+def sizes(task: Task) -> dict[str, dict[str, Any]]:
+    splits = {name: getattr(task, name) for name in ("train", "val", "test")}
+    return {
+        name: {
+            "identities": pairs.split.num_identities, "images": len(pairs.split.image_pids),
+            "captions": len(pairs.split.captions), "notes": pairs.split.notes,
+        }
+        for name, pairs in splits.items() if pairs is not None
+    }  # fmt: skip
+
+
+def finished(out: Path, task: Task, variant: Variant, args: argparse.Namespace, world: World) -> dict[str, Any] | None:
+    """What metrics.json of a run with these settings holds; None where the run has not come to its end.
+
+    Raises:
+        RunError: another run is in `out`.
+    """
+    if not (out / "metrics.json").exists():
+        return None
+    found: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    before = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
+    forbidden, allowed = differences(before, plain(all_settings(task, variant, args, world)), trained=0)
+    if forbidden:
+        raise RunError(
+            f"a study must keep its settings; in {out} {'; '.join(forbidden)}; give the former ones, or another --out"
+        )
+    return None if allowed and found["epochs"] < task.recipe.epochs else found
+
+
+def all_settings(task: Task, variant: Variant, args: argparse.Namespace, world: World) -> dict[str, Any]:
+    chosen, _ = selection(args, task)
+    return settings_of(task.recipe, world, select=chosen, variant=asdict(variant), **task.about)
+
+
+def kept_weights(out: Path) -> dict[str, Any]:
+    """Of the model in the epoch that a run kept: its best, or its last."""
+    best = out / "best.pt"
+    if best.exists():
+        weights: dict[str, Any] = load(best, keys=("model",))["model"]
+        return weights
+    trainee = load(out / "checkpoint.pt", keys=("trainee",))["trainee"]
+    return {name.removeprefix("model."): x for name, x in trainee.items() if name.startswith("model.")}
+
+
+def last_epoch(trainer: Trainer) -> dict[str, float]:
+    """Means of every term and accuracy over the steps of the last epoch."""
+    return {name: statistics.fmean(values[-trainer.steps_per_epoch :]) for name, values in trainer.history.items()}
