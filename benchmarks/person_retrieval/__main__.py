@@ -73,7 +73,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     real.add_argument("--dataset", choices=tuple(LAYOUTS))
     real.add_argument("--root", type=Path, help="folder that holds the data set's folder")
     real.add_argument(
-        "--weights", type=Path, help="folder of a saved CLIPModel; without it weights are random: a dry run"
+        "--weights", type=Path, help="of CLIP, as models/weights.py lists; without it weights are random: a dry run"
     )
     real.add_argument("--tiny", action="store_true", help="without --weights: a tiny CLIP instead of ViT-B/16")
     argv = sys.argv[1:] if argv is None else argv
@@ -127,10 +127,10 @@ def rendered_task(args: argparse.Namespace, progress: Callable[..., Any]) -> Tas
 
 
 def dataset_task(args: argparse.Namespace) -> Task:
-    from .models.clip import load_clip  # transformers, which the rendered pedestrians do without
+    from .models.weights import load_clip  # transformers, which the rendered pedestrians do without
 
     train, test = (read_dataset(args.dataset, args.root, split) for split in ("train", "test"))
-    clip, tokenizer = load_clip(args.weights, train.captions, image_size=PAPER_SIZE, tiny=args.tiny)
+    clip, tokenizer, _ = load_clip(args.weights, train.captions, image_size=PAPER_SIZE, tiny=args.tiny, seed=args.seed)
     recipe = Recipe(
         epochs=args.epochs or 60,
         batch_size=args.batch_size,
