@@ -1,6 +1,5 @@
 """CLIP's own loss on the global features: the baseline of Table 6."""
 
-import torch
 from torch import Tensor, nn
 
 from fmfa_losses import FMFAOutput, ITCLoss
