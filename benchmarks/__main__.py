@@ -9,7 +9,10 @@ COMMANDS = {
     "large-batch": ("benchmarks.large_batch", "every loss on 16384 pairs: seconds, memory, exactness of its blocks"),
     "retrieval-metrics": ("benchmarks.retrieval_metrics", "retrieval metrics against sorting whole galleries"),
     "distributed": ("benchmarks.distributed", "the global batch over processes: bytes, seconds, memory"),
-    "person-retrieval": ("benchmarks.person_retrieval.__main__", "train, then find people by their description"),
+    "person-retrieval": (
+        "benchmarks.person_retrieval.__main__",
+        "the paper's experiments: train, ablation, sweep, ...",
+    ),
     "torchrun": ("benchmarks.person_retrieval.torchrun", "that training in one process and in two, compared"),
     "gpu": ("benchmarks.gpu.run", "the kernels on a CUDA device: right, then how fast"),
     "tune": ("benchmarks.gpu.tune", "candidates for the block tables: compiled anywhere, timed on a CUDA device"),

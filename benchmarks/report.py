@@ -49,7 +49,11 @@ about the speed or memory of the kernels there."""
 
 # Kind of a result -> the page of docs/ that shows its figures, and what they are.
 PAGES = {
-    "ablation": ("demo.md", "Ablation on rendered pedestrians"),
+    "ablation": ("experiments.md", "Table 6 on rendered pedestrians"),
+    "sweep_alpha": ("experiments.md", "A-SDM's alpha on rendered pedestrians"),
+    "sweep_start": ("experiments.md", "A-SDM from weaker and from stronger weights"),
+    "cross": ("experiments.md", "Trained on one world, tested on the other"),
+    "training": ("experiments.md", "The embedded run"),
     "torchrun": ("distributed.md", "Training in one process and in two"),
     "distributed": ("distributed.md", "The global batch over processes"),
     "large-batch": ("losses.md", "Every loss on a large batch"),

@@ -1,7 +1,7 @@
-"""What a user of the commands can mend: told in one sentence, without a traceback."""
+"""What users can cause and mend."""
 
 __all__ = ["RunError"]
 
 
 class RunError(Exception):
-    """States the invariant, what came, and what to do."""
+    """An option, a file or a folder is not as it must be; commands print the text as `error: ...` and exit with 1."""

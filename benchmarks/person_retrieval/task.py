@@ -90,9 +90,8 @@ def selection(args: argparse.Namespace, task: Task) -> tuple[str, str]:
 
 
 def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
-    counts = {
-        "train": args.identities or 1200, "val": args.val_identities or 100, "test": args.test_identities or 750
-    }  # fmt: skip
+    # In this order: the people to test on are the same however many there are to train on.
+    counts = {"test": args.test_identities or 750, "val": args.val_identities or 100, "train": args.identities or 1200}
     weights = load_two_stream(args.weights, image_size=RENDERED_SIZE)
     splits = rendered_splits(counts, seed=RENDERED_SEED, progress=progress)
     recipe = recipe_of(args)

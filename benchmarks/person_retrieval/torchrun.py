@@ -19,7 +19,7 @@ import torch
 from .. import ROOT, results
 
 OPTIONS = [
-    *("--identities", "200", "--test-identities", "50", "--epochs", "2", "--minutes", "0"),
+    *("--identities", "200", "--test-identities", "50", "--epochs", "2", "--select", "last"),
     *("--seed", "0", "--quiet", "--device", "cpu"),
 ]
 BATCH = 64  # of all processes
@@ -31,13 +31,12 @@ RUNS: tuple[tuple[int, int, str | None, str], ...] = (  # processes, threads of 
     (1, 1, None, "float64"),
     (2, 1, "true", "float64"),
 )
-PHASES = {"contrastive beginning": "beginning.pt", "FMFA": "checkpoint.pt"}
 
 
 def train(processes: int, threads: int, gather: str | None, dtype: str, out: Path) -> list[str]:
     """Runs the demo; returns its command line, from "python" or "torchrun" on and without --out."""
-    options = ["-m", "benchmarks", "person-retrieval", *OPTIONS, "--batch-size", str(BATCH // processes)]
-    options += ["--float64"] if dtype == "float64" else []
+    options = ["-m", "benchmarks.person_retrieval", "train", *OPTIONS, "--batch-size", str(BATCH // processes)]
+    options += ["--precision", "float64"] if dtype == "float64" else []
     launcher, told = [sys.executable], "python"
     if gather is not None:
         options += ["--gather", gather]
@@ -48,10 +47,10 @@ def train(processes: int, threads: int, gather: str | None, dtype: str, out: Pat
     return [told, *options]
 
 
-def read(out: Path) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
-    """Metrics, and by phase the history of every term and accuracy."""
-    histories = {name: torch.load(out / file, weights_only=True)["history"] for name, file in PHASES.items()}
-    return json.loads((out / "metrics.json").read_text()), histories
+def read(out: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Metrics, and the history of every term and accuracy."""
+    history = torch.load(out / "checkpoint.pt", weights_only=True)["history"]
+    return json.loads((out / "metrics.json").read_text()), history
 
 
 def compare(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[float]:
@@ -70,29 +69,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/demo_torchrun_cpu.json")
     args = parser.parse_args(argv)
     head, rows = results.head("torchrun", "python -m benchmarks torchrun") | {"batch_size": BATCH}, []
-    alone: dict[str, dict[str, dict[str, list[float]]]] = {}  # by dtype: what one process with one thread did
+    alone: dict[str, dict[str, list[float]]] = {}  # by dtype: what one process with one thread did
     for processes, threads, gather, dtype in RUNS:
         with tempfile.TemporaryDirectory() as folder:
             command = train(processes, threads, gather, dtype, Path(folder))
-            metrics, histories = read(Path(folder))
-        alone.setdefault(dtype, histories)
-        for phase, history in histories.items():
-            differences = compare(history, alone[dtype][phase])
-            retrieval = (metrics if phase == "FMFA" else metrics["before"])["t2i"]
-            row = {
-                "processes": processes,
-                "threads": threads,  # of each
-                "gather": gather,
-                "dtype": dtype,
-                "phase": phase,
-                "command": " ".join(command),
-                "steps": len(differences),
-                "max_relative_difference": max(differences),
-                "relative_difference_by_step": [float(f"{x:.2g}") for x in differences],
-                "loss_by_step": [round(x, 6) for x in history["loss"]],
-                "last_epoch": metrics["last_epoch"] if phase == "FMFA" else None,
-                "retrieval": {name: round(x, 2) for name, x in retrieval.items()},
-            }
-            rows.append(row)
-            print(processes, threads, gather, dtype, phase, max(differences), row["retrieval"], flush=True)
+            metrics, history = read(Path(folder))
+        differences = compare(history, alone.setdefault(dtype, history))
+        row = {
+            "processes": processes,
+            "threads": threads,  # of each
+            "gather": gather,
+            "dtype": dtype,
+            "command": " ".join(command),
+            "steps": len(differences),
+            "max_relative_difference": max(differences),
+            "relative_difference_by_step": [float(f"{x:.2g}") for x in differences],
+            "loss_by_step": [round(x, 6) for x in history["loss"]],
+            "last_epoch": metrics["last_epoch"],
+            "retrieval": {name: round(x, 2) for name, x in metrics["t2i"].items()},
+        }
+        rows.append(row)
+        print(processes, threads, gather, dtype, max(differences), row["retrieval"], flush=True)
     results.write(args.out, head | {"records": rows})

@@ -26,13 +26,21 @@ SIZE = (96, 32)
 SEED = 7  # of the pictures
 WIDTH, HEADS = 96, 3
 RECIPE = Recipe(
-    epochs=6, batch_size=128, lr=2e-3, bias_lr_factor=1.0, eps=1e-8, warmup_epochs=0.5, lr_per="step", clip_norm=1.0
+    epochs=8,
+    batch_size=128,
+    lr=2e-3,
+    bias_lr_factor=1.0,
+    eps=1e-8,
+    warmup_epochs=0.5,
+    lr_per="step",
+    clip_norm=1.0,
+    erase=0.25,
 )
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval pretrain", description=__doc__)
-    parser.add_argument("--pictures", type=int, default=24000, help="default: %(default)s")
+    parser.add_argument("--pictures", type=int, default=36000, help="default: %(default)s")
     add_recipe(parser)
     add_run(parser, "runs/pretrain")
     args = parser.parse_args(argv)

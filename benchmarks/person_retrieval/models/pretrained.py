@@ -17,7 +17,7 @@ from ..errors import RunError
 from .tokenizer import WordTokenizer
 from .two_stream import TwoStream
 
-__all__ = ["COMMITTED", "Pretrained", "load_two_stream", "shape_of", "tokenizer_of"]
+__all__ = ["COMMITTED", "Pretrained", "load_two_stream", "tokenizer_of"]
 
 COMMITTED = Path(__file__).parent / "pretrained" / "two_stream.pt"
 CONTEXT = 40  # words of a rendered caption, at most
@@ -44,46 +44,52 @@ def tokenizer_of(vocabulary: list[str]) -> WordTokenizer:
     return WordTokenizer([" ".join(vocabulary)], context_length=CONTEXT)
 
 
-def shape_of(content: dict[str, Any]) -> dict[str, Any]:
+def _shape(content: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of TwoStream."""
     return {"width": content["width"], "heads": content["heads"], "context_length": CONTEXT}
 
 
 def load_two_stream(weights: str | Path | None, *, image_size: tuple[int, int]) -> Pretrained:
-    """From a file of `pretrain`; the committed one where `weights` is None, random weights where it is "none".
+    """From a file of `pretrain` or of a run; the committed one where `weights` is None, random where it is "none".
 
     Raises:
         RunError: no such file, or another kind of file.
     """
     file = COMMITTED if weights in (None, "none") else Path(weights)  # type: ignore[arg-type]
-    try:
-        data = file.read_bytes()
-        content = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
-        tokenizer = tokenizer_of(content["vocabulary"])
-        shape = {**shape_of(content), "image_size": image_size}
-        model = TwoStream(tokenizer.vocab_size, **shape)
-        model.load_state_dict(
-            {name: value.float() if value.is_floating_point() else value for name, value in content["model"].items()}
-        )
-    except Exception as error:
-        raise RunError(
-            f"--weights of rendered pedestrians must be a file that `pretrain` wrote, or `none`; {file}: {error}"
-        ) from error
-    sha256 = hashlib.sha256(data).hexdigest()
+    committed = _read(COMMITTED)[0]
+    content, sha256 = _read(file)
+    shape = {**_shape(committed), "image_size": image_size}
+    tokenizer = tokenizer_of(committed["vocabulary"])
+    random = weights == "none"
 
     def build(seed: int) -> TwoStream:
-        if weights != "none":
-            built = TwoStream(tokenizer.vocab_size, **shape)
-            built.load_state_dict(model.state_dict())
-            return built
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return TwoStream(tokenizer.vocab_size, **shape)
+            model = TwoStream(tokenizer.vocab_size, **shape)
+        if not random:
+            model.load_state_dict(content["model"])  # half precision becomes single
+        return model
 
-    random = weights == "none"
+    try:
+        rows, columns = build(0).grid
+    except RuntimeError as error:
+        raise RunError(f"--weights of rendered pedestrians must fit their model, got {file}: {error}") from error
     about = {
-        "weights": "random" if random else ("committed" if weights is None else str(weights)),
+        "weights": "random" if random else "committed" if weights is None else str(weights),
         "weights_sha256": None if random else sha256,
     }
-    rows, columns = model.grid
-    return Pretrained(build, tokenizer, model.embed_dim, content["heads"], rows * columns, about)
+    return Pretrained(build, tokenizer, shape["width"], shape["heads"], rows * columns, about)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    """What a file holds, and its SHA-256."""
+    try:
+        data = file.read_bytes()
+        content: dict[str, Any] = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+        content["model"].items()
+    except Exception as error:  # there are many ways to be another file
+        raise RunError(
+            f"--weights of rendered pedestrians must be a file of `pretrain`, a best.pt, or none; got {file}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return content, hashlib.sha256(data).hexdigest()
