@@ -78,8 +78,8 @@ def draw_comparison(file: Path, pairs: Pairs, captions: Sequence[int], found: Ma
     rows, labels = [], []
     for caption in captions:
         for number, (name, one) in enumerate(found.items()):
-            told = f"{name}: first right image at rank {int(one.ranks[caption])}."
-            labels.append(told if number else f"{told} {_sentence(pairs.split.captions[caption])}")
+            told = f"{name}, right at rank {int(one.ranks[caption])}"
+            labels.append(told if number else f"{told}: “{_sentence(pairs.split.captions[caption])}”")
             rows.append((caption, one))
     figure = _strips(labels, pairs, rows)
     figure.text(0.01, 1.0, title, va="bottom", ha="left", fontsize=10, parse_math=False)

@@ -2,18 +2,18 @@
 
 import argparse
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .data import Pairs
 from .errors import RunError
+from .kept import kept_weights, record_of
 from .options import add_data, add_objective, add_recipe, add_run, check_applies
 from .task import Task, make_task
-from .training import Log, load
+from .training import World
 
 __all__ = ["Subject", "add_reading", "add_subject", "of_run", "reading", "subject_of"]
 
@@ -67,7 +67,7 @@ def reading(args: argparse.Namespace, dataset: str) -> dict[str, int]:
     return {"batch_size": args.batch_size, "workers": workers}
 
 
-def subject_of(args: argparse.Namespace, split: str = "test") -> Subject:
+def subject_of(args: argparse.Namespace, world: World, split: str = "test") -> Subject:
     """As the options of `add_subject` say.
 
     Raises:
@@ -78,12 +78,12 @@ def subject_of(args: argparse.Namespace, split: str = "test") -> Subject:
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
         if given:
             raise RunError(f"{', '.join(given)} must be left out: --run says which data and weights it is of")
-        return of_run(args.run, split, root=args.root, quiet=args.quiet)
+        return of_run(args.run, world, split, root=args.root, quiet=args.quiet)
     args.dataset = args.dataset or "rendered"
     check_applies(args)
     if args.dataset != "rendered" and args.weights is None and not args.tiny:
         raise RunError(f"{args.dataset} needs --run or --weights, got neither; --tiny is a dry run without weights")
-    task = make_task(_options(**{name: getattr(args, name) for name in _DATA}), Log(quiet=args.quiet))
+    task = make_task(_options(quiet=args.quiet, **{name: getattr(args, name) for name in _DATA}), world)
     weights = task.about["weights"]
     told = {None: "random", "random": "random", "committed": "the committed ones"}.get(weights, str(weights))
     about = _data(task.about, split) | {name: task.about[name] for name in ("weights", "weights_sha256", "dry_run")}
@@ -91,8 +91,8 @@ def subject_of(args: argparse.Namespace, split: str = "test") -> Subject:
     return Subject(model, _pairs(task, split), task.tokenizer, task.dataset, told, about)
 
 
-def of_run(folder: Path, split: str, *, root: Path | None = None, quiet: bool = True) -> Subject:
-    """The weights that a run selected, finished or not: the best epoch so far, or the last where nothing selects.
+def of_run(folder: Path, world: World, split: str = "test", *, root: Path | None = None, quiet: bool = True) -> Subject:
+    """The weights that a run kept, finished or not, and a split of its data set.
 
     Args:
         root: where the data set lies now, if it was moved.
@@ -100,16 +100,16 @@ def of_run(folder: Path, split: str, *, root: Path | None = None, quiet: bool = 
     Raises:
         RunError: no run of `train` with a checkpoint, another run's files, missing or broken data.
     """
-    record = _record(folder)
+    record = record_of(folder)
     settings = record["settings"]
     if root is not None and settings["dataset"] == "rendered":
         raise RunError(f"--root must be left out: {folder} is of rendered pedestrians, which have no files")
-    state, epoch, file, told = _selected(folder, record)
-    task = make_task(_options(**_as_trained(settings, root)), Log(quiet=quiet))
+    weights, epoch, file, told = kept_weights(folder, record)
+    task = make_task(_options(quiet=quiet, **_as_trained(settings, root)), world)
     model = task.build(task.recipe.seed)
-    model.to(next(tensor.dtype for tensor in state.values() if tensor.is_floating_point()))
+    model.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(f"{file} must hold weights of the model that {folder}/run.json describes; {error}") from error
     about = _data(task.about, split) | {
@@ -117,47 +117,6 @@ def of_run(folder: Path, split: str, *, root: Path | None = None, quiet: bool = 
         "trained_from": settings["weights"], "trained_by": record["commands"],
     }  # fmt: skip
     return Subject(model, _pairs(task, split), task.tokenizer, task.dataset, f"{folder}, {told}", about)
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    file = folder / "run.json"
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if "dataset" in record["settings"] and {"run", "commands", "chosen_epochs"} <= record.keys():
-            return record
-        reason = "it is of another command"
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or f"it is no record of a run ({error})"
-    raise RunError(f"{folder} must be the folder of a run of `train`, {file} is not its record: {reason}; name another")
-
-
-def _selected(folder: Path, record: dict[str, Any]) -> tuple[dict[str, Tensor], int, Path, str]:
-    """Weights, epoch, file, and what they are in words."""
-    last, best = folder / "checkpoint.pt", folder / "best.pt"
-    if not last.exists():
-        raise RunError(f"{folder} must have finished an epoch, found no {last.name}; wait for it, or name another run")
-    saved = load(last, keys=("run", "epoch", "best", "trainee"), mmap=True)
-    epochs = record["chosen_epochs"] or record["settings"]["recipe"]["epochs"]
-    told = "" if saved["epoch"] >= epochs else f" (unfinished: {saved['epoch']} of {epochs} epochs)"
-    chosen = saved["best"]
-    if chosen is not None and best.exists():
-        kept = load(best, keys=("run", "epoch", "model"), mmap=True)
-        if (kept["run"], kept["epoch"]) == (record["run"], chosen["epoch"]):
-            select = record["settings"].get("select", "val")
-            return (
-                kept["model"],
-                int(chosen["epoch"]),
-                best,
-                f"epoch {int(chosen['epoch'])}, the best on {select}{told}",
-            )
-    # A run may be killed between the two files: then the best epoch is the last.
-    if saved["run"] != record["run"] or (chosen is not None and chosen["epoch"] != saved["epoch"]):
-        raise RunError(
-            f"{best if chosen else last} must be of the run in {folder}/run.json, got none or another run's; "
-            "restore the file, or name another run"
-        )
-    model = {name[6:]: tensor for name, tensor in saved["trainee"].items() if name.startswith("model.")}
-    return model, int(saved["epoch"]), last, f"epoch {saved['epoch']}, the last{told}"
 
 
 def _as_trained(settings: dict[str, Any], root: Path | None) -> dict[str, Any]:

@@ -50,8 +50,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     claim(args.out, overwrite=args.overwrite)
-    device = World.join(args.device).device
-    a, b = (of_run(run, args.split, root=args.root, quiet=args.quiet) for run in args.runs)
+    world = World.join(args.device)
+    device = world.device
+    a, b = (of_run(run, world, args.split, root=args.root, quiet=args.quiet) for run in args.runs)
     check_same_data(a, b)
     found = [_found(subject, device, args) for subject in (a, b)]
     first_a, first_b = (one.ranks == 1 for one in found)

@@ -46,8 +46,9 @@ def main(argv: list[str]) -> int:
     file = args.out / "evaluation.json" if args.out else None
     if file is not None:
         claim(file, overwrite=args.overwrite)
-    device = World.join(args.device).device
-    subject = subject_of(args, args.split)
+    world = World.join(args.device)
+    device = world.device
+    subject = subject_of(args, world, args.split)
     start = time.perf_counter()
     batches = reading(args, subject.dataset)
     metrics = metrics_by(args.score, subject.model.to(device), subject.pairs, device, top_k=args.top_k, **batches)

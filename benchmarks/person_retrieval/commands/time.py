@@ -47,8 +47,9 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     file = args.out / "time.json"
     claim(file, overwrite=args.overwrite)
-    device = World.join(args.device).device
-    subject = subject_of(args)
+    world = World.join(args.device)
+    device = world.device
+    subject = subject_of(args, world)
     subject.model.to(device)
     seconds = measured(subject, device, args)
     records = [record(phase, subject, values) for phase, values in seconds.items()]
