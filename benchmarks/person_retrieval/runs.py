@@ -124,6 +124,7 @@ def announce(log: Log, task: Task, told: str, before: dict[str, Any]) -> None:
     for name in ("train", "val", "test"):
         pairs = getattr(task, name)
         log.say(f"{name + ':':6} {pairs.split if pairs else 'no such split'}")
+    log.say(task.loaded)
     if task.about["dry_run"]:
         log.say("no --weights: random weights, a dry run that shows only that everything runs")
     log.say(f"before training: t2i R1 {before['t2i']['R1']:.2f}, chance {chance(task.test):.2f}")

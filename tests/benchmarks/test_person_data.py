@@ -60,7 +60,7 @@ def test_each_layout_is_read(name: str, tmp_path: Path) -> None:
 
 
 def test_no_such_thing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"CUHK-PEDES/reid_raw\.json nor .*reid_raw\.json; pass --root"):
+    with pytest.raises(DataError, match=r"CUHK-PEDES/reid_raw\.json nor .*reid_raw\.json; pass --root"):
         read_dataset("CUHK-PEDES", tmp_path, "train")
     with pytest.raises(ValueError, match="dataset must be one of CUHK-PEDES, ICFG-PEDES, RSTPReid, got 'Market'"):
         splits_of("Market", tmp_path)

@@ -38,8 +38,7 @@ def read_dataset(name: str, root: str | Path, split: str) -> Split:
     `notes` counts empty captions that were left out, and entries that repeat the path of another and were merged.
 
     Raises:
-        FileNotFoundError: there is no annotation file; the message names what was looked for.
-        DataError: the annotation file, any split of it, breaks a rule, or does not have this split.
+        DataError: there is no annotation file, it breaks a rule in any split, or it does not have this split.
         ValueError: no such data set, no such split.
     """
     if split not in SPLITS:
@@ -88,7 +87,5 @@ def _read(name: str, root: str | Path) -> tuple[Path, list[Entry]]:
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         wanted = " nor ".join(map(str, candidates))
-        raise FileNotFoundError(
-            f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/"
-        )
+        raise DataError(f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/")
     return found, read_annotations(found, path_key)
