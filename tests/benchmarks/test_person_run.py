@@ -130,7 +130,7 @@ def test_the_seed_fixes_random_weights(tmp_path: Path, undrawn: None) -> None:
         (["--resume", "--overwrite"], r"--overwrite must be left out"),
         (["--gather", "ring"], r"--gather must be left out: one process"),
         (["--loss-weights", "efa"], r"TERM=W"),
-        (["--loss-weights", "sdm=1"], r"sdm.*efa"),
+        (["--loss-weights", "sdm=1"], r"weights must be one of .*got .sdm."),
         (["--alpha", "-1"], r"alpha must be"),
         (["--minutes", "-1"], r"--minutes must be"),
         (["--device", "cuda"], r"got cuda where torch finds 0"),
