@@ -11,7 +11,7 @@ COMMANDS = {
     "distributed": ("benchmarks.distributed", "the global batch over processes: bytes, seconds, memory"),
     "person-retrieval": (
         "benchmarks.person_retrieval.__main__",
-        "the paper's experiments: train, ablation, sweep, ...",
+        "the paper's experiments, a command each",
     ),
     "torchrun": ("benchmarks.person_retrieval.torchrun", "that training in one process and in two, compared"),
     "gpu": ("benchmarks.gpu.run", "the kernels on a CUDA device: right, then how fast"),

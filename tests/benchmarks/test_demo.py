@@ -136,52 +136,6 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         main([*TINY_RUN, "--resume", "--out", str(tmp_path / "empty")])
 
 
-def test_clip_weights_from_a_folder(tmp_path: Path) -> None:
-    """A CLIPModel and its tokenizer, as save_pretrained leaves them."""
-    from transformers import CLIPModel, CLIPTokenizer
-
-    from benchmarks.person_retrieval.models.clip import TINY, load_clip
-
-    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
-    words = [
-        "!",
-        "!</w>",
-        *letters,
-        *(f"{x}</w>" for x in letters),
-        "re",
-        "red</w>",
-        "[mask]",
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
-    CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
-    made, _ = load_clip(None, ["red coat"], image_size=(64, 32), tiny=True)
-    config = made.clip.config
-    config.text_config.vocab_size, config.text_config.eos_token_id = len(words), len(words) - 1
-    assert config.vision_config.hidden_size == TINY["vision_config"]["hidden_size"]
-    saved = CLIPModel(config)
-    saved.save_pretrained(tmp_path)
-
-    model, tokenizer = load_clip(tmp_path, [], image_size=(96, 32))
-    ids = tokenizer(["a red cap", "red"])
-    assert ids.shape == (2, 77)
-    assert tokenizer.words(ids[0]) == ["a", "red", "c", "a", "p"]
-    marked = tokenizer(["a!! cap"])  # a "!" within a word is id 0, as in CLIP
-    assert tokenizer.words(marked[0]) == ["a", "!", "!", "c", "a", "p"] and model.text_mask(marked).sum() == 8
-    assert ids[1, 0] == tokenizer.sot_id and ids[1, 2] == tokenizer.eot_id and ids[1, 3] == 0
-    model.eval()
-    pixels = torch.randint(0, 256, (2, 3, 96, 32), dtype=torch.uint8)
-    features, tokens = model.encode_image(pixels)
-    assert tokens.shape == (2, 12, 64) and model.grid == (6, 2)
-    normalized = (pixels.float() / 255 - model.mean) / model.std
-    pooled = saved.eval().get_image_features(normalized, interpolate_pos_encoding=True).pooler_output
-    assert torch.allclose(features, pooled, atol=1e-6)
-    text = saved.get_text_features(ids).pooler_output
-    assert torch.allclose(model.encode_text(ids)[0], text, atol=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------------ training
 
 
