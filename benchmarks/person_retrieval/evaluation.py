@@ -51,7 +51,7 @@ def encode_images(
 ) -> Tensor:
     """[M, D], as `encode`."""
     batches = image_batches(model, pairs, device, batch_size=batch_size, workers=workers)
-    return joined("images", [x for x, _ in batches])
+    return joined("images", [x.clone() for x, _ in batches])  # a view of [CLS] would keep all patches
 
 
 @torch.no_grad()

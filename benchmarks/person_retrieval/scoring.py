@@ -15,7 +15,8 @@ branches of features, such as RDE, needs none: `fmfa_losses.retrieval.fused_metr
 Memory: [Q, G] scores in float32, of "rerank" for both directions, and the words of all captions, in float16 where CLIP
 runs on a GPU. Patches are encoded a batch at a time, in a second pass over the images, and never kept: on the test
 split of CUHK-PEDES (3074 images, 192 patches, 512 wide) they would be 0.6 GB in float16, of ICFG-PEDES 3.9 GB. The
-words of CUHK-PEDES (6156 captions, 77 tokens at most) are 0.5 GB, its scores 76 MB.
+words of CUHK-PEDES (6156 captions, 77 tokens at most) are 0.5 GB, twice that while they are put together; its scores
+are 76 MB.
 Work: "fused" compares all words with all patches, 1e14 operations on CUHK-PEDES, too many for a CPU; "rerank" does so
 for k images a caption and k captions an image, about 1/60 of it for k = 32.
 """

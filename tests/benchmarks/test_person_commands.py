@@ -16,9 +16,8 @@ from benchmarks.person_retrieval.__main__ import main
 from benchmarks.person_retrieval.commands import compare, evaluate
 from benchmarks.person_retrieval.data import Pairs, Split
 from benchmarks.person_retrieval.models import TwoStream
-from benchmarks.person_retrieval.models.pretrained import shape_of, tokenizer_of
+from benchmarks.person_retrieval.models.pretrained import COMMITTED, load_two_stream
 from benchmarks.person_retrieval.paper import VIT_B_16_SHA256
-from benchmarks.person_retrieval.pedestrians import vocabulary
 from benchmarks.person_retrieval.scoring import metrics_by
 from benchmarks.person_retrieval.subject import Subject, of_run
 from benchmarks.person_retrieval.training import Recipe, RunFolder, World, save, settings_of
@@ -29,22 +28,12 @@ QUIET = ["--device", "cpu", "--quiet"]
 
 
 def two_stream(seed: int) -> TwoStream:
-    shape = shape_of({"width": 24, "heads": 3})
-    torch.manual_seed(seed)
-    return TwoStream(tokenizer_of(vocabulary()).vocab_size, image_size=(96, 32), **shape)
+    return load_two_stream("none", image_size=(96, 32)).build(seed)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file as `pretrain` writes it."""
-    file = tmp_path_factory.mktemp("weights") / "two_stream.pt"
-    torch.save({"vocabulary": vocabulary(), "width": 24, "heads": 3, "model": two_stream(0).state_dict()}, file)
-    return file
-
-
-def write_run(path: Path, weights: Path, *, best: int = 1, last: int = 2, people: dict[str, int] = PEOPLE) -> Path:
+def write_run(path: Path, *, best: int = 1, last: int = 2, people: dict[str, int] = PEOPLE) -> Path:
     """A run of 3 epochs that was left after `last` ones: the weights of epoch n are those of seed n."""
-    about = {"dataset": "rendered", "rendered": {**people, "seed": 0}, "weights": str(weights), "weights_sha256": ""}
+    about = {"dataset": "rendered", "rendered": {**people, "seed": 0}, "weights": "random", "weights_sha256": None}
     settings = settings_of(Recipe(epochs=3), World(), select="val", dry_run=False, **about)
     with RunFolder(path, settings, command="train") as folder:
         trainee = {f"model.{name}": x for name, x in two_stream(last).state_dict().items()} | {
@@ -57,9 +46,9 @@ def write_run(path: Path, weights: Path, *, best: int = 1, last: int = 2, people
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> list[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
-    return [write_run(folder / name, weights, best=best) for name, best in (("one", 1), ("other", 4))]
+    return [write_run(folder / name, best=best) for name, best in (("one", 1), ("other", 4))]
 
 
 def error_of(argv: list[str]) -> str:
@@ -72,16 +61,16 @@ def error_of(argv: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------------- evaluate
 
 
-def test_weights_are_evaluated_as_they_are(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["evaluate", "--weights", str(weights), *SIZES, *QUIET, "--zero-shot", "--out", str(tmp_path)]
+def test_weights_are_evaluated_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["evaluate", *SIZES, *QUIET, "--zero-shot", "--out", str(tmp_path)]
     command += ["--score", "rerank", "--top-k", "3"]
     assert main(command) == 0
     told = capsys.readouterr().out
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert (result["kind"], result["dataset"], result["split"]) == ("evaluation", "rendered", "test")
     assert (result["score"], result["top_k"], result["dry_run"], result["zero_shot"]) == ("rerank", 3, False, True)
-    assert result["weights"] == str(weights)
-    assert result["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert result["weights"] == "committed"
+    assert result["weights_sha256"] == hashlib.sha256(COMMITTED.read_bytes()).hexdigest()
     assert (result["identities"], result["images"], result["captions"]) == (6, 12, 24)
     assert [record["direction"] for record in result["records"]] == ["t2i", "i2t"]
     assert "zero-shot" in told and "the first 3 anew" in told and "No figures are published for rendered" in told
@@ -102,13 +91,13 @@ def test_a_run_is_evaluated_with_the_weights_it_kept(tmp_path: Path, runs: list[
     assert found.t2i.mAP != metrics_by("global", two_stream(2), subject.pairs, device).t2i.mAP
 
 
-def test_a_run_killed_between_its_two_files_has_its_best_weights(tmp_path: Path, weights: Path) -> None:
-    run = write_run(tmp_path / "run", weights, best=2, last=2)
+def test_a_run_killed_between_its_two_files_has_its_best_weights(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", best=2, last=2)
     (run / "best.pt").unlink()
     kept = of_run(run, World())
     assert torch.equal(kept.model.cls, two_stream(2).cls) and kept.about["epoch"] == 2
     assert torch.equal(kept.model.word.weight, two_stream(2).word.weight)
-    early = write_run(tmp_path / "early", weights, best=1, last=2)
+    early = write_run(tmp_path / "early", best=1, last=2)
     (early / "best.pt").unlink()
     assert "must be of the run in" in error_of(["evaluate", "--run", str(early), *QUIET])
     (early / "checkpoint.pt").unlink()
@@ -198,8 +187,8 @@ def test_two_runs_are_compared(tmp_path: Path, runs: list[Path], capsys: pytest.
     assert "McNemar" in told and "--overwrite" in error_of(command)
 
 
-def test_runs_that_cannot_be_compared_are_told(tmp_path: Path, runs: list[Path], weights: Path) -> None:
-    small = write_run(tmp_path / "small", weights, people={**PEOPLE, "test": 3})
+def test_runs_that_cannot_be_compared_are_told(tmp_path: Path, runs: list[Path]) -> None:
+    small = write_run(tmp_path / "small", people={**PEOPLE, "test": 3})
     out = [*QUIET, "--out", str(tmp_path / "x.png")]
     assert "must be tested on the same captions" in error_of(["compare", str(runs[0]), str(small), *out])
     assert "--names must be two" in error_of(["compare", str(runs[0]), str(runs[0]), *out])

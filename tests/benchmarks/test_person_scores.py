@@ -87,10 +87,12 @@ def test_the_first_k_are_ordered_anew_and_the_others_stay_below(k: int, patch_bl
 
 
 def test_equal_scores_among_the_first_rank_by_index() -> None:
-    captions, images, patches = some_features()
-    captions.words[:] = 0  # every token similarity is 0, and images 1 and 3 are the same
-    t2i, _ = reranked_scores(captions, images, patches.split(2), top_k=5)
-    assert (t2i[:, 1] > t2i[:, 3]).all()
+    """Cosine 0 and token similarity 1, or the other way round: a half each, whichever was first before."""
+    one, other = torch.eye(2, dtype=torch.float64)
+    captions = Captions(one[None], one[None, None], torch.ones(1, 1, dtype=torch.bool))
+    images, patches = torch.stack([other, one, other]), torch.stack([one, other, other])[:, None]
+    t2i, _ = reranked_scores(captions, images, patches.split(2), top_k=3)
+    assert t2i.tolist() == [[4.0, 3.0, 2.0]]
 
 
 # -------------------------------------------------------------------------------------------------------- models

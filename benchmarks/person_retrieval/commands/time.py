@@ -59,10 +59,12 @@ def main(argv: list[str]) -> int:
     print(table(records))
     peak = peak_mib(device)
     print("\nPeak memory:", ", ".join(f"{where} {mib} MiB" for where, mib in peak.items()))
+    if subject.about["dry_run"]:
+        print("A dry run: these are not the seconds of the paper's model.")
     if subject.dataset in SECONDS:
         print(
-            f"Published: {SECONDS[subject.dataset]:.0f} s ({SECONDS_SOURCE}). That is other hardware, and what the "
-            "paper counts in is not said: no difference between the two is one between the programs."
+            f"Published: {SECONDS[subject.dataset]:.0f} s ({SECONDS_SOURCE}). This is other hardware, and may count "
+            "other parts: the difference says nothing about the programs."
         )
     about = {**subject.about, "device": str(device), "peak_mib": peak, **reading(args, subject.dataset)}
     write_result(file, "time", args.command, about, records)
