@@ -20,9 +20,21 @@ from fmfa_losses import FMFALoss
 
 from .. import results
 from .data import LAYOUTS, Pairs, Split, read_dataset, rendered_splits
+from .errors import RunError
 from .evaluation import as_dict, chance, draw, encode, evaluate
 from .models import TwoStream, WordTokenizer
-from .training import Beginner, Recipe, Trainee, Trainer, World
+from .training import (
+    Contrastive,
+    Log,
+    Recipe,
+    RunFolder,
+    Trainee,
+    Trainer,
+    World,
+    affordable_epochs,
+    measure_pace,
+    settings_of,
+)
 
 # Table 6 of the paper: the baseline has ID, IRR and SDM; A-SDM takes SDM's place, EFA comes in addition.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -34,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 GATHER: dict[str, bool | str] = {"true": True, "ring": "ring", "no": False}
 RENDERED_SIZE = (96, 32)
 PAPER_SIZE = (384, 128)
+IDENTITY = {"dataset", "root", "weights", "tiny", "identities", "test_identities"}  # beside the recipe
 BEGINNING_SHARE = 0.58  # of --minutes
 
 
@@ -57,6 +70,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="processes that read images (default: 0 rendered, 4 on a data set)")
     parser.add_argument("--float64", action="store_true", help="on a CPU: two processes then equal one beyond doubt")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     rendered = parser.add_argument_group("rendered pedestrians (the default)")
     rendered.add_argument("--identities", type=int, default=800, help="in training")
@@ -109,10 +123,13 @@ def rendered_task(args: argparse.Namespace, progress: Callable[..., Any]) -> Tas
         batch_size=args.batch_size,
         gather=GATHER[args.gather],
         lr=args.lr or 2e-4,
+        eps=1e-8,
         warmup_epochs=0.5,
+        lr_per="step",
         clip_norm=1.0,
         sampler=args.sampler,
         workers=args.workers or 0,
+        precision="float64" if args.float64 else "auto",
         seed=args.seed,
     )
     beginning = replace(recipe, epochs=recipe.epochs * 12 // 5, lr=2e-3, warmup_epochs=1.0, sampler="random")
@@ -138,6 +155,7 @@ def dataset_task(args: argparse.Namespace) -> Task:
         lr=args.lr or 1e-5,
         sampler=args.sampler,
         workers=4 if args.workers is None else args.workers,
+        precision="float64" if args.float64 else "auto",
         seed=args.seed,
     )
 
@@ -154,37 +172,52 @@ def _both(pairs: Callable[..., Pairs], train: Split, test: Split, tokenizer: Any
     return pairs(train, tokenizer(train.captions)), pairs(test, tokenizer(test.captions), augment=False)
 
 
-def begin(args: argparse.Namespace, task: Task, world: World, *, out: Path | None) -> nn.Module:
+def begin(args: argparse.Namespace, task: Task, world: World, *, folder: RunFolder | None) -> nn.Module:
     """The model to train: CLIP with its weights, or a fresh model after its contrastive beginning."""
     torch.manual_seed(task.recipe.seed)
     model = task.model()
-    state, begun = (out / name if out else None for name in ("checkpoint.pt", "beginning.pt"))
-    if args.resume and not any(file and file.is_file() for file in (state, begun)):
-        raise FileNotFoundError(f"--resume needs a checkpoint, found no {state}; run without --resume first")
-    if task.beginning and not (args.resume and state and state.is_file()):
-        beginner = Beginner(model, gather=world.gather(task.beginning))
-        trainer = Trainer(beginner, task.train, task.beginning, checkpoint=begun, **common(args, task, world))
-        if args.resume and begun and begun.is_file():
-            trainer.resume(begun)
-        trainer.fit(minutes=minutes(args, BEGINNING_SHARE))
+    if task.beginning and not (folder and folder.resuming and folder.checkpoint.is_file()):
+        contrastive = Contrastive(model, gather=world.gather(task.beginning))
+        log = Log(quiet=args.quiet, leads=world.leads)
+        trainer = Trainer(contrastive, task.train, task.beginning, log=log, **common(task, world))
+        limit(args, trainer, BEGINNING_SHARE)
+        trainer.fit()
     return model
 
 
+def limit(args: argparse.Namespace, trainer: Trainer, share: float) -> None:
+    """Chooses fewer epochs where not all fit into a share of --minutes; runs to be compared have no limit."""
+    if args.dataset or args.ablation or args.resume or not args.minutes:
+        return
+    pace, minutes = measure_pace(trainer), args.minutes * share
+    epochs = affordable_epochs(pace, trainer.steps_per_epoch, minutes, trainer.epochs)
+    trainer.log.say(f"{pace:.2g} s a step: {epochs} of {trainer.epochs} epochs fit into {minutes:.1f} minutes")
+    trainer.epochs = epochs
+    if trainer.folder:
+        trainer.folder.choose_epochs(epochs)
+
+
 def run(
-    args: argparse.Namespace, task: Task, world: World, model: nn.Module, *, variant: dict[str, Any], out: Path | None
+    args: argparse.Namespace,
+    task: Task,
+    world: World,
+    model: nn.Module,
+    *,
+    variant: dict[str, Any],
+    folder: RunFolder | None,
 ) -> dict[str, Any]:
-    """Trains `model` with one variant of the objectives and evaluates it; writes into `out`, if there is one."""
+    """Trains `model` with one variant of the objectives and evaluates it; writes into `folder`, if there is one."""
     start = time.perf_counter()
     torch.manual_seed(task.recipe.seed)
     trainee = Trainee(model, task.objective(gather=world.gather(task.recipe), **variant))
-    state = out / "checkpoint.pt" if out else None
-    trainer = Trainer(trainee, task.train, task.recipe, checkpoint=state, **common(args, task, world))
+    log = Log(folder.path if folder else None, quiet=args.quiet, leads=world.leads)
+    trainer = Trainer(trainee, task.train, task.recipe, folder=folder, log=log, **common(task, world))
     before = None
-    if args.resume and state and state.is_file():
-        trainer.resume(state)
-    elif task.beginning and world.leads:
+    trainer.resume()
+    limit(args, trainer, 1 - BEGINNING_SHARE)
+    if not trainer.epoch and task.beginning and world.leads:
         before = as_dict(evaluate(*encode(model, task.test, world.device), task.test))
-    trainer.fit(minutes=minutes(args, 1 - BEGINNING_SHARE))
+    trainer.fit()
     trained = time.perf_counter() - start
     if not world.leads:
         return {}
@@ -210,23 +243,20 @@ def run(
         "processes": world.size,
         "device": str(world.device),
     }
-    if out:
-        files = draw(out, trainee.model, task.test, task.tokenizer, (texts, images), trainer.history, world.device)
+    if folder:
+        files = draw(
+            folder.path, trainee.model, task.test, task.tokenizer, (texts, images), trainer.history, world.device
+        )
         result["files"] = {name: file.name for name, file in files.items()}
         told = f", before these objectives {before['t2i']['R1']:.2f}" if before else ""
         print(f"\n{metrics}\n     t2i R1 of chance {result['chance_R1']:.2f}{told}\n")
     return result
 
 
-def common(args: argparse.Namespace, task: Task, world: World) -> dict[str, Any]:
+def common(task: Task, world: World) -> dict[str, Any]:
     """What every Trainer of this run is given."""
     tokens = {"mask_id": task.tokenizer.mask_id, "special_ids": task.tokenizer.special_ids}
-    return {"tokens": tokens, "world": world, "quiet": args.quiet}
-
-
-def minutes(args: argparse.Namespace, share: float) -> float | None:
-    """The part of --minutes that a phase may take; runs that must be comparable have no limit."""
-    return None if args.dataset or args.ablation or args.resume or not args.minutes else args.minutes * share
+    return {"tokens": tokens, "world": world}
 
 
 def ablation(args: argparse.Namespace, task: Task, world: World) -> None:
@@ -234,9 +264,9 @@ def ablation(args: argparse.Namespace, task: Task, world: World) -> None:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for seed in range(args.seed, args.seed + args.seeds):
         seeded = _with_seed(task, seed)
-        begun = begin(args, seeded, world, out=None)  # where every variant starts from
+        begun = begin(args, seeded, world, folder=None)  # where every variant starts from
         for name, variant in VARIANTS.items():
-            result = run(args, seeded, world, deepcopy(begun), variant=variant, out=None)
+            result = run(args, seeded, world, deepcopy(begun), variant=variant, folder=None)
             if world.leads:
                 runs[name].append(result)
                 print(
@@ -284,8 +314,6 @@ def _with_seed(task: Task, seed: int) -> Task:
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     args = arguments(argv)
-    if args.float64:
-        torch.set_default_dtype(torch.float64)
     try:
         world = World.join(args.device)
         if args.dataset:
@@ -294,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
             task = rendered_task(
                 args, partial(tqdm, desc="rendering", unit="photo", disable=args.quiet or not world.leads)
             )
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, RunError) as error:
         sys.exit(f"error: {error}")
     if world.leads:
         print(f"train: {task.train.split}\ntest:  {task.test.split}", flush=True)
@@ -303,11 +331,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.ablation:
         ablation(args, task, world)
     else:
-        args.out.mkdir(parents=True, exist_ok=True)
+        asked = {name: value for name, value in vars(args).items() if name in IDENTITY}
+        settings = settings_of(task.recipe, world, **asked)
         try:
-            model = begin(args, task, world, out=args.out)
-            result = run(args, task, world, model, variant={}, out=args.out)
-        except FileNotFoundError as error:
+            told = {"resume": args.resume, "overwrite": args.overwrite, "command": args.command}
+            with RunFolder(args.out, settings, leads=world.leads, **told) as folder:
+                model = begin(args, task, world, folder=folder)
+                result = run(args, task, world, model, variant={}, folder=folder)
+        except RunError as error:
             sys.exit(f"error: {error}")
         if world.leads:
             result["seconds"]["total"] = round(time.perf_counter() - start, 1)

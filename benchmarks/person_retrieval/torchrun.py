@@ -31,7 +31,7 @@ RUNS: tuple[tuple[int, int, str | None, str], ...] = (  # processes, threads of 
     (1, 1, None, "float64"),
     (2, 1, "true", "float64"),
 )
-PHASES = {"contrastive beginning": "beginning.pt", "FMFA": "checkpoint.pt"}
+PHASES = {"FMFA": "checkpoint.pt"}
 
 
 def train(processes: int, threads: int, gather: str | None, dtype: str, out: Path) -> list[str]:

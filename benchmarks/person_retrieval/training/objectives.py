@@ -9,13 +9,11 @@ from fmfa_losses.distributed.handshake import handshake
 from fmfa_losses.distributed.peers import Peers
 from fmfa_losses.functional import hard_similarity
 
-__all__ = ["Beginner", "Trainee"]
+__all__ = ["Contrastive", "Trainee"]
 
 
 class Trainee(nn.Module):
     """Model and objective as one module, so that one forward under DDP sees every parameter."""
-
-    title = "FMFA"
 
     def __init__(self, model: nn.Module, objective: FMFALoss) -> None:
         super().__init__()
@@ -41,19 +39,18 @@ class Trainee(nn.Module):
         )
 
 
-class Beginner(nn.Module):
+class Contrastive(nn.Module):
     """The model alone with contrastive losses: what the objectives of FMFA expect to have happened before.
 
     A-SDM is a reverse KL divergence. From fresh weights its nearest minimum is a model that finds everything alike; it
-    sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians start from here:
-    CLIP's loss on the global features, and FILIP's (arXiv 2111.07783) on tokens, where each word picks its best patch.
+    sharpens an alignment, it does not begin one. The paper starts from CLIP, the rendered pedestrians from weights that
+    were made so: CLIP's loss on the global features, and FILIP's (arXiv 2111.07783) on tokens, where each word picks
+    its best patch.
 
     Args:
         gather: False contrasts within this process's batch; True and "ring" do so with the images, captions and patches
             of all processes, gathered either way: this model's patches are few.
     """
-
-    title = "contrastive beginning"
 
     def __init__(self, model: nn.Module, temperature: float = 0.07, *, gather: bool | str = False) -> None:
         super().__init__()

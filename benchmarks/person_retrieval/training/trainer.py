@@ -1,4 +1,4 @@
-"""The training loop: four objectives, Adam, warm-up and cosine, checkpoints that resume, one process or many.
+"""The training loop: any objectives, IRRA's optimizer and schedule, checkpoints that resume, one process or many.
 
 A run is a function of its settings: order, augmentation and masks follow from (seed, epoch), so that a run that was
 stopped and resumed ends with the same weights as one that was not, bit for bit on a CPU.
@@ -10,8 +10,8 @@ are averaged.
 
 import math
 import time
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -24,43 +24,66 @@ from tqdm import tqdm
 from fmfa_losses import FMFAOutput, mask_tokens
 
 from ..data import Batches, IdentitySampler, Pairs, RandomSampler
-from .objectives import Beginner, Trainee
-from .optimizer import parameter_groups
+from ..errors import RunError
+from . import checkpoint
+from .log import EpochReport, Log
+from .objectives import Contrastive, Trainee
+from .optimizer import describe_groups, make_optimizer
+from .precision import Precision
 from .recipe import Recipe
+from .run_folder import RunFolder
+from .schedule import LRSchedule
 from .world import World
 
 __all__ = ["Trainer"]
 
+STATE = ("run", "epoch", "trainee", "optimizer", "scaler", "history", "validations", "best", "rng")
+
 
 class Trainer:
-    """Trains `trainee` on `pairs`, and keeps every term and accuracy of every step in `history`.
+    """Trains `trainee` on `pairs`; keeps every term and accuracy of every step in `history`.
 
     Args:
         tokens: mask_id and special_ids of the tokenizer.
-        checkpoint: file that holds the state after the latest epoch; None keeps none.
+        folder: keeps checkpoints, the best epoch's weights and the number of epochs; None keeps none.
+        validate: called with the model after every epoch, on the leading process while the others wait; returns figures
+            in percent, "R1" among them. The epoch with the highest R1, the earliest of equals, is the selected one.
+        selected: what `validate` reads, "val" or "test", for the log; "last" without it.
+        log: silent bars and lines on stdout, unless given.
+
+    Attributes:
+        history: every term and accuracy, by step. With more than one process, means over them.
+        validations: {"epoch": n, "R1": ..., ...} of every epoch; `best` is the selected one of them.
     """
 
     def __init__(
         self,
-        trainee: Trainee | Beginner,
+        trainee: Trainee | Contrastive,
         pairs: Pairs,
         recipe: Recipe,
         *,
         tokens: dict[str, Any],
         world: World | None = None,
-        checkpoint: Path | None = None,
-        quiet: bool = False,
+        folder: RunFolder | None = None,
+        validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        selected: str = "last",
+        log: Log | None = None,
     ) -> None:
+        if (validate is None) != (selected == "last"):
+            raise ValueError(f"selected must be 'last' without validate, a split's name with it, got {selected!r}")
         self.world = world or World()
-        self.trainee = trainee.to(self.world.device)
-        self.pairs, self.recipe, self.tokens, self.checkpoint, self.quiet = pairs, recipe, tokens, checkpoint, quiet
-        self.epochs, self.epoch = recipe.epochs, 0
+        self.precision = Precision(recipe.precision, self.world.device)
+        self.trainee = trainee.to(self.world.device, self.precision.weights)
+        self.pairs, self.recipe, self.tokens, self.folder = pairs, recipe, tokens, folder
+        self.validate, self.selected = validate, selected
+        self.log = log or Log(leads=self.world.leads)
+        self.epochs, self.epoch = folder.epochs if folder else recipe.epochs, 0
         self.history: dict[str, list[float]] = {}
-        self.optimizer = torch.optim.Adam(
-            parameter_groups(self.trainee, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
-        self.scaler = torch.amp.GradScaler(enabled=self.world.device.type == "cuda")
+        self.validations: list[dict[str, float]] = []
+        self.best: dict[str, float] | None = None
+        self.optimizer = make_optimizer(self.trainee, recipe)
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.scaler = self.precision.scaler()
         self.module: nn.Module = self.trainee
         if self.world.size > 1:
             self.module = DistributedDataParallel(self.trainee)
@@ -71,64 +94,87 @@ class Trainer:
             num_workers=recipe.workers,
             pin_memory=self.world.device.type == "cuda",
         )
+        self._best_weights: dict[str, Tensor] | None = None  # where there is no folder
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.loader)
 
-    def fit(self, *, until: int | None = None, minutes: float | None = None) -> None:
+    def fit(self, *, until: int | None = None) -> None:
         """Trains to the last epoch, or stops after epoch `until`.
 
-        `minutes`: where the pace foretells a longer run, the schedule is shortened, aloud, and regains its length when
-        the pace does.
+        Raises:
+            RunError: a loss that is no number, a checkpoint that could not be written. The last checkpoint stands.
         """
-        start, first = time.perf_counter(), self.epoch
         last = self.epochs if until is None else min(until, self.epochs)
-        bar = tqdm(total=(last - first) * self.steps_per_epoch, unit="step", disable=self.quiet or not self.world.leads)
-        while self.epoch < last:
-            for name, values in self._train_epoch(bar).items():
-                self.history.setdefault(name, []).extend(values)
-            self.epoch += 1
-            if minutes is not None and self.epoch < last:
-                pace = (time.perf_counter() - start) / (self.epoch - first)
-                possible = max(self.epoch, min(self.recipe.epochs, first + int(minutes * 60 / pace)))
-                if (possible := self._agree(possible)) != self.epochs:
-                    self.epochs = last = possible
-                    if self.world.leads:
-                        bar.write(f"At this pace {last} of {self.recipe.epochs} epochs fit into {minutes:.1f} minutes.")
-                    bar.total = (last - first) * self.steps_per_epoch
-            self._save()
-        bar.close()
+        self.log.begin(self.epoch)
+        if self.epoch == 0:
+            for line in describe_groups(self.optimizer):
+                self.log.say(line)
+        with self.log.bar((last - self.epoch) * self.steps_per_epoch) as bar, closing(self.log):
+            while self.epoch < last:
+                start = time.perf_counter()
+                steps = self._train_epoch(bar)
+                self._check_finite(steps)
+                seconds = time.perf_counter() - start
+                for name, values in steps.items():
+                    self.history.setdefault(name, []).extend(values)
+                self.epoch += 1
+                self._validate()
+                self.log.epoch(self._report(steps, seconds))
+                self._save()
+
+    def select(self) -> int:
+        """Puts the weights of the selected epoch into the model of the leading process, after training.
+
+        Returns:
+            The epoch, counted from 1: the best, or the last where nothing was validated.
+        """
+        if self.best is None:
+            return self.epoch
+        if self.world.leads:
+            weights = self._best_weights
+            if self.folder is not None:
+                weights = checkpoint.load(self.folder.best, keys=("model",))["model"]
+            assert weights is not None
+            self.trainee.model.load_state_dict(weights)
+        return int(self.best["epoch"])
 
     # ------------------------------------------------------------------------------------------------------ a step
 
+    def steps(self, epoch: int) -> Iterator[FMFAOutput]:
+        """Trains one epoch, counted from 0, a step each time the next output is asked for."""
+        self.module.train()
+        self.pairs.epoch = epoch
+        self.batches.set_epoch(epoch)
+        schedule = LRSchedule(self.epochs, self.recipe)
+        # Drawn for all captions at once, so that the mask of a caption does not depend on the batch it is in.
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1009 + epoch)
+        masked_ids, labels = mask_tokens(self.pairs.token_ids, generator=generator, **self.tokens)
+        for step, batch in enumerate(self.loader):
+            factor = schedule(epoch + step / self.steps_per_epoch)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            yield self._step(batch, masked_ids[batch["index"]], labels[batch["index"]])
+
     def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, list[float]]:
         """Every term at every step, the mean over the processes."""
-        self.module.train()
-        self.pairs.epoch = self.epoch
-        self.batches.set_epoch(self.epoch)
-        # Drawn for all captions at once, so that the mask of a caption does not depend on the batch it is in.
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1009 + self.epoch)
-        masked_ids, labels = mask_tokens(self.pairs.token_ids, generator=generator, **self.tokens)
         steps: list[dict[str, Tensor]] = []
-        for batch in self.loader:
-            out = self._step(batch, masked_ids[batch["index"]], labels[batch["index"]])
+        for out in self.steps(self.epoch):
             steps.append(
                 {name: value.detach() for name, value in {"loss": out.loss, **out.terms, **out.metrics}.items()}
             )
             bar.update()
-            if bar.n % 10 == 0:
-                bar.set_description(
-                    f"{self.trainee.title}  epoch {self.epoch + 1}/{self.epochs}  loss {float(out.loss.detach()):.3f}",
-                    refresh=False,
-                )
+            if not bar.disable and len(steps) % 10 == 0:  # reading the loss waits for the device
+                loss = float(out.loss.detach())
+                bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}  loss {loss:.3f}", refresh=False)
         return {name: self._mean(torch.stack([step[name] for step in steps])) for name in steps[0]}
 
     def _step(self, batch: dict[str, Tensor], masked_ids: Tensor, labels: Tensor) -> FMFAOutput:
         device = self.world.device
         inputs = [batch["pixels"], batch["token_ids"], masked_ids]
         pixels, token_ids, masked_ids = (tensor.to(device, non_blocking=True) for tensor in inputs)
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        with self.precision.autocast():
             # The labels stay on the host, which then knows how many words are masked without asking the device.
             out: FMFAOutput = self.module(pixels, token_ids, masked_ids, labels, batch["pids"].to(device))
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,25 +184,23 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
         return out
-
-    def _factor(self, step: int) -> float:
-        """Of the learning rate: linear warm-up, then a cosine down."""
-        progress = step / len(self.loader) if hasattr(self, "loader") else 0.0
-        warmup = min(self.recipe.warmup_epochs, self.epochs / 2)
-        if progress < warmup:
-            return self.recipe.warmup_factor + (1 - self.recipe.warmup_factor) * progress / warmup
-        cosine = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(self.epochs - warmup, 1e-9)))
-        return self.recipe.final_factor + (1 - self.recipe.final_factor) * cosine
 
     def _batches(self) -> Batches:
         recipe, world = self.recipe, self.world
+        sampler: Any = RandomSampler(len(self.pairs), seed=recipe.seed)
         if recipe.sampler == "identity":
-            sampler: Any = IdentitySampler(self.pairs.split.caption_pids, seed=recipe.seed)
-        else:
-            sampler = RandomSampler(len(self.pairs), seed=recipe.seed)
-        return Batches(sampler, recipe.batch_size, rank=world.rank, world_size=world.size)
+            pids = self.pairs.split.caption_pids
+            sampler = IdentitySampler(pids, per_identity=recipe.per_identity, seed=recipe.seed)
+            if not len(sampler):
+                raise RunError(
+                    f"--per-identity must be at most the captions of an identity, got {recipe.per_identity}, which no "
+                    "identity has; give fewer, or --sampler random"
+                )
+        try:
+            return Batches(sampler, recipe.batch_size, rank=world.rank, world_size=world.size)
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
     def _mean(self, values: Tensor) -> list[float]:
         """Over the processes."""
@@ -165,54 +209,123 @@ class Trainer:
             dist.all_reduce(values)
         return (values / self.world.size).tolist()
 
-    def _agree(self, epochs: int) -> int:
-        """The fewest that any process proposes."""
+    # ---------------------------------------------------------------------------------------------- after an epoch
+
+    def _check_finite(self, steps: dict[str, list[float]]) -> None:
+        """Once an epoch: a look at every step would wait for the device each time."""
+        terms = {name: values for name, values in steps.items() if not name.endswith("accuracy")}
+        for step, values in enumerate(zip(*terms.values(), strict=True)):
+            broken = {name: value for name, value in zip(terms, values, strict=True) if not math.isfinite(value)}
+            if broken:
+                named = ", ".join(f"{name} was {value}" for name, value in sorted(broken.items(), key=_terms_first))
+                stands = f"the checkpoint of epoch {self.epoch} stands" if self.epoch else "no epoch was done"
+                raise RunError(
+                    f"every term must be finite, but {named} at step {step + 1} of {self.steps_per_epoch} of epoch "
+                    f"{self.epoch + 1} (looked at after the epoch); {stands}; try a smaller --lr or --precision float32"
+                )
+
+    def _validate(self) -> None:
+        """On the leading process, without touching the random numbers of training; all processes then know it."""
+        if self.validate is None:
+            return
+        found: list[Any] = [None]
+        if self.world.leads:
+            devices = [self.world.device] if self.world.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), torch.no_grad():
+                found = [dict(self.validate(self.trainee.model.eval()))]
         if self.world.size > 1:
-            count = torch.tensor(epochs, device=self.world.device)
-            dist.all_reduce(count, op=dist.ReduceOp.MIN)
-            return int(count)
-        return epochs
+            dist.broadcast_object_list(found, src=0)
+        entry = {"epoch": self.epoch, **{name: float(value) for name, value in found[0].items()}}
+        self.validations.append(entry)
+        if self.best is None or entry["R1"] > self.best["R1"]:
+            self.best = entry
+            if self.folder is None and self.world.leads:
+                self._best_weights = {name: x.detach().clone() for name, x in self.trainee.model.state_dict().items()}
+
+    def _report(self, steps: dict[str, list[float]], seconds: float) -> EpochReport:
+        best = self.best
+        return EpochReport(
+            epoch=self.epoch,
+            epochs=self.epochs,
+            means={name: math.fsum(values) / len(values) for name, values in steps.items()},
+            rates=[float(group["lr"]) for group in self.optimizer.param_groups],
+            seconds=seconds,
+            images=self.steps_per_epoch * self.batches.whole,
+            validation=self.validations[-1] if best else None,
+            best=(int(best["epoch"]), best["R1"]) if best else None,
+            selected=self.selected,
+        )
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
-    def _settings(self) -> dict[str, Any]:
-        """The recipe as a resumed run must keep it, with as many processes or others."""
-        settings = asdict(self.recipe)
-        settings["batch_size of all processes"] = settings.pop("batch_size") * self.world.size
-        return settings
-
     def _save(self) -> None:
-        if self.checkpoint is None or not self.world.leads:
+        """First the checkpoint, then the best weights, which after a kill in between are in the checkpoint."""
+        if self.folder is None or not self.world.leads:
             return
+        before = f"nothing is lost, the checkpoint of epoch {self.epoch - 1} stands"
         state = {
+            "run": self.folder.run,
+            "epoch": self.epoch,
             "trainee": self.trainee.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "epochs": self.epochs,
             "history": self.history,
+            "validations": self.validations,
+            "best": self.best,
             "rng": torch.get_rng_state(),
-            "recipe": self._settings(),
         }
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_suffix(".partial")  # a run killed while it writes keeps the previous state
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        stands = before if self.epoch > 1 else "no earlier epoch was saved"
+        checkpoint.save(self.folder.checkpoint, state, stands=stands)
+        if self.best and self.best["epoch"] == self.epoch:
+            self._save_best()
 
-    def resume(self, file: Path) -> None:
-        """Continues from a checkpoint of a run with the same recipe."""
-        if not file.is_file():
-            raise FileNotFoundError(f"no checkpoint to resume from at {file}")
-        state = torch.load(file, map_location=self.world.device, weights_only=True)
-        ours, theirs = self._settings(), state["recipe"]
-        differing = [name for name in ours if ours[name] != theirs.get(name) and name != "workers"]
-        if differing:
-            told = ", ".join(f"{name} was {theirs.get(name)!r} and is {ours[name]!r}" for name in differing)
-            raise ValueError(f"a resumed run must keep its recipe, got another: {told}; start anew with another --out")
+    def _save_best(self) -> None:
+        assert self.folder is not None and self.best is not None
+        state = {"run": self.folder.run, **self.best, "model": self.trainee.model.state_dict()}
+        stands = f"nothing is lost, the checkpoint of epoch {self.epoch} stands"
+        checkpoint.save(self.folder.best, state, stands=stands)
+
+    def resume(self) -> None:
+        """Continues from the folder's checkpoint; where there is none yet, from the beginning.
+
+        Raises:
+            RunError: a checkpoint that is broken or another run's; best weights that went missing.
+        """
+        if self.folder is None or not self.folder.resuming or not self.folder.checkpoint.exists():
+            return
+        state = checkpoint.load(self.folder.checkpoint, keys=STATE)
+        if state["run"] != self.folder.run:
+            raise RunError(
+                f"{self.folder.checkpoint} must be of the run in run.json beside it, got another run's; "
+                "restore the file, or start anew with --overwrite"
+            )
         self.trainee.load_state_dict(state["trainee"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.epochs, self.history = state["epoch"], state["epochs"], state["history"]
-        torch.set_rng_state(state["rng"].cpu())
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.validations, self.best = state["validations"], state["best"]
+        torch.set_rng_state(state["rng"])
+        if self.world.leads:
+            self._resume_best()
+        self.log.begin(self.epoch)
+        self.log.say(f"resumed after epoch {self.epoch} of {self.epochs}")
+        for note in self.folder.notes:
+            self.log.say(note)
+
+    def _resume_best(self) -> None:
+        assert self.folder is not None
+        if self.best is None:
+            return
+        if self.best["epoch"] == self.epoch:
+            self._save_best()  # the run may have ended between the two files
+            return
+        found = checkpoint.load(self.folder.best, keys=("run", "epoch"), mmap=True)
+        if (found["run"], found["epoch"]) != (self.folder.run, self.best["epoch"]):
+            raise RunError(
+                f"{self.folder.best} must hold the weights of epoch {int(self.best['epoch'])} of this run, got others; "
+                "restore the file, or start anew with --overwrite"
+            )
+
+
+def _terms_first(item: tuple[str, float]) -> tuple[bool, str]:
+    return item[0] == "loss", item[0]

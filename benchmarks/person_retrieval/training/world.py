@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from ..errors import RunError
 from .recipe import Recipe
 
 __all__ = ["World"]
@@ -22,15 +23,31 @@ class World:
 
     @classmethod
     def join(cls, device: str | None) -> "World":
-        """Joins the process group that torchrun announced, or stays alone."""
+        """Joins the process group that torchrun announced, or stays alone.
+
+        Raises:
+            RunError: a device that torch does not know, or that this machine does not have.
+        """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if "RANK" not in os.environ:
-            return cls(device=torch.device(kind))
-        if kind.startswith("cuda"):
+        if "RANK" in os.environ and kind.startswith("cuda"):
             kind = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(kind)
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(kind))
+        try:
+            wanted = torch.device(kind)
+        except RuntimeError as error:
+            raise RunError(
+                f"--device must be a device that torch knows, got {kind!r}; pass cpu, cuda or cuda:1"
+            ) from error
+        if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+            raise RunError(
+                f"--device must be one that is there, got {kind} where torch finds {torch.cuda.device_count()} CUDA "
+                "devices; pass --device cpu, start fewer processes, or install a torch and a driver with CUDA"
+            )
+        if "RANK" not in os.environ:
+            return cls(device=wanted)
+        if wanted.type == "cuda":
+            torch.cuda.set_device(wanted)
+        dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), wanted)
 
     @property
     def leads(self) -> bool:
