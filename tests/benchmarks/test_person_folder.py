@@ -70,7 +70,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_in_silence(tmp_path: Path)
 
 
 def test_what_cannot_be_resumed_or_written_is_told(tmp_path: Path) -> None:
-    refused(r"--resume needs a run to go on with, found no .*run\.json; run without --resume", tmp_path, resume=True)
+    refused(r"--resume needs a run to go on with, found no .*run\.json; run without", tmp_path / "x", resume=True)
+    assert not (tmp_path / "x").exists()
     (tmp_path / "run.json").write_text("[1, 2")
     refused(r"run\.json must be JSON that can be read", tmp_path, resume=True)
     (tmp_path / "run.json").write_text('{"format": 1}')

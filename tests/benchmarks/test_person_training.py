@@ -292,8 +292,11 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def histories() -> tuple[list[dict[str, list[float]]], list[dict[str, float]], float, int]:
-    """In as many processes as there are, in float64: terms and accuracies of every case; validations, pace, best."""
+def histories(path: Path) -> tuple[list[dict[str, list[float]]], dict[str, list[float]], Any]:
+    """In as many processes as there are, in float64: terms and accuracies of every case, and of a run that is resumed.
+
+    Then what must be the same in all processes: validations, the pace, the selected epoch.
+    """
     found = []
     alone = not dist.is_initialized()
     world = World() if alone else World(dist.get_rank(), dist.get_world_size())
@@ -308,17 +311,27 @@ def histories() -> tuple[list[dict[str, list[float]]], list[dict[str, float]], f
     judged = small_trainer(world=world, epochs=2, batch_size=8 // world.size, validate=validation(figures))
     pace = measure_pace(judged, steps=2)
     judged.fit()
-    return found, judged.validations, pace, judged.select()
+    settings = {"epochs": 2, "batch_size": 8 // world.size, "precision": "float64"}
+    for until in (1, 2):
+        with run_folder(path, resume=until == 2, world=world, **settings) as folder:
+            resumed = small_trainer(folder, world=world, gather=not alone, **settings)
+            resumed.resume()
+            assert resumed.epoch == until - 1
+            resumed.fit(until=until)
+            if not alone:
+                dist.barrier()  # the next run starts when this one has ended
+    return found, resumed.history, (judged.validations, pace, judged.select())
 
 
 @GLOO
-def test_two_processes_train_as_one() -> None:
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """In float64, where the order of the sums, the only difference, is out of sight."""
-    alone, validations, _, best = histories()
-    both = processes.run(2, histories)
+    alone, resumed, (validations, _, best) = histories(tmp_path / "one")
+    both = processes.run(2, histories, tmp_path / "two")
     for result in both:
         assert isinstance(result, tuple), result
-        assert result[1:] == (validations, both[0][2], best)  # what the leading process finds, and the slower pace
+        assert result[2] == (validations, both[0][2][1], best)  # what the leading process finds, and the slower pace
+        assert len(result[1]["loss"]) == 6 and difference(result[1], resumed) < 1e-9
         for case, ours, theirs in zip(CASES, result[0], alone, strict=True):
             assert len(ours["loss"]) == (6 if case["batch_size"] == 8 else 2)
             if not case["gather"]:

@@ -37,10 +37,19 @@ def recipe(**settings: Any) -> Recipe:
     return Recipe(**{**TINY, **settings})
 
 
-def run_folder(path: Path, *, resume: bool = False, overwrite: bool = False, others: Any = None, **settings: Any):
+def run_folder(
+    path: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    world: World | None = None,
+    others: dict[str, Any] | None = None,
+    **settings: Any,
+) -> RunFolder:
     """The folder of a run with a tiny recipe and `settings` of it."""
-    told = settings_of(recipe(**settings), World(), **(others or {}))
-    return RunFolder(path, told, resume=resume, overwrite=overwrite, command="the command")
+    world = world or World()
+    told = settings_of(recipe(**settings), world, **(others or {}))
+    return RunFolder(path, told, resume=resume, overwrite=overwrite, leads=world.leads, command="the command")
 
 
 def small_trainer(

@@ -9,7 +9,7 @@ from .precision import Precision
 from .recipe import Recipe
 from .run_folder import RunFolder, holds_run
 from .schedule import LRSchedule
-from .settings import differences, settings_of
+from .settings import differences, plain, settings_of
 from .trainer import Trainer
 from .world import World
 
@@ -32,6 +32,7 @@ __all__ = [
     "make_optimizer",
     "measure_pace",
     "parameter_groups",
+    "plain",
     "save",
     "settings_of",
 ]

@@ -29,6 +29,7 @@ class EpochReport:
         validation: percent by name, "R1" among them; None where nothing is validated.
         best: the epoch with the best R1 so far, and that R1.
         selected: on which split.
+        seconds: of training, without validation.
         images: how many pairs were read, by all processes.
     """
 
