@@ -3,7 +3,6 @@
 There is one checkpoint. It is replaced as a whole, so that a second one would only guard against a disk that lies.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,9 @@ def load(path: Path, *, keys: tuple[str, ...] = (), mmap: bool = False) -> dict[
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise RunError(f"there must be a checkpoint at {path}, found none; {remedy}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes of something else lead an unpickler to any of them
         raise RunError(
             f"{path} must be a whole checkpoint of this program, got a file that is truncated or of something else "
             f"({path.stat().st_size if path.is_file() else 0:,} bytes); {remedy}"

@@ -29,6 +29,7 @@ class EpochReport:
         validation: percent by name, "R1" among them; None where nothing is validated.
         best: the epoch with the best R1 so far, and that R1.
         selected: on which split.
+        seconds: of training, without validation.
         images: how many pairs were read, by all processes.
     """
 
@@ -50,7 +51,7 @@ class EpochReport:
             name.removesuffix("_accuracy"): value for name, value in self.means.items() if name.endswith("accuracy")
         }
         cells = [f"epoch {self.epoch:{width}}/{self.epochs}"]
-        cells += [f"{name} {value:8.4f}" for name, value in terms.items()]
+        cells += [f"{name} {value:9.4f}" for name, value in terms.items()]
         cells.append("lr " + " ".join(f"{rate:.2e}" for rate in dict.fromkeys(self.rates)))
         cells += [f"{name} {100 * value:5.1f} %" for name, value in accuracies.items()]
         if self.validation is not None and self.best is not None:
