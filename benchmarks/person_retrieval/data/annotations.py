@@ -4,7 +4,7 @@ It is a JSON list with an object for every image:
 
     {"split": "train", "id": 7, "file_path": "cam/0007_1.jpg", "captions": ["a man in a red coat", ...]}
 
-Other fields are ignored. Rules that the three public files keep, and that every file must keep:
+Other fields are ignored. What every file must keep:
 
 - `split` is "train", "val" or "test"; `id` is an integer from 0; the path is relative and stays below imgs/.
 - `captions` is a list of strings. An empty one, or one of white space alone, is left out and counted; an image must
