@@ -4,16 +4,17 @@ It is a JSON list with an object for every image:
 
     {"split": "train", "id": 7, "file_path": "cam/0007_1.jpg", "captions": ["a man in a red coat", ...]}
 
-Other fields are ignored. Rules that the three public files keep, and that every file must keep:
+Other fields are ignored. What every file must keep:
 
 - `split` is "train", "val" or "test"; `id` is an integer from 0; the path is relative and stays below imgs/.
 - `captions` is a list of strings. An empty one, or one of white space alone, is left out and counted; an image must
   keep at least one.
 - A path is in one split.
 
-ICFG-PEDES lists an image of its training split twice and numbers one person more than there are. So a path may be
-listed again: it is one image for each identity that it is listed with. And a number may be in several splits, whose
-people may have been numbered apart. What of this occurs is counted, see `folders.py`.
+Of ICFG-PEDES 34,673 training images are reported in 34,674 entries, and one identity more than the 4,101 of MSMT17,
+which its images are from. So a path may be listed again: it is one image for each identity that it is listed with. And
+a number may be in several splits, whose people may have been numbered apart. What of this occurs is counted, see
+`folders.py`.
 """
 
 import json
