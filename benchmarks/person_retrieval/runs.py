@@ -78,7 +78,7 @@ def run(
         log = Log(folder.path, quiet=args.quiet, tensorboard=args.tensorboard, leads=world.leads)
         start = time.perf_counter()
         model = task.build(task.recipe.seed)
-        before = tested(model, task.test, world) if world.leads else {}
+        before = untrained(task, model, world) if world.leads else {}
         testing = time.perf_counter() - start
         torch.manual_seed(task.recipe.seed)
         trainee = variant.build(task, model, world.gather(task.recipe))
@@ -112,6 +112,14 @@ def run(
             ]
         results.write(folder.path / "metrics.json", results.head("training", args.command) | result)
     return result
+
+
+def untrained(task: Task, model: nn.Module, world: World) -> dict[str, Any]:
+    """Metrics of the model as it is before training: zero-shot, where its weights are pretrained."""
+    key = task.recipe.seed if task.about["weights"] in (None, "random") else None
+    if key not in task.before:
+        task.before[key] = tested(model, task.test, world)
+    return task.before[key]
 
 
 def tested(model: nn.Module, pairs: Pairs, world: World) -> dict[str, dict[str, float]]:

@@ -37,6 +37,7 @@ class Task:
         objective: keyword arguments of FMFALoss -> objective; they come after those of the command line.
         loaded: what the weights are and what was taken of them, for the log.
         about: what says which data, weights and objective these are, in run.json and metrics.json.
+        before: metrics of the model before training, by the seed of random weights: tested once for all runs of a study.
     """
 
     dataset: str
@@ -49,6 +50,7 @@ class Task:
     objective: Callable[..., nn.Module]
     loaded: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    before: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> dict[str, Any]:
