@@ -148,6 +148,7 @@ def choose_epochs(trainer: Trainer, folder: RunFolder, log: Log, seconds: float,
     pace = measure_pace(trainer)
     left = max(0.0, seconds - 2 * testing)
     epochs = affordable_epochs(pace, trainer.steps_per_epoch, left / 60, trainer.epochs, besides=testing / 4)
+    epochs = trainer.world.least(epochs)
     log.say(
         f"{pace:.2f} s a step, {trainer.steps_per_epoch} steps an epoch: {epochs} of {trainer.epochs} epochs "
         f"are trained within the {left:.0f} s that are left of --minutes"

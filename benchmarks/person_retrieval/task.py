@@ -37,7 +37,7 @@ class Task:
         objective: keyword arguments of FMFALoss -> objective; they come after those of the command line.
         loaded: what the weights are and what was taken of them, for the log.
         about: what says which data, weights and objective these are, in run.json and metrics.json.
-        before: metrics of the model before training, by the seed of random weights: tested once for all runs of a study.
+        before: metrics of the model before training, by the seed of random weights: once for all runs of a study.
     """
 
     dataset: str
