@@ -46,7 +46,7 @@ def load(path: Path, *, keys: tuple[str, ...] = (), mmap: bool = False) -> dict[
     """
     remedy = "restore the file, or start anew with --overwrite"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise RunError(f"there must be a checkpoint at {path}, found none; {remedy}") from error
     except MemoryError:
