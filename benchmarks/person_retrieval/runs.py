@@ -90,7 +90,7 @@ def run(
         if world.leads and not args.resume:
             announce(log, task, told, before)
         trainer.resume()
-        if seconds is not None and not args.resume:
+        if seconds is not None and folder.chosen_epochs is None and trainer.epoch == 0:
             choose_epochs(trainer, folder, log, seconds - (time.perf_counter() - start), testing)
         trainer.fit()
         kept = trainer.select()
