@@ -72,18 +72,10 @@ def read_torchscript(file: Path) -> dict[str, Stored]:
             with archive.open(_member(archive, pickles[0])) as stream:
                 root = _Unpickler(stream, file, archive, folder).load()
         return _tensors(root)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
-        raise ValueError(f"{file} is a damaged TorchScript archive: {error}; copy or download it again") from error
     except ValueError as error:
         raise ValueError(f"{file}, a TorchScript archive, was refused: {error}") from error
+    except Exception as error:  # whatever a damaged pickle leads to
+        raise ValueError(f"{file} is a damaged TorchScript archive: {error}; copy or download it again") from error
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
@@ -137,13 +129,16 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError("a tensor must have a storage, and an offset, shape and strides that are not negative")
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        if prod(shape) and last >= storage.numel:
+        if prod(shape) > storage.numel or (prod(shape) and last >= storage.numel):
             raise ValueError(f"a tensor of shape {tuple(shape)} reaches beyond its storage of {storage.numel} numbers")
 
         def read() -> Tensor:
             buffer = bytearray(storage.member.file_size)
-            with zipfile.ZipFile(self.file) as archive, archive.open(storage.member) as stream:
-                stream.readinto(buffer)
+            try:
+                with zipfile.ZipFile(self.file) as archive, archive.open(storage.member) as stream:
+                    stream.readinto(buffer)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"the TorchScript archive is damaged ({error}); copy or download it again") from error
             flat = torch.frombuffer(buffer, dtype=storage.dtype) if buffer else torch.empty(0, dtype=storage.dtype)
             return flat.as_strided(tuple(shape), tuple(stride), offset)
 
