@@ -16,7 +16,7 @@ OLDEST_TESTS := tests/losses tests/heads tests/noise tests/retrieval tests/compa
 .PHONY: demo test test-versions test-oldest lint compile-check record-compiled launches bench gpu-bench wheel-check clean help
 
 help:
-	@echo "make demo   train on rendered pedestrians and show where the pictures are"
+	@echo "make demo   fine-tune on rendered pedestrians and show where the pictures are"
 	@echo "make test   all tests          make lint   ruff, mypy"
 	@echo "make bench  time and memory of every loss on this machine"
 
@@ -64,7 +64,7 @@ test-oldest: .venv-oldest/installed
 test-versions: $(VERSIONS:%=test-triton-%) test-oldest
 
 demo: .venv/installed
-	$(RUN) -m benchmarks person-retrieval --out runs/demo
+	$(RUN) -m benchmarks.person_retrieval train --out runs/demo --overwrite
 
 lint: .venv/installed
 	$(BIN)/ruff check .

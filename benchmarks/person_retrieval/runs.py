@@ -103,7 +103,7 @@ def run(
             "validations": trainer.validations, "last_epoch": last_epoch(trainer),
             "seconds": round(time.perf_counter() - start, 1),
             "data": sizes(task), "variant": asdict(variant), "parameters": sum(p.numel() for p in model.parameters()),
-            "device": str(world.device), **settings,
+            "device": str(world.device), "loaded": task.loaded, **settings,
         }  # fmt: skip
         if pictures:
             result["files"] = [
