@@ -86,10 +86,13 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
     try:
         data = file.read_bytes()
         content: dict[str, Any] = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+        if "trainee" in content:  # a run's checkpoint: the model and its objective
+            found = content.pop("trainee").items()
+            content["model"] = {name.removeprefix("model."): x for name, x in found if name.startswith("model.")}
         content["model"].items()
     except Exception as error:  # there are many ways to be another file
         raise RunError(
-            f"--weights of rendered pedestrians must be a file of `pretrain`, a best.pt, or none; got {file}: "
+            f"--weights of rendered pedestrians must be a file of `pretrain`, a checkpoint of a run, or none; got {file}: "
             f"{str(error).splitlines()[0]}"
         ) from error
     return content, hashlib.sha256(data).hexdigest()
