@@ -13,10 +13,11 @@ from typing import Any
 
 from .. import results
 from ..measure import AGREEMENT, PASSES, disagreement
-from ..providers import REFERENCE, TORCH
+from ..providers import REFERENCE, RELEASED, TORCH
 from . import plots
 from .about import gpu_page
 from .lines import record_line
+from .step import TIMES, difference
 from .tables import gpu_report
 
 __all__ = ["Book", "checked", "read_records"]
@@ -30,15 +31,16 @@ def checked(record: dict[str, Any], references: dict[tuple[str, str], dict[str, 
     if record["status"] != "ok":
         return record
     key = (record["case"], record["dtype"])
-    if key not in references and record["provider"] in (REFERENCE, TORCH):
+    if key not in references and record["provider"] in (REFERENCE, RELEASED, TORCH):
         references[key] = record
         return record | {"checked": False}
     if key not in references:
         return record | {"checked": False}
-    wrong = disagreement(record, references[key], AGREEMENT[record["dtype"]])
+    compare = difference if record["kind"] == "step" else disagreement
+    wrong = compare(record, references[key], AGREEMENT[record["dtype"]])
     if wrong is None:
         return record | {"checked": True}
-    kept = {name: value for name, value in record.items() if name not in PASSES}
+    kept = {name: value for name, value in record.items() if name not in (*PASSES, *TIMES)}
     return kept | {"status": f"failed: {wrong}"}
 
 
@@ -71,10 +73,10 @@ class Book:
         print(text, file=self.log, flush=True)
 
     def note(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "figure":
+        if record["kind"] in ("figure", "step"):
             record = checked(record, self.references)
-            if record["provider"] == REFERENCE and record["status"] == "ok":
-                self.compared[record["case"], record["dtype"], record["mode"]] = record
+            if record["provider"] in (REFERENCE, RELEASED) and record["status"] == "ok":
+                self.compared[record["case"], record["dtype"], record.get("mode", "eager")] = record
         record = record | {"at_s": round(self.clock() - self.began, 1)}
         with (self.out / "records.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")

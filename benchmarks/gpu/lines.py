@@ -5,6 +5,7 @@ from typing import Any
 from ..measure import DTYPES
 from .kernel_work import seconds_at
 from .roofline import share_of_roof
+from .step_report import largest_line, step_line
 
 __all__ = ["least_ms", "record_line"]
 
@@ -22,6 +23,8 @@ def record_line(
     if record["kind"] == "figure":
         ran = f", here {record['ran']}" if "ran" in record else ""
         subject += f", {record['provider']}{ran}, {record['mode']}"
+    if record["kind"] in ("step", "largest"):
+        subject += f", {record['provider']}" + (f", here {record['ran']}" if "ran" in record else "")
     if record["kind"] == "tests":
         said = record.get("outcome") or record.get("summary") if record["status"] == "ok" else record["status"]
         return f"{head}{record.get('test', 'tests')}: {said}" + (f": {record['why']}" if "why" in record else "")
@@ -98,4 +101,7 @@ def _figure(
     return said + f"; first call {record['first_call_s']} s, {record['compiled']} kernels"
 
 
-_SAID = {"ceilings": _ceilings, "exact": _exact, "kernels": _kernels, "alternative": _alternative, "figure": _figure}
+_SAID = {
+    "ceilings": _ceilings, "exact": _exact, "kernels": _kernels, "alternative": _alternative, "figure": _figure,
+    "step": step_line, "largest": largest_line,
+}  # fmt: skip

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..cases import Case
-from ..providers import AUTOTUNED, COMPILED, PEERS, REFERENCE, TORCH, TRITON
+from ..providers import AUTOTUNED, COMPILED, PEERS, REFERENCE, RELEASED, TORCH, TRITON
 from .alternatives import ALTERNATIVES
+from .largest_batch import CARDS
 
-__all__ = ["LARGE_TOY", "STAGES", "Job", "Stage", "gpu_jobs", "stage_jobs", "toy"]
+__all__ = ["LARGE_TOY", "STAGES", "Job", "Stage", "Step", "gpu_jobs", "stage_jobs", "toy"]
 
 PAPER, LARGE = {"L": 77, "N": 192, "D": 512}, {"L": 77, "N": 432, "D": 768}  # ViT-B/16 and ViT-L/14 at 384 x 128
 EVERY = (REFERENCE, TORCH, TRITON)
 BOTH = ("eager", "graph")
+STEPS = (RELEASED, TRITON)  # whose losses a training step has; what is compared with comes first
 LARGE_TOY = 8  # pairs of a dry run that stand for more than 1024
 
 
@@ -21,7 +23,7 @@ LARGE_TOY = 8  # pairs of a dry run that stand for more than 1024
 class Stage:
     letter: str
     name: str
-    seconds: float  # of 8 minutes; what a stage leaves goes to those after it
+    seconds: float  # of nine and a half minutes; what a stage leaves goes to those after it
     proves: str
 
 
@@ -34,7 +36,24 @@ STAGES = (
     Stage("f", "wider", 40, "float32 and TF32, short captions, large batches, ViT-L/14"),
     Stage("g", "tests", 60, "tests/gpu, one outcome per test"),
     Stage("h", "max-autotune", 90, "torch.compile at its best"),
+    Stage(
+        "i", "step", 90, "the whole training step of CLIP ViT-B/16, released losses against ours: time, memory, batch"
+    ),
 )
+
+
+class Step(NamedTuple):
+    """The training step at B pairs, or at the most that a card of so many GB takes."""
+
+    B: int | None = None
+    card: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"step, B {self.B}" if self.card is None else f"step, card of {self.card} GB"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"B": self.B} if self.card is None else {"card_gb": self.card}
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Job:
     """One thing that the worker does; it writes one record for each of its `identities`, at least."""
 
     stage: str
-    kind: str  # what the worker makes of it: ceilings, exact, kernels, alternative, figure, tests
+    kind: str  # what the worker makes of it: ceilings, exact, kernels, alternative, figure, tests, step, largest
     case: Case | None = None
     provider: str = TRITON
     precision: str = "bf16"
@@ -51,6 +70,7 @@ class Job:
     prebuilt: float | None = None  # seconds where our kernels are in a cache; None: as many as its guess
     whole: bool = True  # else what it writes until its stage must end is worth having
     alternative: int | None = None  # row of ALTERNATIVES
+    step: Step | None = None
 
     def seconds(self, prebuilt: bool) -> float:
         """That must be left for it to begin."""
@@ -62,6 +82,9 @@ class Job:
         identity: dict[str, Any] = {"stage": self.stage, "kind": self.kind}
         if self.case is not None:
             identity |= {"case": self.case.name, **self.case.as_dict(), "provider": self.provider}
+            identity["dtype"] = self.precision
+        if self.step is not None:
+            identity |= {"case": self.step.name, **self.step.as_dict(), "provider": self.provider}
             identity["dtype"] = self.precision
         if self.alternative is not None:
             row = ALTERNATIVES[self.alternative]
@@ -86,6 +109,8 @@ def gpu_jobs(letters: Iterable[str] | None = None, *, dry: bool = False) -> list
 
 def _dry(job: Job) -> Job:
     """The same job for a dry run: Triton's interpreter knows no bfloat16, a CPU no TF32, and tests/gpu is skipped."""
+    if job.step is not None and job.step.B is not None:
+        return replace(job, step=Step(int(math.log2(job.step.B)) - 4))
     if job.case is None:
         return replace(job, guess=30, prebuilt=30) if job.kind == "tests" else job
     precision = {"bf16": "fp16", "tf32": "fp32", "tf32x3": "fp32"}.get(job.precision, job.precision)
@@ -201,6 +226,16 @@ def _autotuned() -> list[Job]:
     return jobs + _figures("h", cases[0], (AUTOTUNED,), ("fp32",))
 
 
+def _steps() -> list[Job]:
+    """Times first, then how much a card takes."""
+    timed = [Job("i", "step", None, name, step=Step(B), guess=25, prebuilt=8) for B in (64, 128) for name in STEPS]
+    order = [(card, name) for card in CARDS for name in reversed(STEPS)]
+    return timed + [
+        Job("i", "largest", None, name, step=Step(card=card), guess=25, prebuilt=10) for card, name in order
+    ]
+
+
 _JOBS = {
     "a": _exact, "b": _alone, "c": _alternatives, "d": _losses, "e": _peers, "f": _wider, "g": _tests, "h": _autotuned,
+    "i": _steps,
 }  # fmt: skip

@@ -42,26 +42,33 @@ from unittest import mock
 
 import torch
 
+from fmfa_losses import FMFALoss
+from fmfa_losses.ops.linear_cross_entropy import linear_cross_entropy
+
 from .. import ROOT, stand_in
 from ..cases import Case, inputs, leaves
-from ..measure import DTYPES, matmul_precision
+from ..measure import DTYPES, autocast, matmul_precision
 from ..providers import TRITON, provider
-from . import exact
+from . import exact, step_model
 from .alternatives import ALTERNATIVES, Alternative, swapped
 from .candidates import survivors, tables
 from .plan import Job, gpu_jobs
+from .step_losses import LOSSES, Encoded
 
 CHIP = "sm_90"
+WIDTH, PATCHES = 512, 192  # of ViT-B/16
 ABOUT, KERNELS = "prebuilt.json", "kernels.tar.xz"
 
 
 def jobs(precision: str | None = None, only: str = "") -> list[Job]:
     """Jobs of the prepared run (`benchmarks/gpu/plan.py`) that launch our kernels, equal ones once."""
-    found = {
-        (small(job.case), job.precision, job.kind == "exact", job.alternative): job
-        for job in gpu_jobs()
-        if job.case is not None and job.provider == TRITON and only in f"{job.case.name} {job.precision}"
-    }
+    found: dict[Any, Job] = {}
+    for job in gpu_jobs():
+        subject = job.case or job.step
+        if subject is None or job.provider != TRITON or only not in f"{subject.name} {job.precision}":
+            continue
+        kind = job.kind if job.step else job.kind == "exact"
+        found[job.case and small(job.case), job.precision, kind, job.alternative] = job
     return [job for job in found.values() if precision in (None, job.precision)]
 
 
@@ -72,6 +79,10 @@ def small(case: Case) -> Case:
 
 def run(job: Job, others: Iterable[tuple[Alternative, Any]] = ()) -> None:
     """Forward and backward as the job makes them; an alternative with both entries; `others`: more of them."""
+    if job.step is not None:
+        (losses_of_a_step if job.kind == "step" else losses_of_large_batches)(DTYPES[job.precision])
+        return
+    assert job.case is not None
     case, dtype = small(job.case), DTYPES[job.precision]
     if job.kind == "exact":
         problem = exact.build(case, dtype, "cpu")
@@ -86,6 +97,30 @@ def run(job: Job, others: Iterable[tuple[Alternative, Any]] = ()) -> None:
         with change:
             value = step()
             torch.autograd.grad(value, targets, torch.ones_like(value))
+
+
+def losses_of_a_step(dtype: torch.dtype) -> None:
+    """Our losses on what the towers return, laid out alike; blocks of the head have no kernels, one is enough."""
+    objective = FMFALoss.for_dataset("CUHK-PEDES", WIDTH, 16, irr={"depth": 1}, backend="triton")
+    batch = step_model.batch(step_model.PAPER, 4, "cpu")
+    image, text = torch.zeros(4, 1 + PATCHES, WIDTH, dtype=dtype), torch.zeros(8, 77, WIDTH, dtype=dtype)
+    parts = image[:, 0], text[:4, 0].clone(), image[:, 1:], *text.chunk(2)
+    encoded = Encoded(*(x.detach().requires_grad_() for x in parts))
+    # IRR has no argument for it.
+    with mock.patch.dict(os.environ, FMFA_LOSSES_BACKEND="triton"), autocast("bf16", "cpu"):
+        terms = LOSSES[TRITON](objective, encoded, batch)
+    torch.stack(list(terms.values())).sum().backward()
+
+
+def losses_of_large_batches(dtype: torch.dtype) -> None:
+    """What the largest batches need besides: A-SDM that keeps its cosines, gradients of more masked words."""
+    pairs = inputs(Case("asdm", 512), dtype=dtype)
+    provider(TRITON, "asdm")(**pairs).backward()
+    states = torch.zeros(2048, WIDTH, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.zeros(*shape, requires_grad=True) for shape in ((49408, WIDTH), (49408,)))
+    with autocast("bf16", "cpu"):
+        loss, _ = linear_cross_entropy(states, weight, bias, torch.ones(2048, dtype=torch.int64), backend="triton")
+    loss.backward()
 
 
 def candidates(file: Path | None, precision: str) -> list[tuple[Alternative, Any]]:

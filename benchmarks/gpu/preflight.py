@@ -23,6 +23,7 @@ __all__ = ["PACKAGES", "main", "missing"]
 PACKAGES = {
     "torch": "everything", "triton": "everything", "einops": "everything", "numpy": "everything",
     "psutil": "everything", "matplotlib": "everything", "pytest": "stage g",
+    "transformers": "(transformers) stage i, which has no model without it",
     "xdist": "(pytest-xdist) eight tests at once in stage g, else one after the other",
 }  # fmt: skip
 MODULES = (

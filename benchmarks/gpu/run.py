@@ -1,6 +1,6 @@
 """The prepared run on a CUDA device: first correctness, then speed, against the code that users have today.
 
-    python -m benchmarks gpu --out DIR [--minutes 8] [--stage a b ...] [--wheels DIR] [--prebuilt DIR] [--dry-run]
+    python -m benchmarks gpu --out DIR [--minutes 9.5] [--stage a b ...] [--wheels DIR] [--prebuilt DIR] [--dry-run]
     python -m benchmarks gpu --preflight [--triton-wheel FILE] [--wheels DIR] [--prebuilt DIR]
 
 Every line is printed and every record written as it comes: DIR/records.jsonl, gpu.json, gpu.md, log.txt and three plots
@@ -27,7 +27,7 @@ from .plan import STAGES, Job, gpu_jobs
 from .supervisor import Worker, run_jobs
 from .targets import gpu_targets
 
-DRY = "dry run: kernels are interpreted in stages a to c, replaced by the torch path in d to f; nothing is timed"
+DRY = "dry run: kernels are interpreted in stages a to c, replaced by the torch path in d to f and i; nothing is timed"
 REPORT_SECONDS = 5.0  # kept for the last plots
 
 
@@ -40,7 +40,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     )
     letters = [stage.letter for stage in STAGES]
     parser.add_argument("--out", type=Path, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: %(default)s)")
     parser.add_argument("--stage", nargs="+", choices=letters, metavar="LETTER", help="these alone (default: all)")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of the peers (default: wheels/ or .whl/)")
     parser.add_argument("--prebuilt", type=Path, metavar="DIR", help="a Triton cache (default: prebuilt/)")

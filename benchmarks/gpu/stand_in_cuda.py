@@ -69,6 +69,7 @@ CUDA: dict[str, Callable[..., Any]] = {
     "mem_get_info": lambda index=0: (2**33, 2**34),
     "memory_allocated": lambda index=0: 0,
     "max_memory_allocated": lambda index=0: 2**20,
+    "max_memory_reserved": lambda index=0: 2**21,
     "current_stream": lambda index=0: Stream(),
     "get_sync_debug_mode": lambda: 0,
     "Event": Event,
@@ -77,6 +78,7 @@ CUDA: dict[str, Callable[..., Any]] = {
     "graph": _context,
     "stream": _context,
     **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"), _nothing),
+    "set_per_process_memory_fraction": _nothing,
 }
 
 

@@ -9,6 +9,7 @@ from ..tables import markdown, milliseconds, number, speedup, target_table
 from .device_tests import FILES
 from .lines import least_ms, prediction, span
 from .roofline import share_of_roof
+from .step_report import step_tables
 from .targets import gpu_targets
 
 __all__ = ["gpu_report", "gpu_tables"]
@@ -20,6 +21,7 @@ def gpu_report(result: dict[str, Any]) -> str:
     parts = [gpu_tables(result)]
     parts += [target_table(gpu_targets(figures, ceilings_of(result)))] if figures else []
     for title, table in (
+        ("The whole training step", step_tables),
         ("Each kernel alone", _kernel_table),
         ("Entries of the block tables", _alternative_table),
         ("Against float64", _exact_table),

@@ -21,7 +21,7 @@ import torch
 from ..cases import inputs, leaves
 from ..measure import AGREEMENT, DTYPES, cotangent, disagreement, fingerprint, matmul_precision
 from ..providers import PEERS, TORCH, TRITON, provider
-from . import alone, alternatives, device, device_tests, exact, figures, stand_in_cuda
+from . import alone, alternatives, device, device_tests, exact, figures, stand_in_cuda, step
 from .plan import Job, gpu_jobs
 from .predictions import predicted
 from .roofline import measure_ceilings
@@ -127,9 +127,17 @@ def _tests(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
     yield from device_tests.run_tests(0 if dry else TEST_WORKERS)
 
 
+def _step(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    yield from step.measure(job, dry=dry)
+
+
+def _largest(job: Job, dry: bool) -> Iterator[dict[str, Any]]:
+    yield from step.largest_batch(job, dry=dry)
+
+
 KINDS: dict[str, Callable[[Job, bool], Iterator[dict[str, Any]]]] = {
     "ceilings": _ceilings, "exact": _exact, "kernels": _kernels, "alternative": _alternative, "figure": _figure,
-    "tests": _tests,
+    "tests": _tests, "step": _step, "largest": _largest,
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ defaults, and an option that does not apply is an error instead of nothing.
 """
 
 import argparse
+import math
+import os
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
@@ -81,6 +83,7 @@ def add_data(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
     if weights:
         group.add_argument("--weights", help="file or folder of CLIP weights; rendered: the committed ones, or `none`")
         group.add_argument("--tokenizer", type=Path, help="CLIP's vocabulary, where it is not beside the weights")
+        group.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of CLIP: LAION's weights need gelu")
         group.add_argument("--tiny", action="store_true", help="no weights but a tiny random CLIP: a dry run")
 
 
@@ -164,12 +167,20 @@ def check_applies(args: argparse.Namespace) -> None:
             raise RunError(f"{', '.join(wrong)} must be left out: {why}")
 
     rendered = args.dataset == "rendered"
-    refuse(("root", "tokenizer", "tiny"), not rendered, "rendered pedestrians have no files; name a --dataset")
+    refuse(
+        ("root", "tokenizer", "activation", "tiny"),
+        not rendered,
+        "rendered pedestrians have no files; name a --dataset",
+    )
     of_rendered = ("identities", "val_identities", "test_identities", "minutes")
     refuse(of_rendered, rendered, f"{args.dataset} is not rendered")
     if not rendered and "root" not in given:
         raise RunError(f"--dataset {args.dataset} needs --root, the folder that holds {args.dataset}/")
     refuse(("tiny",), "weights" not in given, "--weights says which model it is")
+    refuse(("gather",), "RANK" in os.environ, "one process has nobody to gather from; start several with torchrun")
+    minutes = getattr(args, "minutes", None)
+    if minutes is not None and not 0 <= minutes < math.inf:
+        raise RunError(f"--minutes must be 0 or more, got {minutes:g}; 0 is no limit")
     refuse(("overwrite",), "resume" not in given, "--resume goes on with the run that --overwrite removes")
     optimizer = getattr(args, "optimizer", None) or "adam"
     refuse(("momentum",), optimizer == "sgd", f"--optimizer {optimizer} has none")

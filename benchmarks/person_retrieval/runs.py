@@ -78,7 +78,7 @@ def run(
         log = Log(folder.path, quiet=args.quiet, tensorboard=args.tensorboard, leads=world.leads)
         start = time.perf_counter()
         model = task.build(task.recipe.seed)
-        before = tested(model, task.test, world) if world.leads else {}
+        before = untrained(task, model, world) if world.leads else {}
         testing = time.perf_counter() - start
         torch.manual_seed(task.recipe.seed)
         trainee = variant.build(task, model, world.gather(task.recipe))
@@ -90,7 +90,7 @@ def run(
         if world.leads and not args.resume:
             announce(log, task, told, before)
         trainer.resume()
-        if seconds is not None and not args.resume:
+        if seconds is not None and folder.chosen_epochs is None and trainer.epoch == 0:
             choose_epochs(trainer, folder, log, seconds - (time.perf_counter() - start), testing)
         trainer.fit()
         kept = trainer.select()
@@ -114,6 +114,14 @@ def run(
     return result
 
 
+def untrained(task: Task, model: nn.Module, world: World) -> dict[str, Any]:
+    """Metrics of the model as it is before training: zero-shot, where its weights are pretrained."""
+    key = task.recipe.seed if task.about["weights"] in (None, "random") else None
+    if key not in task.before:
+        task.before[key] = tested(model, task.test, world)
+    return task.before[key]
+
+
 def tested(model: nn.Module, pairs: Pairs, world: World) -> dict[str, dict[str, float]]:
     """Both directions, in percent."""
     return as_dict(evaluate(*encode(model.to(world.device), pairs, world.device), pairs))
@@ -124,6 +132,7 @@ def announce(log: Log, task: Task, told: str, before: dict[str, Any]) -> None:
     for name in ("train", "val", "test"):
         pairs = getattr(task, name)
         log.say(f"{name + ':':6} {pairs.split if pairs else 'no such split'}")
+    log.say(task.loaded)
     if task.about["dry_run"]:
         log.say("no --weights: random weights, a dry run that shows only that everything runs")
     log.say(f"before training: t2i R1 {before['t2i']['R1']:.2f}, chance {chance(task.test):.2f}")
@@ -139,6 +148,7 @@ def choose_epochs(trainer: Trainer, folder: RunFolder, log: Log, seconds: float,
     pace = measure_pace(trainer)
     left = max(0.0, seconds - 2 * testing)
     epochs = affordable_epochs(pace, trainer.steps_per_epoch, left / 60, trainer.epochs, besides=testing / 4)
+    epochs = trainer.world.least(epochs)
     log.say(
         f"{pace:.2f} s a step, {trainer.steps_per_epoch} steps an epoch: {epochs} of {trainer.epochs} epochs "
         f"are trained within the {left:.0f} s that are left of --minutes"

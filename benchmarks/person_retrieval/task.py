@@ -35,7 +35,9 @@ class Task:
         train, val, test: pairs; val is None where the data set has no such split.
         build: seed -> the model as it is before training: pretrained, or random by that seed.
         objective: keyword arguments of FMFALoss -> objective; they come after those of the command line.
+        loaded: what the weights are and what was taken of them, for the log.
         about: what says which data, weights and objective these are, in run.json and metrics.json.
+        before: metrics of the model before training, by the seed of random weights: once for all runs of a study.
     """
 
     dataset: str
@@ -46,7 +48,9 @@ class Task:
     recipe: Recipe
     build: Callable[[int], nn.Module]
     objective: Callable[..., nn.Module]
+    loaded: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    before: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> dict[str, Any]:
@@ -90,51 +94,67 @@ def selection(args: argparse.Namespace, task: Task) -> tuple[str, str]:
 
 
 def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
+    recipe, weights = recipe_of(args), load_two_stream(args.weights, image_size=RENDERED_SIZE)
     # In this order: the people to test on are the same however many there are to train on.
     counts = {"test": args.test_identities or 750, "val": args.val_identities or 100, "train": args.identities or 1200}
-    weights = load_two_stream(args.weights, image_size=RENDERED_SIZE)
-    splits = rendered_splits(counts, seed=RENDERED_SEED, progress=progress)
-    recipe = recipe_of(args)
-    pairs = _all_pairs(splits, weights.tokenizer, recipe, RENDERED_SIZE, keep=True)
+    given, tokenizer = objective_of(args, weights.patches), weights.tokenizer
+    words = {"vocab_size": tokenizer.vocab_size, "irr": {"depth": 1, "num_heads": weights.heads}}
 
     def objective(**variant: Any) -> FMFALoss:
-        sizes = (weights.embed_dim, splits["train"].num_identities)
-        words = {"vocab_size": weights.tokenizer.vocab_size, "irr": {"depth": 1, "num_heads": weights.heads}}
-        return FMFALoss(*sizes, **words, **merged(given, variant))
+        return FMFALoss(weights.embed_dim, counts["train"], **words, **merged(given, variant))
 
-    given = objective_of(args, weights.patches)
-    about = {"dataset": "rendered", "rendered": {**counts, "seed": RENDERED_SEED}, **weights.about, "dry_run": False}
-    return Task("rendered", *pairs, weights.tokenizer, recipe, weights.build, objective, about | {"objective": given})
+    check_objective(objective)
+    pairs = _all_pairs(
+        rendered_splits(counts, seed=RENDERED_SEED, progress=progress), tokenizer, recipe, RENDERED_SIZE, keep=True
+    )
+    about = {
+        "dataset": "rendered", "rendered": {**counts, "seed": RENDERED_SEED}, **weights.about, "dry_run": False,
+        "objective": given,
+    }  # fmt: skip
+    told = f"weights: {about['weights']}"
+    return Task("rendered", *pairs, tokenizer, recipe, weights.build, objective, told, about)
 
 
 def _on_disk(args: argparse.Namespace, progress: Progress) -> Task:
-    from .models.clip import load_clip  # transformers, which the rendered pedestrians do without
+    from .models.weights import load_clip  # transformers, which the rendered pedestrians do without
 
+    recipe = recipe_of(args)
     names = [name for name in ("train", "val", "test") if name in splits_of(args.dataset, args.root)]
     splits = {name: read_dataset(args.dataset, args.root, name) for name in names}
-    recipe = recipe_of(args)
-    loaded = load_clip(
-        args.weights, splits["train"].captions, image_size=PAPER_SIZE, tiny=bool(args.tiny), tokenizer=args.tokenizer,
-        seed=recipe.seed,
-    )  # fmt: skip
-    splits = {name: check_images(split, progress=progress) for name, split in splits.items()}
-    for split in splits.values():
-        if long := too_long(loaded.tokenizer, split.captions):
-            split.notes["captions over 77 tokens, cut"] = long
-    pairs = _all_pairs(splits, loaded.tokenizer, recipe, PAPER_SIZE)
-    model = loaded.model
+    options = {"tokenizer": args.tokenizer, "activation": args.activation, "seed": recipe.seed}
+    try:
+        captions = splits["train"].captions
+        model, tokenizer, report = load_clip(
+            args.weights, captions, image_size=PAPER_SIZE, tiny=bool(args.tiny), **options
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise RunError(f"--weights: {error}") from error
     rows, columns = model.grid
     given = objective_of(args, rows * columns)
 
     def objective(**variant: Any) -> FMFALoss:
         sizes = (args.dataset, model.embed_dim, splits["train"].num_identities)
-        return FMFALoss.for_dataset(*sizes, vocab_size=loaded.tokenizer.vocab_size, **merged(given, variant))
+        return FMFALoss.for_dataset(*sizes, vocab_size=tokenizer.vocab_size, **merged(given, variant))
 
+    check_objective(objective)
+    splits = {name: check_images(split, progress=progress) for name, split in splits.items()}
+    for split in splits.values():
+        if long := too_long(tokenizer, split.captions):
+            split.notes["captions over 77 tokens, cut"] = long
     about = {
-        "dataset": args.dataset, "root": args.root.resolve(), "weights": args.weights,
-        "weights_sha256": loaded.report.sha256, "dry_run": args.weights is None, "objective": given,
+        "dataset": args.dataset, "root": str(args.root.resolve()), "weights": args.weights,
+        "weights_sha256": report.sha256, "dry_run": args.weights is None, "objective": given,
     }  # fmt: skip
-    return Task(args.dataset, *pairs, loaded.tokenizer, recipe, lambda seed: deepcopy(model), objective, about)
+    pairs = _all_pairs(splits, tokenizer, recipe, PAPER_SIZE)
+    return Task(args.dataset, *pairs, tokenizer, recipe, lambda _: deepcopy(model), objective, str(report), about)
+
+
+def check_objective(build: Callable[[], nn.Module]) -> None:
+    """Builds it once, so that its hyperparameters are checked before anything is read or computed."""
+    try:
+        build()
+    except (TypeError, ValueError) as error:
+        raise RunError(f"the objective's options do not fit: {error}") from error
 
 
 def _all_pairs(

@@ -252,7 +252,7 @@ def test_plan_is_ordered_and_complete():
     jobs = gpu_jobs()
     assert len(jobs) == len(set(jobs))
     assert [job.stage for job in jobs] == sorted(job.stage for job in jobs)
-    assert [stage.letter for stage in STAGES] == list("abcdefgh") == sorted({job.stage for job in jobs})
+    assert [stage.letter for stage in STAGES] == list("abcdefghi") == sorted({job.stage for job in jobs})
     assert {job.case.name.split(",")[0] for job in stage_jobs("a")} == {
         "sparse_aggregate", "hard_similarity", "maxsim", "asdm"
     }  # fmt: skip
@@ -275,11 +275,12 @@ def test_plan_is_ordered_and_complete():
     assert stage_jobs("h")[0] == Job("h", "figure", Case("efa", 128), AUTOTUNED, "bf16", guess=75, prebuilt=75)
 
 
-def test_eight_minutes_have_room_for_every_stage():
+def test_the_minutes_have_room_for_every_stage():
     """With prebuilt kernels the first jobs of each fit into what it is given, and so do the two peers at two shapes."""
     begins = 15  # seconds until the worker is there
-    assert begins + sum(stage.seconds for stage in STAGES) + gpu.REPORT_SECONDS <= 8 * 60
-    first = {"a": 13, "b": 5, "c": 6, "d": 12, "e": 8, "f": 6, "g": 1, "h": 1}
+    minutes = gpu.options_of(["--out", "somewhere"]).minutes
+    assert begins + sum(stage.seconds for stage in STAGES) + gpu.REPORT_SECONDS <= minutes * 60 < 10 * 60
+    first = {"a": 13, "b": 5, "c": 6, "d": 12, "e": 8, "f": 6, "g": 1, "h": 1, "i": 9}
     for stage in STAGES:
         seconds = [job.seconds(prebuilt=True) for job in stage_jobs(stage.letter)]
         assert sum(seconds[: first[stage.letter]]) <= stage.seconds, stage

@@ -17,7 +17,7 @@ from benchmarks.gpu.kernel_work import FLOPS
 from benchmarks.gpu.plan import STAGES, gpu_jobs
 from benchmarks.gpu.run import ROOT
 from benchmarks.gpu.supervisor import OUT_OF_TIME
-from benchmarks.providers import TORCH, TRITON
+from benchmarks.providers import RELEASED, TORCH, TRITON
 from benchmarks.results import of_kind
 
 # The peers' functions in PyTorch, under the names and with the arguments of their packages.
@@ -83,7 +83,9 @@ def it_writes_every_file(out, printed):
     assert result["dry_run"]
     records = read_records(out / "records.jsonl")
     assert result["records"] == records
-    assert {record["kind"] for record in records} == {"exact", "ceilings", "kernels", "alternative", "figure", "tests"}
+    assert {record["kind"] for record in records} == {
+        "exact", "ceilings", "kernels", "alternative", "figure", "tests", "step", "largest"
+    }  # fmt: skip
     log = (out / "log.txt").read_text()
     assert all(line in log for line in printed.splitlines())
     assert "sha256 of triton_key: " in printed
@@ -91,6 +93,7 @@ def it_writes_every_file(out, printed):
     assert result["versions"]["flash-maxsim"] == "9.9"
     page = (out / "gpu.md").read_text()
     assert "A dry run at toy sizes" in page
+    assert "### The whole training step" in page
     assert LEGEND in page
     for word in (result["commit"], result["date"], result["machine"]["gpu"], f"torch {result['versions']['torch']}"):
         assert word in page
@@ -108,6 +111,9 @@ def it_measures_what_it_says(out):
         assert ("above_mib" in record) == ("forward" in record) == (record["mode"] == "eager")
     assert {record.get("ran", TRITON) for record in figures if record["provider"] == TRITON} == {TORCH}
     assert {"late-interaction-kernels", "flash-maxsim"} <= {record["provider"] for record in figures}
+    steps = [record for record in records if record["kind"] == "step"]
+    assert {(record["provider"], record["checked"]) for record in steps} == {(RELEASED, False), (TRITON, True)}
+    assert {record.get("ran", RELEASED) for record in steps} == {RELEASED, TORCH}
     # Kernels are interpreted: their errors are those of float32 and float16, and their work is counted.
     for record in records:
         if record["kind"] == "exact":

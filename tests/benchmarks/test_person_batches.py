@@ -83,7 +83,7 @@ def test_erasing_happens_half_of_the_time_with_areas_between_the_bounds() -> Non
 
 
 def test_augmentation_follows_from_seed_epoch_and_index() -> None:
-    train, _ = rendered_splits(3, 1, images=1, seed=0)
+    train = rendered_splits({"train": 2}, seed=0)["train"]
     ids = WordTokenizer(train.captions)(train.captions)
     pairs, again = (Pairs(train, ids, size=(96, 32), seed=4, augmentation=Augmentation()) for _ in range(2))
     assert torch.equal(pairs[1]["pixels"], again[1]["pixels"])

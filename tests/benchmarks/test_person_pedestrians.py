@@ -3,6 +3,7 @@
 import numpy as np
 
 from benchmarks.person_retrieval.data import catalogue_split, rendered_splits
+from benchmarks.person_retrieval.models import WordTokenizer
 from benchmarks.person_retrieval.models.pretrained import COMMITTED, load_two_stream
 from benchmarks.person_retrieval.pedestrians import (
     CATALOGUE,
@@ -79,3 +80,12 @@ def test_the_committed_weights_know_every_word_and_fit_into_3_mb() -> None:
     tokenizer = load_two_stream(None, image_size=(96, 32)).tokenizer
     splits = rendered_splits({"train": 12}, seed=4)
     assert not (tokenizer(splits["train"].captions) == tokenizer.unknown_id).any()
+
+
+def test_tokenizer_keeps_eot_and_marks_the_unknown() -> None:
+    tokenizer = WordTokenizer(["a red coat .", "a T-shirt"], context_length=5)
+    ids = tokenizer(["a red coat and a red coat", "t-shirt zebra"])
+    assert ids.shape == (2, 5)
+    assert ids[0, -1] == tokenizer.eot_id == tokenizer.vocab_size - 1
+    assert tokenizer.words(ids[1]) == ["t-shirt", "?"]
+    assert tokenizer.mask_id == tokenizer.vocab_size - 3

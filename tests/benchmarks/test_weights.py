@@ -216,7 +216,8 @@ def test_a_folder_of_hugging_face(options: dict[str, Any] | str, tmp_path: Path)
 
 
 def test_the_report_names_everything(openai: OpenAICLIP, folder: Path) -> None:
-    file = saved(irra(openai, extra={"base_model.visual.adapter.weight": torch.ones(2)}), folder / "best.pth")
+    extra = {"base_model.visual.adapter.weight": torch.ones(2), "base_model.transformer.attn_mask": torch.ones(2)}
+    file = saved(irra(openai, extra=extra), folder / "best.pth")
     report = load_clip(file, [], image_size=STRIP).report
     assert report.loaded == {"text_model": 36, "vision_model": 39, "visual_projection": 1, "text_projection": 1}
     assert report.missing == ("logit_scale",)
@@ -224,6 +225,7 @@ def test_the_report_names_everything(openai: OpenAICLIP, folder: Path) -> None:
     assert report.resized == {"model.base_model.visual.positional_embedding": ((4, 4), (6, 2))}
     assert report.skipped["classifier"] == 2 and report.skipped["cross_modal_transformer"] == 12
     assert report.skipped["ln_post"] == 2 and report.skipped["mlm_head"] == 4 and report.skipped["optimizer"] == 3
+    assert report.skipped["attn_mask"] == 1 and sum(report.skipped.values()) == 32
     assert set(report.dtypes) == {"float16", "float32"}
     written = json.loads(json.dumps(report.as_dict()))
     assert written["sha256"] == report.sha256 and written["skipped"] == report.skipped
@@ -382,6 +384,10 @@ def test_a_foreign_configuration(tmp_path: Path) -> None:
     for content, message in (
         ('{"model_type": "bert"}', "must be of model_type 'clip', got 'bert'"),
         ("{", "must be JSON"),
+        (
+            '{"model_type": "clip", "text_config": {"hidden_size": "wide"}}',
+            r"config\.json must describe|has 49408 tokens",
+        ),
     ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -75,18 +75,17 @@ def main(argv: list[str]) -> int:
             trainer.fit(until=trainer.epoch + 1)
             if world.leads:
                 file = folder.path / f"epoch_{trainer.epoch}.pt"
-                save(file, content(model, words, args, trainer.epoch))
+                save(file, content(model, words, {"epoch": trainer.epoch, **settings}))
                 log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB  sha256 {sha256(file)}")
     world.leave()
     return 0
 
 
-def content(model: TwoStream, words: list[str], args: argparse.Namespace, epoch: int) -> dict[str, Any]:
+def content(model: TwoStream, words: list[str], made: dict[str, Any]) -> dict[str, Any]:
     """What `load_two_stream` reads: weights in half precision, and how they were made."""
     state = {
         name: x.detach().cpu().half() if x.is_floating_point() else x.cpu() for name, x in model.state_dict().items()
     }
-    made = {"command": args.command, "epoch": epoch, "pictures": args.pictures}
     return {"width": WIDTH, "heads": HEADS, "vocabulary": words, "made": made, "model": state}
 
 

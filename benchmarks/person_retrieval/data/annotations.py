@@ -4,12 +4,17 @@ It is a JSON list with an object for every image:
 
     {"split": "train", "id": 7, "file_path": "cam/0007_1.jpg", "captions": ["a man in a red coat", ...]}
 
-Other fields are ignored. Rules that the three public files keep, and that every file must keep:
+Other fields are ignored. What every file must keep:
 
 - `split` is "train", "val" or "test"; `id` is an integer from 0; the path is relative and stays below imgs/.
 - `captions` is a list of strings. An empty one, or one of white space alone, is left out and counted; an image must
   keep at least one.
-- A path may be listed twice, with one identity and in one split. All images of an identity are in one split.
+- A path is in one split.
+
+Of ICFG-PEDES 34,673 training images are reported in 34,674 entries, and one identity more than the 4,101 of MSMT17,
+which its images are from. So a path may be listed again: it is one image for each identity that it is listed with. And
+a number may be in several splits, whose people may have been numbered apart. What of this occurs is counted, see
+`folders.py`.
 """
 
 import json
@@ -34,6 +39,11 @@ class Entry:
     pid: int
     captions: tuple[str, ...]
     empty: int
+
+    @property
+    def image(self) -> tuple[str, int]:
+        """What tells images apart."""
+        return self.path, self.pid
 
 
 def read_annotations(file: Path, path_key: str) -> list[Entry]:
@@ -101,24 +111,15 @@ def _entry(one: dict[str, Any], path_key: str) -> Entry:
 def _contradictions(entries: list[Entry]) -> Iterator[tuple[int, str]]:
     """What is wrong between entries, with the number of the later one."""
     paths: dict[str, int] = {}
-    pids: dict[int, int] = {}
-    described = {entry.path for entry in entries if entry.captions}
+    described = {entry.image for entry in entries if entry.captions}
     for number, entry in enumerate(entries):
-        same_path = paths.setdefault(entry.path, number)
-        same_pid = pids.setdefault(entry.pid, number)
-        if entry.path not in described:
+        first = paths.setdefault(entry.path, number)
+        if entry.image not in described:
             yield number, f"an image must have a caption that is not empty, {entry.path} has none"
-        if entries[same_path].pid != entry.pid:
+        if (other := entries[first].split) != entry.split:
             yield (
                 number,
-                f"an image must have one identity, {entry.path} has {entry.pid} and, in entry {same_path}, "
-                f"{entries[same_path].pid}",
-            )
-        elif entries[same_pid].split != entry.split:
-            yield (
-                number,
-                f"an identity must be in one split, {entry.pid} is in {entry.split} and, in entry {same_pid}, in "
-                f"{entries[same_pid].split}",
+                f"an image must be in one split, {entry.path} is in {entry.split} and, in entry {first}, in {other}",
             )
 
 

@@ -54,17 +54,19 @@ class Augmentation:
             pixels = pixels[:, ::-1]
         pixels = self._shifted(pixels, rng)
         if rng.random() < self.erase:
-            pixels = self._erased(pixels, rng)
+            self._erase(pixels, rng)
         return pixels
 
     def _shifted(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A copy."""
         height, width, _ = pixels.shape
         pad = (2 * self.pad * height + 384) // (2 * 384)  # rounded, a half up
         padded = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
         y, x = rng.integers(2 * pad + 1, size=2)
         return padded[y : y + height, x : x + width]
 
-    def _erased(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _erase(self, pixels: np.ndarray, rng: np.random.Generator) -> None:
+        """In place."""
         height, width, _ = pixels.shape
         for _ in range(TRIES):
             area = rng.uniform(*self.erase_area) * height * width
@@ -72,7 +74,5 @@ class Augmentation:
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if h < height and w < width:
                 y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
-                pixels = pixels.copy()
                 pixels[y : y + h, x : x + w] = ERASED
                 break
-        return pixels

@@ -35,11 +35,11 @@ def splits_of(name: str, root: str | Path) -> set[str]:
 def read_dataset(name: str, root: str | Path, split: str) -> Split:
     """One split ("train", "val" or "test") of a public data set; no image is opened, `check_images` does that.
 
-    `notes` counts empty captions that were left out, and entries that repeat the path of another and were merged.
+    `notes` counts empty captions that were left out, entries that were merged with an earlier one of the same path and
+    identity, paths that have several identities, and identities whose number another split has too.
 
     Raises:
-        FileNotFoundError: there is no annotation file; the message names what was looked for.
-        DataError: the annotation file, any split of it, breaks a rule, or does not have this split.
+        DataError: there is no annotation file, it breaks a rule in any split, or it does not have this split.
         ValueError: no such data set, no such split.
     """
     if split not in SPLITS:
@@ -50,24 +50,24 @@ def read_dataset(name: str, root: str | Path, split: str) -> Split:
         found = ", ".join(one for one in SPLITS if any(entry.split == one for entry in everything))
         raise DataError(f"{file} has no entries of the split {split!r}, it has {found}; choose one of these")
 
-    numbers: dict[str, int] = {}
-    pids: list[int] = []
+    numbers: dict[tuple[str, int], int] = {}
     captions: list[str] = []
     caption_images: list[int] = []
     for entry in entries:
-        if entry.path not in numbers:
-            numbers[entry.path] = len(numbers)
-            pids.append(entry.pid)
+        number = numbers.setdefault(entry.image, len(numbers))
         captions += entry.captions
-        caption_images += [numbers[entry.path]] * len(entry.captions)
-    image_pids = torch.tensor(pids)
+        caption_images += [number] * len(entry.captions)
+    image_pids = torch.tensor([pid for _, pid in numbers])
     if split == "train":
         image_pids = torch.unique(image_pids, return_inverse=True)[1]
+    elsewhere = {entry.pid for entry in everything if entry.split != split}
     notes = {
         "empty captions left out": sum(entry.empty for entry in entries),
         "repeated images merged": len(entries) - len(numbers),
+        "images with several identities": len(numbers) - len({path for path, _ in numbers}),
+        "identities with the number of one in another split": len(elsewhere & {pid for _, pid in numbers}),
     }
-    files = [file.parent / "imgs" / path for path in numbers]
+    files = [file.parent / "imgs" / path for path, _ in numbers]
     return Split(
         ImageFiles(files),
         image_pids,
@@ -88,7 +88,5 @@ def _read(name: str, root: str | Path) -> tuple[Path, list[Entry]]:
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         wanted = " nor ".join(map(str, candidates))
-        raise FileNotFoundError(
-            f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/"
-        )
+        raise DataError(f"{name} needs its annotations, found neither {wanted}; pass --root the folder above {name}/")
     return found, read_annotations(found, path_key)

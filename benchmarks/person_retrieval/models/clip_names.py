@@ -46,6 +46,8 @@ ROOTS = {
     "Hugging Face": {"vision_model", "text_model", "visual_projection", "text_projection"},
 }
 
+CONSTANT = {"position_ids", "attn_mask"}  # buffers that some versions save
+
 
 class Piece(NamedTuple):
     """A tensor of the model: the name of the tensor in the file, and how to take it out of that."""
@@ -97,13 +99,13 @@ class Towers(NamedTuple):
             if name in used:
                 continue
             parts = name.split(".")
-            if name.startswith(self.prefix) and parts[len(outer)] in ROOTS[self.naming] and parts[-1] != "position_ids":
+            if name.startswith(self.prefix) and parts[len(outer)] in ROOTS[self.naming] and parts[-1] not in CONSTANT:
                 unexpected.append(name)
                 continue
             shared = 0
             while shared < min(len(outer), len(parts) - 1) and outer[shared] == parts[shared]:
                 shared += 1
-            skipped[parts[-1] if parts[-1] == "position_ids" else parts[shared]] += 1
+            skipped[parts[-1] if parts[-1] in CONSTANT else parts[shared]] += 1
         return tuple(unexpected), dict(skipped)
 
 

@@ -142,7 +142,7 @@ class TwoStream(nn.Module):
         eot = (token_ids == self.eot_id).int().argmax(dim=1)
         features = self.text_projection(self.text_norm(x[torch.arange(len(x), device=x.device), eot]))
         words = torch.zeros_like(x)
-        words[keep] = self.word_neck(self.word_head(local)[keep])  # padding has no part in the averages
+        words[keep] = self.word_neck(self.word_head(local)[keep]).to(words.dtype)  # padding has no part in the averages
         return self.text_neck(features), words
 
     def text_mask(self, token_ids: Tensor) -> Tensor:

@@ -181,7 +181,10 @@ def _config(file: Path, contents: Contents, towers: Towers, activation: str | No
         saved = _json(file.parent / "config.json")
         if saved.get("model_type") != "clip":
             raise ValueError(f"config.json must be of model_type 'clip', got {saved.get('model_type')!r}")
-        config = CLIPConfig.from_dict(saved)
+        try:
+            config = CLIPConfig.from_dict(saved)
+        except Exception as error:  # newer versions of transformers have an exception of their own
+            raise ValueError(f"config.json must describe a CLIPModel: {' '.join(str(error).split())}") from error
         acts = {config.text_config.hidden_act, config.vision_config.hidden_act}
         if activation and acts != {activation}:
             raise ValueError(f"activation {activation!r} was asked for, and its config.json says {' and '.join(acts)}")

@@ -3,7 +3,6 @@
 There is one checkpoint. It is replaced as a whole, so that a second one would only guard against a disk that lies.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ def save(path: Path, state: dict[str, Any], *, stands: str = "what was there bef
     try:
         write_aside(path, lambda file: torch.save({"format": FORMAT, **state}, file))
     except (OSError, RuntimeError) as error:  # of the system, of torch's zip writer
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
         raise RunError(
-            f"{path} could not be written: {reason}; {stands}; make room in that folder, then go on with --resume"
+            f"{path} could not be written: {_reason(error)}; {stands}; make room there, then go on with --resume"
         ) from error
 
 
@@ -47,10 +45,12 @@ def load(path: Path, *, keys: tuple[str, ...] = (), mmap: bool = False) -> dict[
     """
     remedy = "restore the file, or start anew with --overwrite"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise RunError(f"there must be a checkpoint at {path}, found none; {remedy}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes of something else lead an unpickler to any of them
         raise RunError(
             f"{path} must be a whole checkpoint of this program, got a file that is truncated or of something else "
             f"({path.stat().st_size if path.is_file() else 0:,} bytes); {remedy}"
@@ -64,3 +64,11 @@ def load(path: Path, *, keys: tuple[str, ...] = (), mmap: bool = False) -> dict[
     if missing:
         raise RunError(f"{path} must hold {', '.join(keys)}, lacks {', '.join(missing)}; {remedy}")
     return state
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, which torch's zip writer may have covered with its own complaint."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return (cause and cause.strerror) or (str(error).splitlines() or [repr(error)])[0]

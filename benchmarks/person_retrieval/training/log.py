@@ -29,6 +29,7 @@ class EpochReport:
         validation: percent by name, "R1" among them; None where nothing is validated.
         best: the epoch with the best R1 so far, and that R1.
         selected: on which split.
+        seconds: of training, without validation.
         images: how many pairs were read, by all processes.
     """
 
@@ -50,7 +51,7 @@ class EpochReport:
             name.removesuffix("_accuracy"): value for name, value in self.means.items() if name.endswith("accuracy")
         }
         cells = [f"epoch {self.epoch:{width}}/{self.epochs}"]
-        cells += [f"{name} {value:8.4f}" for name, value in terms.items()]
+        cells += [f"{name} {value:9.4f}" for name, value in terms.items()]
         cells.append("lr " + " ".join(f"{rate:.2e}" for rate in dict.fromkeys(self.rates)))
         cells += [f"{name} {100 * value:5.1f} %" for name, value in accuracies.items()]
         if self.validation is not None and self.best is not None:
@@ -79,7 +80,7 @@ class Log:
         self.folder, self.leads = folder, leads
         self.bars = leads and not quiet and sys.stderr.isatty()
         self._writer: Any = None
-        self._writes_curves = tensorboard and leads
+        self._curves = folder / TENSORBOARD if tensorboard and leads and folder is not None else None
         if tensorboard and folder is None:
             raise RunError("--tensorboard needs a folder to write to, got none; give --out")
         if tensorboard:
@@ -123,13 +124,15 @@ class Log:
 
     def epoch(self, report: EpochReport) -> None:
         self.say(str(report))
-        if not self._writes_curves:
+        if self._curves is None:
             return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Points of this epoch and later ones, of a run that was killed, are taken out.
-            self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=report.epoch)
+            try:  # points of this epoch and later ones, of a run that was killed, are taken out
+                self._writer = SummaryWriter(str(self._curves), purge_step=report.epoch)
+            except OSError as error:
+                raise self._unwritable(error) from error
         curves = {f"train/{name}": value for name, value in report.means.items()}
         curves |= {f"learning_rate/{group}": rate for group, rate in enumerate(report.rates)}
         curves |= {f"{report.selected}/{name}": value for name, value in (report.validation or {}).items()}

@@ -105,9 +105,10 @@ class RunFolder:
         return self._put(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "RunFolder":
+        record = self._read() if self.resuming else None  # before a folder with another name is created
         if not self.leads:
-            if self.resuming:
-                self._take_over(self._read())
+            if record:
+                self._take_over(record)
             return self
         self._hold()
         try:

@@ -57,6 +57,14 @@ class World:
         """What the objectives are given; one process has nobody to gather from."""
         return recipe.gather if self.size > 1 else False
 
+    def least(self, number: int) -> int:
+        """The smallest that any process proposes."""
+        if self.size == 1:
+            return number
+        proposed = torch.tensor(number, device=self.device)
+        dist.all_reduce(proposed, op=dist.ReduceOp.MIN)
+        return int(proposed)
+
     def leave(self) -> None:
         """Leaves together: whoever tears the group down while another process still talks may be aborted."""
         if self.size > 1:
