@@ -20,8 +20,8 @@ DPI = 130
 
 # Words that point at nothing in an image.
 _SILENT = (
-    "a an and away are at back behind by camera carries carrying dressed female footwear guy has he her his holds in",
-    "is it its lady male man of on over pedestrian person she side stands standing that the this to towards waits",
+    "a an and away are at back behind by camera carries carrying dressed female footwear from guy has he her his holds",
+    "in is it its lady male man of on over pedestrian person she side stands standing that the this to towards waits",
     "walking walks wearing wears who with woman young . ,",
 )
 SILENT = frozenset(word for line in _SILENT for word in line.split())

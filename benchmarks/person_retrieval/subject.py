@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,14 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
 def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--batch-size", type=int, default=128, help="images or captions at a time (%(default)s)")
-    parser.add_argument("--workers", type=int, help="processes that read images: 4, rendered 0")
+    parser.add_argument("--workers", type=int, help="processes that read images: at most 4, rendered 0")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def reading(args: argparse.Namespace, dataset: str) -> dict[str, int]:
     """Keyword arguments of `encode`."""
-    workers = args.workers if args.workers is not None else 0 if dataset == "rendered" else 4
+    usual = 0 if dataset == "rendered" else min(4, os.cpu_count() or 1)
+    workers = usual if args.workers is None else args.workers
     for name, value, least in (("batch-size", args.batch_size, 1), ("workers", workers, 0)):
         if value < least:
             raise RunError(f"--{name} must be {least} or more, got {value}")
@@ -108,10 +110,15 @@ def of_run(folder: Path, world: World, split: str = "test", *, root: Path | None
     task = make_task(_options(quiet=quiet, **_as_trained(settings, root)), world)
     model = task.build(task.recipe.seed)
     model.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"{file} must hold weights of the model that {folder}/run.json describes; {error}") from error
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    got = {name: tensor.shape for name, tensor in weights.items()}
+    if wrong := sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)):
+        raise RunError(
+            f"{file} must hold the weights of the model that {folder}/run.json describes, but {len(wrong)} of "
+            f"{len(expected)} tensors are missing, too many or of another shape, the first is {wrong[0]}; "
+            "name a run whose files belong together"
+        )
+    model.load_state_dict(weights)
     about = _data(task.about, split) | {
         "weights": file.resolve(), "weights_sha256": _sha256(file), "epoch": epoch, "dry_run": settings["dry_run"],
         "trained_from": settings["weights"], "trained_by": record["commands"],
