@@ -46,7 +46,9 @@ def paired_runs(
                 result = run(reseeded(task, seed), folder, each(args, folder), world, variant=variant)
                 drop_weights(folder, world)
             if world.leads:
-                records.append({"variant": variant.name, "seed": seed, **result})
+                records.append(
+                    {**result, "variant": variant.name, "seed": seed, "objective_of_variant": variant.objective}
+                )
                 one = result["t2i"]
                 print(f"{variant.name}, seed {seed}: R1 {one['R1']:.2f}  mAP {one['mAP']:.2f}", flush=True)
     return records

@@ -92,7 +92,7 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
         content["model"].items()
     except Exception as error:  # there are many ways to be another file
         raise RunError(
-            f"--weights of rendered pedestrians must be a file of `pretrain`, a checkpoint of a run, or none; got {file}: "
+            f"--weights of rendered pedestrians must be a file of `pretrain`, a run's checkpoint, or none; got {file}: "
             f"{str(error).splitlines()[0]}"
         ) from error
     return content, hashlib.sha256(data).hexdigest()
