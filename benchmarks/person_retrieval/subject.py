@@ -18,8 +18,6 @@ from .training import World
 
 __all__ = ["Subject", "add_reading", "add_subject", "of_run", "reading", "subject_of"]
 
-_DATA = ("dataset", "root", "identities", "val_identities", "test_identities", "weights", "tokenizer", "tiny")
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -76,8 +74,8 @@ def subject_of(args: argparse.Namespace, world: World, split: str = "test") -> S
         RunError: options that do not go together, missing or broken files.
     """
     if args.run is not None:
-        names = ("dataset", "identities", "val_identities", "test_identities", "weights", "tokenizer", "tiny")
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
+        names = data_options() - {"root"}
+        given = [f"--{name.replace('_', '-')}" for name in sorted(names) if getattr(args, name) not in (None, False)]
         if given:
             raise RunError(f"{', '.join(given)} must be left out: --run says which data and weights it is of")
         return of_run(args.run, world, split, root=args.root, quiet=args.quiet)
@@ -85,11 +83,10 @@ def subject_of(args: argparse.Namespace, world: World, split: str = "test") -> S
     check_applies(args)
     if args.dataset != "rendered" and args.weights is None and not args.tiny:
         raise RunError(f"{args.dataset} needs --run or --weights, got neither; --tiny is a dry run without weights")
-    task = make_task(_options(quiet=args.quiet, **{name: getattr(args, name) for name in _DATA}), world)
-    weights = task.about["weights"]
-    told = {None: "random", "random": "random", "committed": "the committed ones"}.get(weights, str(weights))
+    task = make_task(_options(quiet=args.quiet, **{name: getattr(args, name) for name in data_options()}), world)
     about = _data(task.about, split) | {name: task.about[name] for name in ("weights", "weights_sha256", "dry_run")}
     model = task.build(task.recipe.seed)
+    told = task.loaded.removeprefix("weights: ")
     return Subject(model, _pairs(task, split), task.tokenizer, task.dataset, told, about)
 
 
@@ -137,7 +134,15 @@ def _as_trained(settings: dict[str, Any], root: Path | None) -> dict[str, Any]:
     return {
         "dataset": settings["dataset"], "root": root or Path(settings["root"]), "weights": settings["weights"],
         "tokenizer": Path(tokenizer) if tokenizer else None, "tiny": bool(settings.get("tiny")),
+        "activation": settings.get("activation"),
     }  # fmt: skip
+
+
+def data_options() -> set[str]:
+    """Names of the options that say which data and weights."""
+    parser = argparse.ArgumentParser()
+    add_data(parser)
+    return set(vars(parser.parse_args([])))
 
 
 def _options(**given: Any) -> argparse.Namespace:

@@ -126,9 +126,10 @@ def test_what_does_not_go_together_is_told(options: list[str], message: str) -> 
 def test_a_folder_layout_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder_of(tmp_path, "CUHK-PEDES", train=2, val=2, test=3)
     command = ["evaluate", "--dataset", "CUHK-PEDES", "--root", str(tmp_path), *QUIET, "--workers", "0"]
-    assert main([*command, "--tiny", "--split", "val", "--score", "fused"]) == 0
+    assert main([*command, "--tiny", "--activation", "gelu", "--split", "val", "--score", "fused"]) == 0
     told = capsys.readouterr().out
     assert "CUHK-PEDES val: 2 identities, 4 images, 8 captions" in told and "a dry run" in told
+    assert "joint space 64; gelu" in told  # every option of the data and weights arrives
 
 
 def test_published_figures_are_set_beside_what_they_are_of() -> None:

@@ -55,7 +55,9 @@ def main(argv: list[str]) -> int:
     seconds = time.perf_counter() - start
     figures = as_dict(metrics)
     print(f"{subject.dataset} {args.split}: {subject.pairs.split}")
-    print(f"weights: {subject.title}{', before any training on people (zero-shot)' if args.zero_shot else ''}")
+    print(f"weights: {subject.title}")
+    if args.zero_shot:
+        print("zero-shot: before any training on people")
     print(f"score: {describe_score(args.score, args.top_k)}\n\n{metrics}")
     print(f"\nt2i R1 of chance {chance(subject.pairs):.2f}; {seconds:.1f} s on {device}\n")
     print("\n".join(published(subject, figures["t2i"], args)))

@@ -53,9 +53,8 @@ def main(argv: list[str]) -> int:
     subject.model.to(device)
     seconds = measured(subject, device, args)
     records = [record(phase, subject, values) for phase, values in seconds.items()]
-    print(
-        f"{subject.dataset} test: {subject.pairs.split}\nweights: {subject.title}; {device}, {args.repeats} repeats\n"
-    )
+    print(f"{subject.dataset} test: {subject.pairs.split}\nweights: {subject.title}")
+    print(f"{device}, {args.repeats} repeats\n")
     print(table(records))
     peak = peak_mib(device)
     print("\nPeak memory:", ", ".join(f"{where} {mib} MiB" for where, mib in peak.items()))
