@@ -72,8 +72,8 @@ def batch(sizes: Sizes, B: int, device: str, seed: int = 0) -> Batch:
     V, L = sizes.words, sizes.L
     mask, start, end = V - 3, V - 2, V - 1
     # Large patches of colour, so that images differ.
-    colours = torch.rand(B, 3, 6, 2, generator=generator) * 255
-    pixels = nn.functional.interpolate(colours, size=sizes.image).to(torch.uint8)
+    colours = torch.randint(256, (B, 3, 6, 2), generator=generator, dtype=torch.uint8)
+    pixels = nn.functional.interpolate(colours, size=sizes.image)
     token_ids = torch.randint(2, mask, (B, L), generator=generator)
     last = lengths(Case("mask_tokens", B, L=L, mean_length=CAPTION), seed).clamp(3, L)[:, None] - 1
     place = torch.arange(L)
