@@ -58,7 +58,7 @@ def towers(sizes: Sizes, device: str) -> nn.Module:
 
     The weights follow from torch's seed. They are drawn on the device, which is much faster than to bring them there.
     """
-    from ..person_retrieval.models.clip import load_clip
+    from ..person_retrieval.models.weights import load_clip
 
     vocabulary = (f"w{number}" for number in range(sizes.words - 5))  # what the tokenizer adds: padding, ?, and three
     with torch.device(device):

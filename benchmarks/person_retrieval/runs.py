@@ -26,13 +26,12 @@ from .training import (
     World,
     affordable_epochs,
     differences,
-    load,
     measure_pace,
     plain,
     settings_of,
 )
 
-__all__ = ["FMFA", "Variant", "finished", "kept_weights", "run", "tested"]
+__all__ = ["FMFA", "Variant", "finished", "run", "tested"]
 
 
 @dataclass(frozen=True)
@@ -190,16 +189,6 @@ def finished(out: Path, task: Task, variant: Variant, args: argparse.Namespace, 
 def all_settings(task: Task, variant: Variant, args: argparse.Namespace, world: World) -> dict[str, Any]:
     chosen, _ = selection(args, task)
     return settings_of(task.recipe, world, select=chosen, variant=asdict(variant), **task.about)
-
-
-def kept_weights(out: Path) -> dict[str, Any]:
-    """Of the model in the epoch that a run kept: its best, or its last."""
-    best = out / "best.pt"
-    if best.exists():
-        weights: dict[str, Any] = load(best, keys=("model",))["model"]
-        return weights
-    trainee = load(out / "checkpoint.pt", keys=("trainee",))["trainee"]
-    return {name.removeprefix("model."): x for name, x in trainee.items() if name.startswith("model.")}
 
 
 def last_epoch(trainer: Trainer) -> dict[str, float]:

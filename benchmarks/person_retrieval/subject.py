@@ -83,7 +83,7 @@ def subject_of(args: argparse.Namespace, world: World, split: str = "test") -> S
     check_applies(args)
     if args.dataset != "rendered" and args.weights is None and not args.tiny:
         raise RunError(f"{args.dataset} needs --run or --weights, got neither; --tiny is a dry run without weights")
-    task = make_task(_options(quiet=args.quiet, **{name: getattr(args, name) for name in data_options()}), world)
+    task = make_task(_options(quiet=args.quiet, **{name: getattr(args, name) for name in data_options()}), world, split)
     about = _data(task.about, split) | {name: task.about[name] for name in ("weights", "weights_sha256", "dry_run")}
     model = task.build(task.recipe.seed)
     told = task.loaded.removeprefix("weights: ")
@@ -104,7 +104,7 @@ def of_run(folder: Path, world: World, split: str = "test", *, root: Path | None
     if root is not None and settings["dataset"] == "rendered":
         raise RunError(f"--root must be left out: {folder} is of rendered pedestrians, which have no files")
     weights, epoch, file, told = kept_weights(folder, record)
-    task = make_task(_options(quiet=quiet, **_as_trained(settings, root)), world)
+    task = make_task(_options(quiet=quiet, **_as_trained(settings, root)), world, split)
     model = task.build(task.recipe.seed)
     model.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

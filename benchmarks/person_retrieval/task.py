@@ -58,14 +58,17 @@ class Task:
         return {"mask_id": self.tokenizer.mask_id, "special_ids": self.tokenizer.special_ids}
 
 
-def make_task(args: argparse.Namespace, world: World) -> Task:
+def make_task(args: argparse.Namespace, world: World, only: str | None = None) -> Task:
     """Reads and checks everything that the run will need.
+
+    Args:
+        only: the one split that will be used; `train` and the others may be None then, or unchecked.
 
     Raises:
         RunError: what is missing or broken, before the first step.
     """
     progress = progress_bar(args, world)
-    return _rendered(args, progress) if args.dataset == "rendered" else _on_disk(args, progress)
+    return _rendered(args, progress, only) if args.dataset == "rendered" else _on_disk(args, progress, only)
 
 
 def progress_bar(args: argparse.Namespace, world: World) -> Progress:
@@ -93,7 +96,7 @@ def selection(args: argparse.Namespace, task: Task) -> tuple[str, str]:
     return chosen, told[chosen]
 
 
-def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
+def _rendered(args: argparse.Namespace, progress: Progress, only: str | None) -> Task:
     recipe, weights = recipe_of(args), load_two_stream(args.weights, image_size=RENDERED_SIZE)
     # In this order: the people to test on are the same however many there are to train on.
     counts = {"test": args.test_identities or 750, "val": args.val_identities or 100, "train": args.identities or 1200}
@@ -105,7 +108,11 @@ def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
 
     check_objective(objective)
     pairs = _all_pairs(
-        rendered_splits(counts, seed=RENDERED_SEED, progress=progress), tokenizer, recipe, RENDERED_SIZE, keep=True
+        rendered_splits(counts, seed=RENDERED_SEED, only=only, progress=progress),
+        tokenizer,
+        recipe,
+        RENDERED_SIZE,
+        keep=True,
     )
     about = {
         "dataset": "rendered", "rendered": {**counts, "seed": RENDERED_SEED}, **weights.about, "dry_run": False,
@@ -115,7 +122,7 @@ def _rendered(args: argparse.Namespace, progress: Progress) -> Task:
     return Task("rendered", *pairs, tokenizer, recipe, weights.build, objective, told, about)
 
 
-def _on_disk(args: argparse.Namespace, progress: Progress) -> Task:
+def _on_disk(args: argparse.Namespace, progress: Progress, only: str | None) -> Task:
     from .models.weights import load_clip  # transformers, which the rendered pedestrians do without
 
     recipe = recipe_of(args)
@@ -137,13 +144,15 @@ def _on_disk(args: argparse.Namespace, progress: Progress) -> Task:
         return FMFALoss.for_dataset(*sizes, vocab_size=tokenizer.vocab_size, **merged(given, variant))
 
     check_objective(objective)
-    splits = {name: check_images(split, progress=progress) for name, split in splits.items()}
+    for name in splits if only is None else [only]:
+        splits[name] = check_images(splits[name], progress=progress)
     for split in splits.values():
         if long := too_long(tokenizer, split.captions):
             split.notes["captions over 77 tokens, cut"] = long
     about = {
         "dataset": args.dataset, "root": str(args.root.resolve()), "weights": args.weights,
-        "weights_sha256": report.sha256, "dry_run": args.weights is None, "objective": given,
+        "weights_sha256": report.sha256, "tokenizer": None if args.tokenizer is None else str(args.tokenizer),
+        "activation": args.activation, "tiny": bool(args.tiny), "dry_run": args.weights is None, "objective": given,
     }  # fmt: skip
     pairs = _all_pairs(splits, tokenizer, recipe, PAPER_SIZE)
     return Task(args.dataset, *pairs, tokenizer, recipe, lambda _: deepcopy(model), objective, str(report), about)
@@ -159,7 +168,7 @@ def check_objective(build: Callable[[], nn.Module]) -> None:
 
 def _all_pairs(
     splits: dict[str, Split], tokenizer: Any, recipe: Recipe, size: tuple[int, int], *, keep: bool = False
-) -> tuple[Pairs, Pairs | None, Pairs]:
+) -> tuple[Any, Any, Any]:
     augmentation = Augmentation(flip=recipe.flip, pad=recipe.pad, erase=recipe.erase)
     read = {
         name: Pairs(
@@ -168,7 +177,7 @@ def _all_pairs(
         )
         for name, split in splits.items()
     }  # fmt: skip
-    return read["train"], read.get("val"), read["test"]
+    return read.get("train"), read.get("val"), read.get("test")
 
 
 def merged(given: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:

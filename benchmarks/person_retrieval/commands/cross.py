@@ -11,8 +11,9 @@ from ... import results
 from ...tables import markdown
 from ..data import LAYOUTS, Pairs, catalogue_split, check_images, read_dataset
 from ..errors import RunError
+from ..kept import kept_weights, record_of
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
-from ..runs import FMFA, finished, kept_weights, run, tested
+from ..runs import FMFA, finished, run, tested
 from ..task import Task, make_task, progress_bar
 from ..training import World
 
@@ -78,7 +79,7 @@ def report(
 ) -> None:
     """A line a data set: before training on this one, and after."""
     before, after = task.build(task.recipe.seed), task.build(task.recipe.seed)
-    after.load_state_dict(kept_weights(args.out))
+    after.load_state_dict(kept_weights(args.out, record_of(args.out)).weights)
     rows = [{"test": task.dataset, "before": result["before"], "after": {k: result[k] for k in ("t2i", "i2t")}}]
     for name, pairs in others.items():
         rows.append({"test": name, "before": tested(before, pairs, world), "after": tested(after, pairs, world)})

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
-from ..paper import table_7, table_8
+from ..paper import FIGURE_4, table_7, table_8
 from ..runs import Variant
 from ..study import add_seeds, differences, markdown, paired_runs, seeds_of, write
 from ..study_plots import draw_starts, draw_sweep
@@ -32,16 +32,15 @@ def _weight(term: str) -> Callable[[float, int], Objective]:
 
 # name -> (values of the paper, what a value is, keyword arguments of FMFALoss from value and number of patches)
 SWEEPS: dict[str, tuple[tuple[float, ...], str, Callable[[float, int], Objective]]] = {
-    "alpha": ((0, 1, 2, 5, 10, 15, 20), "alpha", lambda value, patches: {"asdm": {"alpha": value}}),
+    "alpha": ((0, *FIGURE_4["alpha"]), "alpha", lambda value, patches: {"asdm": {"alpha": value}}),
     "sigma": (
-        (0.1, 0.5, 0.9, 1, 1.1, 2, 5, 10, 20), "sigma N",
+        FIGURE_4["sigma"], "sigma N",
         lambda value, patches: {"efa": {"sparsity": value / patches}},
     ),
-    "lambda": ((0.1, 0.5, 0.9, 1, 1.1, 2, 5, 10), "lambda", lambda value, patches: {"efa": {"pool_scale": value}}),
+    "lambda": (FIGURE_4["lambda"], "lambda", lambda value, patches: {"efa": {"pool_scale": value}}),
     "weight-asdm": ((0.1, 0.5, 1, 5, 10), "weight of A-SDM", _weight("asdm")),
     "weight-efa": ((0, 0.1, 0.5, 1, 5, 10), "weight of EFA", _weight("efa")),
 }  # fmt: skip
-CONSTANT = {"with the constant 1": {}, "without": None}  # Table 8
 STARTS = (
     Variant("SDM", {"weights": {"efa": 0.0}, "asdm": {"alpha": 0.0}}),
     Variant("A-SDM, alpha 1", {"weights": {"efa": 0.0}, "asdm": {"alpha": 1.0}}),

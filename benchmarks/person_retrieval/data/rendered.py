@@ -18,15 +18,22 @@ PHOTOGRAPHS, CAPTIONS = 2, 2  # of a person, of a photograph
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-def rendered_splits(people: Mapping[str, int], *, seed: int = 0, progress: Progress = iter) -> dict[str, Split]:
+def rendered_splits(
+    people: Mapping[str, int], *, seed: int = 0, only: str | None = None, progress: Progress = iter
+) -> dict[str, Split]:
     """Splits of the street by name; `people` says how many identities each has.
 
-    They follow each other in one list of distinct people. Each person has two photographs, each of two captions.
+    They follow each other in one list of distinct people. Each person has two photographs, each of two captions. With
+    `only` that split is rendered and returned alone.
     """
     everybody = make_identities(sum(people.values()), seed=seed)
     splits, first = {}, 0
-    done = iter(progress(range(len(everybody) * PHOTOGRAPHS)))
+    drawn = sum(count for name, count in people.items() if only in (None, name))
+    done = iter(progress(range(drawn * PHOTOGRAPHS)))
     for name, count in people.items():
+        if only not in (None, name):
+            first += count
+            continue
         photos, texts = [], []
         for who in range(first, first + count):
             for number in range(PHOTOGRAPHS):
