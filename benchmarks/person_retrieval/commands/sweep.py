@@ -10,7 +10,7 @@ from ..errors import RunError
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
 from ..paper import FIGURE_4, table_7, table_8
 from ..runs import Variant
-from ..study import add_seeds, differences, markdown, paired_runs, seeds_of, write
+from ..study import add_seeds, columns, differences, markdown, mean_and_spread, paired_runs, seeds_of, write
 from ..study_plots import draw_starts, draw_sweep
 from ..task import Task, make_task
 from ..training import World
@@ -128,7 +128,7 @@ def starts(args: argparse.Namespace, world: World) -> None:
     for start in args.starts:
         names = [f"{variant.name} from {start}" for variant in STARTS]
         before = next(r["before"]["t2i"]["R1"] for r in records if r["variant"] == names[0])
-        cells = ["{mean:.2f} ± {std:.2f}".format(**differences(records, name, None)) for name in names]
+        cells = ["{mean:.2f} ± {std:.2f}".format(**mean_and_spread(columns(records, name)["R1"])) for name in names]
         cells += [
             "{mean:+.2f} ± {std:.2f}, above in {above} of {seeds}".format(**differences(records, name, names[0]))
             for name in names[1:]
