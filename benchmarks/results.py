@@ -5,6 +5,7 @@ line, so that a change of one number is a change of one line. A file is replaced
 while it writes leaves the file as it was.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -38,9 +39,17 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def replace(path: Path, content: str | bytes) -> None:
     """The new content or, after a kill, the old; never a part."""
-    partial = path.with_name(".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:

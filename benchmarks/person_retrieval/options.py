@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from .data import LAYOUTS
 from .errors import RunError
 from .training import Recipe
 
-__all__ = ["GATHER", "add_data", "add_objective", "add_recipe", "add_run", "check_applies", "objective_of", "recipe_of"]
+__all__ = [
+    "GATHER", "add_data", "add_objective", "add_recipe", "add_run", "check_applies", "check_recipe_applies",
+    "objective_of", "positive", "recipe_of",
+]  # fmt: skip
 
 GATHER: dict[str, bool | str] = {"true": True, "ring": "ring", "no": False}
 
@@ -35,7 +39,7 @@ def _whole(text: str) -> int:
     return value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text}")
@@ -67,7 +71,7 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
     "erase": {"type": float, "help": "probability of an erased rectangle"},
     "sampler": {"choices": ("random", "identity")},
     "per_identity": {"type": int, "help": "captions of a person in a batch, of --sampler identity"},
-    "workers": {"type": _whole, "help": "processes that read images: 4, rendered 0"},
+    "workers": {"type": _whole, "help": "processes that read images: at most 4, rendered 0"},
     "precision": {"choices": ("auto", "float16", "bfloat16", "float32", "float64"), "help": "auto: float16 on CUDA"},
     "seed": {"type": int, "help": "of weights, order, masks and augmentation"},
 }
@@ -77,9 +81,9 @@ def add_data(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
     group = parser.add_argument_group("what to learn from")
     group.add_argument("--dataset", choices=("rendered", *LAYOUTS), default="rendered", help="default: %(default)s")
     group.add_argument("--root", type=Path, help="folder that holds the data set's folder")
-    group.add_argument("--identities", type=_positive, help="rendered, in training: 1200")
-    group.add_argument("--val-identities", type=_positive, help="rendered: 100")
-    group.add_argument("--test-identities", type=_positive, help="rendered: 750, of whom there are 3000 captions")
+    group.add_argument("--identities", type=positive, help="rendered, in training: 1200")
+    group.add_argument("--val-identities", type=positive, help="rendered: 100")
+    group.add_argument("--test-identities", type=positive, help="rendered: 750, of whom there are 3000 captions")
     if weights:
         group.add_argument("--weights", help="file or folder of CLIP weights; rendered: the committed ones, or `none`")
         group.add_argument("--tokenizer", type=Path, help="CLIP's vocabulary, where it is not beside the weights")
@@ -107,15 +111,15 @@ def add_objective(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--loss-weights", nargs="+", metavar="TERM=W", help="of id, irr, efa, asdm: 1 each")
 
 
-def add_run(parser: argparse.ArgumentParser, out: str, *, train: bool = True) -> None:
+def add_run(parser: argparse.ArgumentParser, out: str, *, select: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, default=Path(out), help="folder of the results (default: %(default)s)")
     group.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
-    if train:
-        group.add_argument("--resume", action="store_true", help="go on with the run that is in --out")
-        group.add_argument("--tensorboard", action="store_true", help="write scalars for TensorBoard into --out")
+    group.add_argument("--resume", action="store_true", help="go on with the run that is in --out")
+    group.add_argument("--tensorboard", action="store_true", help="write scalars for TensorBoard into --out")
+    if select:
         group.add_argument(
             "--select",
             choices=("val", "test", "last"),
@@ -128,7 +132,9 @@ def recipe_of(args: argparse.Namespace, base: Recipe | None = None) -> Recipe:
     """`base`, or else the recipe of the data set, with what was given."""
     if base is None:
         rendered = args.dataset == "rendered"
-        base = RENDERED if rendered else Recipe(epochs=EPOCHS.get(args.dataset, 60), workers=4)
+        base = (
+            RENDERED if rendered else Recipe(epochs=EPOCHS.get(args.dataset, 60), workers=min(4, os.cpu_count() or 1))
+        )
     given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     if given["gather"] is not None:
         given["gather"] = GATHER[given["gather"]]
@@ -145,7 +151,10 @@ def objective_of(args: argparse.Namespace, patches: int) -> dict[str, Any]:
         name: {key: value for key, value in part.items() if value is not None}
         for name, part in (("asdm", asdm), ("efa", efa))
     }
-    parts["weights"] = dict(map(_weight, args.loss_weights or ()))
+    weights = list(map(_weight, args.loss_weights or ()))
+    parts["weights"] = dict(weights)
+    if len(parts["weights"]) < len(weights):
+        raise RunError(f"--loss-weights must name a term once, got {' '.join(args.loss_weights)}")
     return {name: part for name, part in parts.items() if part}
 
 
@@ -159,13 +168,7 @@ def _weight(text: str) -> tuple[str, float]:
 
 def check_applies(args: argparse.Namespace) -> None:
     """Raises where an option was given that has no effect beside the others."""
-    given = {name for name, value in vars(args).items() if value is not None and value is not False}
-
-    def refuse(names: Iterable[str], unless: bool, why: str) -> None:
-        wrong = [f"--{name.replace('_', '-')}" for name in names if name in given]
-        if wrong and not unless:
-            raise RunError(f"{', '.join(wrong)} must be left out: {why}")
-
+    given, refuse = _given(args), partial(_refuse, _given(args))
     rendered = args.dataset == "rendered"
     refuse(
         ("root", "tokenizer", "activation", "tiny"),
@@ -176,17 +179,34 @@ def check_applies(args: argparse.Namespace) -> None:
     refuse(of_rendered, rendered, f"{args.dataset} is not rendered")
     if not rendered and "root" not in given:
         raise RunError(f"--dataset {args.dataset} needs --root, the folder that holds {args.dataset}/")
-    refuse(("tiny",), "weights" not in given, "--weights says which model it is")
-    refuse(("gather",), "RANK" in os.environ, "one process has nobody to gather from; start several with torchrun")
+    refuse(("tiny",), not given & {"weights", "starts"}, "weights say which model it is")
     minutes = getattr(args, "minutes", None)
     if minutes is not None and not 0 <= minutes < math.inf:
         raise RunError(f"--minutes must be 0 or more, got {minutes:g}; 0 is no limit")
+    refuse(("minutes",), "epochs" not in given, "--epochs says how many are trained; pass one of them")
+    check_recipe_applies(args)
+
+
+def check_recipe_applies(args: argparse.Namespace) -> None:
+    """`check_applies`, of the options of `add_recipe` and `add_run` alone."""
+    given, refuse = _given(args), partial(_refuse, _given(args))
+    refuse(("gather",), "RANK" in os.environ, "one process has nobody to gather from; start several with torchrun")
     refuse(("overwrite",), "resume" not in given, "--resume goes on with the run that --overwrite removes")
     optimizer = getattr(args, "optimizer", None) or "adam"
     refuse(("momentum",), optimizer == "sgd", f"--optimizer {optimizer} has none")
     refuse(("eps",), optimizer != "sgd", "--optimizer sgd has none")
     sampler = getattr(args, "sampler", None) or "random"
     refuse(("per_identity",), sampler == "identity", "--sampler random draws single captions")
+
+
+def _given(args: argparse.Namespace) -> set[str]:
+    return {name for name, value in vars(args).items() if value is not None and value is not False}
+
+
+def _refuse(given: set[str], names: Iterable[str], unless: bool, why: str) -> None:
+    wrong = [f"--{name.replace('_', '-')}" for name in names if name in given]
+    if wrong and not unless:
+        raise RunError(f"{', '.join(wrong)} must be left out: {why}")
 
 
 def invoke(action: Callable[[], int | None]) -> int:

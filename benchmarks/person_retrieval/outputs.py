@@ -1,12 +1,14 @@
 """Files that a command writes: looked at before anything is computed, written whole."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import results
 from .errors import RunError
 
-__all__ = ["claim", "write_result"]
+__all__ = ["claim", "write_result", "writing"]
 
 
 def claim(file: Path, *, overwrite: bool) -> None:
@@ -29,11 +31,18 @@ def claim(file: Path, *, overwrite: bool) -> None:
 def write_result(file: Path, kind: str, command: str, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Head, `about` and `records`, as all result files."""
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in about.items()}
-    try:
+    with writing(file):
         results.write(file, results.head(kind, command) | plain | {"records": records})
+    print(f"\nWritten: {file}")
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Around what writes `file`: RunError where it cannot."""
+    try:
+        yield
     except OSError as error:
         raise _unwritable(file, error) from error
-    print(f"\nWritten: {file}")
 
 
 def _unwritable(file: Path, error: OSError) -> RunError:

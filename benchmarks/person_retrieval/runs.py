@@ -1,6 +1,7 @@
 """One training from beginning to end: the model as it is, then trained, then tested; and written down."""
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -15,6 +16,7 @@ from .. import results
 from .data import Pairs
 from .errors import RunError
 from .evaluation import as_dict, chance, encode, evaluate
+from .outputs import writing
 from .pictures import draw
 from .task import Task, selection
 from .training import (
@@ -44,7 +46,7 @@ class Variant:
 
     def build(self, task: Task, model: nn.Module, gather: bool | str) -> nn.Module:
         if self.contrastive:
-            return InfoNCE(model, gather=gather)
+            return InfoNCE(model, task.objective().asdm.temperature, gather=gather)
         return Trainee(model, task.objective(gather=gather, **self.objective))
 
 
@@ -110,7 +112,8 @@ def run(
                 file.name
                 for file in draw(out, model, task.test, task.tokenizer, trainer.history, world.device).values()
             ]
-        results.write(folder.path / "metrics.json", results.head("training", args.command) | result)
+        with writing(folder.path / "metrics.json"):
+            results.write(folder.path / "metrics.json", results.head("training", args.command) | result)
     return result
 
 
@@ -173,18 +176,38 @@ def finished(out: Path, task: Task, variant: Variant, args: argparse.Namespace, 
     """What metrics.json of a run with these settings holds; None where the run has not come to its end.
 
     Raises:
-        RunError: another run is in `out`.
+        RunError: another run is in `out`, or a broken file.
     """
     if not (out / "metrics.json").exists():
         return None
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    before = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
-    forbidden, allowed = differences(before, plain(all_settings(task, variant, args, world)), trained=0)
+    found, settings = _metrics(out / "metrics.json"), plain(all_settings(task, variant, args, world))
+    # Not those in run.json: a run that is prolonged has the new ones there, and here the former until its end.
+    before = {name: found.get(name) for name in settings}
+    forbidden, _ = differences(before, settings, trained=found["epochs"])
     if forbidden:
         raise RunError(
             f"a study must keep its settings; in {out} {'; '.join(forbidden)}; give the former ones, or another --out"
         )
-    return None if allowed and found["epochs"] < task.recipe.epochs else found
+    return found if found["recipe"]["epochs"] == task.recipe.epochs and not _prolonged(out, found) else None
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        reason = "it is of something else"
+        if isinstance(found, dict) and {"t2i", "i2t", "before", "epochs", "recipe"} <= found.keys():
+            return found
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise RunError(f"{file} must be the metrics of a run, {reason}; remove it, and --resume goes on with that run")
+
+
+def _prolonged(out: Path, found: dict[str, Any]) -> bool:
+    """Whether the run went on after its metrics were written: towards more epochs."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # whoever goes on with it tells
+        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        return bool(record["settings"]["recipe"]["epochs"] != found["recipe"]["epochs"])
+    return False
 
 
 def all_settings(task: Task, variant: Variant, args: argparse.Namespace, world: World) -> dict[str, Any]:

@@ -8,16 +8,29 @@ import argparse
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import results
 from .errors import RunError
+from .outputs import writing
 from .runs import Variant, finished, run
-from .task import Task, reseeded
+from .task import Task, check_objective, reseeded
 from .training import World
 
-__all__ = ["add_seeds", "columns", "differences", "markdown", "mean_and_spread", "paired_runs", "seeds_of"]
+__all__ = [
+    "add_seeds",
+    "columns",
+    "differences",
+    "markdown",
+    "mean_and_spread",
+    "over",
+    "paired_runs",
+    "seeds_of",
+    "slug",
+    "told",
+]
 
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 Record = dict[str, Any]
@@ -30,21 +43,41 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
 def seeds_of(args: argparse.Namespace, task: Task) -> list[int]:
     if args.seeds < 1:
         raise RunError(f"--seeds must be 1 or more, got {args.seeds}; give how many runs each variant gets")
-    return list(range(task.recipe.seed, task.recipe.seed + args.seeds))
+    seeds = list(range(task.recipe.seed, task.recipe.seed + args.seeds))
+    reseeded(task, seeds[-1])  # an error now instead of after the other runs
+    return seeds
 
 
 def paired_runs(
-    task: Task, variants: Sequence[Variant], seeds: Iterable[int], args: argparse.Namespace, world: World
+    task: Task,
+    variants: Sequence[Variant],
+    seeds: Iterable[int],
+    args: argparse.Namespace,
+    world: World,
+    *,
+    prefix: str = "",
 ) -> list[Record]:
-    """One record a run, seed by seed. Runs that are finished are read, one that was cut off goes on: with --resume."""
+    """One record a run, seed by seed. Runs that are finished are read, one that was cut off goes on: with --resume.
+
+    Args:
+        prefix: of the runs' folders, which two studies in one --out must not share.
+
+    Raises:
+        RunError: before the first run, where a variant's hyperparameters make no sense or two would share a folder.
+    """
+    for variant in variants:
+        if not variant.contrastive:
+            check_objective(partial(task.objective, **variant.objective))
+    if len({slug(variant.name) for variant in variants}) < len(variants):
+        raise RunError(f"what is compared must differ, got {', '.join(variant.name for variant in variants)}")
     records: list[Record] = []
     for seed in seeds:
         for variant in variants:
-            folder = args.out / "runs" / f"{slug(variant.name)}_seed{seed}"
+            folder = args.out / "runs" / f"{slug(prefix + variant.name)}_seed{seed}"
             result = finished(folder, reseeded(task, seed), variant, args, world) if args.resume else None
             if result is None:
                 result = run(reseeded(task, seed), folder, each(args, folder), world, variant=variant)
-                drop_weights(folder, world)
+            drop_weights(folder, world)
             if world.leads:
                 records.append(
                     {**result, "variant": variant.name, "seed": seed, "objective_of_variant": variant.objective}
@@ -81,11 +114,24 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
+def told(values: Sequence[float], sign: str = "") -> str:
+    """Mean and spread for a table; one value has no spread."""
+    found = mean_and_spread(values)
+    return f"{found['mean']:{sign}.2f}" + (f" ± {found['std']:.2f}" if len(values) > 1 else "")
+
+
+def over(seeds: Sequence[int]) -> str:
+    """What `told` tells of these seeds."""
+    return f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed, of unknown spread"
+
+
 def differences(records: Sequence[Record], variant: str, base: str, metric: str = "R1") -> dict[str, Any]:
     """Seed by seed, variant less base: mean, standard deviation, and in how many seeds it is above."""
     ours, theirs = (columns(records, name)[metric] for name in (variant, base))
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return {**mean_and_spread(values), "above": sum(value > 0 for value in values), "seeds": len(values)}
+    above = sum(value > 0 for value in values)
+    text = f"{told(values, '+')}, above in {above} of {len(values)}"
+    return {**mean_and_spread(values), "above": above, "seeds": len(values), "told": text}
 
 
 def markdown(records: Sequence[Record], names: Sequence[str], base: str | None, *, first: str) -> list[str]:
@@ -93,19 +139,17 @@ def markdown(records: Sequence[Record], names: Sequence[str], base: str | None, 
     against = f" | R1 less {base}, seed by seed" if base else ""
     lines = [f"| {first} | {' | '.join(METRICS)}{against} |", f"|---|{'---:|' * len(METRICS)}{'---:|' if base else ''}"]
     for name in names:
-        cells = [
-            "{mean:.2f} ± {std:.2f}".format(**mean_and_spread(values)) for values in columns(records, name).values()
-        ]
+        cells = [told(values) for values in columns(records, name).values()]
         if base:
-            told = "{mean:+.2f} ± {std:.2f}, above in {above} of {seeds}".format(**differences(records, name, base))
-            cells.append("" if name == base else told)
+            cells.append("" if name == base else differences(records, name, base)["told"])
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def write(out: Path, name: str, command: str, lines: list[str], content: dict[str, Any]) -> None:
     """NAME.json and NAME.md; the table on the terminal."""
-    results.write(out / f"{name}.json", results.head(name, command) | content)
     text = "\n".join(lines) + "\n"
-    results.replace(out / f"{name}.md", text)
+    with writing(out / f"{name}.json"):
+        results.write(out / f"{name}.json", results.head(name, command) | content)
+        results.replace(out / f"{name}.md", text)
     print(f"\n{text}\nWritten: {out / name}.json, .md, .png")

@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .outputs import writing
+
 __all__ = ["draw_starts", "draw_sweep", "draw_variants"]
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
@@ -52,7 +54,8 @@ def draw_sweep(file: Path, records: Sequence[Record], names: Sequence[str], what
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(what, fontsize=9)
     axes.legend(fontsize=8, frameon=False)
-    axes.set_title(f"{dataset}, mean of {len(_values(records, names[0], 'R1'))} seeds", fontsize=10)
+    count = len(_values(records, names[0], "R1"))
+    axes.set_title(f"{dataset}, {f'mean of {count} seeds' if count > 1 else 'one seed'}", fontsize=10)
     _finish(axes, "text to image R1, %")
     _save(figure, file)
 
@@ -98,5 +101,6 @@ def _finish(axes: Axes, label: str) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=130)

@@ -1,6 +1,8 @@
 """What a run trains and tests on, and with: splits, tokenizer, model, recipe and objective of a data set."""
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from copy import copy, deepcopy
@@ -19,7 +21,9 @@ from .models.pretrained import load_two_stream
 from .options import objective_of, recipe_of
 from .training import Recipe, World
 
-__all__ = ["PAPER_SIZE", "Task", "make_task", "progress_bar", "reseeded", "selection"]
+__all__ = [
+    "PAPER_SIZE", "RENDERED_SIZE", "Task", "check_objective", "make_task", "progress_bar", "reseeded", "selection",
+]  # fmt: skip
 
 RENDERED_SIZE = (96, 32)
 PAPER_SIZE = (384, 128)
@@ -47,7 +51,7 @@ class Task:
     tokenizer: Any
     recipe: Recipe
     build: Callable[[int], nn.Module]
-    objective: Callable[..., nn.Module]
+    objective: Callable[..., FMFALoss]
     loaded: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     before: dict[Any, dict[str, Any]] = field(default_factory=dict)
@@ -121,7 +125,7 @@ def _on_disk(args: argparse.Namespace, progress: Progress, only: str | None) -> 
     from .models.weights import load_clip  # transformers, which the rendered pedestrians do without
 
     recipe = recipe_of(args)
-    names = [name for name in ("train", "val", "test") if name in splits_of(args.dataset, args.root)]
+    names = sorted(splits_of(args.dataset, args.root) | {"train", "test"}, key=("train", "val", "test").index)
     splits = {name: read_dataset(args.dataset, args.root, name) for name in names}
     options = {"tokenizer": args.tokenizer, "activation": args.activation, "seed": recipe.seed}
     try:
@@ -139,26 +143,38 @@ def _on_disk(args: argparse.Namespace, progress: Progress, only: str | None) -> 
         return FMFALoss.for_dataset(*sizes, vocab_size=tokenizer.vocab_size, **merged(given, variant))
 
     check_objective(objective)
-    for name in splits if only is None else [only]:
+    for name in [name for name in splits if only in (None, name)]:
         splits[name] = check_images(splits[name], progress=progress)
     for split in splits.values():
         if long := too_long(tokenizer, split.captions):
             split.notes["captions over 77 tokens, cut"] = long
     about = {
-        "dataset": args.dataset, "root": str(args.root.resolve()), "weights": args.weights,
-        "weights_sha256": report.sha256, "tokenizer": None if args.tokenizer is None else str(args.tokenizer),
-        "activation": args.activation, "tiny": bool(args.tiny), "dry_run": args.weights is None, "objective": given,
+        "dataset": args.dataset, "root": str(args.root.resolve()), "root_sha256": digest(splits),
+        "weights": args.weights, "weights_sha256": report.sha256, "activation": args.activation,
+        "tokenizer": None if args.tokenizer is None else str(args.tokenizer),
+        "tiny": bool(args.tiny), "dry_run": args.weights is None, "objective": given,
     }  # fmt: skip
     pairs = _all_pairs(splits, tokenizer, recipe, PAPER_SIZE)
     return Task(args.dataset, *pairs, tokenizer, recipe, lambda _: deepcopy(model), objective, str(report), about)
 
 
-def check_objective(build: Callable[[], nn.Module]) -> None:
+def digest(splits: dict[str, Split]) -> str:
+    """SHA-256 of what the annotations say, which a resumed run must find as it was; not of the images' bytes."""
+    said = [
+        (name, split.captions, split.caption_images.tolist(), split.image_pids.tolist())
+        for name, split in splits.items()
+    ]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def check_objective(build: Callable[[], FMFALoss]) -> None:
     """Builds it once, so that its hyperparameters are checked before anything is read or computed."""
     try:
-        build()
+        objective = build()
     except (TypeError, ValueError) as error:
         raise RunError(f"the objective's options do not fit: {error}") from error
+    if not any(objective.weights.values()):
+        raise RunError("--loss-weights must leave something to train with, every term has 0; give one of them more")
 
 
 def _all_pairs(

@@ -54,7 +54,7 @@ def validation(figures: list[float], seen: list[Any] | None = None) -> Any:
         ({"epochs": 0}, r"--epochs must be a whole number, 1 or more, got 0; "),
         ({"epochs": 2.5}, r"--epochs .* got 2\.5"),
         ({"epochs": True}, r"--epochs .* got True"),
-        ({"lr": -1}, r"--lr must be positive and finite, got -1; give another value"),
+        ({"lr": -1}, r"--lr must be positive and at most 1e\+06, got -1; give another value"),
         ({"lr": 0}, r"--lr .* got 0"),
         ({"lr": math.inf}, r"--lr .* got inf"),
         ({"seed": -1}, r"--seed .* got -1"),

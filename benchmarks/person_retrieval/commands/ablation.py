@@ -5,7 +5,7 @@ import argparse
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
 from ..paper import table_6
 from ..runs import Variant
-from ..study import add_seeds, markdown, paired_runs, seeds_of, write
+from ..study import add_seeds, markdown, over, paired_runs, seeds_of, write
 from ..study_plots import draw_variants
 from ..task import make_task
 from ..training import World
@@ -47,13 +47,15 @@ def main(argv: list[str]) -> int:
     if world.leads:
         names = [variant.name for variant in VARIANTS]
         lines = [
-            f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-            f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+            f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
+            f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
             "",
             *markdown(records, names, BASE, first=FIRST),
             *table_6(task.dataset),
         ]
-        draw_variants(args.out / "ablation.png", records, names, f"{task.dataset}, {len(seeds)} seeds")
+        draw_variants(
+            args.out / "ablation.png", records, names, f"{task.dataset}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        )
         write(args.out, "ablation", args.command, lines, {"records": records})
     world.leave()
     return 0

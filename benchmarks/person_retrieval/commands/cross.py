@@ -13,6 +13,7 @@ from ..data import LAYOUTS, Pairs, catalogue_split, check_images, read_dataset
 from ..errors import RunError
 from ..kept import kept_weights, record_of
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
+from ..outputs import writing
 from ..runs import FMFA, finished, run, tested
 from ..task import Task, make_task, progress_bar
 from ..training import World
@@ -90,6 +91,7 @@ def report(
         for row in rows
     ]
     table = markdown(header, cells)
-    results.write(args.out / "cross.json", results.head("cross", args.command) | {"records": rows})
-    results.replace(args.out / "cross.md", table + "\n")
+    with writing(args.out / "cross.json"):
+        results.write(args.out / "cross.json", results.head("cross", args.command) | {"records": rows})
+        results.replace(args.out / "cross.md", table + "\n")
     print(f"\nText to image, percent, before training → after.\n\n{table}\n\nWritten: {args.out / 'cross.json'}, .md")

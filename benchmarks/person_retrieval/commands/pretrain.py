@@ -15,7 +15,7 @@ import torch
 from ..data import Augmentation, Pairs, catalogue_split
 from ..models import TwoStream
 from ..models.pretrained import tokenizer_of
-from ..options import add_recipe, add_run, command_of, recipe_of
+from ..options import add_recipe, add_run, check_recipe_applies, command_of, positive, recipe_of
 from ..pedestrians import vocabulary
 from ..task import progress_bar
 from ..training import Contrastive, Log, Recipe, RunFolder, Trainer, World, save, settings_of
@@ -40,10 +40,11 @@ RECIPE = Recipe(
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval pretrain", description=__doc__)
-    parser.add_argument("--pictures", type=int, default=36000, help="default: %(default)s")
+    parser.add_argument("--pictures", type=positive, default=36000, help="default: %(default)s")
     add_recipe(parser)
-    add_run(parser, "runs/pretrain")
+    add_run(parser, "runs/pretrain", select=False)
     args = parser.parse_args(argv)
+    check_recipe_applies(args)
     args.command = command_of("pretrain", argv)
     return args
 
@@ -70,15 +71,30 @@ def main(argv: list[str]) -> int:
             Contrastive(model, gather=world.gather(recipe)), pairs, recipe, world=world, folder=folder, log=log,
             tokens={"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids},
         )  # fmt: skip
+        if args.overwrite and world.leads:
+            for file in folder.path.glob("epoch_*.pt"):
+                file.unlink()
         trainer.resume()
+        if trainer.epoch and not weights_file(folder, trainer).exists():
+            keep(folder, trainer, log, words, settings)  # the run may have ended between the two files
         while trainer.epoch < trainer.epochs:
             trainer.fit(until=trainer.epoch + 1)
-            if world.leads:
-                file = folder.path / f"epoch_{trainer.epoch}.pt"
-                save(file, content(model, words, {"epoch": trainer.epoch, **settings}))
-                log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB  sha256 {sha256(file)}")
+            keep(folder, trainer, log, words, settings)
     world.leave()
     return 0
+
+
+def weights_file(folder: RunFolder, trainer: Trainer) -> Path:
+    return folder.path / f"epoch_{trainer.epoch}.pt"
+
+
+def keep(folder: RunFolder, trainer: Trainer, log: Log, words: list[str], settings: dict[str, Any]) -> None:
+    """Writes the weights of the epoch that was done, beside the run's checkpoint."""
+    if not folder.leads:
+        return
+    file = weights_file(folder, trainer)
+    save(file, content(trainer.trainee.model, words, {"epoch": trainer.epoch, **settings}))
+    log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB  sha256 {sha256(file)}")
 
 
 def content(model: TwoStream, words: list[str], made: dict[str, Any]) -> dict[str, Any]:

@@ -4,15 +4,17 @@ starts from, which says when A-SDM helps.
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
+from ..models.pretrained import load_two_stream
 from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
 from ..paper import FIGURE_4, table_7, table_8
 from ..runs import Variant
-from ..study import add_seeds, columns, differences, markdown, mean_and_spread, paired_runs, seeds_of, write
+from ..study import add_seeds, columns, differences, markdown, over, paired_runs, seeds_of, slug, told, write
 from ..study_plots import draw_starts, draw_sweep
-from ..task import Task, make_task
+from ..task import RENDERED_SIZE, Task, make_task
 from ..training import World
 
 __all__ = ["STARTS", "SWEEPS", "main", "start_table", "without_constant"]
@@ -41,6 +43,12 @@ SWEEPS: dict[str, tuple[tuple[float, ...], str, Callable[[float, int], Objective
     "weight-asdm": ((0.1, 0.5, 1, 5, 10), "weight of A-SDM", _weight("asdm")),
     "weight-efa": ((0, 0.1, 0.5, 1, 5, 10), "weight of EFA", _weight("efa")),
 }  # fmt: skip
+# What a sweep sets in every run: options, and a term's weight.
+REPLACED: dict[str, tuple[tuple[str, ...], str]] = {
+    "alpha": (("alpha",), ""), "sigma": (("sigma",), ""), "lambda": (("pool_scale",), ""),
+    "weight-asdm": ((), "asdm"), "weight-efa": ((), "efa"), "constant": ((), "asdm"),
+    "start": (("alpha", "sigma", "pool_scale", "margins"), "efa"),
+}  # fmt: skip
 STARTS = (
     Variant("SDM", {"weights": {"efa": 0.0}, "asdm": {"alpha": 0.0}}),
     Variant("A-SDM, alpha 1", {"weights": {"efa": 0.0}, "asdm": {"alpha": 1.0}}),
@@ -66,8 +74,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         raise RunError("--starts and --over start must be given together; --starts names the weights to begin from")
     if args.starts and args.weights:
         raise RunError("--weights must be left out: --starts names the weights to begin from")
+    if len({slug(start) for start in args.starts or ()}) < len(args.starts or ()):
+        raise RunError(f"--starts must name each weights once, in words that differ, got {' '.join(args.starts)}")
+    check_not_swept(args)
     args.command = command_of("sweep", argv)
     return args
+
+
+def check_not_swept(args: argparse.Namespace) -> None:
+    """Raises where a hyperparameter is given that every run of this sweep replaces."""
+    options, term = REPLACED[args.over]
+    wrong = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
+    wrong += [f"--loss-weights {one}" for one in args.loss_weights or () if one.partition("=")[0] == term]
+    if wrong:
+        raise RunError(f"{', '.join(wrong)} must be left out: --over {args.over} sets it in every run")
 
 
 def main(argv: list[str]) -> int:
@@ -83,13 +103,13 @@ def values(args: argparse.Namespace, world: World) -> None:
     task = make_task(args, world)
     seeds = seeds_of(args, task)
     variants, what = variants_of(args, task)
-    records = paired_runs(task, variants, seeds, args, world)
+    records = paired_runs(task, variants, seeds, args, world, prefix=f"{args.over} ")
     if not world.leads:
         return
     names = [variant.name for variant in variants]
     lines = [
-        f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-        f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+        f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
+        f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
         "",
     ]
     lines += markdown(records, names, None, first=what)
@@ -100,16 +120,28 @@ def values(args: argparse.Namespace, world: World) -> None:
 
 def variants_of(args: argparse.Namespace, task: Task) -> tuple[list[Variant], str]:
     if args.over == "constant":
-        alpha = 10.0 if args.alpha is None else args.alpha
+        alpha = task.objective().asdm.alpha
+        if not alpha:
+            raise RunError("--alpha must be positive for --over constant: without the constant nothing would be left")
         return [Variant("1 + alpha gap"), Variant("alpha gap", without_constant(alpha))], "weight of a query"
     grid, what, objective = SWEEPS[args.over]
     rows, columns = task.build(task.recipe.seed).grid
     return [Variant(f"{value:g}", objective(value, rows * columns)) for value in args.values or grid], what
 
 
+def check_start(args: argparse.Namespace, start: str) -> None:
+    """Raises before the first run where there are no such weights."""
+    if args.dataset == "rendered":
+        load_two_stream(start, image_size=RENDERED_SIZE)
+    elif not Path(start).exists():
+        raise RunError(f"--starts must name weights, there are none at {start}")
+
+
 def starts(args: argparse.Namespace, world: World) -> None:
     """The same objectives from weights that are aligned more and more."""
     records = []
+    for start in args.starts:
+        check_start(args, start)
     for start in args.starts:
         args.weights = start
         task = make_task(args, world)
@@ -119,8 +151,8 @@ def starts(args: argparse.Namespace, world: World) -> None:
     if not world.leads:
         return
     lines = [
-        f"Text-to-image R1 on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-        f"{len(seeds)} seeds; differences to SDM seed by seed.",
+        f"Text-to-image R1 on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}; "
+        f"differences to SDM seed by seed.",
         "",
         *start_table(records, args.starts),
     ]
@@ -138,10 +170,7 @@ def start_table(records: list[dict[str, Any]], starts: list[str]) -> list[str]:
     for start in starts:
         names = [f"{variant.name} from {start}" for variant in STARTS]
         before = next(r["before"]["t2i"]["R1"] for r in records if r["variant"] == names[0])
-        cells = ["{mean:.2f} ± {std:.2f}".format(**mean_and_spread(columns(records, name)["R1"])) for name in names]
-        cells += [
-            "{mean:+.2f} ± {std:.2f}, above in {above} of {seeds}".format(**differences(records, name, names[0]))
-            for name in names[1:]
-        ]
+        cells = [told(columns(records, name)["R1"]) for name in names]
+        cells += [differences(records, name, names[0])["told"] for name in names[1:]]
         lines.append(f"| {start} | {before:.2f} | {' | '.join(cells)} |")
     return lines

@@ -72,8 +72,12 @@ def _one_of(*names: str) -> Rule:
     return f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
 
 
+# More would overflow float32, in which optimizers multiply two of them.
+MOST = 1e6
 POSITIVE: Rule = ("positive and finite", lambda value: _number(value) and value > 0)
 NOT_NEGATIVE: Rule = ("0 or more and finite", lambda value: _number(value) and value >= 0)
+STEP: Rule = (f"positive and at most {MOST:g}", lambda value: _number(value) and 0 < value <= MOST)
+DECAY: Rule = (f"0 or more and at most {MOST:g}", lambda value: _number(value) and 0 <= value <= MOST)
 FRACTION: Rule = ("between 0 and 1", lambda value: _number(value) and 0 <= value <= 1)
 BELOW_ONE: Rule = ("0 or more and below 1", lambda value: _number(value) and 0 <= value < 1)
 
@@ -88,16 +92,16 @@ RULES: dict[str, Rule] = {
     "batch_size": _at_least(1),
     "gather": ("true, ring or no", lambda value: value is True or value is False or value == "ring"),
     "optimizer": _one_of("adam", "adamw", "sgd"),
-    "lr": POSITIVE,
-    "lr_factor": POSITIVE,
-    "bias_lr_factor": POSITIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "bias_weight_decay": NOT_NEGATIVE,
+    "lr": STEP,
+    "lr_factor": STEP,
+    "bias_lr_factor": STEP,
+    "weight_decay": DECAY,
+    "bias_weight_decay": DECAY,
     "betas": (
         "two numbers, 0 or more and below 1",
         lambda value: isinstance(value, tuple) and len(value) == 2 and all(BELOW_ONE[1](beta) for beta in value),
     ),
-    "eps": _optional(POSITIVE),
+    "eps": _optional(STEP),
     "momentum": BELOW_ONE,
     "warmup_epochs": NOT_NEGATIVE,
     "warmup_factor": FRACTION,
@@ -105,7 +109,8 @@ RULES: dict[str, Rule] = {
     "lr_per": _one_of("epoch", "step"),
     "clip_norm": _optional(POSITIVE),
     "flip": FRACTION,
-    "pad": _at_least(0),
+    # Of an image 384 high: a wider frame would leave crops without any of it.
+    "pad": ("a whole number from 0 to 384", lambda value: _whole(value) and 0 <= value <= 384),
     "erase": FRACTION,
     "sampler": _one_of("random", "identity"),
     "per_identity": _at_least(1),

@@ -291,7 +291,10 @@ class Trainer:
         Raises:
             RunError: a checkpoint that is broken or another run's; best weights that went missing.
         """
-        if self.folder is None or not self.folder.resuming or not self.folder.checkpoint.exists():
+        if self.folder is None or not self.folder.resuming:
+            return
+        if not self.folder.checkpoint.exists():
+            self.log.say("no checkpoint yet: from the beginning")
             return
         state = checkpoint.load(self.folder.checkpoint, keys=STATE)
         if state["run"] != self.folder.run:

@@ -28,14 +28,16 @@ class World:
         Raises:
             RunError: a device that torch does not know, or that this machine does not have.
         """
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         if "RANK" in os.environ and kind.startswith("cuda"):
-            kind = f"cuda:{os.environ['LOCAL_RANK']}"
+            kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             wanted = torch.device(kind)
+            if wanted.type not in ("cpu", "cuda"):
+                raise RuntimeError("nothing else is tried")
         except RuntimeError as error:
             raise RunError(
-                f"--device must be a device that torch knows, got {kind!r}; pass cpu, cuda or cuda:1"
+                f"--device must be a CPU or a CUDA device, got {kind!r}; pass cpu, cuda or cuda:1"
             ) from error
         if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
             raise RunError(
@@ -46,7 +48,13 @@ class World:
             return cls(device=wanted)
         if wanted.type == "cuda":
             torch.cuda.set_device(wanted)
-        dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo")
+        except ValueError as error:
+            raise RunError(
+                f"several processes must be started by torchrun, found RANK in the environment but not all it sets: "
+                f"{error}; start with torchrun, or unset RANK"
+            ) from error
         return cls(dist.get_rank(), dist.get_world_size(), wanted)
 
     @property
