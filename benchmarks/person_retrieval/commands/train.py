@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         (MINUTES if args.minutes is None else args.minutes) if args.dataset == "rendered" and not args.epochs else 0
     )
     seconds = 60 * minutes - (time.perf_counter() - start) if minutes else None
-    result = run(task, args.out, args, world, pictures=True, seconds=seconds)
+    result = run(task, args.out, args, world, pictures=True, seconds=seconds, whole=not minutes)
     if world.leads:
         report(args, result)
     world.leave()
