@@ -58,12 +58,8 @@ def kept_weights(folder: Path, record: dict[str, Any]) -> Kept:
         kept = load(best, keys=("run", "epoch", "model"), mmap=True)
         if (kept["run"], kept["epoch"]) == (record["run"], chosen["epoch"]):
             select = record["settings"].get("select", "val")
-            return (
-                kept["model"],
-                int(chosen["epoch"]),
-                best,
-                f"epoch {int(chosen['epoch'])}, the best on {select}{told}",
-            )
+            title = f"epoch {int(chosen['epoch'])}, the best on {select}{told}"
+            return Kept(kept["model"], int(chosen["epoch"]), best, title)
     # A run may be killed between the two files: then the best epoch is the last.
     if saved["run"] != record["run"] or (chosen is not None and chosen["epoch"] != saved["epoch"]):
         raise RunError(

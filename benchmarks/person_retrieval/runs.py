@@ -106,10 +106,11 @@ def run(
         result = {
             **tested(model, task.test, world), "before": before, "chance_R1": chance(task.test), "epoch": kept,
             "selected": chosen, "epochs": trainer.epochs, "steps": len(trainer.history["loss"]),
-            "validations": trainer.validations, "last_epoch": last_epoch(trainer),
+            "last_epoch": last_epoch(trainer),
             "seconds": round(time.perf_counter() - start, 1),
             "data": sizes(task), "variant": asdict(variant), "parameters": sum(p.numel() for p in model.parameters()),
             "device": str(world.device), "loaded": task.loaded, **settings,
+            "records": trainer.validations,  # an epoch each
         }  # fmt: skip
         if pictures:
             result["files"] = [

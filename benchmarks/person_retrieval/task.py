@@ -111,13 +111,8 @@ def _rendered(args: argparse.Namespace, progress: Progress, only: str | None) ->
         return FMFALoss(weights.embed_dim, counts["train"], **words, **merged(given, variant))
 
     check_objective(objective)
-    pairs = _all_pairs(
-        rendered_splits(counts, seed=RENDERED_SEED, only=only, progress=progress),
-        tokenizer,
-        recipe,
-        RENDERED_SIZE,
-        keep=True,
-    )
+    splits = rendered_splits(counts, seed=RENDERED_SEED, only=only, progress=progress)
+    pairs = _all_pairs(splits, tokenizer, recipe, RENDERED_SIZE, keep=True)
     about = {
         "dataset": "rendered", "rendered": {**counts, "seed": RENDERED_SEED}, **weights.about, "dry_run": False,
         "objective": given,

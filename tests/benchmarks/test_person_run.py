@@ -1,6 +1,5 @@
 """`train` from beginning to end: rendered pedestrians, the three layouts on disk, options, two processes."""
 
-import json
 import os
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from helpers.person_folders import folder_of
 from PIL import Image
 
+from benchmarks import results
 from benchmarks.person_retrieval import runs
 from benchmarks.person_retrieval.__main__ import main
 from benchmarks.person_retrieval.data import LAYOUTS
@@ -32,7 +32,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def metrics(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    found: dict[str, Any] = results.read(out / "metrics.json")
     return found
 
 
@@ -49,7 +49,7 @@ def test_the_embedded_run_writes_metrics_and_three_pictures(tmp_path: Path, caps
     # What it was: data set, weights, seed, and how the epoch was chosen.
     assert (result["dataset"], result["weights"], result["dry_run"]) == ("rendered", "committed", False)
     assert len(result["weights_sha256"]) == 64 and result["recipe"]["seed"] == 1
-    best = max(result["validations"], key=lambda one: (one["R1"], -one["epoch"]))
+    best = max(result["records"], key=lambda one: (one["R1"], -one["epoch"]))
     assert (result["selected"], result["epoch"], result["epochs"]) == ("val", best["epoch"], 2)
     told = capsys.readouterr().out
     assert "best Rank-1 on the validation split" in told and "before training: t2i R1" in told

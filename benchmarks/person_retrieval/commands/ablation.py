@@ -10,7 +10,7 @@ from ..study_plots import draw_variants
 from ..task import make_task
 from ..training import World
 
-__all__ = ["VARIANTS", "main"]
+__all__ = ["BASE", "FIRST", "VARIANTS", "main"]
 
 WITHOUT_EFA = {"weights": {"efa": 0.0}}
 # ID and IRR beside all but the first; A-SDM takes the place of SDM, EFA comes in addition.
@@ -22,6 +22,7 @@ VARIANTS = (
     Variant("A-SDM + EFA (FMFA)"),
 )
 BASE = "SDM"
+FIRST = "objectives (ID and IRR beside all but InfoNCE)"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -49,9 +50,7 @@ def main(argv: list[str]) -> int:
             f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
             f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
             "",
-        ]
-        lines += [
-            *markdown(records, names, BASE, first="objectives (ID and IRR beside all but InfoNCE)"),
+            *markdown(records, names, BASE, first=FIRST),
             *table_6(task.dataset),
         ]
         draw_variants(

@@ -17,7 +17,7 @@ from ..study_plots import draw_starts, draw_sweep
 from ..task import RENDERED_SIZE, Task, make_task
 from ..training import World
 
-__all__ = ["SWEEPS", "main"]
+__all__ = ["STARTS", "SWEEPS", "main", "start_table", "without_constant"]
 
 Objective = dict[str, Any]
 # w_i = c + alpha gap_i with c so small that it is absent: A-SDM with alpha / c, and c as its weight in the sum.
@@ -154,14 +154,23 @@ def starts(args: argparse.Namespace, world: World) -> None:
         f"Text-to-image R1 on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}; "
         f"differences to SDM seed by seed.",
         "",
+        *start_table(records, args.starts),
+    ]
+    draw_starts(args.out / "sweep_start.png", records, args.starts, [variant.name for variant in STARTS])
+    content = {"over": "start", "starts": args.starts, "records": records}
+    write(args.out, "sweep_start", args.command, lines, content)
+
+
+def start_table(records: list[dict[str, Any]], starts: list[str]) -> list[str]:
+    """A line for each of the weights: Rank-1 before training, after it, and what A-SDM adds to SDM."""
+    lines = [
         f"| weights | R1 before | {' | '.join(variant.name for variant in STARTS)} | A-SDM 1 - SDM | A-SDM 10 - SDM |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for start in args.starts:
+    for start in starts:
         names = [f"{variant.name} from {start}" for variant in STARTS]
         before = next(r["before"]["t2i"]["R1"] for r in records if r["variant"] == names[0])
         cells = [told(columns(records, name)["R1"]) for name in names]
         cells += [differences(records, name, names[0])["told"] for name in names[1:]]
         lines.append(f"| {start} | {before:.2f} | {' | '.join(cells)} |")
-    draw_starts(args.out / "sweep_start.png", records, args.starts, [variant.name for variant in STARTS])
-    write(args.out, "sweep_start", args.command, lines, {"over": "start", "records": records})
+    return lines

@@ -22,7 +22,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"rendered: a machine too slow for all epochs trains fewer ({MINUTES}; 0: no limit)",
+        help=f"rendered: a machine too slow for all epochs trains fewer ({MINUTES}, with --epochs 0: no limit)",
     )
     args = parser.parse_args(argv)
     check_applies(args)
@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     world = World.join(args.device)
     task = make_task(args, world)
-    minutes = (
-        (MINUTES if args.minutes is None else args.minutes) if args.dataset == "rendered" and not args.epochs else 0
-    )
+    minutes = args.minutes
+    if minutes is None:
+        minutes = MINUTES if args.dataset == "rendered" and args.epochs is None else 0
     seconds = 60 * minutes - (time.perf_counter() - start) if minutes else None
     result = run(task, args.out, args, world, pictures=True, seconds=seconds, whole=not minutes)
     if world.leads:
