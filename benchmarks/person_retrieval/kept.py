@@ -46,7 +46,10 @@ def kept_weights(folder: Path, record: dict[str, Any]) -> Kept:
     """
     last, best = folder / "checkpoint.pt", folder / "best.pt"
     if not last.exists():
-        raise RunError(f"{folder} must have finished an epoch, found no {last.name}; wait for it, or name another run")
+        raise RunError(
+            f"{folder} must have finished an epoch, found no {last.name}; wait for it, or name another run: those of a "
+            "study keep no weights"
+        )
     saved = load(last, keys=("run", "epoch", "best", "trainee"), mmap=True)
     epochs = record["chosen_epochs"] or record["settings"]["recipe"]["epochs"]
     told = "" if saved["epoch"] >= epochs else f" (unfinished: {saved['epoch']} of {epochs} epochs)"

@@ -62,12 +62,14 @@ def run(
     variant: Variant = FMFA,
     pictures: bool = False,
     seconds: float | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
     """Trains, or goes on with what is in `out`; tests the epoch that was kept; writes metrics.json.
 
     Args:
         pictures: draw loss curves, retrieved images and similarity maps, too.
         seconds: how long it may take; a machine too slow for all epochs trains fewer, aloud.
+        whole: all epochs, of a resumed run too that was to train fewer.
 
     Returns:
         What metrics.json holds; {} on all processes but the leading one.
@@ -77,6 +79,9 @@ def run(
     options = {"resume": args.resume, "overwrite": args.overwrite, "leads": world.leads, "command": args.command}
     with RunFolder(out, settings, **options) as folder:
         log = Log(folder.path, quiet=args.quiet, tensorboard=args.tensorboard, leads=world.leads)
+        if whole and folder.chosen_epochs is not None:
+            log.say(f"all {task.recipe.epochs} epochs are trained, not {folder.chosen_epochs}, on the longer schedule")
+            folder.choose_epochs(None)
         start = time.perf_counter()
         model = task.build(task.recipe.seed)
         before = untrained(task, model, world) if world.leads else {}

@@ -74,8 +74,9 @@ def test_what_cannot_be_resumed_or_written_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     (tmp_path / "run.json").write_text("[1, 2")
     refused(r"run\.json must be JSON that can be read", tmp_path, resume=True)
-    (tmp_path / "run.json").write_text('{"format": 1}')
-    refused(r"run\.json must be a record of this program", tmp_path, resume=True)
+    for other in ('{"format": 1}', '{"format": 2, "run": "x"}'):
+        (tmp_path / "run.json").write_text(other)
+        refused(r"run\.json must be a record of this program", tmp_path, resume=True)
     refused("holds a run; pass --resume", tmp_path)
     (tmp_path / "file").write_text("")
     refused(r"--out must be a folder that can be written to, got .*file.*", tmp_path / "file")

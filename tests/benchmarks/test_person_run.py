@@ -176,6 +176,8 @@ def test_the_number_of_epochs_is_chosen_before_training_and_kept(
     assert metrics(tmp_path)["epochs"] == 1
     main([*command, "--resume"])
     assert metrics(tmp_path)["epochs"] == 1
+    main([*command[:-4], "--minutes", "0", *command[-2:], "--resume"])
+    assert (metrics(tmp_path)["epochs"], metrics(tmp_path)["steps"]) == (4, 12)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="two processes need Gloo")

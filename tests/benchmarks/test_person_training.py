@@ -288,6 +288,9 @@ CASES: list[dict[str, Any]] = [
     {"gather": True, "batch_size": 8, "sampler": "identity"},
     {"gather": "ring", "batch_size": 8},
     {"gather": True, "batch_size": 32, "drop": 1},
+    # Nothing depends on patches and words, so that some parameters of the model get no gradient.
+    {"info_nce": True, "gather": True, "batch_size": 8},
+    {"weights": {"irr": 0.0, "efa": 0.0}, "gather": True, "batch_size": 8},
     {"gather": False, "batch_size": 8},
 ]
 

@@ -14,6 +14,7 @@ from benchmarks.person_retrieval.data import Pairs, Split, rendered_splits
 from benchmarks.person_retrieval.models import TwoStream, WordTokenizer
 from benchmarks.person_retrieval.training import (
     Contrastive,
+    InfoNCE,
     Log,
     Recipe,
     RunFolder,
@@ -56,6 +57,8 @@ def small_trainer(
     folder: RunFolder | None = None,
     *,
     contrastive: bool = False,
+    info_nce: bool = False,
+    weights: dict[str, float] | None = None,
     world: World | None = None,
     gather: bool | str = False,
     drop: int = 0,
@@ -63,7 +66,7 @@ def small_trainer(
     log: Log | None = None,
     **settings: Any,
 ) -> Trainer:
-    """On 24 pairs without the last `drop`; `settings` of the recipe."""
+    """On 24 pairs without the last `drop`; `settings` of the recipe; `weights` of the terms."""
     train = split()
     kept = len(train.captions) - drop
     train = replace(train, captions=train.captions[:kept], caption_images=train.caption_images[:kept])
@@ -72,8 +75,12 @@ def small_trainer(
     model = TwoStream(
         tokenizer.vocab_size, context_length=40, image_size=(48, 16), width=32, heads=2, image_depth=1, text_depth=1
     )
-    objective = FMFALoss(32, 6, vocab_size=tokenizer.vocab_size, irr={"depth": 1, "num_heads": 2}, gather=gather)
-    trainee = Contrastive(model, gather=gather) if contrastive else Trainee(model, objective)
+    objective = FMFALoss(
+        32, 6, vocab_size=tokenizer.vocab_size, weights=weights, irr={"depth": 1, "num_heads": 2}, gather=gather
+    )
+    trainee: Any = Trainee(model, objective)
+    if contrastive or info_nce:
+        trainee = (Contrastive if contrastive else InfoNCE)(model, gather=gather)
     pairs = Pairs(train, tokenizer(train.captions), size=(48, 16), seed=0)
     return Trainer(
         trainee,

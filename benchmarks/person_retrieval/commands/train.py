@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if minutes is None:
         minutes = MINUTES if args.dataset == "rendered" and args.epochs is None else 0
     seconds = 60 * minutes - (time.perf_counter() - start) if minutes else None
-    result = run(task, args.out, args, world, pictures=True, seconds=seconds)
+    result = run(task, args.out, args, world, pictures=True, seconds=seconds, whole=not minutes)
     if world.leads:
         report(args, result)
     world.leave()

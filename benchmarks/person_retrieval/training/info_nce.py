@@ -15,6 +15,8 @@ class InfoNCE(nn.Module):
         gather: as ITCLoss takes it.
     """
 
+    uses_tokens = False
+
     def __init__(self, model: nn.Module, temperature: float = 0.02, *, gather: bool | str = False) -> None:
         super().__init__()
         self.model, self.objective = model, ITCLoss(targets="paired", temperature=temperature, gather=gather)

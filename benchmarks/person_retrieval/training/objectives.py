@@ -19,6 +19,11 @@ class Trainee(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
+    @property
+    def uses_tokens(self) -> bool:
+        """Whether a term depends on patches and words."""
+        return bool(self.objective.weights["efa"] or self.objective.weights["irr"])
+
     def forward(
         self, pixels: Tensor, token_ids: Tensor, masked_ids: Tensor, labels: Tensor, pids: Tensor
     ) -> FMFAOutput:
@@ -51,6 +56,8 @@ class Contrastive(nn.Module):
         gather: False contrasts within this process's batch; True and "ring" do so with the images, captions and patches
             of all processes, gathered either way: this model's patches are few.
     """
+
+    uses_tokens = True
 
     def __init__(self, model: nn.Module, temperature: float = 0.07, *, gather: bool | str = False) -> None:
         super().__init__()

@@ -94,8 +94,8 @@ class RunFolder:
         """How many this run trains: what was chosen, or else what the recipe says."""
         return self.chosen_epochs or int(self.settings["recipe"]["epochs"])
 
-    def choose_epochs(self, epochs: int) -> None:
-        """Notes a number of epochs that this machine can afford; a resumed run keeps it."""
+    def choose_epochs(self, epochs: int | None) -> None:
+        """Notes a number of epochs that this machine can afford; a resumed run keeps it. None: all of the recipe."""
         self.chosen_epochs = epochs
         if self.leads:
             self._write()
@@ -220,7 +220,8 @@ class RunFolder:
             ) from error
         except (OSError, ValueError) as error:
             raise RunError(f"{file} must be JSON that can be read, got {error}; start anew with --overwrite") from error
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
+        whole = isinstance(record, dict) and {"run", "commands", "chosen_epochs", "settings"} <= record.keys()
+        if not whole or record.get("format") != FORMAT or not isinstance(record["settings"], dict):
             raise RunError(f"{file} must be a record of this program, got something else; start anew with --overwrite")
         return record
 

@@ -26,6 +26,7 @@ from fmfa_losses import FMFAOutput, mask_tokens
 from ..data import Batches, IdentitySampler, Pairs, RandomSampler
 from ..errors import RunError
 from . import checkpoint
+from .info_nce import InfoNCE
 from .log import EpochReport, Log
 from .objectives import Contrastive, Trainee
 from .optimizer import describe_groups, make_optimizer
@@ -58,7 +59,7 @@ class Trainer:
 
     def __init__(
         self,
-        trainee: Trainee | Contrastive,
+        trainee: Trainee | Contrastive | InfoNCE,
         pairs: Pairs,
         recipe: Recipe,
         *,
@@ -86,7 +87,8 @@ class Trainer:
         self.scaler = self.precision.scaler()
         self.module: nn.Module = self.trainee
         if self.world.size > 1:
-            self.module = DistributedDataParallel(self.trainee)
+            # Heads of the model that no term uses get no gradient, which DDP takes where that never changes.
+            self.module = DistributedDataParallel(self.trainee, static_graph=not self.trainee.uses_tokens)
         self.batches = self._batches()
         self.loader = DataLoader(
             self.pairs,
