@@ -7,7 +7,7 @@ between variants are seen beside their spread.
 import argparse
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,30 @@ def seeds_of(args: argparse.Namespace, task: Task) -> list[int]:
 
 
 def paired_runs(
-    task: Task, variants: Sequence[Variant], seeds: Iterable[int], args: argparse.Namespace, world: World
+    task: Task,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+    world: World,
+    *,
+    what: str = "",
 ) -> list[Record]:
-    """One record a run, seed by seed. Runs that are finished are read, one that was cut off goes on: with --resume."""
+    """One record a run, seed by seed. Runs that are finished are read, one that was cut off goes on: with --resume.
+
+    Args:
+        what: of what the names of the variants are values, for the log.
+    """
     records: list[Record] = []
+    number, count = 0, len(seeds) * len(variants)
     for seed in seeds:
         for variant in variants:
+            number += 1
+            told = f"{what} {variant.name}".strip() + f", seed {seed}"
             folder = args.out / "runs" / f"{slug(variant.name)}_seed{seed}"
             result = finished(folder, reseeded(task, seed), variant, args, world) if args.resume else None
             if result is None:
+                if world.leads:
+                    print(f"\nRun {number} of {count}: {told}", flush=True)
                 result = run(reseeded(task, seed), folder, each(args, folder), world, variant=variant)
                 drop_weights(folder, world)
             if world.leads:
@@ -50,7 +65,7 @@ def paired_runs(
                     {**result, "variant": variant.name, "seed": seed, "objective_of_variant": variant.objective}
                 )
                 one = result["t2i"]
-                print(f"{variant.name}, seed {seed}: R1 {one['R1']:.2f}  mAP {one['mAP']:.2f}", flush=True)
+                print(f"{told}: test R1 {one['R1']:.2f}  mAP {one['mAP']:.2f}", flush=True)
     return records
 
 

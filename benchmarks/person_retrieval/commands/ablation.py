@@ -7,7 +7,7 @@ from ..paper import table_6
 from ..runs import Variant
 from ..study import add_seeds, markdown, paired_runs, seeds_of, write
 from ..study_plots import draw_variants
-from ..task import make_task
+from ..task import make_task, selection
 from ..training import World
 
 __all__ = ["VARIANTS", "main"]
@@ -25,7 +25,9 @@ BASE = "SDM"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval ablation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval ablation", usage="%(prog)s [options]", description=__doc__
+    )
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)
@@ -47,7 +49,8 @@ def main(argv: list[str]) -> int:
         names = [variant.name for variant in VARIANTS]
         lines = [
             f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-            f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+            f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}. "
+            f"Of every run {selection(args, task)[1]}.",
             "",
         ]
         lines += [

@@ -12,7 +12,7 @@ from ..paper import FIGURE_4, table_7, table_8
 from ..runs import Variant
 from ..study import add_seeds, columns, differences, markdown, mean_and_spread, paired_runs, seeds_of, write
 from ..study_plots import draw_starts, draw_sweep
-from ..task import Task, make_task
+from ..task import Task, make_task, selection
 from ..training import World
 
 __all__ = ["SWEEPS", "main"]
@@ -49,7 +49,9 @@ STARTS = (
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval sweep", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval sweep", usage="%(prog)s --over WHAT [options]", description=__doc__
+    )
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)
@@ -83,13 +85,14 @@ def values(args: argparse.Namespace, world: World) -> None:
     task = make_task(args, world)
     seeds = seeds_of(args, task)
     variants, what = variants_of(args, task)
-    records = paired_runs(task, variants, seeds, args, world)
+    records = paired_runs(task, variants, seeds, args, world, what=what)
     if not world.leads:
         return
     names = [variant.name for variant in variants]
     lines = [
         f"Text to image on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-        f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+        f"{len(seeds)} seeds. Before training R1 is {records[0]['before']['t2i']['R1']:.2f}. "
+        f"Of every run {selection(args, task)[1]}.",
         "",
     ]
     lines += markdown(records, names, None, first=what)
@@ -120,7 +123,7 @@ def starts(args: argparse.Namespace, world: World) -> None:
         return
     lines = [
         f"Text-to-image R1 on {task.dataset} test, {task.test.split}, in percent; mean ± standard deviation over "
-        f"{len(seeds)} seeds; differences to SDM seed by seed.",
+        f"{len(seeds)} seeds; differences to SDM seed by seed. Of every run {selection(args, task)[1]}.",
         "",
         f"| weights | R1 before | {' | '.join(variant.name for variant in STARTS)} | A-SDM 1 - SDM | A-SDM 10 - SDM |",
         "|---|---:|---:|---:|---:|---:|---:|",
