@@ -48,7 +48,7 @@ def positive(text: str) -> int:
 
 RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
     "epochs": {"type": int, "help": "60, ICFG-PEDES 100, rendered 4"},
-    "batch_size": {"type": int, "help": "of one process: two with 32 train as one with 64"},
+    "batch_size": {"type": int, "help": "64; of one process: two with 32 train as one with 64"},
     "gather": {
         "choices": tuple(GATHER),
         "help": "under torchrun: contrast with the pairs of all processes, with them round a ring, or with the own",
@@ -59,27 +59,27 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
     "bias_lr_factor": {"type": float, "help": "times --lr for biases: 2, rendered 1"},
     "weight_decay": {"type": float},
     "bias_weight_decay": {"type": float},
-    "eps": {"type": float, "help": "of Adam (1e-3, as IRRA) and AdamW (1e-8)"},
-    "momentum": {"type": float, "help": "of sgd"},
+    "eps": {"type": float, "help": "of Adam (1e-3, as IRRA; rendered 1e-8) and AdamW (1e-8)"},
+    "momentum": {"type": float, "help": "of sgd: 0.9"},
     "warmup_epochs": {"type": float, "help": "5, rendered 0.5"},
-    "warmup_factor": {"type": float, "help": "of --lr, at the first step"},
-    "final_factor": {"type": float, "help": "of --lr, where the cosine ends"},
+    "warmup_factor": {"type": float, "help": "of --lr, at the first step: 0.1"},
+    "final_factor": {"type": float, "help": "of --lr, where the cosine ends: 0"},
     "lr_per": {"choices": ("epoch", "step"), "help": "how often the learning rate changes: epoch, rendered step"},
     "clip_norm": {"type": float, "help": "of the gradient: none, rendered 1"},
-    "flip": {"type": float, "help": "probability of a mirrored image"},
-    "pad": {"type": int, "help": "pixels around an image of 128 columns before it is cut to size"},
-    "erase": {"type": float, "help": "probability of an erased rectangle"},
+    "flip": {"type": float, "help": "probability of a mirrored image: 0.5"},
+    "pad": {"type": int, "help": "pixels around an image of 128 columns before it is cut to size: 10"},
+    "erase": {"type": float, "help": "probability of an erased rectangle: 0.5"},
     "sampler": {"choices": ("random", "identity")},
-    "per_identity": {"type": int, "help": "captions of a person in a batch, of --sampler identity"},
+    "per_identity": {"type": int, "help": "captions of a person in a batch, of --sampler identity: 4"},
     "workers": {"type": _whole, "help": "processes that read images: at most 4, rendered 0"},
     "precision": {"choices": ("auto", "float16", "bfloat16", "float32", "float64"), "help": "auto: float16 on CUDA"},
-    "seed": {"type": int, "help": "of weights, order, masks and augmentation"},
+    "seed": {"type": int, "help": "of weights, order, masks and augmentation: 1"},
 }
 
 
 def add_data(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
     group = parser.add_argument_group("what to learn from")
-    group.add_argument("--dataset", choices=("rendered", *LAYOUTS), default="rendered", help="default: %(default)s")
+    group.add_argument("--dataset", choices=("rendered", *LAYOUTS), default="rendered", help="default: rendered")
     group.add_argument("--root", type=Path, help="folder that holds the data set's folder")
     group.add_argument("--identities", type=positive, help="rendered, in training: 1200")
     group.add_argument("--val-identities", type=positive, help="rendered: 100")
@@ -92,7 +92,7 @@ def add_data(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, without: Iterable[str] = ()) -> None:
-    group = parser.add_argument_group("recipe (defaults: the paper's, see Recipe)")
+    group = parser.add_argument_group("recipe (the numbers are defaults, the paper's)")
     defaults = Recipe()
     for name, settings in RECIPE_OPTIONS.items():
         if name not in without:

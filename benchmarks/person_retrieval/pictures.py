@@ -1,5 +1,6 @@
 """Pictures of a run: its loss curves, what captions find, and where words are on an image."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fmfa_losses import plot
 
-from .data import Pairs
+from .data import Pairs, Split
 from .errors import RunError
 from .evaluation import Found, encode, find
 
@@ -61,11 +62,16 @@ def draw(
     words, positions = zip(*named[caption][:8], strict=True)
     image = int(pairs.split.caption_images[caption])
     similarity = _similarity(model, pairs, caption, image, device)[list(positions)]
-    picture = np.asarray(pairs.split.photograph(image))
-    _save(
-        plot.similarity_maps(picture, similarity, tokens=words, grid=model.grid),  # type: ignore[arg-type]
-        files["similarity_maps"],
-    )
+    figure = plot.similarity_maps(
+        _photograph(pairs.split, image), similarity, tokens=words, grid=model.grid,  # type: ignore[arg-type]
+    )  # fmt: skip
+    told = textwrap.fill(f"“{_sentence(pairs.split.captions[caption])}”", 120)
+    figure.text(
+        0.01, 1.0, f"{told}\n"
+        "Similarity of words to patches, before and after EFA's threshold; patches without colour were left out.",
+        va="bottom", ha="left", fontsize=10, parse_math=False,
+    )  # fmt: skip
+    _save(figure, files["similarity_maps"], bbox_inches="tight")
     return files
 
 
@@ -88,10 +94,15 @@ def draw_comparison(file: Path, pairs: Pairs, captions: Sequence[int], found: Ma
 
 def _strips(labels: list[str], pairs: Pairs, rows: Sequence[tuple[int, Found]]) -> Any:
     split = pairs.split
-    images = [[np.asarray(split.photograph(int(i))) for i in found.images[caption]] for caption, found in rows]
+    images = [[_photograph(split, int(i)) for i in found.images[caption]] for caption, found in rows]
     scores = torch.stack([found.scores[caption] for caption, found in rows])
     right = torch.stack([split.image_pids[found.images[p]] == split.caption_pids[p] for p, found in rows])
     return plot.retrieval_strips(labels, images, scores, right)
+
+
+def _photograph(split: Split, image: int) -> Any:
+    """[384, 128, 3], in the proportions that the model sees: those of real data differ from image to image."""
+    return np.asarray(split.photograph(image).resize((128, 384)))
 
 
 def _save(figure: Any, file: Path, **options: Any) -> None:

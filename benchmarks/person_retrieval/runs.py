@@ -143,8 +143,8 @@ def announce(log: Log, task: Task, told: str, before: dict[str, Any]) -> None:
     log.say(task.loaded)
     if task.about["dry_run"]:
         log.say("no --weights: random weights, a dry run that shows only that everything runs")
-    log.say(f"before training: t2i R1 {before['t2i']['R1']:.2f}, chance {chance(task.test):.2f}")
-    log.say(f"{told}")
+    log.say(f"before training: t2i R1 {before['t2i']['R1']:.2f} on the test split, by chance {chance(task.test):.2f}")
+    log.say(told)
 
 
 def choose_epochs(trainer: Trainer, folder: RunFolder, log: Log, seconds: float, testing: float) -> None:
@@ -153,13 +153,20 @@ def choose_epochs(trainer: Trainer, folder: RunFolder, log: Log, seconds: float,
     Args:
         testing: how long one test took, as many seconds as the last one will take; pictures come after it.
     """
+    log.say("measuring some steps on this machine, to choose how many epochs are trained")
     pace = measure_pace(trainer)
     left = max(0.0, seconds - 2 * testing)
     epochs = affordable_epochs(pace, trainer.steps_per_epoch, left / 60, trainer.epochs, besides=testing / 4)
     epochs = trainer.world.least(epochs)
+    needed = pace * trainer.steps_per_epoch + testing / 4
+    fit = f"fit into the {left:.0f} s that are left of --minutes"
     log.say(
-        f"{pace:.2f} s a step, {trainer.steps_per_epoch} steps an epoch: {epochs} of {trainer.epochs} epochs "
-        f"are trained within the {left:.0f} s that are left of --minutes"
+        f"{pace:.2f} s a step, {trainer.steps_per_epoch} steps and {needed:.0f} s an epoch: "
+        + (
+            f"{epochs} of {trainer.epochs} epochs {fit}"
+            if needed <= left
+            else f"none {fit}, one is trained all the same"
+        )
     )
     if epochs < trainer.epochs:
         folder.choose_epochs(epochs)

@@ -7,7 +7,7 @@ between variants are seen beside their spread.
 import argparse
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,18 @@ def seeds_of(args: argparse.Namespace, task: Task) -> list[int]:
 def paired_runs(
     task: Task,
     variants: Sequence[Variant],
-    seeds: Iterable[int],
+    seeds: Sequence[int],
     args: argparse.Namespace,
     world: World,
     *,
     prefix: str = "",
+    what: str = "",
 ) -> list[Record]:
     """One record a run, seed by seed. Runs that are finished are read, one that was cut off goes on: with --resume.
 
     Args:
         prefix: of the runs' folders, which two studies in one --out must not share.
+        what: of what the names of the variants are values, for the log.
 
     Raises:
         RunError: before the first run, where a variant's hyperparameters make no sense or two would share a folder.
@@ -71,11 +73,16 @@ def paired_runs(
     if len({slug(variant.name) for variant in variants}) < len(variants):
         raise RunError(f"what is compared must differ, got {', '.join(variant.name for variant in variants)}")
     records: list[Record] = []
+    number, count = 0, len(seeds) * len(variants)
     for seed in seeds:
         for variant in variants:
+            number += 1
+            named = f"{what} {variant.name}".strip() + f", seed {seed}"
             folder = args.out / "runs" / f"{slug(prefix + variant.name)}_seed{seed}"
             result = finished(folder, reseeded(task, seed), variant, args, world) if args.resume else None
             if result is None:
+                if world.leads:
+                    print(f"\nRun {number} of {count}: {named}", flush=True)
                 result = run(reseeded(task, seed), folder, each(args, folder), world, variant=variant)
             drop_weights(folder, world)
             if world.leads:
@@ -83,7 +90,7 @@ def paired_runs(
                     {**result, "variant": variant.name, "seed": seed, "objective_of_variant": variant.objective}
                 )
                 one = result["t2i"]
-                print(f"{variant.name}, seed {seed}: R1 {one['R1']:.2f}  mAP {one['mAP']:.2f}", flush=True)
+                print(f"{named}: test R1 {one['R1']:.2f}  mAP {one['mAP']:.2f}", flush=True)
     return records
 
 

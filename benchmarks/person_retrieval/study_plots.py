@@ -24,18 +24,22 @@ def draw_variants(file: Path, records: Sequence[Record], names: Sequence[str], t
         axes = figure.add_subplot(1, 2, number + 1)
         for seed in sorted({record["seed"] for record in records}):
             values = [_values(records, name, metric, seed)[0] for name in names]
-            axes.plot(range(len(names)), values, color="0.8", linewidth=0.9, marker="o", markersize=3, zorder=1)
+            label = "one seed" if seed == records[0]["seed"] else None
+            axes.plot(
+                range(len(names)), values, color="0.8", linewidth=0.9, marker="o", markersize=3, zorder=1, label=label
+            )
         means = [statistics.fmean(_values(records, name, metric)) for name in names]
         axes.plot(
-            range(len(names)), means, color=COLORS[0], linewidth=0, marker="_", markersize=26, markeredgewidth=2.5
-        )
+            range(len(names)), means, color=COLORS[0], linewidth=0, marker="_", markersize=26, markeredgewidth=2.5,
+            label="mean",
+        )  # fmt: skip
         for place, mean in enumerate(means):
             axes.annotate(f"{mean:.1f}", (place, mean), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        before = _before(records[0], metric)
-        axes.axhline(before, color=GREY, linestyle=":", linewidth=1)
-        axes.annotate("before training", (0, before), (0, 3), textcoords="offset points", fontsize=8, color=GREY)
+        axes.axhline(_before(records[0], metric), color=GREY, linestyle=":", linewidth=1, label="before training")
+        axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_xticks(range(len(names)), [name.replace(" (", "\n(") for name in names], fontsize=8)
         _finish(axes, f"text to image {metric}, %")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
     _save(figure, file)
 

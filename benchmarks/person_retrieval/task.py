@@ -17,7 +17,7 @@ from fmfa_losses import FMFALoss
 
 from .data import Augmentation, Pairs, Split, check_images, read_dataset, rendered_splits, splits_of, too_long
 from .errors import RunError
-from .models.pretrained import load_two_stream
+from .models.pretrained import COMMITTED, load_two_stream
 from .options import objective_of, recipe_of
 from .training import Recipe, World
 
@@ -117,7 +117,7 @@ def _rendered(args: argparse.Namespace, progress: Progress, only: str | None) ->
         "dataset": "rendered", "rendered": {**counts, "seed": RENDERED_SEED}, **weights.about, "dry_run": False,
         "objective": given,
     }  # fmt: skip
-    told = f"weights: {about['weights']}"
+    told = f"weights: {about['weights']}" + (f", {COMMITTED.name}" if about["weights"] == "committed" else "")
     return Task("rendered", *pairs, tokenizer, recipe, weights.build, objective, told, about)
 
 

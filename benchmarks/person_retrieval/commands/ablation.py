@@ -7,7 +7,7 @@ from ..paper import table_6
 from ..runs import Variant
 from ..study import add_seeds, markdown, over, paired_runs, seeds_of, write
 from ..study_plots import draw_variants
-from ..task import make_task
+from ..task import make_task, selection
 from ..training import World
 
 __all__ = ["BASE", "FIRST", "VARIANTS", "main"]
@@ -26,7 +26,9 @@ FIRST = "objectives (ID and IRR beside all but InfoNCE)"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval ablation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval ablation", usage="%(prog)s [options]", description=__doc__
+    )
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)
@@ -48,7 +50,8 @@ def main(argv: list[str]) -> int:
         names = [variant.name for variant in VARIANTS]
         lines = [
             f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
-            f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+            f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}. "
+            f"Of every run {selection(args, task)[1]}.",
             "",
             *markdown(records, names, BASE, first=FIRST),
             *table_6(task.dataset),

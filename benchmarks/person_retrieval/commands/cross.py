@@ -25,7 +25,9 @@ PICTURES, SEED = 1500, 11
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval cross", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval cross", usage="%(prog)s [options]", description=__doc__
+    )
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)

@@ -17,13 +17,20 @@ __all__ = ["main"]
 
 TOP_K = 32
 
+SCORE_HELP = (
+    "what images are ranked by: the cosine of global features (global, default), its mean with the similarity of words "
+    "to patches (fused), or by that mean among the first --top-k alone (rerank)"
+)
+
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval evaluate", usage="%(prog)s [options]", description=__doc__
+    )
     add_subject(parser)
     parser.add_argument("--zero-shot", action="store_true", help="the weights are those before any training on people")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="default: %(default)s")
-    parser.add_argument("--score", choices=SCORES, default="global", help="see scoring.py (default: %(default)s)")
+    parser.add_argument("--score", choices=SCORES, default="global", help=SCORE_HELP)
     parser.add_argument("--top-k", type=int, help=f"of --score rerank: {TOP_K}")
     parser.add_argument("--out", type=Path, help="folder for evaluation.json; nothing is written without it")
     parser.add_argument("--overwrite", action="store_true", help="replace the evaluation.json that is in --out")
@@ -59,7 +66,7 @@ def main(argv: list[str]) -> int:
     if args.zero_shot:
         print("zero-shot: before any training on people")
     print(f"score: {describe_score(args.score, args.top_k)}\n\n{metrics}")
-    print(f"\nt2i R1 of chance {chance(subject.pairs):.2f}; {seconds:.1f} s on {device}\n")
+    print(f"\nt2i R1 by chance {chance(subject.pairs):.2f}; {seconds:.1f} s on {device}\n")
     print("\n".join(published(subject, figures["t2i"], args)))
     if file is not None:
         about = {**subject.about, "zero_shot": args.zero_shot, "score": args.score, "device": str(device)}

@@ -36,10 +36,21 @@ RECIPE = Recipe(
     clip_norm=1.0,
     erase=0.25,
 )
+DEFAULTS = (
+    f"Defaults of the recipe that differ here: {RECIPE.epochs} epochs, batches of {RECIPE.batch_size}, "
+    f"--lr {RECIPE.lr:g}, --bias-lr-factor {RECIPE.bias_lr_factor:g}, --eps {RECIPE.eps:g}, "
+    f"--warmup-epochs {RECIPE.warmup_epochs:g}, --lr-per {RECIPE.lr_per}, "
+    f"--clip-norm {RECIPE.clip_norm:g}, --erase {RECIPE.erase:g}."
+)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval pretrain",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        epilog=DEFAULTS,
+    )
     parser.add_argument("--pictures", type=positive, default=36000, help="default: %(default)s")
     add_recipe(parser)
     add_run(parser, "runs/pretrain", select=False)

@@ -14,7 +14,7 @@ from ..paper import FIGURE_4, table_7, table_8
 from ..runs import Variant
 from ..study import add_seeds, columns, differences, markdown, over, paired_runs, seeds_of, slug, told, write
 from ..study_plots import draw_starts, draw_sweep
-from ..task import RENDERED_SIZE, Task, make_task
+from ..task import RENDERED_SIZE, Task, make_task, selection
 from ..training import World
 
 __all__ = ["STARTS", "SWEEPS", "main", "start_table", "without_constant"]
@@ -57,7 +57,9 @@ STARTS = (
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval sweep", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval sweep", usage="%(prog)s --over WHAT [options]", description=__doc__
+    )
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)
@@ -103,13 +105,14 @@ def values(args: argparse.Namespace, world: World) -> None:
     task = make_task(args, world)
     seeds = seeds_of(args, task)
     variants, what = variants_of(args, task)
-    records = paired_runs(task, variants, seeds, args, world, prefix=f"{args.over} ")
+    records = paired_runs(task, variants, seeds, args, world, prefix=f"{args.over} ", what=what)
     if not world.leads:
         return
     names = [variant.name for variant in variants]
     lines = [
         f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
-        f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}.",
+        f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}. "
+        f"Of every run {selection(args, task)[1]}.",
         "",
     ]
     lines += markdown(records, names, None, first=what)
@@ -152,7 +155,7 @@ def starts(args: argparse.Namespace, world: World) -> None:
         return
     lines = [
         f"Text-to-image R1 on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}; "
-        f"differences to SDM seed by seed.",
+        f"differences to SDM seed by seed. Of every run {selection(args, task)[1]}.",
         "",
         *start_table(records, args.starts),
     ]

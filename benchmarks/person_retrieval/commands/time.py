@@ -31,7 +31,9 @@ PHASES = ("features of images", "features of texts", "ranking, t2i", "ranking, i
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval time", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval time", usage="%(prog)s [options]", description=__doc__
+    )
     add_subject(parser)
     parser.add_argument("--repeats", type=int, default=3, help="of everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/time"), help="for time.json (default: %(default)s)")

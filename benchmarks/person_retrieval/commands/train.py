@@ -14,7 +14,9 @@ MINUTES = 3.2  # of the embedded demo on a slow machine
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.person_retrieval train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.person_retrieval train", usage="%(prog)s [options]", description=__doc__
+    )
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)
@@ -47,10 +49,12 @@ def main(argv: list[str]) -> int:
 
 
 def report(args: argparse.Namespace, result: dict) -> None:
+    which = {"val": "the best on the validation split", "test": "the best on the TEST split", "last": "the last"}
+    print(f"\nTest split, before training -> after epoch {result['epoch']}, {which[result['selected']]}; in percent:")
     for name in ("t2i", "i2t"):
         before, after = result["before"][name], result[name]
         told = "  ".join(f"{metric} {before[metric]:.2f} -> {value:.2f}" for metric, value in after.items())
         print(f"{name}  {told}")
     print(f"{result['seconds']:.0f} s of training and tests. Written to {args.out}/:")
-    for name in ("metrics.json", "run.json", "log.txt", "checkpoint.pt", *result["files"]):
-        print(f"  {args.out / name}")
+    names = ("metrics.json", "run.json", "log.txt", "checkpoint.pt", "best.pt", *result["files"])
+    print("  " + ", ".join(name for name in names if (args.out / name).exists()))
