@@ -99,27 +99,33 @@ def run(
         if seconds is not None and folder.chosen_epochs is None and trainer.epoch == 0:
             choose_epochs(trainer, folder, log, seconds - (time.perf_counter() - start), testing)
         trainer.fit()
-        kept = trainer.select()
+        result = {"epoch": trainer.select(), "selected": chosen, "before": before}
         if not world.leads:
             return {}
-        model.to(world.device)
-        result = {
-            **tested(model, task.test, world), "before": before, "chance_R1": chance(task.test), "epoch": kept,
-            "selected": chosen, "epochs": trainer.epochs, "steps": len(trainer.history["loss"]),
-            "last_epoch": last_epoch(trainer),
-            "seconds": round(time.perf_counter() - start, 1),
-            "data": sizes(task), "variant": asdict(variant), "parameters": sum(p.numel() for p in model.parameters()),
-            "device": str(world.device), "loaded": task.loaded, **settings,
-            "records": trainer.validations,  # an epoch each
-        }  # fmt: skip
+        result = {**tested(model, task.test, world), **result, **told_of(trainer, task, variant), **settings}
+        result["seconds"] = round(time.perf_counter() - start, 1)
         if pictures:
-            result["files"] = [
-                file.name
-                for file in draw(out, model, task.test, task.tokenizer, trainer.history, world.device).values()
-            ]
+            drawn = draw(out, model, task.test, task.tokenizer, trainer.history, world.device)
+            result["files"] = [file.name for file in drawn.values()]
         with writing(folder.path / "metrics.json"):
             results.write(folder.path / "metrics.json", results.head("training", args.command) | result)
     return result
+
+
+def told_of(trainer: Trainer, task: Task, variant: Variant) -> dict[str, Any]:
+    """What metrics.json holds beside metrics and settings."""
+    return {
+        "chance_R1": chance(task.test),
+        "epochs": trainer.epochs,
+        "steps": len(trainer.history["loss"]),
+        "last_epoch": last_epoch(trainer),
+        "data": sizes(task),
+        "variant": asdict(variant),
+        "parameters": sum(p.numel() for p in trainer.trainee.model.parameters()),
+        "device": str(trainer.world.device),
+        "loaded": task.loaded,
+        "records": trainer.validations,  # an epoch each
+    }
 
 
 def untrained(task: Task, model: nn.Module, world: World) -> dict[str, Any]:
