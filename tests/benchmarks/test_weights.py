@@ -616,3 +616,84 @@ def test_random_weights_follow_from_the_seed_alone() -> None:
 def test_a_tiny_model_has_no_weights_to_load(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tiny is a model with random weights, got weights too"):
         load_clip(tmp_path, [], tiny=True)
+
+
+# ------------------------------------------------------------------------------------------------- files with an intent
+
+
+def endless() -> dict[str, Any]:
+    itself: dict[str, Any] = {}
+    itself["again"] = itself
+    return itself
+
+
+def doubled() -> dict[str, Any]:
+    content: dict[str, Any] = {"x": torch.ones(1)}
+    for _ in range(20):
+        content = {"a": content, "b": content}
+    return content
+
+
+HOSTILE: dict[str, tuple[Callable[[OpenAICLIP], dict[str, Any]], str]] = {
+    "holds itself": (lambda m: {**state(m), "more": endless()}, "more than 100000 modules and tensors, or names"),
+    "two of two of two": (lambda m: {**state(m), "more": doubled()}, "more than 100000 modules and tensors, or names"),
+    "a huge number": (
+        lambda m: {**state(m), "transformer.resblocks.99999999.ln_1.weight": torch.ones(64)},
+        "transformer.resblocks must have blocks from 0 on, it has 3, one of them 99999999",
+    ),
+    "repeated numbers": (
+        lambda m: changed(m, "visual.conv1.weight", torch.zeros(1).expand(64 << 20, 3, 16, 16)),
+        "visual.conv1.weight must have its numbers stored one by one",
+    ),
+    "sparse": (lambda m: changed(m, "text_projection", torch.eye(64, 32).to_sparse()), "got sparse_coo"),
+    "no numbers": (lambda m: changed(m, "text_projection", torch.ones(64, 32, device="meta")), "numbers, got none"),
+    "a third": (
+        lambda m: without(m, "visual.transformer.resblocks.0.attn.in_proj_bias"),
+        "lacks 1 of the towers' tensors: visual.transformer.resblocks.0.attn.in_proj_bias; expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_a_state_dict_claims_is_not_built(what: str, openai: OpenAICLIP, folder: Path) -> None:
+    write, message = HOSTILE[what]
+    file = saved(write(openai), folder / "weights.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_clip(file, [], image_size=NATIVE)
+    assert str(file) in str(caught.value)
+
+
+def test_modules_that_hold_themselves_are_refused(openai: OpenAICLIP, folder: Path) -> None:
+    payload = b"\x80\x02c__torch__\nM\n)\x81q\x00}(X\x01\x00\x00\x00aq\x01h\x00ub."
+    file = traced(openai, folder / "a.pt")
+    bad = rewritten(file, folder / "b.pt", lambda name, data: payload if name.endswith("/data.pkl") else data)
+    with pytest.raises(ValueError, match="names of more than 1000 letters"):
+        load_clip(bad, [])
+
+
+def test_nothing_in_a_zip_unfolds_to_more_than_the_file(openai: OpenAICLIP, folder: Path) -> None:
+    for write, member in ((traced, "/byteorder"), (lambda m, p: saved(state(m), p), "/data/0")):
+        source, packed = write(openai, folder / "a.pt"), folder / "packed.pt"
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(packed, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED if name.endswith(member) else None)
+            if not any(name.endswith(member) for name in old.namelist()):  # older versions of torch write none
+                new.writestr(f"a{member}", b"little", zipfile.ZIP_DEFLATED)
+        with pytest.raises(ValueError, match=r"packed\.pt.*uncompressed"):
+            load_clip(packed, [])
+
+
+def test_a_damaged_state_dict_is_known_by_its_checksums(openai: OpenAICLIP, folder: Path) -> None:
+    """torch does not look at them."""
+    file = saved(state(openai), folder / "a.pt")
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        directory = archive.start_dir
+    content = bytearray(file.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 1  # of a number
+    with pytest.raises(ValueError, match=rf"b\.pt is damaged, the checksum of {largest.filename} is wrong"):
+        load_clip(written(folder / "b.pt", bytes(content)), [], image_size=NATIVE)
+    content = bytearray(file.read_bytes())
+    content[directory] ^= 1  # of the list of members
+    with pytest.raises(ValueError, match=r"c\.pt is a damaged zip archive \(Bad magic number"):
+        load_clip(written(folder / "c.pt", bytes(content)), [], image_size=NATIVE)

@@ -89,7 +89,11 @@ class Towers(NamedTuple):
         """How many a tower ("text" or "vision") has: one more than the highest number."""
         root = f"{tower}_model.encoder.layers" if self.naming == "Hugging Face" else BLOCKS[tower]
         pattern = re.compile(re.escape(f"{self.prefix}{root}.") + r"(\d+)\.")
-        return max((int(match[1]) + 1 for match in map(pattern.match, names) if match), default=0)
+        numbers = {int(match[1]) for match in map(pattern.match, names) if match}
+        count = max(numbers, default=-1) + 1
+        if count > 2 * len(numbers) + 10:  # none is built that cannot be filled; a few that lack are named later
+            raise ValueError(f"{root} must have blocks from 0 on, it has {len(numbers)}, one of them {count - 1}")
+        return count
 
     def others(self, names: Iterable[str], used: set[str]) -> tuple[tuple[str, ...], dict[str, int]]:
         """Names within the towers that were not used; parts beside the towers, and how many tensors they have."""

@@ -36,7 +36,7 @@ def fill_clip(model: CLIPModel, contents: Contents, towers: Towers, grid: tuple[
     parameters = model.state_dict()
     pieces = {name: towers.piece(name) for name in parameters}
     lacking = [name for name, piece in pieces.items() if piece.source not in contents.tensors]
-    if needed := [pieces[name].source for name in lacking if name not in OPTIONAL]:
+    if needed := dict.fromkeys(pieces[name].source for name in lacking if name not in OPTIONAL):  # each once
         raise ValueError(f"it lacks {len(needed)} of the towers' tensors: {few(needed)}; expected {EXPECTED}")
     loaded, dtypes, resized = Counter[str](), Counter[str](), {}
     for name, parameter in parameters.items():

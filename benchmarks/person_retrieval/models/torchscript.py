@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .stored import Stored
+from .stored import Stored, leaves
 
 __all__ = ["is_torchscript", "read_torchscript"]
 
@@ -67,8 +67,10 @@ def read_torchscript(file: Path) -> dict[str, Stored]:
             if len(pickles) != 1:
                 raise ValueError(f"one data.pkl is expected, {len(pickles)} found")
             folder = pickles[0].removesuffix("data.pkl")
-            if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
-                raise ValueError("its numbers are not little-endian")
+            if f"{folder}byteorder" in archive.namelist():
+                with archive.open(_member(archive, f"{folder}byteorder")) as stream:
+                    if stream.read(7) != b"little":
+                        raise ValueError("its numbers are not little-endian")
             with archive.open(_member(archive, pickles[0])) as stream:
                 root = _Unpickler(stream, file, archive, folder).load()
         return _tensors(root)
@@ -147,14 +149,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _tensors(root: Any) -> dict[str, Stored]:
     """Of a module and the modules in it; modules may be shared, so that their number is not that of the pickle."""
-    found: dict[str, Stored] = {}
-    waiting = [("", root)]
-    for _ in range(100_000):
-        if not waiting:
-            return found
-        name, node = waiting.pop()
-        if isinstance(node, Stored):
-            found[name] = node
-        elif isinstance(getattr(node, "state", None), dict):
-            waiting += [(f"{name}.{key}" if name else str(key), child) for key, child in node.state.items()]
-    raise ValueError("it has more than 100000 modules and tensors")
+
+    def inside(node: Any) -> dict[Any, Any] | None:
+        state = getattr(node, "state", None)
+        return state if isinstance(state, dict) else None
+
+    return {name: node for name, node in leaves(root, inside) if isinstance(node, Stored)}

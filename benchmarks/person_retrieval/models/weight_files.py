@@ -6,7 +6,7 @@ Kinds of file, told apart by what they hold: safetensors, a TorchScript archive,
 import hashlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .stored import Stored
+from .stored import Stored, leaves
 from .torchscript import is_torchscript, read_torchscript
 
 __all__ = ["EXPECTED", "Contents", "read_weights", "sha256"]
@@ -54,7 +54,7 @@ def read_weights(file: Path) -> Contents:
     if not size:
         raise ValueError(f"{file} is empty; expected {EXPECTED}")
     if zipfile.is_zipfile(file):
-        if is_torchscript(file):
+        if _is_torchscript(file):
             return Contents("TorchScript archive", read_torchscript(file))
         return Contents("state dict", _torch_load(file, mmap=True))
     if head.startswith(b"PK"):
@@ -64,6 +64,24 @@ def read_weights(file: Path) -> Contents:
     if head.startswith(b"\x80"):
         return Contents("state dict", _torch_load(file, mmap=False))
     raise ValueError(f"{file} holds no weights, it begins with {head!r}; expected {EXPECTED}")
+
+
+def _is_torchscript(file: Path) -> bool:
+    """Of a zip archive, whose checksums are looked at where torch does not: when it reads a state dict."""
+    try:
+        if is_torchscript(file):
+            return True
+        with zipfile.ZipFile(file) as archive:
+            # As torch writes, so that nothing unfolds to more than the file's size.
+            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+            wrong = None if packed else archive.testzip()
+    except Exception as error:  # a damaged directory of members leads to whatever its bytes say
+        raise ValueError(f"{file} is a damaged zip archive ({error}); copy or download it again") from error
+    if packed:
+        raise ValueError(f"{file} must hold its members uncompressed, as torch.save writes, {packed[0]} is compressed")
+    if wrong is not None:
+        raise ValueError(f"{file} is damaged, the checksum of {wrong} is wrong; copy or download it again")
+    return False
 
 
 def _torch_load(file: Path, *, mmap: bool) -> dict[str, Stored]:
@@ -78,19 +96,28 @@ def _torch_load(file: Path, *, mmap: bool) -> dict[str, Stored]:
             ) from error
         reason = reason.rpartition("WeightsUnpickler error: ")[2][:120] or type(error).__name__
         raise ValueError(f"{file} is cut short or damaged ({reason}); expected {EXPECTED}") from error
-    return {
-        name: Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda tensor=tensor: tensor)
-        for name, tensor in _flat(content)
-    }
+    try:
+        tensors = [(name, x.detach()) for name, x in leaves(content, _inside) if isinstance(x, Tensor)]
+        if huge := [name for name, x in tensors if _is_plain(x) and x.nbytes > x.untyped_storage().nbytes()]:
+            raise ValueError(f"{huge[0]} must have its numbers stored one by one, it repeats some")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; expected {EXPECTED}") from error
+    return {name: Stored(tuple(x.shape), _dtype(x), lambda x=x: x) for name, x in tensors}
 
 
-def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dictionaries, with dotted names."""
-    if isinstance(content, Tensor):
-        yield name, content.detach()
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
+def _inside(content: Any) -> Mapping[Any, Any] | None:
+    return content if isinstance(content, Mapping) else None
+
+
+def _dtype(tensor: Tensor) -> str:
+    """Of what is stored; a name of no dtype for what is not stored number by number."""
+    if _is_plain(tensor):
+        return str(tensor.dtype).removeprefix("torch.")
+    return "none" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _safetensors(file: Path) -> dict[str, Stored]:
