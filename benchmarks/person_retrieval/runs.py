@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmfa_losses import FMFALoss
+
 from .. import results
 from .data import Pairs
 from .errors import RunError
@@ -121,10 +123,23 @@ def told_of(trainer: Trainer, task: Task, variant: Variant) -> dict[str, Any]:
         "last_epoch": last_epoch(trainer),
         "data": sizes(task),
         "variant": asdict(variant),
+        "hyperparameters": hyperparameters(trainer.trainee.objective),
         "parameters": sum(p.numel() for p in trainer.trainee.model.parameters()),
         "device": str(trainer.world.device),
         "loaded": task.loaded,
         "records": trainer.validations,  # an epoch each
+    }
+
+
+def hyperparameters(objective: nn.Module) -> dict[str, Any]:
+    """As they were trained with, whoever chose them: the command line, the variant or the data set."""
+    if not isinstance(objective, FMFALoss):
+        return {"temperature": objective.temperature}
+    asdm, efa = objective.asdm, objective.efa
+    return {
+        "weights": objective.weights,
+        "asdm": {"alpha": asdm.alpha, "temperature": asdm.temperature},
+        "efa": {name: getattr(efa, name) for name in ("margin_text", "margin_image", "sparsity", "pool_scale")},
     }
 
 

@@ -117,6 +117,8 @@ def values(args: argparse.Namespace, world: World) -> None:
     ]
     lines += markdown(records, names, None, first=what)
     lines += {"weight-asdm": table_7, "weight-efa": table_7, "constant": table_8}.get(args.over, list)()
+    if args.over == "constant":
+        lines += ["", f"In the logs of `alpha gap` the term asdm stands before its weight of {ABSENT:g}."]
     draw_sweep(args.out / f"sweep_{args.over}.png", records, names, what, task.dataset)
     write(args.out, f"sweep_{args.over}", args.command, lines, {"over": args.over, "records": records})
 
