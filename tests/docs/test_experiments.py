@@ -25,8 +25,16 @@ def test_table_6() -> None:
 
 
 def test_where_training_starts() -> None:
-    result = read("sweep_start_rendered_cpu.json")
-    for line in sweep.start_table(result["records"], result["starts"]):
+    for name in ("sweep_start_rendered_cpu.json", "sweep_start_3000_rendered_cpu.json"):
+        result = read(name)
+        for line in sweep.start_table(result["records"], result["starts"]):
+            assert line in PAGE
+
+
+def test_alpha() -> None:
+    records = read("sweep_alpha_rendered_cpu.json")["records"]
+    names = list(dict.fromkeys(record["variant"] for record in records))
+    for line in markdown(records, names, None, first="alpha"):
         assert line in PAGE
 
 

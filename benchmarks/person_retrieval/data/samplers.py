@@ -19,7 +19,7 @@ class RandomSampler(Sampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(1 + self.epoch + 100003 * (self.seed - 1))
+        generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
