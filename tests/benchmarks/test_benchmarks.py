@@ -24,6 +24,7 @@ from benchmarks.gpu.predictions import PREDICTIONS, predicted
 from benchmarks.gpu.tables import gpu_report, gpu_tables
 from benchmarks.gpu.targets import gpu_targets
 from benchmarks.measure import DTYPES, PASSES, disagreement, fingerprint, matmul_precision, measure_cpu, sample, spread
+from benchmarks.person_retrieval import __main__ as person_retrieval
 from benchmarks.providers import AUTOTUNED, COMPILED, OURS, REFERENCE, RELEASED, TORCH, TRITON, UNMASKED, plain_asdm
 from benchmarks.tables import micro_tables
 from benchmarks.targets import micro_targets
@@ -669,12 +670,19 @@ def test_commands(capsys):
     assert __main__.main([]) == 0
     assert __main__.main(["nonsense"]) == 2
     assert "compile-check" in capsys.readouterr().out
-    for command in __main__.COMMANDS:
+    several = "person-retrieval"  # has commands of its own
+    for command in __main__.COMMANDS.keys() - {several}:
         with pytest.raises(SystemExit) as exit:
             __main__.main([command, "--help"])
         assert exit.value.code == 0
     help = capsys.readouterr().out
-    assert all(f"usage: python -m benchmarks {command} " in help for command in __main__.COMMANDS)
+    assert all(f"usage: python -m benchmarks {command} " in help for command in __main__.COMMANDS if command != several)
+    assert __main__.main([several, "--help"]) == 0 and "Table 6" in capsys.readouterr().out
+    for command in person_retrieval.COMMANDS:
+        with pytest.raises(SystemExit) as exit:
+            __main__.main([several, command, "--help"])
+        assert exit.value.code == 0
+        assert f"usage: python -m benchmarks.person_retrieval {command} " in capsys.readouterr().out
 
 
 def test_a_line_compares_within_a_mode(tmp_path):

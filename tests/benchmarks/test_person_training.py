@@ -174,7 +174,7 @@ def test_precisions_that_a_cpu_has_and_one_that_it_has_not() -> None:
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(RunError, match="--device must be a device that torch knows, got 'gpu'"):
+    with pytest.raises(RunError, match="--device must be a CPU or a CUDA device, got 'gpu'"):
         World.join("gpu")
     with pytest.raises(RunError, match="--device must be one that is there, got cuda:99 where torch finds"):
         World.join("cuda:99")
