@@ -20,7 +20,7 @@ from .training import Recipe
 
 __all__ = [
     "GATHER", "add_data", "add_objective", "add_recipe", "add_run", "check_applies", "check_recipe_applies",
-    "objective_of", "positive", "recipe_of",
+    "command_of", "invoke", "objective_of", "parser_of", "positive", "recipe_of",
 ]  # fmt: skip
 
 GATHER: dict[str, bool | str] = {"true": True, "ring": "ring", "no": False}
@@ -77,28 +77,31 @@ RECIPE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_data(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
+def parser_of(command: str, doc: str | None, *, usage: str = "[options]", epilog: str | None = None) -> Any:
+    """Of a command; its usage is one line, beside which an error is seen."""
+    prog = f"python -m benchmarks.person_retrieval {command}"
+    return argparse.ArgumentParser(prog=prog, usage=f"%(prog)s {usage}", description=doc, epilog=epilog)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to learn from")
     group.add_argument("--dataset", choices=("rendered", *LAYOUTS), default="rendered", help="default: rendered")
     group.add_argument("--root", type=Path, help="folder that holds the data set's folder")
     group.add_argument("--identities", type=positive, help="rendered, in training: 1200")
     group.add_argument("--val-identities", type=positive, help="rendered: 100")
     group.add_argument("--test-identities", type=positive, help="rendered: 750, of whom there are 3000 captions")
-    if weights:
-        group.add_argument("--weights", help="file or folder of CLIP weights; rendered: the committed ones, or `none`")
-        group.add_argument("--tokenizer", type=Path, help="CLIP's vocabulary, where it is not beside the weights")
-        group.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of CLIP: LAION's weights need gelu")
-        group.add_argument("--tiny", action="store_true", help="no weights but a tiny random CLIP: a dry run")
+    group.add_argument("--weights", help="file or folder of CLIP weights; rendered: the committed ones, or `none`")
+    group.add_argument("--tokenizer", type=Path, help="CLIP's vocabulary, where it is not beside the weights")
+    group.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of CLIP: LAION's weights need gelu")
+    group.add_argument("--tiny", action="store_true", help="no weights but a tiny random CLIP: a dry run")
 
 
-def add_recipe(parser: argparse.ArgumentParser, *, without: Iterable[str] = ()) -> None:
+def add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe (the numbers are defaults, the paper's)")
     defaults = Recipe()
     for name, settings in RECIPE_OPTIONS.items():
-        if name not in without:
-            default = getattr(defaults, name)
-            told = {"help": f"{default}", **settings}
-            group.add_argument(f"--{name.replace('_', '-')}", dest=name, **told)
+        told = {"help": f"{getattr(defaults, name)}", **settings}
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, **told)
 
 
 def add_objective(parser: argparse.ArgumentParser) -> None:

@@ -16,13 +16,14 @@ from .. import results
 from .errors import RunError
 from .outputs import writing
 from .runs import Variant, finished, run
-from .task import Task, check_objective, reseeded
+from .task import Task, check_objective, reseeded, selection
 from .training import World
 
 __all__ = [
     "add_seeds",
     "columns",
     "differences",
+    "heading",
     "markdown",
     "mean_and_spread",
     "over",
@@ -151,6 +152,16 @@ def markdown(records: Sequence[Record], names: Sequence[str], base: str | None, 
             cells.append("" if name == base else differences(records, name, base)["told"])
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def heading(task: Task, seeds: Sequence[int], records: Sequence[Record], args: argparse.Namespace) -> list[str]:
+    """What stands above a study's table."""
+    return [
+        f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
+        f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}. "
+        f"Of every run {selection(args, task)[1]}.",
+        "",
+    ]
 
 
 def write(out: Path, name: str, command: str, lines: list[str], content: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """What is tested: the weights of a run or of a file, and a split to test them on."""
 
 import argparse
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from .data import Pairs
 from .errors import RunError
+from .hashes import sha256
 from .kept import kept_weights, record_of
 from .options import add_data, add_objective, add_recipe, add_run, check_applies
 from .task import Task, make_task
@@ -117,7 +117,7 @@ def of_run(folder: Path, world: World, split: str = "test", *, root: Path | None
         )
     model.load_state_dict(weights)
     about = _data(task.about, split) | {
-        "weights": file.resolve(), "weights_sha256": _sha256(file), "epoch": epoch, "dry_run": settings["dry_run"],
+        "weights": file.resolve(), "weights_sha256": sha256(file), "epoch": epoch, "dry_run": settings["dry_run"],
         "trained_from": settings["weights"], "trained_by": record["commands"],
     }  # fmt: skip
     return Subject(model, _pairs(task, split), task.tokenizer, task.dataset, f"{folder}, {told}", about)
@@ -164,11 +164,3 @@ def _pairs(task: Task, split: str) -> Pairs:
 
 def _data(about: dict[str, Any], split: str) -> dict[str, Any]:
     return {name: about[name] for name in ("dataset", "root", "rendered") if name in about} | {"split": split}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,12 +2,12 @@
 
 import argparse
 
-from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
+from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of, parser_of
 from ..paper import table_6
 from ..runs import Variant
-from ..study import add_seeds, markdown, over, paired_runs, seeds_of, write
+from ..study import add_seeds, heading, markdown, paired_runs, seeds_of, write
 from ..study_plots import draw_variants
-from ..task import make_task, selection
+from ..task import make_task
 from ..training import World
 
 __all__ = ["BASE", "FIRST", "VARIANTS", "main"]
@@ -26,9 +26,7 @@ FIRST = "objectives (ID and IRR beside all but InfoNCE)"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval ablation", usage="%(prog)s [options]", description=__doc__
-    )
+    parser = parser_of("ablation", __doc__)
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)
@@ -49,10 +47,7 @@ def main(argv: list[str]) -> int:
     if world.leads:
         names = [variant.name for variant in VARIANTS]
         lines = [
-            f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
-            f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}. "
-            f"Of every run {selection(args, task)[1]}.",
-            "",
+            *heading(task, seeds, records, args),
             *markdown(records, names, BASE, first=FIRST),
             *table_6(task.dataset),
         ]

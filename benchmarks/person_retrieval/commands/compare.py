@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import RunError
 from ..evaluation import Found, encode, find
+from ..options import parser_of
 from ..outputs import claim
 from ..pictures import draw_comparison
 from ..subject import Subject, add_reading, of_run, reading
@@ -24,9 +25,7 @@ __all__ = ["choose", "exact_mcnemar", "main"]
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval compare", usage="%(prog)s RUN RUN [options]", description=__doc__
-    )
+    parser = parser_of("compare", __doc__, usage="RUN RUN [options]")
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="folders of two runs of one data set")
     parser.add_argument("--names", nargs=2, metavar=("A", "B"), help="of the runs, in the figure: their folders'")
     parser.add_argument("--queries", type=int, default=8, help="captions that are drawn (default: %(default)s)")

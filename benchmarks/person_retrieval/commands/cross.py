@@ -12,7 +12,7 @@ from ...tables import markdown
 from ..data import LAYOUTS, Pairs, catalogue_split, check_images, read_dataset
 from ..errors import RunError
 from ..kept import kept_weights, record_of
-from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
+from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of, parser_of
 from ..outputs import writing
 from ..runs import FMFA, finished, run, tested
 from ..task import Task, make_task, progress_bar
@@ -25,9 +25,7 @@ PICTURES, SEED = 1500, 11
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval cross", usage="%(prog)s [options]", description=__doc__
-    )
+    parser = parser_of("cross", __doc__)
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)

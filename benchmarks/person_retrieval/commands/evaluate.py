@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import RunError
 from ..evaluation import as_dict, chance
-from ..options import command_of
+from ..options import command_of, parser_of
 from ..outputs import claim, write_result
 from ..paper import SIZES, VIT_B_16_SHA256, ZERO_SHOT, beside
 from ..scoring import SCORES, describe_score, metrics_by
@@ -24,9 +24,7 @@ SCORE_HELP = (
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval evaluate", usage="%(prog)s [options]", description=__doc__
-    )
+    parser = parser_of("evaluate", __doc__)
     add_subject(parser)
     parser.add_argument("--zero-shot", action="store_true", help="the weights are those before any training on people")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="default: %(default)s")

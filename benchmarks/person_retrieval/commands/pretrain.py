@@ -6,23 +6,22 @@ other things, beside lines in another style; the losses are CLIP's on global fea
 """
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import Augmentation, Pairs, catalogue_split
+from ..hashes import sha256
 from ..models import TwoStream
 from ..models.pretrained import tokenizer_of
-from ..options import add_recipe, add_run, check_recipe_applies, command_of, positive, recipe_of
+from ..options import add_recipe, add_run, check_recipe_applies, command_of, parser_of, positive, recipe_of
 from ..pedestrians import vocabulary
-from ..task import progress_bar
+from ..task import RENDERED_SIZE, progress_bar
 from ..training import Contrastive, Log, Recipe, RunFolder, Trainer, World, save, settings_of
 
 __all__ = ["main"]
 
-SIZE = (96, 32)
 SEED = 7  # of the pictures
 WIDTH, HEADS = 96, 3
 RECIPE = Recipe(
@@ -45,12 +44,7 @@ DEFAULTS = (
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval pretrain",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=DEFAULTS,
-    )
+    parser = parser_of("pretrain", __doc__, epilog=DEFAULTS)
     parser.add_argument("--pictures", type=positive, default=36000, help="default: %(default)s")
     add_recipe(parser)
     add_run(parser, "runs/pretrain", select=False)
@@ -66,9 +60,9 @@ def main(argv: list[str]) -> int:
     recipe = recipe_of(args, RECIPE)
     words = vocabulary()
     tokenizer = tokenizer_of(words)
-    split = catalogue_split(args.pictures, size=SIZE, seed=SEED, progress=progress_bar(args, world))
+    split = catalogue_split(args.pictures, size=RENDERED_SIZE, seed=SEED, progress=progress_bar(args, world))
     pairs = Pairs(
-        split, tokenizer(split.captions), size=SIZE, seed=recipe.seed, keep=True,
+        split, tokenizer(split.captions), size=RENDERED_SIZE, seed=recipe.seed, keep=True,
         augmentation=Augmentation(flip=recipe.flip, pad=recipe.pad, erase=recipe.erase),
     )  # fmt: skip
     settings = settings_of(recipe, world, pictures=args.pictures, seed_of_pictures=SEED)
@@ -77,7 +71,7 @@ def main(argv: list[str]) -> int:
         log = Log(folder.path, quiet=args.quiet, tensorboard=args.tensorboard, leads=world.leads)
         torch.manual_seed(recipe.seed)
         shape = {"width": WIDTH, "heads": HEADS, "context_length": tokenizer.context_length}
-        model = TwoStream(tokenizer.vocab_size, image_size=SIZE, **shape)
+        model = TwoStream(tokenizer.vocab_size, image_size=RENDERED_SIZE, **shape)
         trainer = Trainer(
             Contrastive(model, gather=world.gather(recipe)), pairs, recipe, world=world, folder=folder, log=log,
             tokens={"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids},
@@ -114,7 +108,3 @@ def content(model: TwoStream, words: list[str], made: dict[str, Any]) -> dict[st
         name: x.detach().cpu().half() if x.is_floating_point() else x.cpu() for name, x in model.state_dict().items()
     }
     return {"width": WIDTH, "heads": HEADS, "vocabulary": words, "made": made, "model": state}
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import RunError
 from ..models.pretrained import load_two_stream
-from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
+from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of, parser_of
 from ..paper import FIGURE_4, table_7, table_8
 from ..runs import Variant
-from ..study import add_seeds, columns, differences, markdown, over, paired_runs, seeds_of, slug, told, write
+from ..study import add_seeds, columns, differences, heading, markdown, over, paired_runs, seeds_of, slug, told, write
 from ..study_plots import draw_starts, draw_sweep
 from ..task import RENDERED_SIZE, Task, make_task, selection
 from ..training import World
@@ -57,9 +57,7 @@ STARTS = (
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval sweep", usage="%(prog)s --over WHAT [options]", description=__doc__
-    )
+    parser = parser_of("sweep", __doc__, usage="--over WHAT [options]")
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)
@@ -109,13 +107,7 @@ def values(args: argparse.Namespace, world: World) -> None:
     if not world.leads:
         return
     names = [variant.name for variant in variants]
-    lines = [
-        f"Text to image on {task.dataset} test, {task.test.split}, in percent; {over(seeds)}. "
-        f"Before training R1 is {records[0]['before']['t2i']['R1']:.2f}. "
-        f"Of every run {selection(args, task)[1]}.",
-        "",
-    ]
-    lines += markdown(records, names, None, first=what)
+    lines = heading(task, seeds, records, args) + markdown(records, names, None, first=what)
     lines += {"weight-asdm": table_7, "weight-efa": table_7, "constant": table_8}.get(args.over, list)()
     if args.over == "constant":
         lines += ["", f"In the logs of `alpha gap` the term asdm stands before its weight of {ABSENT:g}."]

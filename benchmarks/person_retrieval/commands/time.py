@@ -19,7 +19,7 @@ from ...measure import peak_process_bytes
 from ...tables import markdown
 from ..errors import RunError
 from ..evaluation import encode_images, encode_texts, image_batches, text_batches
-from ..options import command_of
+from ..options import command_of, parser_of
 from ..outputs import claim, write_result
 from ..paper import SECONDS, SECONDS_SOURCE
 from ..subject import Subject, add_subject, reading, subject_of
@@ -31,9 +31,7 @@ PHASES = ("features of images", "features of texts", "ranking, t2i", "ranking, i
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval time", usage="%(prog)s [options]", description=__doc__
-    )
+    parser = parser_of("time", __doc__)
     add_subject(parser)
     parser.add_argument("--repeats", type=int, default=3, help="of everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/time"), help="for time.json (default: %(default)s)")

@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of
+from ..options import add_data, add_objective, add_recipe, add_run, check_applies, command_of, parser_of
 from ..runs import run
 from ..task import make_task
 from ..training import World
@@ -14,9 +14,7 @@ MINUTES = 3.2  # of the embedded demo on a slow machine
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.person_retrieval train", usage="%(prog)s [options]", description=__doc__
-    )
+    parser = parser_of("train", __doc__)
     add_data(parser)
     add_recipe(parser)
     add_objective(parser)

@@ -3,7 +3,6 @@
 Kinds of file, told apart by what they hold: safetensors, a TorchScript archive, and what `torch.save` writes.
 """
 
-import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 from .stored import Stored, leaves
 from .torchscript import is_torchscript, read_torchscript
 
-__all__ = ["EXPECTED", "Contents", "read_weights", "sha256"]
+__all__ = ["EXPECTED", "Contents", "read_weights"]
 
 EXPECTED = (
     "a TorchScript archive or a state dict with OpenAI's or open_clip's names (ViT-B-16.pt), a checkpoint of IRRA, "
@@ -29,14 +28,6 @@ SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 class Contents(NamedTuple):
     container: str  # what kind of file it is, in words
     tensors: dict[str, Stored]  # by dotted name; nested dictionaries are joined with dots
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_weights(file: Path) -> Contents:

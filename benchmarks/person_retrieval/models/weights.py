@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
+from ..hashes import sha256
 from .byte_pairs import CLIPWords, find_clip_words
 from .clip import CLIP, TINY, VIT_B_16, patch_grid
 from .clip_names import Towers, find_towers
 from .filling import CONTEXT_LENGTH, fill_clip, hollow_clip
 from .load_report import LoadReport, few
 from .tokenizer import WordTokenizer
-from .weight_files import EXPECTED, Contents, read_weights, sha256
+from .weight_files import EXPECTED, Contents, read_weights
 
 __all__ = ["LoadReport", "Loaded", "load_clip"]
 
