@@ -22,6 +22,7 @@ COMMANDS = {
     "launches": ("benchmarks.launches", "what a step launches, compiles, moves and allocates, without a GPU"),
     "host": ("benchmarks.host", "host time of a training step, on a GPU that launches nothing"),
     "step-picture": ("benchmarks.step_picture", "one EFA step as a picture: launches and bytes, without a GPU"),
+    "pictures": ("benchmarks.pictures", "the pictures of the documentation"),
     "report": ("benchmarks.report", "docs/benchmarks.md from benchmarks/results/*.json"),
 }
 
