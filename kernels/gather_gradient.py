@@ -1,6 +1,6 @@
-"""dx of a match: every token of x gathers the tokens that won for it; with unit rows given, through the normalisation.
+"""dx of a match: every token of x gathers the tokens that won for it; with tokens given, through the normalisation.
 
-    dx(dsim [Bx, Be] float32, matches [Bx, Be, P], e [Be, Q, D], rows, row_count, out [Bx, P, D], tokens, inverse) -> out
+    dx(dsim [Bx, Be] float32, matches [Bx, Be, P], e [Be, Q, D], rows, row_count, out [Bx, P, D], tokens, inverse)
 
     dx_il = sum_j w_ijl e_jk*,   w_ijl = dsim_ij p_ijl,   p and the winner k* from `matches` (pool.py made them)
 
@@ -24,7 +24,7 @@ from ._tile import load_rows
 
 # (BLOCK_OWN rows of dx, their numbers BLOCK_D, num_warps, UNROLL samples whose loads are made together)
 DX = {
-    (LARGE, "half"): (2, 512, 1, 1),
+    (LARGE, "half"): (1, 512, 1, 2),
     (LARGE, "tf32"): (2, 512, 1, 1),
     (LARGE, "ieee"): (2, 512, 1, 1),
 }
@@ -64,8 +64,10 @@ def _dx_kernel(
     dx = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
     inside = None
-    if D < BLOCK_D:
+    other = None
+    if D < BLOCK_D:  # a sum over all of a row follows: what is beyond it must not be NaN
         inside = (d < D)[None, :]
+        other = 0.0
     samples = Be
     if LIST_X:
         samples = tl.where(start < tl.load(row_count_ptr), Be, 0)
@@ -77,7 +79,7 @@ def _dx_kernel(
         # Where nothing won any token stands in: it is finite, or the row gets zeros. A mask would cost an instruction
         # for every four numbers.
         token = tl.maximum(winner, 0).to(tl.int64)[:, None] * D + d[None, :]
-        e = tl.load(tokens + token, mask=inside).to(tl.float32)
+        e = tl.load(tokens + token, mask=inside, other=other).to(tl.float32)
         w = tl.where(winner >= 0, tl.load(pair, mask=row_mask, other=0.0) * weight, 0.0)
         dx += w[:, None] * e
         match += P

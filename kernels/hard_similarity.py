@@ -81,8 +81,8 @@ def add_gradients(
 ) -> None:
     """The gradient of `tokens` in place of their unit rows `units`, and of e in `de`, or added to it.
 
-    tokens and units are [Bx, P, D], inverse [Bx, P] float32 is 1 / |token| (unit_rows.py); de [Be, Q, D], float32 where more
-    is added to it. Where there are masks there are lists.
+    tokens and units are [Bx, P, D], inverse [Bx, P] float32 is 1 / |token| (unit_rows.py); de [Be, Q, D], float32 where
+    more is added to it. Where there are masks there are lists.
     """
     *_, rows, row_count = of_x = sections_of(buffer_of(x_mask, x_lists), *units.shape[:2])
     dsim = _of_tokens(dsim, pool, units.shape[1], of_x)

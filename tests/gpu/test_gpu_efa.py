@@ -36,6 +36,7 @@ SIMILARITIES += [(SHAPES[2], pool, precision) for pool in ("sum", "mean") for pr
 IMAGES = [(1, 1, 1, 16), (3, 63, 7, 64), (2, 193, 77, 96), (2, 192, 77, 512), (2, 432, 77, 768)]
 AGGREGATIONS = [(shape, precision) for shape in IMAGES for precision in ("fp32", "bf16")]
 AGGREGATIONS += [(IMAGES[2], precision) for precision in ("tf32", "fp16")]
+AGGREGATIONS += [((5, N, 29, 64), "bf16") for N in (65, 96, 128)]
 
 
 def tokens(Bx, Be, P, Q, D):
