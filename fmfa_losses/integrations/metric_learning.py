@@ -18,8 +18,8 @@ class PairLoss(Module):
 
         PairLoss(loss)(image_features, pids, ref_emb=text_features)  =  loss(image_features, text_features, pids)
 
-    Row i of embeddings and row i of ref_emb are a pair. Where ref_emb cannot be passed, as in MultipleLosses and in the
-    trainers, `stacked=True` takes images and texts in one tensor. For several processes build `loss` with gather=True;
+    Row i of embeddings and row i of ref_emb are a pair. Where ref_emb cannot be passed, as in MultipleLosses,
+    `stacked=True` takes images and texts in one tensor. For several processes build `loss` with gather=True;
     DistributedLossWrapper and CrossBatchMemory refuse this class.
 
     Args:

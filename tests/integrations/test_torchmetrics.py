@@ -90,19 +90,19 @@ def test_features_are_kept_in_the_dtype_of_the_metric():
 def test_errors():
     image, text, pids, _ = gallery()
     metric = TextToImageRetrieval()
-    with explains(TypeError, "image_features, text_features or both", "got None", "pass"):
+    with explains(TypeError, "image_features, text_features or both", "None", "pass"):
         metric.update(pids=pids)
-    with explains(TypeError, "pids must be an integer tensor", "got None"):
+    with explains(TypeError, "pids must be an integer tensor", "None"):
         metric.update(image)
-    with explains(ValueError, "pids must have shape", "text_features", "got"):
+    with explains(ValueError, "pids must have shape"):
         metric.update(image, text, pids)
     assert not metric.image_features  # nothing of a batch that raised
     metric.update(image, pids=pids)
-    with explains(ValueError, "as wide as those before", "got", "joint space"):
+    with explains(ValueError, "as wide as those before", "float32 [9, 3]", "joint space"):
         metric.update(text_features=text[:IMAGES, :3], pids=pids)
-    with explains(ValueError, "text_features must have been added", "got none", "call update"):
+    with explains(ValueError, "text_features must have been added", "none", "call update"):
         metric.compute()
-    with explains(TypeError, "normalize must be True or False", "got"):
+    with explains(TypeError, "normalize must be True or False"):
         TextToImageRetrieval(normalize=1)
 
 
