@@ -32,10 +32,10 @@ UNEQUAL = (slice(0, 3), slice(3, 8))
 PRECISION = "integrations/mixed_precision_and_fsdp.md"
 
 
-def trainee(gather: bool) -> nn.Module:
+def trainee(gather: bool, depth: int = 1) -> nn.Module:
     model = TinyCLIP()
     torch.manual_seed(9)
-    objective = FMFALoss.for_dataset("CUHK-PEDES", model.embed_dim, IDENTITIES, gather=gather)
+    objective = FMFALoss.for_dataset("CUHK-PEDES", model.embed_dim, IDENTITIES, gather=gather, irr={"depth": depth})
     return run_blocks(PRECISION, 0, 1).Trainee(model, objective)
 
 
@@ -44,9 +44,9 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(x, "full_tensor", x.clone)() for name, x in found.items()}
 
 
-def whole_step(data: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def whole_step(data: dict[str, Tensor], depth: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Values and gradients of one process with the whole batch."""
-    alone = trainee(gather=False)
+    alone = trainee(False, depth)
     out = alone(**data)
     out.loss.backward()
     return {"loss": out.loss.detach(), **out.terms, **out.metrics}, gradients(alone)
@@ -110,7 +110,7 @@ def lightning() -> dict[str, object]:
 
     quiet_lightning()
     data = training_batch()
-    values, expected = whole_step(data)
+    values, expected = whole_step(data, depth=4)
     page = run_blocks("integrations/lightning.md", 0, 1)
     kept: dict[str, Tensor] = {}
 
@@ -175,7 +175,7 @@ def silent() -> dict[str, object]:
 def with_accelerate() -> dict[str, object]:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     data = training_batch()
-    values, expected = whole_step(data)
+    values, expected = whole_step(data, depth=4)
     images, texts = ([pair for batch in side for pair in zip(*batch, strict=True)] for side in evaluation())
     start = trainee(gather=False)
     torch.manual_seed(9)
