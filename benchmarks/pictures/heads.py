@@ -10,7 +10,7 @@ from ._people import people, save
 
 __all__ = ["draw"]
 
-STEPS = 60
+STEPS = 40
 
 
 def draw(folder: Path) -> None:

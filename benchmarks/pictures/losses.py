@@ -11,10 +11,11 @@ from fmfa_losses.plot.figure import BLUE, GREEN, GREY, NORMAL, ORANGE, SMALL, VE
 
 from ._people import save
 
-__all__ = ["draw"]
+__all__ = ["COSINES", "LOSSES", "draw", "pull"]
 
 PAIRS = 16
 OWN, OTHERS = 0.5, 0.1  # cosine of a text with its own image, and with all wrong ones but one
+COSINES = torch.linspace(0.1, 0.75, 131, dtype=torch.float64).tolist()  # of a text with one wrong image
 LOSSES: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "A-SDM, alpha 10": (ASDMLoss(reduction="sum"), VERMILION, "-"),
     "SDM": (SDMLoss(reduction="sum"), BLUE, "-"),
@@ -27,11 +28,10 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], str, str]] = {
 
 def draw(folder: Path) -> None:
     """The pull at one wrong image, as its cosine rises from below the others' to above that of the own image."""
-    cosines = torch.linspace(0.1, 0.75, 261, dtype=torch.float64).tolist()
     figure = figure_class()(figsize=(6.6, 3.7), layout="constrained")
     axes = figure.subplots()
     for name, (loss, colour, line) in LOSSES.items():
-        axes.plot(cosines, [pull(loss, cosine) for cosine in cosines], line, color=colour, label=name, linewidth=1.8)
+        axes.plot(COSINES, [pull(loss, cosine) for cosine in COSINES], line, color=colour, label=name, linewidth=1.8)
     axes.axvline(OWN, color=GREY, linewidth=1)
     axes.text(OWN - 0.008, 1.03, "as similar as the own image", transform=axes.get_xaxis_transform(), ha="center",
               fontsize=SMALL, color=GREY)  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import ROOT, pictures
+from benchmarks.pictures import compat, fine_grained, losses
 from benchmarks.pictures import plot as plot_page
 from fmfa_losses import plot
 
@@ -42,6 +43,33 @@ def test_what_is_drawn_is_committed_and_on_a_page(drawn):
     assert len(set(names)) == len(names)
     assert set(names) == {file.name for file in (DOCS / "pictures").iterdir()}
     assert set(names) == NAMED
+
+
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_numbers_beside_the_picture_of_losses():
+    near = [cosine for cosine in losses.COSINES if 0.49 < cosine < 0.54]  # that of the own image is 0.5
+    sdm, asdm = (
+        max(losses.pull(losses.LOSSES[name][0], cosine) for cosine in near) for name in ("SDM", "A-SDM, alpha 10")
+    )
+    assert f"the own one, {sdm:.0f}," in page("losses")
+    assert f"then up to {asdm:.0f}," in page("losses")
+
+
+def test_numbers_beside_the_picture_of_compat():
+    paper, released = compat.weights()
+    first, second = (weight.max().item() for weight in released.values())
+    assert 10.9 < paper.max() <= 11
+    assert f"{first:.1f} at most" in page("compat")
+    assert 1.04 < second < 1.05
+    assert "above 1.05" in page("compat")
+
+
+def test_how_many_patches_pass():
+    usual, half = (f"{fine_grained.passing(sparsity):.0%}".replace("%", " %") for sparsity in (1 / 48, 0.5))
+    assert f"{usual} of the patches pass, and {half} at `sparsity=0.5`" in page("fine_grained")
 
 
 def test_the_page_of_figures_has_every_figure():
