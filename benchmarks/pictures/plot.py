@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import ROOT
 from ._people import people, save
 
@@ -27,6 +29,7 @@ def draw(folder: Path) -> None:
         "image_tokens": seen.image_tokens, "text_tokens": seen.text_tokens, "text_mask": seen.token_ids != 0,
         "image_pids": seen.image_pids, "text_pids": seen.text_pids,
     }  # fmt: skip
-    for name, code in examples().items():
-        exec(compile(code, f"docs/plot.md, {name}", "exec"), given)
-        save(given["figure"], folder / name, dpi=85)
+    with torch.random.fork_rng(devices=[]):  # an example sets the seed
+        for name, code in examples().items():
+            exec(compile(code, f"docs/plot.md, {name}", "exec"), given)
+            save(given["figure"], folder / name, dpi=85)
