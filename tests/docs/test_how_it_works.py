@@ -1,0 +1,170 @@
+"""docs/how_it_works.md and docs/faq.md: the numbers are what the library computes, and the examples run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import ROOT
+from benchmarks.pictures import how_it_works
+from benchmarks.pictures.how_it_works import COSINES, IMAGE, TEXT, WORDS, Alignment, Statistics, packed
+from fmfa_losses.functional import efa_loss, hard_similarity, sparse_aggregate
+from fmfa_losses.ops.similarity_distribution import statistics
+from fmfa_losses.ops.similarity_distribution.reference import RowLoss, similarity_distribution_loss_reference
+
+PAGE = (ROOT / "docs/how_it_works.md").read_text(encoding="utf-8")
+TINY, ROW = Alignment(), Statistics()
+
+
+def tables() -> dict[str, dict[str, list[str]]]:
+    """First cell of the head -> first cell of each row -> its other cells."""
+    found = {}
+    for block in re.findall(r"(?:^\|.*\|\n)+", PAGE, re.M):
+        rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in block.splitlines()]
+        found[rows[0][0]] = {row[0]: row[1:] for row in rows[2:]}
+    return found
+
+
+def printed(name: str, values: dict[str, list[float]] | dict[str, torch.Tensor]) -> None:
+    """The rows of a table are these numbers, in as many digits as it shows."""
+    table = tables()[name]
+    for row, numbers in values.items():
+        cells = [cell for cell in table[row] if cell]
+        numbers = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+        assert len(cells) == len(numbers)
+        for cell, number in zip(cells, numbers, strict=True):
+            digits = len(cell.partition(".")[2])
+            assert abs(float(cell) - number) <= 0.5 * 10**-digits + 1e-9, (name, row, cell, number)
+
+
+def rows_of(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(zip(WORDS[0], values, strict=True))
+
+
+def of_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Weights of given similarities: those of one-hot patches, of which the scores are the texts."""
+    return sparse_aggregate(torch.eye(6, dtype=torch.float64).expand(len(scores), -1, -1), scores)
+
+
+def test_the_aggregation_of_the_page_is_that_of_the_library():
+    s = torch.einsum("bld,bnd->bln", TEXT, IMAGE)
+    weights, joint = of_scores(s), sparse_aggregate(IMAGE, TEXT)
+    printed("s of pair 0", rows_of(s[0]))
+    printed("a of pair 0", rows_of(weights[0]))
+    printed("e of pair 0", rows_of(joint[0]))
+    torch.testing.assert_close((TINY.s, TINY.a, TINY.joint), (s, weights, joint))
+
+
+def test_the_gradient_of_a_weight_is_that_of_autograd():
+    de = torch.tensor([0.0, 1, 0, 0], dtype=torch.float64)
+    scores = TINY.s[:1].clone().requires_grad_()
+    (of_scores(scores)[0, 1] @ IMAGE[0] @ de).backward()
+    da, ds = TINY.ds(de)
+    printed('"red", de = (0, 1, 0, 0)', {"da": IMAGE[0] @ de, "ds": scores.grad[0, 1]})
+    torch.testing.assert_close((da, ds), (IMAGE[0] @ de, scores.grad[0, 1]))
+
+
+def test_matches_pools_and_loss_are_those_of_the_library():
+    joint = sparse_aggregate(IMAGE, TEXT)
+    cosines = torch.einsum("ild,jkd->ijlk", F.normalize(TEXT, dim=2), F.normalize(joint, dim=2))
+    # A sample of one word has the best match of this word as its sum.
+    best = hard_similarity(TEXT[0].unsqueeze(1), joint, pool="sum").T
+    printed("cosines of text 0 with e of pair 0", rows_of(cosines[0, 0]))
+    printed("best match", {"text 0, pair 0": best[0], "text 0, pair 1": best[1]})
+    sims = [hard_similarity(x, joint) for x in (TEXT, IMAGE)]
+    names = [f"{name} {i}" for name in ("text", "image") for i in range(2)]
+    printed("S", dict(zip(names, torch.cat(sims), strict=True)))
+    loss = efa_loss(IMAGE, TEXT)
+    printed("loss", {"EFA": [loss.item()]})
+    torch.testing.assert_close((TINY.text_sim, TINY.image_sim, TINY.terms().sum(0).mean()), (*sims, loss))
+
+
+def test_a_match_in_one_integer():
+    best = TINY.text_cos[0, 0].max(dim=1)
+    for word, value, winner in zip(WORDS[0], best.values.tolist(), best.indices.tolist(), strict=True):
+        cells = tables()["match of text 0 with pair 0"][word]
+        assert cells == [f"{value:.4f}", str(winner), *packed(value, winner)]
+        number = torch.tensor([int(cells[2].replace(" ", ""), 16)])  # what the kernels load
+        assert (number & 0xFFFFFFFF).item() == winner
+        assert (number >> 32).int().view(torch.float32).item() == pytest.approx(value, rel=1e-7)
+
+
+def test_weights_and_lists_are_the_gradient_of_the_loss():
+    joint = sparse_aggregate(IMAGE, TEXT).requires_grad_()
+    text_sim, image_sim = (hard_similarity(x, joint) for x in (TEXT, IMAGE))
+    sims = [text_sim, text_sim.T, image_sim, image_sim.T]
+    loss = torch.stack([s.flip(1).diagonal() - s.diagonal() + 0.1 for s in sims]).sum(0).mean()
+    torch.testing.assert_close(loss, efa_loss(IMAGE, TEXT))
+    (through_texts,) = torch.autograd.grad(loss, text_sim, retain_graph=True)
+    torch.testing.assert_close(through_texts, 1 - 2 * torch.eye(2, dtype=torch.float64))
+
+    winners, starts, lists = TINY.lists(0)
+    weights = TINY.weights()[:, 0].flatten()
+    printed("w with pair 0", {"winner": [float(w) for w in winners], "weight": weights})
+    table = tables()["lists of pair 0"]
+    assert table["starts"] == [" ".join(map(str, starts))]
+    for word, rows in zip(WORDS[0], lists, strict=True):
+        assert table[word] == [" ".join(map(str, rows))]
+
+    # The sums of the lists are the gradient of the unit joint embeddings of pair 0, through the texts.
+    unit = F.normalize(joint.detach(), dim=2).requires_grad_()
+    (hard_similarity(TEXT, unit) * through_texts).sum().backward()
+    texts = F.normalize(TEXT, dim=2).flatten(0, 1)
+    for k, rows in enumerate(lists):
+        along = sum(weights[r] * texts[r] for r in rows)
+        own = unit[0, k].detach()
+        torch.testing.assert_close(unit.grad[0, k], along - own * (own @ along))
+
+
+def test_the_order_of_a_sum_changes_its_bits():
+    rows = dict(zip((2, 5, 6), TINY.parts(0, 2, 2), strict=True))
+    table = tables()['"jeans" of pair 0, its number "blue"']
+    for row, part in rows.items():
+        assert table[f"row {row}"] == [f"{part.item():.8f}"]
+    for order in ("2 + 5 + 6", "5 + 6 + 2"):
+        first, second, third = (rows[int(row)] for row in order.split(" + "))
+        total = (first + second) + third
+        assert table[order] == [f"{total.item():.8f}", f"{total.view(torch.int32).item():08X}"]
+
+
+def test_the_row_of_a_sdm_is_that_of_the_library():
+    spec = RowLoss(alpha=10.0, both=False, reduction="none")
+    z = (50 * COSINES[:1]).requires_grad_()
+    same = torch.eye(4, dtype=torch.bool)[:1]
+    total = torch.ones(1, 1, dtype=torch.float64)
+    blocks = [
+        statistics.of(z[:, c], statistics.Labels(same[:, c], None, 0.3, 1e-8), total, spec, first=c.start)
+        for c in (slice(0, 2), slice(2, 4))
+    ]
+    merged = statistics.merge(*blocks, spec)
+    loss, final = statistics.finalize(merged, spec)
+    index = (merged.top_index, merged.positive_index)
+    dz = statistics.dlogits(
+        z, statistics.Labels(same, None, 0.3, 1e-8), total, final, index, torch.ones_like(loss), spec
+    )
+    numbers = {
+        name: [x.top.item(), x.sum_e.item(), x.excess.item()]
+        for name, x in zip(("block 0", "block 1", "merged"), (*blocks, merged), strict=True)
+    }
+    printed("statistics", numbers)
+    printed("row of text 0", {"p": z.softmax(1)[0].detach(), "dz": dz[0].detach()})
+    gap = final.gap.item()
+    printed("result", {"KL": [final.third.item()], "gap": [gap], "weight": [1 + 10 * gap], "loss": [loss.item()]})
+    assert ROW.loss == pytest.approx(loss.item()) and ROW.p.tolist() == pytest.approx(z.softmax(1)[0].tolist())
+
+    # The same row from features whose cosines are these, by the specification.
+    images = torch.eye(4, 5, dtype=torch.float64)
+    texts = torch.cat([COSINES, (1 - COSINES.square().sum(1, keepdim=True)).sqrt()], dim=1)
+    rows = similarity_distribution_loss_reference(
+        texts, images, torch.arange(4), logit_scale=50.0, alpha=10.0, both=False, reduction="none"
+    )
+    assert rows[0].item() == pytest.approx(loss.item())
+
+
+def test_every_figure_is_drawn_and_named(tmp_path: Path):
+    how_it_works.draw(tmp_path)
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn == set(re.findall(r"\(pictures/(how_\w+\.png)\)", PAGE))
+    assert all(file.stat().st_size < 120_000 for file in tmp_path.glob("*.png"))
