@@ -1,5 +1,6 @@
 """docs/how_it_works.md and docs/faq.md: the numbers are what the library computes, and the examples run."""
 
+import math
 import re
 from pathlib import Path
 
@@ -10,18 +11,29 @@ import torch.nn.functional as F
 from benchmarks import ROOT
 from benchmarks.pictures import how_it_works
 from benchmarks.pictures.how_it_works import COSINES, IMAGE, TEXT, WORDS, Alignment, Statistics, packed
-from fmfa_losses.functional import efa_loss, hard_similarity, sparse_aggregate
+from fmfa_losses import FMFALoss, IRRHead, functional, mask_tokens
+from fmfa_losses.cached import cached_backward
+from fmfa_losses.functional import (
+    asdm_loss,
+    efa_loss,
+    hard_similarity,
+    itc_loss,
+    sdm_loss,
+    sparse_aggregate,
+    tal_loss,
+)
 from fmfa_losses.ops.similarity_distribution import statistics
 from fmfa_losses.ops.similarity_distribution.reference import RowLoss, similarity_distribution_loss_reference
+from fmfa_losses.retrieval import similarity_metrics
 
-PAGE = (ROOT / "docs/how_it_works.md").read_text(encoding="utf-8")
+PAGE, FAQ = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("how_it_works.md", "faq.md"))
 TINY, ROW = Alignment(), Statistics()
 
 
-def tables() -> dict[str, dict[str, list[str]]]:
+def tables(page: str = PAGE) -> dict[str, dict[str, list[str]]]:
     """First cell of the head -> first cell of each row -> its other cells."""
     found = {}
-    for block in re.findall(r"(?:^\|.*\|\n)+", PAGE, re.M):
+    for block in re.findall(r"(?:^\|.*\|\n)+", page, re.M):
         rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in block.splitlines()]
         found[rows[0][0]] = {row[0]: row[1:] for row in rows[2:]}
     return found
@@ -168,3 +180,136 @@ def test_every_figure_is_drawn_and_named(tmp_path: Path):
     drawn = {file.name for file in tmp_path.glob("*.png")}
     assert drawn == set(re.findall(r"\(pictures/(how_\w+\.png)\)", PAGE))
     assert all(file.stat().st_size < 120_000 for file in tmp_path.glob("*.png"))
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+
+
+def a_batch(pairs: int = 4, width: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Features, tokens and persons under the names of the pages."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"image": (), "text": (), "image_tokens": (6,), "text_tokens": (5,)}
+    batch = {name: torch.randn(pairs, *size, width, generator=generator) for name, size in sizes.items()}
+    return {**batch, "pids": torch.arange(pairs)}
+
+
+class TwoTowers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(64, 16, dtype=torch.float64)
+
+    def forward(self, images: torch.Tensor, captions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.encoder(images), self.encoder(captions)
+
+
+def test_the_examples_run():
+    batch = a_batch()
+    for name in ("image", "text"):
+        batch[name].requires_grad_()
+    objective = FMFALoss(embed_dim=64, num_identities=4, vocab_size=100, irr={"depth": 1})
+    names = ("image", "text", "image_tokens", "text_tokens", "pids")
+    namespace = {
+        "torch": torch, "FMFALoss": FMFALoss, "mask_tokens": mask_tokens, "cached_backward": cached_backward,
+        **{name: getattr(functional, name) for name in functional.__all__}, **batch,
+        "images": batch["image"].detach().double(), "captions": batch["text"].detach().double(),
+        "caption_ids": torch.tensor([[49406, 320, 786, 49407, 0]]), "model": TwoTowers(), "objective": objective,
+        "out": objective(*(batch[name] for name in names)),
+    }  # fmt: skip
+    outside = asdm_loss(batch["image"], batch["text"], batch["pids"])
+    for block in examples(PAGE) + examples(FAQ):
+        exec(block, namespace)
+        if "autocast" in block:
+            assert torch.equal(namespace["loss"], outside)
+    assert namespace["joint"].shape == (4, 5, 64)
+    assert namespace["objective"].gather is False and namespace["objective"].irr.vocab_size == 32000
+    assert not any(term.requires_grad for term in namespace["log"].values())
+    assert (namespace["high"] - namespace["low"]).item() == pytest.approx(1, rel=1e-4)
+    assert namespace["log_scale"].grad.isfinite() and abs(namespace["difference"].item()) < 1e-4
+    assert len(namespace["optimizer"].param_groups[0]["params"]) > 2 + len(list(objective.identity.parameters()))
+    assert namespace["masked_ids"].shape == (1, 5) and namespace["caption_ids"][0, 1] == 320
+
+
+def test_values_at_the_start():
+    batch = a_batch(64, 512)
+    image, text, pids = batch["image"], batch["text"], batch["pids"]
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(64, count, 64, generator=generator) for count in (192, 77)]
+    expected = {
+        "ITC": itc_loss(image, text),
+        "SDM": sdm_loss(image, text, pids),
+        "A-SDM": asdm_loss(image, text, pids),
+        "EFA": efa_loss(*tokens),
+        "ID, 11003 persons": math.log(11003),
+        "IRR": math.log(49408),
+    }
+    table = tables(FAQ)["at the start"]
+    for name, value in expected.items():
+        assert float(table[name][0]) == pytest.approx(float(value), rel=0.05), name
+
+
+def plain_sdm(image: torch.Tensor, text: torch.Tensor, pids: torch.Tensor) -> torch.Tensor:
+    """IRRA's formula in the dtype of its inputs."""
+    labels = (pids[:, None] == pids).to(image.dtype)
+    q = (labels / labels.sum(1, keepdim=True) + 1e-8).log()
+    z = 50 * F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
+    return sum((z.softmax(1) * (z.log_softmax(1) - q)).sum(1).mean() for z in (z, z.T))
+
+
+def test_what_the_faq_says_of_nan_and_rounding():
+    batch = a_batch(64, 512)
+    image, text, pids = batch["image"], batch["text"], batch["pids"]
+    exact = plain_sdm(image.double(), text.double(), pids)
+    assert sdm_loss(image.double(), text.double(), pids).item() == pytest.approx(exact.item(), rel=1e-12)
+    for value in (plain_sdm(image, text, pids), sdm_loss(image, text, pids)):
+        assert value.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert not plain_sdm(image.half(), text.half(), pids).isfinite()
+    assert sdm_loss(image.half(), text.half(), pids).item() == pytest.approx(exact.item(), rel=1e-3)
+
+    assert torch.tensor(1e-8).half() == 0 and torch.tensor(1e-3).half() > 0  # Adam's eps
+    assert torch.tensor(100.0).exp() == torch.inf
+    assert tal_loss(torch.eye(4), torch.eye(4).roll(1, 0), pids[:4], temperature=0.01).item() == pytest.approx(2.2)
+    worst = asdm_loss(torch.eye(64), torch.eye(64).roll(1, 0), pids)
+    assert worst.item() == pytest.approx(405, abs=1) and 22 * -math.log(1e-8) == pytest.approx(405, abs=1)
+
+    tokens = torch.randn(2, 3, 64)
+    with pytest.raises(ValueError, match="ignore_index"):
+        IRRHead(64, 100, depth=1)(tokens, tokens, torch.full((2, 3), -100))
+    assert IRRHead(64, 100, depth=1)(tokens, tokens, torch.zeros(2, 3, dtype=torch.long)).loss == 0
+
+
+def test_what_the_faq_says_of_small_batches():
+    batch = {name: x.double() for name, x in a_batch(64).items()}
+    images, captions, pids = batch["image"], batch["text"], torch.arange(64)
+    model = TwoTowers()
+
+    def gradient(run) -> torch.Tensor:
+        model.zero_grad()
+        run()
+        return model.encoder.weight.grad.clone()
+
+    chunks = list(zip(images.split(8), captions.split(8), strict=True))
+    whole = gradient(lambda: sdm_loss(*model(images, captions), pids).backward())
+    accumulated = gradient(lambda: [(sdm_loss(*model(*chunk), pids[:8]) / 8).backward() for chunk in chunks])
+    cached = gradient(lambda: cached_backward(model, chunks, lambda i, t: sdm_loss(i, t, pids)))
+    assert (cached - whole).norm() < 1e-12 * whole.norm()
+    assert (accumulated - whole).norm() > whole.norm()
+
+
+@pytest.mark.parametrize(("patches", "words", "width"), [(256, 77, 768), (196, 64, 768), (576, 248, 1024)])
+def test_other_models(patches, words, width):
+    image, text = (torch.randn(2, count, width) for count in (patches, words))
+    assert efa_loss(image, text).isfinite()
+    assert IRRHead(width, 100, depth=1).num_heads == width // 64
+
+
+def test_average_precision_both_ways():
+    ranks, i = torch.tensor([1.0, 2, 4, 7]), torch.arange(1, 5)
+    precision = i / ranks
+    before = torch.where(ranks > 1, (i - 1) / (ranks - 1).clamp(min=1), 1)
+    numbers = f"{precision.mean():.3f} and {((precision + before) / 2).mean():.3f}"
+    assert f"1, 2, 4 and 7 give {numbers}" in FAQ
+    similarity = -torch.arange(1.0, 9).unsqueeze(0)  # the gallery in its order
+    persons = torch.tensor([1, 1, 0, 1, 0, 0, 1, 0])
+    metrics = similarity_metrics(similarity, torch.tensor([1]), persons)
+    assert metrics.mAP / 100 == pytest.approx(precision.mean().item(), rel=1e-5)
