@@ -28,7 +28,7 @@ def bits(x: torch.Tensor) -> str:
 
 
 def _lists(folder: Path, tiny: Alignment) -> None:
-    board = Board(4.9, "10  Sort the rows by winner")
+    board = Board(4.9, "11  Sort the rows by winner")
     winners, starts, lists = tiny.lists(0)
     colours = [shade(c, 0.35) for c in (BLUE, ORANGE, GREEN, VERMILION)]
     board.text(0.15, 0.68, "row", size=10.5, colour=GREY)
@@ -60,7 +60,7 @@ def _lists(folder: Path, tiny: Alignment) -> None:
 
 
 def _orders(folder: Path, tiny: Alignment) -> None:
-    board = Board(4.5, "11  The order of a sum changes its bits")
+    board = Board(4.5, "10  The order of a sum changes its bits")
     parts = tiny.parts(0, TOKEN, FEATURE)
     rows = tiny.lists(0)[2][TOKEN]
     board.text(
