@@ -63,6 +63,7 @@ PAGES = {
     "compiled": ("kernels.md", "What the compiler gives for every kernel"),
     "host": ("kernels.md", "Host time of a step"),
     "step": ("kernels.md", "One training step: kernels, launches, bytes"),
+    "gpu-earlier": ("kernels.md", "Earlier runs on a GPU, of other kernels"),
     "tuned": ("kernels.md", "Entries of the block tables"),
 }
 
