@@ -20,8 +20,8 @@ def main(argv: list[str] | None = None) -> int:
         "this library replaces, with what to write instead. Never edits, imports or runs them.",
         epilog="Exit codes: 0, all is well; 1, the self-test fails, or FMFA_LOSSES_BACKEND names a backend that runs "
         "on no device here; 2, a wrong argument; 3, with --check alone: there is a line to replace. It imports nothing "
-        "from the folder in which it is started, as far as Python lets it: start it with python -I -m fmfa_losses where "
-        "you do not trust that folder.",
+        "from the folder in which it is started, as far as Python lets it: start it with python -I -m fmfa_losses "
+        "where you do not trust that folder.",
     )
     doctor.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a Python file or notebook, or a folder")
     doctor.add_argument("--json", action="store_true", help="print one JSON object, described in docs/doctor.md")

@@ -60,6 +60,7 @@ NOT_PUBLISHED = [
     "order = importance_scores.argsort(descending=True)",
     "order = np.argsort(-distmat, axis=1)\nmatches = g_pids[order] == q_pids[:, None]",
     "order = torch.argsort(lengths)\nmatches = ids[order] == q_pids[:, None]",  # shortest first
+    "order = torch.argsort(preds, descending=True)\nmatches = targets[order] == positive",  # of one query
     "order = torch.argsort(similarity, dim=1, descending=True)\nnearest = order[:, :5]",  # neighbours, no metric
     "import torch\nrank = torch.distributed.get_rank()\nrank(distmat, q_pids, g_pids)",
     "from m import rank\nrank(distmat, q_pids, g_pids)",  # distances or similarities: nothing says it

@@ -171,6 +171,7 @@ def write(folder, *names, text="compute_cmpm(a, b, c)"):
         (Limits(entries=4), "the limit of 4 names in folders"),
         (Limits(size=60), "the limit of 60 bytes"),
         (Limits(seconds=0.0), "the limit of 0 s"),
+        (Limits(calls=2), "the limit of 2 calls"),
     ],
 )
 def test_a_tree_beyond_a_limit_is_read_up_to_it(tmp_path, limits, words):

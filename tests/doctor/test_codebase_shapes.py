@@ -156,6 +156,24 @@ def test_methods(tmp_path):
         close(eval(write.replace("gather=True", "gather=False"), known), expected)  # here one process alone
 
 
+def test_an_inherited_method(tmp_path):
+    """Of a base class that a package hands on; a method that the class has itself is another one."""
+    files = {
+        "models/__init__.py": "from models.base import Losses\nfrom models.middle import Middle\n",
+        "models/base.py": f"import torch\nimport torch.nn.functional as F\n{METHODS}",
+        "models/middle.py": "from models import Losses\nclass Middle(Losses):\n    def other(self):\n        pass\n",
+        "models/retrieval.py": "from models import Middle\nclass Retrieval(Middle):\n    def forward(self, v, t, p):\n"
+        "        return self.contrast(v, t, ids=p), self.other_loss(v)\n",
+        "models/own.py": "from models import Middle\nclass Own(Middle):\n    def contrast(self, a, b):\n"
+        "        return 0\n    def forward(self, v, t):\n        return self.contrast(v, t)\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = [item for item in examine(tmp_path).findings if item.file.name != "base.py"]
+    assert [(item.file.name, item.line, item.name) for item in found] == [("retrieval.py", 4, "nitc_gather")]
+
+
 def test_soft_labels_and_two_views(tmp_path):
     found = examined(tmp_path, SOFT)
     assert [finding.name for finding in found] == ["unit_nitc_soft", "unit_simclr"]

@@ -213,6 +213,32 @@ def evaluate(a, b, x, y, reranked, pids, g):
 """
     (tmp_path / "build.py").write_text(source)
     first, second = examine(tmp_path).findings
+    assert "fused" in first.suggestions[1].why
     assert [s.write for s in first.suggestions][1:] == ["similarity_metrics(similarity, pids, g)"]
     assert [s.write for s in second.suggestions][1:] == ["similarity_metrics(reranked + a @ b.t(), pids, g)"]
     assert "fused" in second.suggestions[1].why
+
+
+CHANGES = [
+    "s += b",
+    "s = s + b",
+    "s[b] = 0",
+    "s.add_(b)",
+    "for s in b:\n        pass",
+    "s, c = b",
+    "if b:\n        s = rerank(s)",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_scores_that_were_changed_are_no_product_of_features(tmp_path, change):
+    source = f"""
+from utils.metrics import rank
+
+def evaluate(x, y, b, pids, g):
+    s = x @ y.t()
+    {change}
+    return rank(similarity=s, q_pids=pids, g_pids=g)
+"""
+    finding = suggestions_for(tmp_path, source)
+    assert [s.write for s in finding.suggestions][1:] == ["similarity_metrics(s, pids, g)"]

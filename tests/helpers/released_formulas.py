@@ -139,7 +139,7 @@ def compute_rbs(
     return tuple(t if loss_type in ("TAL", "TRL") else t / label_hat.sum() for t in totals)
 
 
-def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):  # noqa: N803
+def rank(similarity, q_pids, g_pids, max_rank=10, get_mAP=True):
     order = similarity.argsort(dim=1, descending=True)
     matches = g_pids[order] == q_pids[:, None]
     cmc = 100 * (matches[:, :max_rank].cumsum(1) > 0).float().mean(0)

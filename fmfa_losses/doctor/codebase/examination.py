@@ -4,7 +4,6 @@ A published name is taken for the published function when the call fits its para
 definition, so do the definition's. Where the body differs from the published equation, the finding says so.
 """
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -41,6 +40,7 @@ def examine(path: Path, limits: Limits | None = None) -> Examination:
     """
     found = Examination(path)
     limits = limits or Limits()
+    calls = 0
     tree = Tree(path)
     parser = Parser()
     try:
@@ -57,8 +57,13 @@ def examine(path: Path, limits: Limits | None = None) -> Examination:
                     found.unreadable.append(Unreadable(file, unread))
                 if facts is not None:
                     tree.add(file, facts)
+                    calls += sum(len(facts[kind]) for kind in ("calls", "rankings", "aggregations"))
                     if facts["cut"]:
                         found.left_out.append(LeftOut(file, "more calls than a report needs: the rest was left out"))
+                if calls >= limits.calls:
+                    reason = f"the limit of {limits.calls} calls is reached: what comes after was not read"
+                    found.left_out.append(LeftOut(file, reason))
+                    break
     finally:
         parser.end()
     for file, facts in tree.files.items():
@@ -92,10 +97,13 @@ def _judge_call(
 ) -> None:
     callee = call["callee"]
     name = ALIASES.get(callee["name"], callee["name"])
-    definition = None if call["method"] else tree.definition(file, callee)
-    shapes = call["shapes"] or (definition or {}).get("shapes", [])
+    if call["class"] is not None:
+        definition, shapes = None, tree.method(file, call["class"], callee["name"])
+    else:
+        definition = tree.definition(file, callee)
+        shapes = call["shapes"] or (definition or {}).get("shapes", [])
     imported = _imported(imports, call) if callee["module"] is not None else None
-    if call["method"] or name not in PUBLISHED:
+    if call["class"] is not None or name not in PUBLISHED:
         found = shape_advice(shapes, call) if shapes and shapes[0]["name"] not in ("identity", "words") else None
         if found is not None:  # cross-entropies are everywhere: by the published names alone
             findings.append(_finding(file, call, *found))
@@ -116,8 +124,10 @@ def _judge_call(
         passed = "(" + call["code"].partition("(")[2]
         suggestions = (Suggestion(f"compat.{module}.{name}{passed}", True, "its arguments are unpacked: not read"),)
         returns = "what the published function returns"
-    findings.append(_finding(file, call, name, returns, suggestions, _note(name, definition)))
+    note = _note(name, definition)
+    findings.append(_finding(file, call, name, returns, suggestions, note))
     if imported is not None:
+        imported.notes += [note] if note else []
         if callee["name"] in ALIASES:
             imported.renamed[callee["name"], name].append(call["line"])
         if imported.names:
@@ -166,16 +176,7 @@ def _arguments(call: dict[str, Any], name: str) -> tuple[dict[str, str], str]:
     published = PUBLISHED[name]
     given = dict(zip(published.parameters, call["arguments"], strict=False)) | call["keywords"]
     passed = [*call["arguments"], *(f"{key}={value}" for key, value in call["keywords"].items())]
-    return published.defaults | {key: _operand(value) for key, value in given.items()}, f"({', '.join(passed)})"
-
-
-def _operand(text: str) -> str:
-    """Text that may stand between commas: a generator or a walrus is bracketed."""
-    try:
-        node = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # cut off
-        return text
-    return f"({text})" if isinstance(node, (ast.GeneratorExp, ast.NamedExpr)) and text[0] != "(" else text
+    return published.defaults | given, f"({', '.join(passed)})"
 
 
 def _note(name: str, definition: dict[str, Any] | None) -> str:

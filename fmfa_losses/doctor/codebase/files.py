@@ -61,12 +61,14 @@ class Limits:
 
     Args:
         entries: names in folders. files: Python files and notebooks. size: their bytes. seconds: of all.
+        calls: of interest, in all files.
     """
 
     entries: int = 1_000_000
     files: int = 20_000
     size: int = 2**29
     seconds: float = 300.0
+    calls: int = 20_000
     begun: float = field(default_factory=time.monotonic)
 
     def reached(self, entries: int, files: int, size: int) -> str | None:

@@ -77,6 +77,7 @@ class Import:
     Args:
         write: the lines to write, in order. keep: whether the codebase's own import stays.
         calls: what this library has. missing: what it lacks.
+        notes: what to look at before the import is changed.
     """
 
     file: Path
@@ -86,6 +87,7 @@ class Import:
     keep: bool
     calls: tuple[Calls, ...]
     missing: tuple[Missing, ...] = ()
+    notes: tuple[str, ...] = ()
     cell: int | None = None
 
 

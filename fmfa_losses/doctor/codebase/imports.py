@@ -24,6 +24,7 @@ class Imported:
     called: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # names that compat has
     aliases: dict[str, str] = field(default_factory=dict)  # what a function that is imported by name is called
     missing: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))  # (name, why)
+    notes: list[str] = field(default_factory=list)
     renamed: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))  # (there, here)
 
 
@@ -52,13 +53,14 @@ def import_advice(file: Path, imported: Imported) -> Import:
     keep = bool(imported.missing) or imported.star
     write = _by_name(grouped, imported.aliases) if imported.names else _by_module(grouped, imported, keep)
     missing = tuple(Missing(name, tuple(lines), why) for (name, why), lines in sorted(imported.missing.items()))
+    notes = tuple(dict.fromkeys(imported.notes))
     renamed = {line: there for (there, _), lines in imported.renamed.items() for line in lines}
     calls = tuple(
         Calls(_called(module, imported, len(grouped) > 1 or keep) + imported.aliases.get(name, name), module, name,
               tuple(sorted(lines)), next((renamed[line] for line in lines if line in renamed), name))
         for module, names in grouped.items() for name, lines in names.items()
     )  # fmt: skip
-    return Import(file, imported.line, imported.code, tuple(write), keep, calls, missing, imported.cell)
+    return Import(file, imported.line, imported.code, tuple(write), keep, calls, missing, notes, imported.cell)
 
 
 def _called(module: str, imported: Imported, aliased: bool) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .findings import Suggestion
+from .suggestions import operand
 
 __all__ = ["ranking_advice"]
 
@@ -40,4 +41,4 @@ def _ranks(ranking: dict[str, Any]) -> str:
     """All ranks up to a literal max_rank; the default, 1, 5 and 10, are those that the table shows."""
     positional = ranking["arguments"][3:4]
     given = ranking["keywords"].get("max_rank") or (positional[0] if positional else "10")
-    return "" if given == "10" else f", ranks=range(1, {given} + 1)"
+    return "" if given == "10" else f", ranks=range(1, {operand(given)} + 1)"

@@ -9,19 +9,23 @@ from .findings import Examination, Finding, Import
 __all__ = ["SCHEMA", "as_dict", "as_text"]
 
 SCHEMA = 1  # goes up when a field changes its meaning or goes away; new fields may come at any time
-HEADING = "Names are those of fmfa_losses, its functional and retrieval, and `from fmfa_losses import compat`."
+IMPORTS = "The same values by the import:"
+LINES = "Line by line, in names of fmfa_losses, its functional and retrieval, and `from fmfa_losses import compat`:"
 
 
 def as_text(found: Examination) -> Iterator[str]:
-    """The lines of the report."""
-    if not found.findings and not any(item.missing for item in found.imports):
+    """The lines of the report: imports, which change the least, then line by line, then what was not read."""
+    if not found.findings:
         yield f"{found.path}: no call that this library replaces"
-    elif found.findings:
-        yield HEADING
-    for finding in found.findings:
-        yield from _finding(finding)
+    if found.imports:
+        yield IMPORTS
     for item in found.imports:
         yield from _import(item)
+    if found.findings:
+        yield from [""] * bool(found.imports)
+        yield LINES
+    for finding in found.findings:
+        yield from _finding(finding)
     for unread in found.unreadable:
         yield f"{unread.file}: not read: {unread.reason}"
     for left_out in found.left_out:
@@ -46,15 +50,16 @@ def _finding(finding: Finding) -> Iterator[str]:
 
 def _import(item: Import) -> Iterator[str]:
     yield _where(item)
-    if not item.missing and not item.keep and len(item.write) == 1:
-        yield f"    all of it     {item.write[0]}"
-    else:
-        yield f"    write {'below' if item.keep else 'for it':<8}{'; '.join(item.write)}"
+    one = len(item.write) == 1
+    yield f"    {'write below' if item.keep else 'write':<13} {item.write[0]}"
+    yield from (f"                  {line}" for line in item.write[1:])
     for call in item.calls:
-        if item.keep or len(item.write) > 1 or call.there != call.name:
+        if item.keep or not one or call.there != call.name:
             yield f"    call          {call.write} for {call.there}, {_lines(call.lines)}"
     for missing in item.missing:
         yield f"    keep yours    {missing.name}, {_lines(missing.lines)}: {missing.why}"
+    for note in item.notes:
+        yield f"    first         {note}"
 
 
 def _lines(lines: Iterable[int]) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .findings import Suggestion
-from .suggestions import advice
+from .suggestions import advice, operand
 
 __all__ = ["SHAPES", "chosen", "shape_advice"]
 
@@ -47,7 +47,7 @@ def shape_advice(shapes: list[dict[str, Any]], call: dict[str, Any]) -> tuple[st
     # An attribute, self.epsilon, is one in the class alone; a parameter must be passed.
     at = {key: given.get(name, name) for key, name in shape["arguments"].items()}
     free = [name for name in shape["arguments"].values() if "." in name and not name.replace(".", "").isdigit()]
-    if (free and not call["method"]) or any(at[k] in shape["parameters"] and at[k] not in given for k in at):
+    if (free and call["class"] is None) or any(at[k] in shape["parameters"] and at[k] not in given for k in at):
         return None
     name = shape["name"]
     if name in PARAMETERS:
@@ -67,7 +67,7 @@ def _of_loss(name: str, at: dict[str, str], call: dict[str, Any]) -> Suggestion 
     gather = ALL.removeprefix("; ")
     if name in ("itc_gather", "nitc_gather"):
         features = f"{at['image']}, {at['text']}"
-        scale = f"logit_scale=1 / {at['inverse']}"
+        scale = f"logit_scale=1 / {operand(at['inverse'])}"
         if name == "itc_gather":
             return Suggestion(f"ITCLoss(gather=True)({features}, {scale})", True, gather)
         write = f'ITCLoss(targets="identity", gather=True)({features}, {at["pids"]}, {scale})'

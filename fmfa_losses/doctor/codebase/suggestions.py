@@ -6,7 +6,7 @@ from typing import NamedTuple
 from .findings import Suggestion
 from .source.published import PUBLISHED
 
-__all__ = ["Advice", "advice"]
+__all__ = ["Advice", "advice", "operand"]
 
 SUM = "a scalar, the sum of both directions, each a mean over the batch"
 VECTOR = "[B], of every pair the sum of both directions"
@@ -24,6 +24,11 @@ class Advice(NamedTuple):
 def advice(name: str, call: str, arguments: Arguments) -> Advice:
     """For a call of `name`: the text of every argument, defaults too; `call` is what it passes, in brackets."""
     return RULES[name](call, arguments)
+
+
+def operand(text: str) -> str:
+    """Text that may stand beside an operator: in brackets unless it is a name, an attribute or a number."""
+    return text if text.replace(".", "").replace("_", "").isalnum() else f"({text})"
 
 
 def _same(write: str, why: str = "") -> Suggestion:
@@ -146,7 +151,7 @@ def _efa(call: str, a: Arguments) -> Advice:
 
 # RDE
 
-OVERFLOW = "there exponentials overflow to NaN from a similarity of 88 tau on, here they do not"
+OVERFLOW = "without the overflow to NaN from a similarity of 88 tau on"
 
 
 def _tal_per(call: str, a: Arguments) -> Advice:
@@ -163,8 +168,8 @@ def _trl_per(call: str, a: Arguments) -> Advice:
             _same(f'trl_loss_from_scores({given}, negatives="released", reduction="none")', OVERFLOW),
             _other(
                 f'trl_loss_from_scores({given}, reduction="none")',
-                "the paper's negatives; there positives count among them with similarity 0, which is more than a negative "
-                "below 0",
+                "the paper's negatives; here positives count among them, with similarity 0: another value where all "
+                "negatives are below 0",
             ),
         ),
     )

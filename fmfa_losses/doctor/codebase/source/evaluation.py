@@ -69,10 +69,11 @@ def inline(function: ast.AST) -> tuple[ast.expr, dict[str, Any]] | None:
         compared = _compared(node)
         for one, other in (compared, compared[::-1]) if compared else ():
             taken = ranked.get(one.id) if isinstance(one, ast.Name) else _taken(one, orders)
-            if taken is not None:
+            queries = _column(other)
+            if taken is not None and queries is not None:
                 call, scores = orders[taken[1]]
                 return scores, {"line": call.lineno, "code": ast.unparse(call)[:300], "inline": True, "callee": None,
-                        "scores": ast.unparse(scores), "queries": _column(other), "gallery": taken[0],
+                        "scores": ast.unparse(scores), "queries": queries, "gallery": taken[0],
                         "function": getattr(function, "name", None)}  # fmt: skip
     return None
 
@@ -116,15 +117,17 @@ def _compared(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
     return None
 
 
-def _column(node: ast.expr) -> str:
-    """The ids of `ids.view(-1, 1)`, `ids[:, None]` and the like."""
+def _column(node: ast.expr) -> str | None:
+    """The ids of `ids.view(-1, 1)`, `ids[:, None]` and the like: without a column one query alone is compared."""
+    column = False
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         if node.func.attr not in ("view", "reshape", "unsqueeze", "to", "expand_as", "cpu"):
             break
+        column |= node.func.attr in ("view", "reshape", "unsqueeze")
         node = node.func.value
     if isinstance(node, ast.Subscript) and "None" in ast.unparse(node.slice):
-        node = node.value
-    return ast.unparse(node)
+        return ast.unparse(node.value)
+    return ast.unparse(node) if column else None
 
 
 # Where scores come from

@@ -50,11 +50,30 @@ def product(node: ast.expr) -> tuple[ast.expr, ast.expr] | None:
 
 
 def values(function: ast.AST) -> Values:
-    """What each name is assigned in a function's own statements, in their order."""
+    """What each name is assigned in a function's own statements, in their order; a change in place is a None."""
     found = Values()
-    for name, node in assignments(function):
-        found.setdefault(name, []).append(node.value)
+    simple: set[ast.AST] = set()
+    for node in own_nodes(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            simple.add(node.targets[0])
+            found.setdefault(node.targets[0].id, []).append(node.value)
+        elif node not in simple and (changed := _changed(node)) is not None:
+            found.setdefault(changed, []).append(ast.Constant(None))
     return found
+
+
+def _changed(node: ast.AST) -> str | None:
+    """The name that `x += y`, `x[i] = y`, `for x in y` or `x.add_(y)` changes."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return node.id
+    target: ast.expr | None = None
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        target = node.value
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_"):
+        target = node.func.value
+    while isinstance(target, (ast.Attribute, ast.Subscript)):
+        target = target.value
+    return target.id if isinstance(target, ast.Name) else None
 
 
 def is_normalised(node: ast.expr, known: Values) -> bool:

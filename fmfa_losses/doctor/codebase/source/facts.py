@@ -4,10 +4,11 @@ Plain dictionaries and lists, as they leave this process as JSON. What they mean
 """
 
 import ast
+import re
 from typing import Any, NamedTuple
 
 from .aggregation import aggregation
-from .bindings import Callee, Scopes
+from .bindings import Callee, Scopes, chain
 from .evaluation import inline, rankings
 from .expressions import Values, is_normalised, values
 from .published import ALIASES, PUBLISHED
@@ -17,6 +18,8 @@ __all__ = ["Cell", "facts", "short"]
 
 LENGTH = 300  # characters of code that are quoted
 MOST = 2000  # calls of one source that are reported
+LOSS = re.compile("loss|contrast")  # in the name of an inherited method that is looked up
+ARGUMENTS = 50  # of a call; one with more is none of ours
 
 
 class Cell(NamedTuple):
@@ -27,7 +30,7 @@ class Cell(NamedTuple):
 
 
 def facts(cells: list[Cell]) -> dict[str, Any]:
-    """imports, definitions, calls, rankings, aggregations, whether it is run as a script, and whether it was cut."""
+    """imports, definitions, classes, calls, rankings, aggregations, and whether it is a script, and was cut."""
     visitor = _Visitor(cells)
     for cell in cells:
         visitor.cell = cell.number
@@ -36,8 +39,9 @@ def facts(cells: list[Cell]) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"calls": visitor.calls, "rankings": visitor.rankings,
                                               "aggregations": visitor.aggregations}  # fmt: skip
     return {
-        "imports": [name for tree in trees for name in _imports(tree)],
+        "imports": sorted({name for tree in trees for name in _imports(tree)}),
         "definitions": visitor.definitions,
+        "classes": visitor.classes,
         "script": any(cell.number is not None or _is_script(cell.tree) for cell in cells),
         "cut": any(len(items) > MOST for items in found.values()),
         **{name: items[:MOST] for name, items in found.items()},
@@ -52,15 +56,15 @@ def _quoted(node: ast.AST) -> str:
     return short(ast.unparse(node))
 
 
-def _imports(tree: ast.Module) -> list[list[Any]]:
-    """[level, dotted name] of modules that may be imported: of `from a import b` both a and a.b."""
-    found: list[list[Any]] = []
+def _imports(tree: ast.Module) -> list[tuple[int, str]]:
+    """(level, dotted name) of modules that may be imported: of `from a import b` both a and a.b."""
+    found: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += ([0, alias.name] for alias in node.names)
+            found += ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.append([node.level, node.module or ""])
-            found += ([node.level, f"{node.module}.{a.name}" if node.module else a.name] for a in node.names)
+            found.append((node.level, node.module or ""))
+            found += ((node.level, f"{node.module}.{a.name}" if node.module else a.name) for a in node.names)
     return found
 
 
@@ -90,7 +94,8 @@ class _Visitor(ast.NodeVisitor):
         self.rankings: list[dict[str, Any]] = []
         self.aggregations: list[dict[str, Any]] = []
         self.targets: dict[ast.AST, int] = {}  # of calls whose result is unpacked
-        self.classes: list[dict[str, list[Shape]]] = []  # methods of a recognised shape, of the classes around
+        self.around: list[dict[str, Any]] = []  # the classes around, as in `classes`
+        self.classes: dict[str, dict[str, Any]] = {}
         self.definitions: dict[str, dict[str, Any]] = {}
         self.top: set[ast.AST] = set()
         self.shapes: dict[str, list[Shape]] = {}
@@ -136,9 +141,20 @@ class _Visitor(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         methods = {m.name: recognise(m, method=True) for m in node.body if isinstance(m, ast.FunctionDef)}
-        self.classes.append({name: shapes for name, shapes in methods.items() if shapes})
+        own = {
+            "name": node.name,
+            "bases": [callee._asdict() for base in node.bases if (callee := self._base(base)) is not None],
+            "methods": {name: [shape._asdict() for shape in shapes] for name, shapes in methods.items()},
+        }
+        self.classes.setdefault(node.name, own)
+        self.around.append(own)
         self._inside(node)
-        self.classes.pop()
+        self.around.pop()
+
+    def _base(self, node: ast.expr) -> Callee | None:
+        """A base class: an imported one, or one of this file."""
+        callee = self.scopes.callee(node)
+        return Callee(node.id, defined=True) if callee is None and isinstance(node, ast.Name) else callee
 
     def _inside(self, node: ast.AST) -> None:
         self.scopes.enter(node)
@@ -153,11 +169,11 @@ class _Visitor(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
-        if len(self.calls) > MOST:
+        if len(self.calls) > MOST or len(node.args) + len(node.keywords) > ARGUMENTS:
             return
-        shapes = self._method(node)
-        if shapes:
-            self._add(node, Callee(node.func.attr), shapes, method=True)  # type: ignore[attr-defined]
+        method = self._method(node)
+        if method is not None:
+            self._add(node, Callee(method), [], self.around[-1]["name"])
             return
         callee = self.scopes.callee(node.func)
         if callee is None or callee.name == "rank":
@@ -168,14 +184,16 @@ class _Visitor(ast.NodeVisitor):
         if shapes or known or (imported and (callee.name.startswith("compute_") or callee.name.endswith("_loss"))):
             self._add(node, callee, shapes)
 
-    def _method(self, node: ast.Call) -> list[Shape]:
-        """The shapes of a method of the class itself: `self.calc_contrastive(...)`."""
-        function = node.func
-        if not self.classes or not isinstance(function, ast.Attribute) or not isinstance(function.value, ast.Name):
-            return []
-        return self.classes[-1].get(function.attr, []) if function.value.id == "self" else []
+    def _method(self, node: ast.Call) -> str | None:
+        """The name in `self.calc_contrastive(...)`, where that may be an equation: of the class or of its bases."""
+        names = chain(node.func)
+        if not self.around or names is None or len(names) != 2 or names[0] != "self":
+            return None
+        own, bases = self.around[-1]["methods"], self.around[-1]["bases"]
+        equation = own[names[1]] if names[1] in own else bases and LOSS.search(names[1])
+        return names[1] if equation else None
 
-    def _add(self, node: ast.Call, callee: Callee, shapes: list[Shape], *, method: bool = False) -> None:
+    def _add(self, node: ast.Call, callee: Callee, shapes: list[Shape], owner: str | None = None) -> None:
         unpacked = any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords)
         self.calls.append(
             {
@@ -183,9 +201,9 @@ class _Visitor(ast.NodeVisitor):
                 "cell": self.cell,
                 "code": _quoted(node),
                 "callee": callee._asdict(),
-                "method": method,
+                "class": owner,
                 "shapes": [shape._asdict() for shape in shapes],
-                "normalised": self._normalised(node) if shapes or callee.module else [],
+                "normalised": self._normalised(node) if shapes or owner or callee.module else [],
                 "function": _quoted(node.func),
                 "arguments": [_quoted(argument) for argument in node.args],
                 "keywords": {k.arg: _quoted(k.value) for k in node.keywords if k.arg is not None},
