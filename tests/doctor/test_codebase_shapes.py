@@ -193,6 +193,7 @@ def test_soft_labels_and_two_views(tmp_path):
 OTHERS = {
     "another norm": ("positive.norm(dim=1)", "positive.sum(dim=1).square()"),
     "features not of length 1": ("F.normalize(textual, p=2, dim=1)", "textual"),
+    "another length": ("F.normalize(visual, p=2, dim=1)", "visual / textual.norm(dim=1, keepdim=True)"),
     "a longer length": ("F.normalize(visual, p=2, dim=1)", "visual / (1e-8 + visual.norm(dim=1, keepdim=True))"),
     "the other KL": ("F.log_softmax(to_image, 1) - target", "target - F.log_softmax(to_image, 1)"),
     "one direction": ("to_image = visual @ t.T, torch.mm(textual, v.t())", "to_image = visual @ t.T, visual @ t.T"),

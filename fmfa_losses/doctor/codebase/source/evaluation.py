@@ -17,13 +17,12 @@ RANK = ("similarity", "q_pids", "g_pids", "max_rank", "get_mAP")
 
 def rankings(function: ast.AST, scopes: Scopes) -> Iterator[dict[str, Any]]:
     """Facts of every ranking in a function's own statements: the scores, both ids, and where the scores come from."""
-    known = values(function)
-    for scores, found in _calls(function, scopes):
-        yield {**found, **_origin(scores, known)}
+    found = list(_calls(function, scopes))
     own = inline(function)
-    if own is not None:
-        scores, found = own
-        yield {**found, **_origin(scores, known)}
+    found += [own] if own is not None else []
+    known = values(function) if found else {}
+    for scores, ranking in found:
+        yield {**ranking, **_origin(scores, known)}
 
 
 def _calls(function: ast.AST, scopes: Scopes) -> Iterator[tuple[ast.expr, dict[str, Any]]]:
@@ -145,10 +144,11 @@ def _origin(scores: ast.expr, known: Values) -> dict[str, Any]:
             node = known[node.id][0]
         else:
             break
-    fused = any(isinstance(inner, ast.BinOp) and isinstance(inner.op, (ast.Add, ast.Sub)) for inner in ast.walk(node))
     operands = product(node)
-    if fused or operands is None or (gallery := _rows(operands[1])) is None:
-        return {"features": None, "normalised": False, "fused": fused}
+    gallery = None if operands is None else _rows(operands[1])
+    if operands is None or gallery is None:
+        sums = (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, (ast.Add, ast.Sub)))
+        return {"features": None, "normalised": False, "fused": any(sums)}
     features = [operands[0], gallery]
     normalised = all(is_normalised(feature, known) for feature in features)
     names = [ast.unparse(feature) for feature in features]

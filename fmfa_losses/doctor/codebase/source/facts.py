@@ -29,9 +29,9 @@ class Cell(NamedTuple):
     tree: ast.Module
 
 
-def facts(cells: list[Cell]) -> dict[str, Any]:
+def facts(cells: list[Cell], source: bytes) -> dict[str, Any]:
     """imports, definitions, classes, calls, rankings, aggregations, and whether it is a script, and was cut."""
-    visitor = _Visitor(cells)
+    visitor = _Visitor(cells, source)
     for cell in cells:
         visitor.cell = cell.number
         visitor.visit(cell.tree)
@@ -87,7 +87,10 @@ def _results(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int | None:
 
 
 class _Visitor(ast.NodeVisitor):
-    def __init__(self, cells: list[Cell]) -> None:
+    def __init__(self, cells: list[Cell], source: bytes) -> None:
+        # Most files have no such word, and need not be searched for what is made of it.
+        self.ranks = b"rank" in source or b"argsort" in source
+        self.aggregates = b"where" in source and b"transpose" in source
         self.cell: int | None = None
         self.scopes = Scopes([cell.tree for cell in cells])
         self.calls: list[dict[str, Any]] = []
@@ -99,7 +102,8 @@ class _Visitor(ast.NodeVisitor):
         self.definitions: dict[str, dict[str, Any]] = {}
         self.top: set[ast.AST] = set()
         self.shapes: dict[str, list[Shape]] = {}
-        self.values: list[Values] = []  # what names are assigned in the functions around
+        self.functions: list[ast.FunctionDef | ast.Module] = []  # around
+        self.known: tuple[ast.AST | None, Values] = None, {}  # what names are assigned in the one that was asked last
         for node in (node for cell in cells for node in cell.tree.body):
             if isinstance(node, ast.FunctionDef):
                 self.top.add(node)
@@ -110,7 +114,7 @@ class _Visitor(ast.NodeVisitor):
                     "line": node.lineno,
                     "parameters": _parameters(node),
                     "results": _results(node),
-                    "ranks": inline(node) is not None,
+                    "ranks": self.ranks and inline(node) is not None,
                     "shapes": [shape._asdict() for shape in shapes],
                 }
 
@@ -127,11 +131,13 @@ class _Visitor(ast.NodeVisitor):
 
     def _statements(self, node: ast.FunctionDef | ast.Module) -> None:
         """What is found in all of a function's statements, then what is in each."""
-        self.values.append(values(node))
-        self.rankings += ({**found, "cell": self.cell} for found in rankings(node, self.scopes))
-        self.aggregations += ({**found, "cell": self.cell} for found in aggregation(node))
+        self.functions.append(node)
+        if self.ranks:
+            self.rankings += ({**found, "cell": self.cell} for found in rankings(node, self.scopes))
+        if self.aggregates:
+            self.aggregations += ({**found, "cell": self.cell} for found in aggregation(node))
         self.generic_visit(node)
-        self.values.pop()
+        self.functions.pop()
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
         self._inside(node)
@@ -214,6 +220,7 @@ class _Visitor(ast.NodeVisitor):
 
     def _normalised(self, node: ast.Call) -> list[str]:
         """Texts of the arguments that have length 1, as far as the functions around say."""
-        known = self.values[-1] if self.values else {}
+        if self.known[0] is not self.functions[-1]:
+            self.known = self.functions[-1], values(self.functions[-1])
         arguments = [*node.args, *(k.value for k in node.keywords)]
-        return [_quoted(argument) for argument in arguments if is_normalised(argument, known)]
+        return [_quoted(argument) for argument in arguments if is_normalised(argument, self.known[1])]

@@ -18,7 +18,7 @@ MEMORY = 2**30  # bytes of address space, where the system can limit it
 
 def of_module(source: bytes) -> tuple[dict[str, Any], str | None]:
     """The facts of a Python file, and why a part of it could not be read."""
-    return facts([Cell(None, parse(source))]), None
+    return facts([Cell(None, parse(source))], source), None
 
 
 def of_notebook(source: bytes) -> tuple[dict[str, Any], str | None]:
@@ -32,7 +32,7 @@ def of_notebook(source: bytes) -> tuple[dict[str, Any], str | None]:
         except Exception as error:  # the parser of foreign code fails in many ways
             failed.append(f"cell {number}: {_reason(error)}")
     unread = f"{len(failed)} of {len(cells)} code cells, {failed[0]}" if failed else None
-    return facts(trees), unread
+    return facts(trees, source), unread
 
 
 def _reason(error: Exception) -> str:
