@@ -244,3 +244,4 @@ def test_a_published_name_with_another_body_is_noted(tmp_path, body, noted):
     (finding,) = examined(tmp_path, body)
     assert ("compare both on a batch" in finding.note and "losses.py:5" in finding.note) == noted
     assert bool(finding.note) == noted
+    assert examine(tmp_path).imports[0].notes == ((finding.note,) if noted else ())
