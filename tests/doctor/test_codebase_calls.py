@@ -137,6 +137,18 @@ def test_names_that_are_missing_are_said_and_the_own_import_stays(codebase):
     assert "keep yours    compute_triplet, line 7: " in report and "write below" in report
 
 
+def test_whatever_else_is_used_of_the_module_keeps_its_import(codebase):
+    source = "from model import objectives\na = objectives.compute_itc(i, t, s)\n"
+    source += "b = objectives.IMAL(i, t)\nc = objectives.TAU\n"
+    (imported,) = codebase({"build.py": source + "d = np.sum(a)\n"}).imports
+    assert imported.keep and {(item.name, item.lines) for item in imported.missing} == {("IMAL", (3,)), ("TAU", (4,))}
+
+
+def test_a_line_that_imports_more_names_stays(codebase):
+    (imported,) = codebase({"build.py": "from m import compute_itc, IMAL\nx = compute_itc(i, t, s)\n"}).imports
+    assert imported.keep and imported.write == ("from fmfa_losses.compat.irra import compute_itc",)
+
+
 def test_one_import_cannot_serve_two_codebases(codebase):
     source = (
         "from model import objectives\nobjectives.compute_sdm(i, t, p, s)\nobjectives.compute_TAL_per(s, p, a, b)\n"

@@ -78,6 +78,8 @@ def _judge(file: Path, facts: dict[str, Any], tree: Tree, found: Examination) ->
     calls = [call for call in facts["calls"] if not _is_other_framework(call)]
     for call in calls:
         _judge_call(file, call, tree, findings, imports)
+    for other in facts["others"]:
+        _miss(other["callee"], other["line"], imports)
     findings += (_aggregation(file, item) for item in facts["aggregations"])
     called = {item["callee"]["name"] for item in facts["rankings"] if item["callee"] and item["callee"]["defined"]}
     for item in facts["rankings"]:
@@ -134,6 +136,15 @@ def _judge_call(
             imported.aliases[name] = call["function"] if callee["name"] == name else name
         weighted = name == "compute_sdm" and (arguments.get("use_weight", "False") != "False")
         imported.called["compute_sdm(use_weight)" if weighted else name].append(call["line"])
+
+
+def _miss(callee: dict[str, Any], line: int, imports: dict[tuple[int, str], Imported]) -> None:
+    """What a module of objectives has besides, such as a class: its import must stay."""
+    imported = imports.get((callee["line"], callee["text"]))
+    if imported is not None and callee["name"] not in ALIASES:
+        lines = imported.missing[callee["name"], NOT_OURS]
+        if line not in lines:
+            lines.append(line)
 
 
 def _imported(imports: dict[tuple[int, str], Imported], call: dict[str, Any]) -> Imported:

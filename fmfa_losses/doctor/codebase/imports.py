@@ -50,7 +50,7 @@ def import_advice(file: Path, imported: Imported) -> Import:
     for name, lines in imported.called.items():
         plain = name.partition("(")[0]
         grouped[modules[name]].setdefault(plain, []).extend(lines)
-    keep = bool(imported.missing) or imported.star
+    keep = bool(imported.missing) or imported.star or bool(_besides(imported))
     write = _by_name(grouped, imported.aliases) if imported.names else _by_module(grouped, imported, keep)
     missing = tuple(Missing(name, tuple(lines), why) for (name, why), lines in sorted(imported.missing.items()))
     notes = tuple(dict.fromkeys(imported.notes))
@@ -61,6 +61,14 @@ def import_advice(file: Path, imported: Imported) -> Import:
         for module, names in grouped.items() for name, lines in names.items()
     )  # fmt: skip
     return Import(file, imported.line, imported.code, tuple(write), keep, calls, missing, notes, imported.cell)
+
+
+def _besides(imported: Imported) -> set[str]:
+    """What is imported by the same line, by name, and not replaced."""
+    if not imported.names:
+        return set()
+    names = {part.partition(" as ")[0].strip() for part in imported.code.partition(" import ")[2].split(",")}
+    return names - {name.partition("(")[0] for name in imported.called} - {there for there, _ in imported.renamed}
 
 
 def _called(module: str, imported: Imported, aliased: bool) -> str:

@@ -43,6 +43,7 @@ def facts(cells: list[Cell], source: bytes) -> dict[str, Any]:
         "definitions": visitor.definitions,
         "classes": visitor.classes,
         "script": any(cell.number is not None or _is_script(cell.tree) for cell in cells),
+        "others": visitor.others(),
         "cut": any(len(items) > MOST for items in found.values()),
         **{name: items[:MOST] for name, items in found.items()},
     }
@@ -96,6 +97,7 @@ class _Visitor(ast.NodeVisitor):
         self.calls: list[dict[str, Any]] = []
         self.rankings: list[dict[str, Any]] = []
         self.aggregations: list[dict[str, Any]] = []
+        self.attributes: list[tuple[Callee, int]] = []  # of imported modules, with their lines
         self.targets: dict[ast.AST, int] = {}  # of calls whose result is unpacked
         self.around: list[dict[str, Any]] = []  # the classes around, as in `classes`
         self.classes: dict[str, dict[str, Any]] = {}
@@ -172,6 +174,19 @@ class _Visitor(ast.NodeVisitor):
         if isinstance(node.value, ast.Call) and isinstance(target, (ast.Tuple, ast.List)):
             self.targets[node.value] = len(target.elts)
         self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        callee = self.scopes.callee(node)
+        if callee is not None and callee.module and callee.name not in PUBLISHED:
+            self.attributes.append((callee, node.lineno))
+        self.generic_visit(node)
+
+    def others(self) -> list[dict[str, Any]]:
+        """What is used besides of modules of which published functions are called."""
+        callees = [call["callee"] for call in self.calls if call["callee"]["name"] in {*PUBLISHED, *ALIASES}]
+        modules = {(callee["line"], callee["text"], callee["module"]) for callee in callees}
+        found = ((c, line) for c, line in self.attributes if (c.line, c.text, c.module) in modules)
+        return [{"callee": callee._asdict(), "line": line} for callee, line in found][:MOST]
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
