@@ -6,11 +6,11 @@ Its modules are imported when a name is used: `search_path` must run before anyt
 TYPE_CHECKING = False  # typing itself is imported after `search_path`
 
 if TYPE_CHECKING:
-    from ..compat.scan import Finding as Finding
-    from ..compat.scan import Unreadable as Unreadable
-    from ..compat.scan import scan as scan
     from .batch import BatchReport as BatchReport
     from .batch import check_batch as check_batch
+    from .codebase import Finding as Finding
+    from .codebase import Unreadable as Unreadable
+    from .codebase import scan as scan
     from .diagnosis import diagnose as diagnose
     from .diagnosis import self_test as self_test
 

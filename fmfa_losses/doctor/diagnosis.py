@@ -1,5 +1,6 @@
 """`python -m fmfa_losses doctor`: versions and backends, a self-test, and what the library replaces in a codebase."""
 
+import json
 import os
 import platform
 import sys
@@ -11,33 +12,54 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..compat.scan import Finding, Unreadable, scan
 from ..losses.sdm import sdm_loss, sdm_loss_from_scores
 from ..ops.aggregation import sparse_aggregate, sparse_aggregate_reference
 from ..ops.backend import select_backend, why_not_triton
 from ..ops.hard_similarity import hard_similarity, hard_similarity_reference
 from .batch import BatchReport, check_batch
+from .codebase import Finding, Unreadable, examine, scan
+from .codebase.report import SCHEMA, as_dict, as_text
 
 __all__ = ["BatchReport", "Finding", "Unreadable", "check_batch", "diagnose", "scan", "self_test"]
 
+UNHEALTHY, FOUND = 1, 3  # exit codes; argparse has 2
 
-def diagnose(path: Path | None = None) -> int:
-    """Prints the report; 1 when the self-test fails or FMFA_LOSSES_BACKEND cannot run on any device, else 0."""
+
+def diagnose(path: Path | None = None, *, as_json: bool = False, check: bool = False) -> int:
+    """Prints the report, as lines or as one JSON object (docs/doctor.md).
+
+    Returns 1 when the self-test fails or FMFA_LOSSES_BACKEND cannot run on any device; with `check` 3 when there is a
+    call to replace; else 0.
+    """
+    lines, healthy = [], True
+
+    def say(line: str, passed: bool = True) -> None:
+        nonlocal healthy
+        healthy &= passed
+        lines.append({"line": line, "passed": passed})
+        if not as_json:
+            _print(line)
+
     for line in environment():
-        _print(line)
-    healthy = True
+        say(line)
     reason = why_not_chosen_backend()
     if reason is not None:
-        healthy = False
-        _print(f"backend      FAILED on every device: {reason}")
+        say(f"backend      FAILED on every device: {reason}", False)
     for line, passed in self_test():
-        healthy &= passed
-        _print(line)
-    if path is not None:
+        say(line, passed)
+    found = None if path is None else examine(path)
+    if as_json:
+        codebase = None if found is None else as_dict(found)
+        version = _version("fmfa-losses")
+        print(json.dumps({"schema": SCHEMA, "version": version, "healthy": healthy, "environment": lines,
+                          "codebase": codebase}, indent=2))  # fmt: skip
+    elif found is not None:
         _print("")
-        for line in migration(path):
+        for line in as_text(found):
             _print(line)
-    return 0 if healthy else 1
+    if not healthy:
+        return UNHEALTHY
+    return FOUND if check and found is not None and found.findings else 0
 
 
 def _print(line: str) -> None:
@@ -166,29 +188,3 @@ def _value_and_grads(fn: Callable[..., Tensor], *inputs: Tensor, **kwargs: str) 
 
 def _relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.cpu().double() - expected).abs().max() / expected.abs().max())
-
-
-# Migration
-
-
-def migration(path: Path) -> Iterator[str]:
-    """The lines of the report on a codebase."""
-    found = list(scan(path))
-    findings = [item for item in found if isinstance(item, Finding)]
-    if not findings:
-        yield f"{path}: no call that this library replaces"
-    for finding in findings:
-        cell = "" if finding.cell is None else f"cell {finding.cell}:"
-        yield f"{finding.file}:{cell}{finding.line}: {finding.code}"
-        yield f"    -> {finding.write}"
-    for item in found:
-        if isinstance(item, Unreadable):
-            yield f"{item.file}: not read: {item.reason}"
-    modules = sorted({finding.module for finding in findings if finding.module})
-    if modules:
-        # The module of a later codebase has all that IRRA's has.
-        named = [module for module in modules if module != "irra"] or modules
-        yield ""
-        yield "The same results as now, by the import alone (see fmfa_losses.compat):"
-        for module in named:
-            yield f"    from fmfa_losses.compat import {module} as objectives"
