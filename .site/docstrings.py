@@ -17,12 +17,16 @@ log = logging.getLogger("mkdocs.hooks.docstrings")
 NAMED = ("Args", "Inputs", "Attributes")
 SECTION = re.compile(r"^(Args|Inputs|Attributes|Returns|Raises|Example):$")
 LABEL = re.compile(r"^(Reference|Source|Quirks?|Memory|Dtypes): ")
+NAME = re.compile(r"\b([A-Z]\w*(?:Loss|Head|Queue|Metrics|Selection|Division)(?:\.\w+)?)\b")
+CODE = re.compile(r"(`[^`]+`)")
 ITEM = re.compile(r"(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*): *(?P<text>.*)", re.S)
 
 
 def prose(text: str) -> str:
     """Plain text as Markdown: nothing but backticks has a meaning, and names of pages become links."""
-    pieces = re.split(r"(`[^`]+`)", text)
+    pieces = re.split(CODE, text)
+    text = "".join(piece if i % 2 else NAME.sub(r"`\1`", piece) for i, piece in enumerate(pieces))
+    pieces = re.split(CODE, text)
     for i in range(0, len(pieces), 2):
         pieces[i] = re.sub(r"([*_<$\[\]])", r"\\\1", pieces[i])
         pieces[i] = re.sub(r"\bdocs/([\w/\\]+)\.md\b", _page, pieces[i])
