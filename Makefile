@@ -13,13 +13,13 @@ OLDEST_TESTS := tests/losses tests/heads tests/noise tests/retrieval tests/compa
 # A stamp that make would take for an intermediate file.
 .PRECIOUS: .venv/triton-%/installed
 
-.PHONY: demo test test-versions test-oldest lint compile-check record-compiled launches bench gpu-bench release-check clean help
+.PHONY: demo test test-versions test-oldest lint compile-check record-compiled docs launches bench gpu-bench release-check clean help
 
 help:
 	@echo "make demo   fine-tune on rendered pedestrians and show where the pictures are"
 	@echo "make test   all tests          make lint   ruff, mypy"
 	@echo "make bench  time and memory of every loss on this machine"
-	@echo "make docs   the site, in site/    make release-check   the archives of a release"
+	@echo "make docs   the site, in site/      make release-check   the archives of a release"
 
 # pip first: it has --group from 25.1 on. torch next: a bare requirement on it would otherwise pull the newest build,
 # whatever TORCH says.
@@ -73,6 +73,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, with warnings as errors; the variable leaves out an advertisement.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # Every kernel, compiled for every architecture of the block table, without a GPU; CHIPS="sm_90" KINDS="tf32" for some.
 CHIPS ?=
