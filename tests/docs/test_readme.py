@@ -85,7 +85,7 @@ def test_no_link_and_no_picture_is_relative():
 
 
 def pages_of_the_site() -> set[str]:
-    """The files in docs/, and what the navigation names besides: changelog.md and contributing.md come from the root."""
+    """The files in docs/, and what the navigation names besides: two pages are made of files of the root."""
     docs = ROOT / "docs"
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     return {str(file.relative_to(docs)) for file in docs.rglob("*.md")} | set(re.findall(r"[\w/]+\.md", navigation))
