@@ -28,6 +28,9 @@ class EquationError(ValueError):
 def mathml(latex: str, *, display: bool) -> str:
     """One equation."""
     latex = latex.strip()
+    braces = re.sub(r"\\.", "", latex)
+    if braces.count("{") != braces.count("}"):
+        raise EquationError(f"{latex!r} has {braces.count('{')} opening braces and {braces.count('}')} closing ones")
     if r"\operatorname*" in latex:
         raise EquationError(f"{latex!r}: write \\operatorname{{...}} with \\limits, not \\operatorname*")
     try:
@@ -39,7 +42,7 @@ def mathml(latex: str, *, display: bool) -> str:
         name, text = element.tag.rpartition("}")[2], element.text or ""
         if len(element) != CHILDREN.get(name, len(element)):
             raise EquationError(f"{latex!r} lacks an argument of a command ({name} needs {CHILDREN[name]})")
-        if (name in ("mi", "mo", "mn") and not text.strip()) or (name != "mtext" and re.search(r"[\\}&]\w*", text)):
+        if (name in ("mi", "mo", "mn") and not text.strip()) or (name != "mtext" and re.search(r"[\\&]\w*", text)):
             raise EquationError(f"{latex!r} has something the site does not know: {text or 'an empty symbol'}")
     return re.sub(
         r'<m([nio]) mathvariant="double-struck">(\d+)<',

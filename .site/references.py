@@ -29,9 +29,7 @@ def linked(content: str, names: dict[str, str]) -> str:
         return f'<autoref identifier="{identifier}" optional>{match[0]}</autoref>' if identifier else match[0]
 
     pieces = CLOSED.split(content)  # open text, closed text, its tag, open text ...
-    return "".join(
-        CODE.sub(one, piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2
-    )
+    return "".join(CODE.sub(one, piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
 
 
 def on_page_content(content, config, **_):
