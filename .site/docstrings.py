@@ -28,14 +28,14 @@ def prose(text: str) -> str:
     text = "".join(piece if i % 2 else NAME.sub(r"`\1`", piece) for i, piece in enumerate(pieces))
     pieces = re.split(CODE, text)
     for i in range(0, len(pieces), 2):
-        pieces[i] = re.sub(r"([*_<$\[\]])", r"\\\1", pieces[i])
+        pieces[i] = re.sub(r"([*_$\[\]])", r"\\\1", pieces[i]).replace("<", "&lt;")
         pieces[i] = re.sub(r"\bdocs/([\w/\\]+)\.md\b", _page, pieces[i])
     return "".join(pieces)
 
 
 def _page(match: re.Match) -> str:
     page = match[1].replace("\\", "")
-    return f"[{page.rpartition('/')[2].replace('_', ' ')}](../{page}.md)"
+    return f"[{page}.md](../{page}.md)"
 
 
 def paragraphs(text: str) -> str:

@@ -153,6 +153,14 @@ def test_names_lead_to_the_reference():
         assert linked(same, names) == same
 
 
+def test_names_of_files_become_titles():
+    titled = hook("references").titled
+    shown = titled('<a href="../pitfalls.html#x">pitfalls.md</a>', "recipes/irra.md", ROOT / "docs")
+    assert shown == '<a href="../pitfalls.html#x">Mistakes without an error message</a>'
+    for same in ('<a href="pitfalls.html">here</a>', '<a href="https://x.org/a.html">a.md</a>'):
+        assert titled(same, "irra.md", ROOT / "docs") == same
+
+
 def test_a_docstring_becomes_markdown():
     text, names = hook("docstrings").markdown(
         """Says it, with p_i * q_i < 1; ITCLoss too.
@@ -170,7 +178,7 @@ def test_a_docstring_becomes_markdown():
         """
     )
     assert names == {"Args": ["a", "b"]}
-    assert r"p\_i \* q\_i \< 1; `ITCLoss` too" in text and "```text\nL = p_i * q_i\n```" in text
+    assert r"p\_i \* q\_i &lt; 1; `ITCLoss` too" in text and "```text\nL = p_i * q_i\n```" in text
     assert "-   `a`, `b`: \\[B, D\\], as in" in text and "```pycon\n>>> 1\n1\n```" in text
     assert "**Reference** Somebody." in text
 
