@@ -28,14 +28,14 @@ def prose(text: str) -> str:
     text = "".join(piece if i % 2 else NAME.sub(r"`\1`", piece) for i, piece in enumerate(pieces))
     pieces = re.split(CODE, text)
     for i in range(0, len(pieces), 2):
-        pieces[i] = re.sub(r"([*_<$\[\]])", r"\\\1", pieces[i])
+        pieces[i] = re.sub(r"([*_$\[\]])", r"\\\1", pieces[i]).replace("<", "&lt;")
         pieces[i] = re.sub(r"\bdocs/([\w/\\]+)\.md\b", _page, pieces[i])
     return "".join(pieces)
 
 
 def _page(match: re.Match) -> str:
     page = match[1].replace("\\", "")
-    return f"[{page.rpartition('/')[2].replace('_', ' ')}](../{page}.md)"
+    return f"[{page}.md](../{page}.md)"
 
 
 def paragraphs(text: str) -> str:
@@ -94,13 +94,17 @@ def markdown(docstring: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def takes(one: griffe.Object, section: str) -> set[str]:
-    """The names that a section may document."""
+    """The names that a section may document: arguments, or for Inputs those of the call, or of a metric's update."""
     if section == "Attributes":
         return set(one.members)
     if section == "Inputs":
-        forward = one.members.get("forward")
-        given = inspect.signature(_imported(one).forward).parameters if forward is None else forward.parameters
-        return {getattr(parameter, "name", parameter) for parameter in given}
+        call = one.members.get("update", one.members.get("forward"))
+        return set(inspect.signature(_imported(one).forward).parameters) if call is None else names_of(call)
+    inherits = one.is_class and "__init__" not in one.members
+    return set(inspect.signature(_imported(one)).parameters) if inherits else names_of(one)
+
+
+def names_of(one: griffe.Object) -> set[str]:
     return {parameter.name for parameter in one.parameters}
 
 

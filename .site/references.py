@@ -1,5 +1,9 @@
-"""Names between backticks lead to the API reference: `ASDMLoss`, `functional.asdm_loss`, `TALLoss(margin=0.2)`."""
+"""Names of code between backticks lead to the API reference: `ASDMLoss`, `functional.asdm_loss`, `TALLoss(margin=0.2)`.
 
+A link whose text is the name of a page's file, as GitHub shows it, gets the title of that page.
+"""
+
+import posixpath
 import re
 from collections import Counter
 from pathlib import Path
@@ -7,6 +11,7 @@ from pathlib import Path
 CODE = re.compile(r"<code>([\w.]+)(\([^<]*\))?</code>")
 # No links within links, headings and blocks of code.
 CLOSED = re.compile(r"(<(a|pre|h[1-6]|autoref)\b.*?</\2>)", re.S)
+FILE = re.compile(r'(<a href="([^":#]+)\.html(?:#[^"]*)?">)[\w/]+\.md</a>')
 
 
 def identifiers(api: Path) -> dict[str, str]:
@@ -25,14 +30,24 @@ def identifiers(api: Path) -> dict[str, str]:
 
 def linked(content: str, names: dict[str, str]) -> str:
     def one(match: re.Match) -> str:
-        identifier = names.get(match[1])
-        return f'<autoref identifier="{identifier}" optional>{match[0]}</autoref>' if identifier else match[0]
+        name, call = match[1], match[2]
+        if name not in names or (name.endswith("_loss") and not call and "." not in name):  # a key of a dictionary
+            return match[0]
+        return f'<autoref identifier="{names[name]}" optional>{match[0]}</autoref>'
 
     pieces = CLOSED.split(content)  # open text, closed text, its tag, open text ...
-    return "".join(
-        CODE.sub(one, piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2
-    )
+    return "".join(CODE.sub(one, piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
 
 
-def on_page_content(content, config, **_):
-    return linked(content, identifiers(Path(config.docs_dir) / "api"))
+def titled(content: str, page: str, docs: Path) -> str:
+    def one(match: re.Match) -> str:
+        file = docs / posixpath.normpath(posixpath.join(posixpath.dirname(page), f"{match[2]}.md"))
+        title = re.search(r"^# (.+)$", file.read_text(encoding="utf-8"), re.M) if file.exists() else None
+        return f"{match[1]}{title[1]}</a>" if title else match[0]
+
+    return FILE.sub(one, content)
+
+
+def on_page_content(content, page, config, **_):
+    docs = Path(config.docs_dir)
+    return titled(linked(content, identifiers(docs / "api")), page.file.src_uri, docs)
