@@ -2,6 +2,8 @@
 
 import datetime
 import multiprocessing
+import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -72,3 +74,35 @@ def forked(first: str, codes: list[str]) -> list[str]:
     printed = out.split("\0")[:-1]
     assert len(printed) == len(codes), out
     return printed
+
+
+RANKS = """
+import os, pickle, sys
+sys.path[:] = pickle.loads(bytes.fromhex(sys.argv[1]))
+exec(sys.argv[3])
+from helpers import processes
+processes.fork_ranks(*pickle.loads(bytes.fromhex(sys.argv[2])))
+"""
+
+
+def run_forked(world: int, work: Callable[..., Any], *args: Any, first: str, timeout: float = 60) -> list[Any]:
+    """As `run`, where imports take seconds: one process does what is `first`, and the ranks are its forks."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = pickle.dumps(sys.path), pickle.dumps((world, folder, timeout, work, args))
+        command = [sys.executable, "-c", RANKS, *(x.hex() for x in given), first]
+        # A process that has used a GPU or threads cannot be forked. The rest is what torchrun sets.
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env=environment)
+        files = [Path(folder, f"{rank}.pt") for rank in range(world)]
+        return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+def fork_ranks(world: int, folder: str, timeout: float, work: Callable[..., Any], args: Any) -> None:
+    for rank in range(world):
+        if os.fork() == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            _start(rank, world, folder, timeout, work, args, sys.path)
+            os._exit(0)
+    for _ in range(world):
+        os.wait()
