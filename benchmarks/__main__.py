@@ -8,6 +8,7 @@ COMMANDS = {
     "busy": ("benchmarks.busy", "EFA while another process works"),
     "large-batch": ("benchmarks.large_batch", "every loss on 16384 pairs: seconds, memory, exactness of its blocks"),
     "retrieval-metrics": ("benchmarks.retrieval_metrics", "retrieval metrics against sorting whole galleries"),
+    "gradient-norms": ("benchmarks.gradient_norms", "gradient norms of SDM and A-SDM from random weights"),
     "distributed": ("benchmarks.distributed", "the global batch over processes: bytes, seconds, memory"),
     "person-retrieval": (
         "benchmarks.person_retrieval.__main__",

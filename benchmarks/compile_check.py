@@ -145,7 +145,7 @@ def _hard_similarity(chip: str, empty: Callable[..., torch.Tensor]) -> None:
         lists = [token_lists.make(mask) if masked else None for mask in masks]
         inverse, de = empty(128, P, dtype=torch.float32), empty(128, Q, D, dtype=torch.float32)
         for accumulate in (False, True):
-            hard_similarity.add_gradients(sim, matches, x, e, masks[0], pool, *lists, inverse, de, accumulate)
+            hard_similarity.add_gradients(sim, matches, x, x, e, masks[0], pool, *lists, inverse, de, accumulate)
 
 
 def _aggregation(empty: Callable[..., torch.Tensor]) -> None:
@@ -173,8 +173,8 @@ def _unit_rows(empty: Callable[..., torch.Tensor]) -> None:
     unit_rows.forward(x, mask, x.dtype)
     for some in (None, mask):
         unit, inverse = unit_rows.forward(joint, some, x.dtype)
-        unit_rows.backward(joint, unit, inverse, some, joint)
-        unit_rows.backward(x, unit, inverse, some, x)
+        unit_rows.backward(joint, unit, inverse, some, joint, unit=True)
+        unit_rows.backward(x, x, inverse, some, x)
     unit_rows.forward(empty(128, 77, 2048), None, x.dtype)  # rows wider than one tile
 
 

@@ -55,14 +55,14 @@ def plain_efa(
     return ranking_reference(text_sim, image_sim, margin=0.1).mean()
 
 
-def plain_asdm(image_features: Tensor, text_features: Tensor, pids: Tensor) -> Tensor:
-    """Eq. 1-4 with tau 0.02 and alpha 10, on whole [B, B] matrices; in float32 at least."""
+def plain_asdm(image_features: Tensor, text_features: Tensor, pids: Tensor, scale: float | Tensor = 50.0) -> Tensor:
+    """Eq. 1-4 with alpha 10 and tau = 1 / scale, on whole [B, B] matrices; in float32 at least."""
     image, text = (x if x.dtype == torch.float64 else x.float() for x in (image_features, text_features))
     sim = F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
     same = (pids[:, None] == pids).to(text.dtype)
     log_target = (same / same.sum(dim=1, keepdim=True) + 1e-8).log()
     total = sim.new_zeros(())
-    for z in (sim / 0.02, sim.T / 0.02):
+    for z in (sim * scale, sim.T * scale):
         z = z.to(text.dtype)
         p, log_p = z.softmax(dim=1), z.log_softmax(dim=1)
         divergence = (p * (log_p - log_target)).sum(dim=1)

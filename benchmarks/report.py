@@ -58,6 +58,7 @@ PAGES = {
     "distributed": ("distributed.md", "The global batch over processes"),
     "large-batch": ("losses.md", "Every loss on a large batch"),
     "retrieval-metrics": ("retrieval.md", "Retrieval metrics"),
+    "gradient-norms": ("recipes/irra.md", "Gradient norms of A-SDM from random weights"),
     "small-batch": ("kernels.md", "A-SDM in tiles and in blocks"),
     "compiled": ("kernels.md", "What the compiler gives for every kernel"),
     "host": ("kernels.md", "Host time of a step"),

@@ -16,7 +16,7 @@ from ._launch import BLACKWELL, LDS, chip_class, precision
 from ._tile import dot_nearest
 
 # Pairs up to which the gradient is one launch, and up to which [R, C] is kept.
-SMALL = {"half": 256, "tf32": 256, "ieee": 256}
+SMALL = {"half": 256, "tf32": 256, "ieee": 64}
 KEPT = {"half": 1024, "tf32": 1024, "ieee": 1024}
 
 # Blocks by kernel, size of the batch and precision: (BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, num_warps, num_stages).

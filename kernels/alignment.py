@@ -88,8 +88,8 @@ def backward(
     for number, (dsim, matches, tokens, mask, lists, unit) in enumerate(similarities):
         inverse = unit_rows.forward(tokens, mask, tokens.dtype, out=unit)[1]
         hard_similarity.add_gradients(
-            dsim, matches, unit, joint, mask, pool, lists, saved.text_lists, inverse, de, accumulate=number > 0
+            dsim, matches, unit, tokens, joint, mask, pool, lists, saved.text_lists, inverse, de, accumulate=number > 0
         )
-    unit_rows.backward(de, joint, saved.inverse, text_mask, out=de)
+    unit_rows.backward(de, joint, saved.inverse, text_mask, out=de, unit=True)
     aggregation.backward(de, image, text, image_mask, sparsity, saved.row_sum, dimage, dtext)
     return dimage, dtext

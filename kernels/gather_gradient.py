@@ -1,11 +1,11 @@
-"""dx of a match: every token of x gathers the tokens that won for it; with unit rows given, through the normalisation.
+"""dx of a match: every token of x gathers the tokens that won for it; with tokens given, through the normalisation.
 
-    dx(dsim [Bx, Be] float32, matches [Bx, Be, P], e [Be, Q, D], rows, row_count, out [Bx, P, D], units, inverse) -> out
+    dx(dsim [Bx, Be] float32, matches [Bx, Be, P], e [Be, Q, D], rows, row_count, out [Bx, P, D], tokens, inverse)
 
     dx_il = sum_j w_ijl e_jk*,   w_ijl = dsim_ij p_ijl,   p and the winner k* from `matches` (pool.py made them)
 
-With `units` [Bx, P, D] (x = t / |t| of the tokens t) and `inverse` [Bx, P] = 1 / |t| the result is the gradient of t:
-(dx - x (x . dx)) / |t|. `units` may be `out`: a program reads its rows before it writes them, and no other's.
+With the tokens t [Bx, P, D] of which x = t / |t| are the unit rows, and `inverse` [Bx, P] = 1 / |t|, the result is the
+gradient of t: (dx - x (x . dx)) / |t|, with x in float32 (unit_rows.py says why).
 rows, row_count: tokens of x that a mask leaves (token_lists.py), or None; the others get zeros.
 
 A row gathers one e_jk* a sample: Q times fewer operations than the match. A program has all of D of its rows, so that
@@ -24,7 +24,7 @@ from ._tile import load_rows
 
 # (BLOCK_OWN rows of dx, their numbers BLOCK_D, num_warps, UNROLL samples whose loads are made together)
 DX = {
-    (LARGE, "half"): (2, 512, 1, 1),
+    (LARGE, "half"): (1, 512, 1, 2),
     (LARGE, "tf32"): (2, 512, 1, 1),
     (LARGE, "ieee"): (2, 512, 1, 1),
 }
@@ -40,7 +40,7 @@ def _dx_kernel(
     e_ptr,  # [Be, Q, D]
     rows_ptr,  # [Bx P] int32: the tokens that are left first, then the others; or None
     row_count_ptr,  # [1] int32: how many are left; or None
-    units_ptr,  # [Bx P, D], may be dx; or None
+    tokens_ptr,  # [Bx P, D], or None
     inverse_ptr,  # [Bx P] float32, or None
     dx_ptr,  # [Bx P, D]
     Bx,
@@ -64,8 +64,10 @@ def _dx_kernel(
     dx = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
     inside = None
-    if D < BLOCK_D:
+    other = None
+    if D < BLOCK_D:  # a sum over all of a row follows: what is beyond it must not be NaN
         inside = (d < D)[None, :]
+        other = 0.0
     samples = Be
     if LIST_X:
         samples = tl.where(start < tl.load(row_count_ptr), Be, 0)
@@ -77,7 +79,7 @@ def _dx_kernel(
         # Where nothing won any token stands in: it is finite, or the row gets zeros. A mask would cost an instruction
         # for every four numbers.
         token = tl.maximum(winner, 0).to(tl.int64)[:, None] * D + d[None, :]
-        e = tl.load(tokens + token, mask=inside).to(tl.float32)
+        e = tl.load(tokens + token, mask=inside, other=other).to(tl.float32)
         w = tl.where(winner >= 0, tl.load(pair, mask=row_mask, other=0.0) * weight, 0.0)
         dx += w[:, None] * e
         match += P
@@ -90,9 +92,10 @@ def _dx_kernel(
     if CHAINED:
         dx += total
     if NORMALISED:
-        unit = load_rows(units_ptr, row, row_mask, d, D).to(tl.float32)
+        inverse = tl.load(inverse_ptr + row, mask=row_mask, other=0.0)[:, None]
+        unit = load_rows(tokens_ptr, row, row_mask, d, D).to(tl.float32) * inverse
         dx -= unit * tl.sum(unit * dx, 1)[:, None]
-        dx *= tl.load(inverse_ptr + row, mask=row_mask, other=0.0)[:, None]
+        dx *= inverse
     if LIST_X:  # the others get zeros: whatever token stood in, it may have been NaN
         dx = tl.where(row_mask[:, None], dx, 0.0)
         exists = start + tl.arange(0, BLOCK_OWN) < Bx * P
@@ -109,7 +112,7 @@ def dx(
     rows: Tensor | None,
     row_count: Tensor | None,
     out: Tensor,
-    units: Tensor | None = None,
+    tokens: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> Tensor:
     """Writes all of `out`."""
@@ -123,8 +126,8 @@ def dx(
     with on_device(e):
         launch(
             _dx_kernel, (triton.cdiv(Bx * P, own),),
-            dsim, matches, e, rows, row_count, units, inverse, out, Bx, Be, P, Q,
-            D=D, LIST_X=rows is not None, NORMALISED=units is not None, BLOCK_OWN=own, BLOCK_D=width, UNROLL=unroll,
+            dsim, matches, e, rows, row_count, tokens, inverse, out, Bx, Be, P, Q,
+            D=D, LIST_X=rows is not None, NORMALISED=tokens is not None, BLOCK_OWN=own, BLOCK_D=width, UNROLL=unroll,
             CHAIN=CHAIN, num_warps=warps, **(all_registers(e.device) if e.element_size() == 2 else {}),
         )  # fmt: skip
     return out

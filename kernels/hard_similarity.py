@@ -69,6 +69,7 @@ def add_gradients(
     dsim: Tensor,
     matches: Tensor,
     units: Tensor,
+    tokens: Tensor,
     e: Tensor,
     x_mask: Tensor | None,
     pool: str,
@@ -78,15 +79,15 @@ def add_gradients(
     de: Tensor,
     accumulate: bool,
 ) -> None:
-    """The gradient of the tokens x = units / inverse in place of `units`, and of e in `de`, or added to it.
+    """The gradient of `tokens` in place of their unit rows `units`, and of e in `de`, or added to it.
 
-    units [Bx, P, D] are unit rows, inverse [Bx, P] float32 is 1 / |x| (unit_rows.py); de [Be, Q, D], float32 where more
-    is added to it. Where there are masks there are lists.
+    tokens and units are [Bx, P, D], inverse [Bx, P] float32 is 1 / |token| (unit_rows.py); de [Be, Q, D], float32 where
+    more is added to it. Where there are masks there are lists.
     """
     *_, rows, row_count = of_x = sections_of(buffer_of(x_mask, x_lists), *units.shape[:2])
     dsim = _of_tokens(dsim, pool, units.shape[1], of_x)
     winner_gradient.de(dsim, matches, units, x_lists, e_lists, e.shape[1], de, accumulate)
-    gather_gradient.dx(dsim, matches, e, rows, row_count, units, units, inverse)
+    gather_gradient.dx(dsim, matches, e, rows, row_count, units, tokens, inverse)
 
 
 def _of_tokens(dsim: Tensor, pool: str, P: int, x_lists: Lists) -> Tensor:

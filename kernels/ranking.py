@@ -145,6 +145,16 @@ def _ranking_kernel(
 
 
 @triton.jit
+def _exp(differences, scale, top):
+    """exp(z - top) of z = differences scale; NaN where z is infinite, as infinity less infinity is.
+
+    A fused multiply-add rounds no z: it would subtract an infinite top from a number.
+    """
+    z = differences * scale
+    return tl.where(z == float("inf"), float("nan"), tl.exp(z - top))
+
+
+@triton.jit
 def _own_share(top, total):
     """sum_j p_ij: 1, and 0 where no column counts; NaN where a logit is NaN or the top infinite."""
     return tl.where(top <= LOWEST, 0.0, 1.0 / total) * total
@@ -198,8 +208,8 @@ def _ranking_gradient_kernel(
         row_total = tl.load(totals + rows, mask=row_mask, other=1.0)
         column_top = tl.load(tops + B + cols, mask=col_mask, other=0.0)  # of column j of S, row j of the transposed
         column_total = tl.load(totals + B + cols, mask=col_mask, other=1.0)
-        p_row = tl.exp((sim - own_row[:, None] + margin) * scale - row_top[:, None])
-        p_col = tl.exp((sim - own_col[None, :] + margin) * scale - column_top[None, :])
+        p_row = _exp(sim - own_row[:, None] + margin, scale, row_top[:, None])
+        p_col = _exp(sim - own_col[None, :] + margin, scale, column_top[None, :])
         of_row, of_col = g_row / row_total, g_col / column_total
         share = tl.where(kept, of_row[:, None] * p_row + of_col[None, :] * p_col, 0.0)
         own_top = tl.load(tops + B + rows, mask=row_mask, other=0.0)

@@ -1,7 +1,7 @@
 """Unit rows u = x / |x|, and the derivative of the normalisation: one pass over memory each.
 
     forward(x [..., D], mask [...] | None, dtype, out=None) -> unit [..., D] in `dtype`, inverse [...] float32
-    backward(dunit [..., D], unit, inverse, mask, out) -> out [..., D]
+    backward(dunit [..., D], x, inverse, mask, out, unit=False) -> out [..., D]
 
     u = x / |x|,  inverse = 1 / |x|          dx = (du - u (u . du)) / |x|
 
@@ -9,7 +9,11 @@ A zero vector stays one, and its gradient passes as it is: its inverse counts as
 zero vector with zero gradient, whatever it held. A row whose squares leave float32's range is multiplied with a power
 of two before anything is squared; an inverse beyond float32's range is its largest number.
 
-In the backward `out` may be `dunit` or `unit`: what a program writes no other one reads, and it has read it before.
+The backward makes u again, in float32, from x and `inverse`. Unit rows that were rounded to 16 bits would do, but where
+u and du are nearly parallel, as of a token and its match, the gradient is the small difference of two products, and a
+rounding of u is as large in it as one of du. With `unit` x are unit rows already, as they were rounded.
+
+In the backward `out` may be `dunit` or `x`: what a program writes no other one reads, and it has read it before.
 Deterministic: see CONTRIBUTING.md, "A kernel file".
 """
 
@@ -71,26 +75,30 @@ def _unit_kernel(
 @triton.jit(do_not_specialize=["mask_ptr", "inverse_ptr", "rows"])
 def _unit_gradient_kernel(
     dunit_ptr,  # [rows, D]
-    unit_ptr,  # [rows, D]
+    x_ptr,  # [rows, D]
     inverse_ptr,  # [rows] float32
     mask_ptr,  # [rows] bool, or None
     out_ptr,  # [rows, D]
     rows,
     D,
+    UNIT: tl.constexpr,  # x are unit rows
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Grid (row blocks): dx = (du - u (u . du)) / |x|."""
     row, exists, kept = _rows_and_kept(mask_ptr, rows, ROWS)
+    inverse = tl.load(inverse_ptr + row, mask=kept, other=0.0)
+    length = inverse  # what makes unit rows of x
+    if UNIT:
+        length = tl.full((ROWS,), 1.0, tl.float32)
     products = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        products += _load(dunit_ptr, row, kept, d, D) * _load(unit_ptr, row, kept, d, D)
+        products += _load(dunit_ptr, row, kept, d, D) * (_load(x_ptr, row, kept, d, D) * length[:, None])
     along = tl.sum(products, 1)
-    inverse = tl.load(inverse_ptr + row, mask=kept, other=0.0)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        dunit, unit = _load(dunit_ptr, row, kept, d, D), _load(unit_ptr, row, kept, d, D)
+        dunit, unit = _load(dunit_ptr, row, kept, d, D), _load(x_ptr, row, kept, d, D) * length[:, None]
         dx = (dunit - unit * along[:, None]) * inverse[:, None]
         tl.store(
             out_ptr + row[:, None] * D + d[None, :],
@@ -108,17 +116,18 @@ def forward(x: Tensor, mask: Tensor | None, dtype: torch.dtype, out: Tensor | No
     return unit, inverse
 
 
-def backward(dunit: Tensor, unit: Tensor, inverse: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
-    """The gradient of x, in `out`."""
-    _launch_rows(_unit_gradient_kernel, unit, dunit.contiguous(), unit, inverse, contiguous(mask), out)
+def backward(dunit: Tensor, x: Tensor, inverse: Tensor, mask: Tensor | None, out: Tensor, unit: bool = False) -> Tensor:
+    """The gradient of x, or of what the unit rows `x` were made of, in `out`."""
+    x = x.contiguous()
+    _launch_rows(_unit_gradient_kernel, x, dunit.contiguous(), x, inverse, contiguous(mask), out, UNIT=unit)
     return out
 
 
-def _launch_rows(kernel: object, like: Tensor, *tensors: Tensor | None) -> None:
+def _launch_rows(kernel: object, like: Tensor, *tensors: Tensor | None, **options: bool) -> None:
     rows, D = like.shape[:-1].numel(), like.shape[-1]
     with on_device(like):
         launch(
             kernel, (triton.cdiv(rows, ROWS),), *tensors, rows, D,
-            BLOCK_D=min(WIDEST, triton.next_power_of_2(D)), ROWS=ROWS, num_warps=WARPS,
+            BLOCK_D=min(WIDEST, triton.next_power_of_2(D)), ROWS=ROWS, num_warps=WARPS, **options,
             **all_registers(like.device),
         )  # fmt: skip

@@ -36,16 +36,16 @@ from ._tile import load_rows
 GRANULE = 16  # tokens of e: the rows of an instruction of the tensor cores
 LISTED = 8  # of short samples, of which a mask leaves 25 tokens on average, 16 would make 1.3 rows for one
 # By memory of the chip: (BLOCK_OWN rows of the gradient, BLOCK_SUM of the sum, BLOCK_OUT of D, num_warps, num_stages).
-# Two programs of 4 warps share a multiprocessor: one makes W while the other multiplies, and the last round is shorter.
+# Four programs of 4 warps share a multiprocessor: some make W while the others multiply, and the last round is shorter.
 PRODUCTS = {
-    (LARGE, "half"): (128, 64, 128, 4, 3),
+    (LARGE, "half"): (64, 32, 128, 4, 4),
     (BLACKWELL, "half"): (256, 64, 128, 8, 3),
     (MEDIUM, "half"): (256, 64, 128, 8, 3),
     (SMALL, "half"): (256, 64, 128, 8, 2),
     (LDS, "half"): (256, 64, 128, 8, 2),
 }
 # With a mask. Granules of 8 tokens need more registers than those of 16, and 64 rows at a time would spill some.
-LISTED_PRODUCTS = PRODUCTS | {(MEDIUM, "half"): (256, 32, 128, 8, 3)}
+LISTED_PRODUCTS = PRODUCTS | {(LARGE, "half"): (128, 64, 128, 4, 3), (MEDIUM, "half"): (256, 32, 128, 8, 3)}
 WEIGHTS = (16, 4)  # (BLOCK_J samples of e, num_warps)
 EXPONENTS = (16, 64, 4)  # (BLOCK_J samples of e, BLOCK_I samples of x, num_warps)
 POSITIONS = (128, 4)  # (BLOCK tokens of a sample of e, num_warps)

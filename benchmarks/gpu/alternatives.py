@@ -60,6 +60,6 @@ ALTERNATIVES = (
     # One loop over all tiles of a program: loads go on while a tile is reduced.
     Alternative("match", "PERSISTENT", None, True, EFA, "bf16", (), 0.98),
     # One launch more and [R, C] kept, where a graph's time counts; blocks, where the BLAS library's products would.
-    Alternative("_asdm", "SMALL", "ieee", 64, Case("asdm", 256), "fp32", (), 0.3),
+    Alternative("_asdm", "SMALL", "ieee", 256, Case("asdm", 256), "fp32", (), 4.4),
     Alternative("_asdm", "KEPT", "ieee", 256, Case("asdm", 1024), "fp32", (), 2.0),
 )  # fmt: skip

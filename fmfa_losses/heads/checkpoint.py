@@ -56,8 +56,15 @@ def load_entries(head: nn.Module, entries: Mapping[str, Any], remedy: str) -> Lo
 
     Raises:
         ValueError: an entry has another shape than the head; `remedy` says which argument to change.
+        TypeError: the head is sharded: a DTensor holds a part of a parameter.
     """
     own = head.state_dict()
+    sharded = [name for name, value in own.items() if hasattr(value, "device_mesh")]
+    if sharded:
+        raise TypeError(
+            f"the head must have plain parameters when a checkpoint is loaded, got DTensors: {', '.join(sharded)}; "
+            "load it before fully_shard, or pass the full state of the module to set_model_state_dict"
+        )
     loaded = [name for name in own if isinstance(entries.get(name), Tensor)]
     wrong = [name for name in loaded if entries[name].shape != own[name].shape]
     if wrong:

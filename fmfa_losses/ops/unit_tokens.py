@@ -30,11 +30,11 @@ def unit_tokens_op(x, mask, dtype):  # type: ignore[no-untyped-def]
     return kernels.forward(x, mask, dtype)
 
 
-@operator("unit_tokens_backward(Tensor dunit, Tensor unit, Tensor inverse, Tensor? mask, ScalarType dtype) -> Tensor")
-def unit_tokens_backward_op(dunit, unit, inverse, mask, dtype):  # type: ignore[no-untyped-def]
+@operator("unit_tokens_gradient(Tensor dunit, Tensor x, Tensor inverse, Tensor? mask) -> Tensor")
+def unit_tokens_backward_op(dunit, x, inverse, mask):  # type: ignore[no-untyped-def]
     from fmfa_losses.kernels import unit_rows as kernels
 
-    return kernels.backward(dunit, unit, inverse, mask, torch.empty(unit.shape, dtype=dtype, device=unit.device))
+    return kernels.backward(dunit, x, inverse, mask, torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 @torch.library.register_fake(unit_tokens_op)
@@ -43,14 +43,13 @@ def _fake(x, mask, dtype):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake(unit_tokens_backward_op)
-def _backward_fake(dunit, unit, inverse, mask, dtype):  # type: ignore[no-untyped-def]
-    return unit.new_empty(unit.shape, dtype=dtype)
+def _backward_fake(dunit, x, inverse, mask):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, mask, _ = inputs
-    ctx.dtype = x.dtype
-    ctx.save_for_backward(*output, mask)
+    ctx.save_for_backward(x, output[1], mask)  # not the unit rows, which are rounded
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -58,7 +57,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, dunit: Tensor | None, dinverse: Tensor | None) -> Any:
     if dunit is None:
         return None, None, None
-    return _unit_backward(dunit, *ctx.saved_tensors, ctx.dtype), None, None
+    return _unit_backward(dunit, *ctx.saved_tensors), None, None
 
 
 _unit, _unit_backward = differentiable_once(

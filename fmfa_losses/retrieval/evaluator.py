@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import check_flag, describe
-from .fused import FusedMetrics, fused_metrics
-from .metrics import RetrievalMetrics, check_ranks, retrieval_metrics
+from .average_precision import AveragePrecision, check_average_precision
+from .fused import BRANCHES, FusedItems, FusedMetrics, fused_direction
+from .metrics import Items, RankingMetrics, Report, RetrievalMetrics, check_ranks, feature_metrics, metrics_table
 
 __all__ = ["Evaluator"]
 
 Encode: TypeAlias = Callable[[Any, Any], Tensor]
+# Direction -> metrics of each branch, the one that ranks last.
+Measured: TypeAlias = dict[str, list[RankingMetrics]]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -30,6 +33,7 @@ class Evaluator:
         encode_image_tse: (model, images) -> features [b, E]; default: `model.encode_image_tse(images)`.
         encode_text_tse: (model, captions) -> features [b, E]; default: `model.encode_text_tse(captions)`.
         ranks: the k of CMC@k.
+        average_precision: "step", or "trapezoidal" as SSAN, LGUR and PLIP report it.
         block_size: queries compared at a time.
         progress: a tqdm bar for each loader, where tqdm is installed.
     Example:
@@ -51,6 +55,7 @@ class Evaluator:
         encode_image_tse: Encode | None = None,
         encode_text_tse: Encode | None = None,
         ranks: Sequence[int] = (1, 5, 10),
+        average_precision: AveragePrecision = "step",
         block_size: int | None = None,
         progress: bool = True,
     ) -> None:
@@ -67,40 +72,51 @@ class Evaluator:
                 "leave both out"
             )
         self.ranks: tuple[int, ...] = check_ranks(ranks)
+        self.average_precision = check_average_precision(average_precision)
         self.block_size = block_size
         self.progress = progress
         self.logger: logging.Logger = logging.getLogger("fmfa_losses.retrieval")
 
-    def eval(self, model: Any) -> float:
+    def eval(self, model: Any, i2t_metric: bool = False) -> float:
         """Rank-1 of text-to-image retrieval in percent, which picks the best epoch; logs the table.
 
-        With `fused` it is that of the mean, and the table has both branches too.
+        The table has the texts' searches, and with `i2t_metric` the images' too, as that of IRRA's evaluator. With
+        `fused` the result is that of the mean, and there is a table for each branch.
         """
-        metrics = self._measure(model, sorted({1, *self.ranks}))
-        self.logger.info("\n%s", metrics)
-        return _ranked_by(metrics).t2i.cmc[1]
+        check_flag("i2t_metric", i2t_metric)
+        measured = self._measure(model, sorted({1, *self.ranks}), both=i2t_metric)
+        tables = [
+            metrics_table(dict(zip(measured, each, strict=True))) for each in zip(*measured.values(), strict=True)
+        ]
+        if self.fused:
+            tables = [f"{name}\n{table}" for name, table in zip(BRANCHES, tables, strict=True)]
+        self.logger.info("\n%s", "\n".join(tables))
+        return measured["t2i"][-1].cmc[1]
 
     def metrics(self, model: Any, *, ranks: Sequence[int] | None = None) -> RetrievalMetrics:
         """Everything, both directions. The model's train and eval modes are as before afterwards."""
-        return _ranked_by(self._measure(model, ranks or self.ranks))
+        measured = self._measure(model, ranks or self.ranks)
+        return RetrievalMetrics(t2i=measured["t2i"][-1], i2t=measured["i2t"][-1])
 
     def fused_metrics(self, model: Any, *, ranks: Sequence[int] | None = None) -> FusedMetrics:
         """Metrics of both branches and of their mean, from one pass over the loaders; needs `fused`."""
-        metrics = self._measure(model, ranks or self.ranks)
-        if not isinstance(metrics, FusedMetrics):
-            raise ValueError("fused must be True for fused_metrics, got False; build Evaluator(..., fused=True)")
-        return metrics
-
-    def _measure(self, model: Any, ranks: Sequence[int]) -> RetrievalMetrics | FusedMetrics:
-        texts, text_pids = self._features(model, "encode_text", self.textloader)
-        images, image_pids = self._features(model, "encode_image", self.imageloader)
         if not self.fused:
-            return retrieval_metrics(
-                texts[0], images[0], text_pids, image_pids, ranks=ranks, block_size=self.block_size
-            )
-        return fused_metrics(
-            texts[0], images[0], texts[1], images[1], text_pids, image_pids, ranks=ranks, block_size=self.block_size
-        )
+            raise ValueError("fused must be True for fused_metrics, got False; build Evaluator(..., fused=True)")
+        measured = self._measure(model, ranks or self.ranks)
+        return FusedMetrics(*(RetrievalMetrics(*ways) for ways in zip(measured["t2i"], measured["i2t"], strict=True)))
+
+    def _measure(self, model: Any, ranks: Sequence[int], both: bool = True) -> Measured:
+        report = Report.of(ranks, self.average_precision, self.block_size)
+        texts = self._items(model, "text", self.textloader)
+        images = self._items(model, "image", self.imageloader)
+        measured = {"t2i": _direction(texts, images, report)}
+        if both:
+            measured["i2t"] = _direction(images, texts, report)
+        return measured
+
+    def _items(self, model: Any, kind: str, loader: Iterable[Any]) -> Items | FusedItems:
+        features, pids = self._features(model, f"encode_{kind}", loader)
+        return FusedItems(kind, features[0], features[1], pids) if self.fused else Items(kind, features[0], pids)
 
     def _encoders(self, model: Any, name: str) -> dict[str, Encode]:
         """By name: the function that was passed, or the method of the model."""
@@ -153,8 +169,13 @@ def _method(name: str) -> Encode:
     return encode
 
 
-def _ranked_by(metrics: RetrievalMetrics | FusedMetrics) -> RetrievalMetrics:
-    return metrics.fused if isinstance(metrics, FusedMetrics) else metrics
+def _direction(queries: Items | FusedItems, gallery: Items | FusedItems, report: Report) -> list[RankingMetrics]:
+    """Of each branch."""
+    if isinstance(queries, FusedItems):
+        assert isinstance(gallery, FusedItems)
+        return fused_direction(queries, gallery, report)
+    assert isinstance(gallery, Items)
+    return [feature_metrics(queries, gallery, report)]
 
 
 def _checked_batch(item: Any, name: str) -> tuple[Tensor, Any]:

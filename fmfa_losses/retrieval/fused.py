@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import RankingMetrics, RetrievalMetrics, block_metrics, check_ranks, checked_ids
+from .average_precision import AveragePrecision
+from .metrics import RankingMetrics, Report, RetrievalMetrics, block_metrics, checked_ids
 from .scores import Array, Scores, feature_scores
 
-__all__ = ["FusedMetrics", "fused_metrics"]
+__all__ = ["BRANCHES", "FusedItems", "FusedMetrics", "fused_direction", "fused_metrics"]
+
+BRANCHES = ("BGE", "TSE", "BGE+TSE")
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class FusedMetrics:
     fused: RetrievalMetrics
 
     def __str__(self) -> str:
-        parts = (("BGE", self.bge), ("TSE", self.tse), ("BGE+TSE", self.fused))
+        parts = zip(BRANCHES, (self.bge, self.tse, self.fused), strict=True)
         return "\n".join(f"{name}\n{metrics}" for name, metrics in parts)
 
 
-class _Items(NamedTuple):
+class FusedItems(NamedTuple):
+    """Queries or gallery of two branches."""
+
     kind: str  # "text" or "image", as messages call them
     features: Array
     tse_features: Array
@@ -54,6 +59,7 @@ def fused_metrics(
     image_pids: Array,
     *,
     ranks: Sequence[int] = (1, 5, 10),
+    average_precision: AveragePrecision = "step",
     block_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> FusedMetrics:
@@ -71,6 +77,7 @@ def fused_metrics(
         text_pids: [T], integer person ids, on any device.
         image_pids: [I], likewise.
         ranks: the k of CMC@k.
+        average_precision: "step" or "trapezoidal".
         block_size: queries compared at a time.
         device: where the blocks are computed; default: where the features are.
     Returns:
@@ -85,19 +92,17 @@ def fused_metrics(
 
     Reference: RDE, arXiv 2308.09911, section 3.4; 2024-CVPR-RDE/utils/metrics.py.
     """
-    texts = _Items("text", text_features, text_tse_features, text_pids)
-    images = _Items("image", image_features, image_tse_features, image_pids)
-    t2i = _one_direction(texts, images, check_ranks(ranks), block_size, device)
-    i2t = _one_direction(images, texts, check_ranks(ranks), block_size, device)
+    texts = FusedItems("text", text_features, text_tse_features, text_pids)
+    images = FusedItems("image", image_features, image_tse_features, image_pids)
+    report = Report.of(ranks, average_precision, block_size)
+    t2i = fused_direction(texts, images, report, device)
+    i2t = fused_direction(images, texts, report, device)
     return FusedMetrics(*(RetrievalMetrics(*both) for both in zip(t2i, i2t, strict=True)))
 
 
-def _one_direction(
-    queries: _Items,
-    gallery: _Items,
-    ranks: tuple[int, ...],
-    block_size: int | None,
-    device: torch.device | str | None,
+@torch.no_grad()
+def fused_direction(
+    queries: FusedItems, gallery: FusedItems, report: Report, device: torch.device | str | None = None
 ) -> list[RankingMetrics]:
     """Of BGE, TSE and both."""
     bge, target = feature_scores(
@@ -127,4 +132,4 @@ def _one_direction(
     sizes = len(queries.features), len(gallery.features)
     ids = checked_ids(queries.kind, queries.pids, gallery.kind, gallery.pids, sizes, target)
     every: tuple[Scores, ...] = (bge, tse, mean)
-    return [block_metrics(scores, *ids, ranks, block_size) for scores in every]
+    return [block_metrics(scores, *ids, report) for scores in every]

@@ -5,7 +5,7 @@ matches alone. With the ranks r_1 < ... < r_m, counted from 1:
 
     CMC@k = [r_1 <= k]        AP = (1/m) sum_i i / r_i        INP = m / r_m
 
-and the rank of a match is a count, not a sort:
+(`average_precision.py` has the other rule for AP), and the rank of a match is a count, not a sort:
 
     r = 1 + #{items with a higher score} + #{items with the same score and a lower gallery index}
 
@@ -22,15 +22,20 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_integer, describe
+from .average_precision import AveragePrecision, average_precisions, check_average_precision
 from .ranks import match_ranks
 from .scores import Array, Scores, array_ids, block_sizes, check_array, feature_scores, load, slices
 
 __all__ = [
+    "Items",
     "RankingMetrics",
+    "Report",
     "RetrievalMetrics",
     "block_metrics",
     "check_ranks",
     "checked_ids",
+    "feature_metrics",
+    "metrics_table",
     "ranking_metrics",
     "retrieval_metrics",
     "similarity_metrics",
@@ -62,14 +67,33 @@ class RetrievalMetrics:
     i2t: RankingMetrics
 
     def __str__(self) -> str:
-        header = ["", *(f"R{k}" for k in self.t2i.cmc), "mAP", "mINP"]
-        lines = ["".join(f"{name:>8}" for name in header)]
-        for name, one in (("t2i", self.t2i), ("i2t", self.i2t)):
-            lines.append(f"{name:>8}" + "".join(f"{v:8.2f}" for v in (*one.cmc.values(), one.mAP, one.mINP)))
-        for name, one, what in (("t2i", self.t2i, "texts"), ("i2t", self.i2t, "images")):
-            if len(one.unmatched_queries):
-                lines.append(f"{name:>8}  {len(one.unmatched_queries)} {what} without a match left out")
-        return "\n".join(lines)
+        return metrics_table({"t2i": self.t2i, "i2t": self.i2t})
+
+
+def metrics_table(rows: dict[str, RankingMetrics]) -> str:
+    """A line for each direction, and one for each that leaves queries out."""
+    lines = ["".join(f"{name:>8}" for name in ("", *(f"R{k}" for k in next(iter(rows.values())).cmc), "mAP", "mINP"))]
+    for name, one in rows.items():
+        lines.append(f"{name:>8}" + "".join(f"{v:8.2f}" for v in (*one.cmc.values(), one.mAP, one.mINP)))
+    for name, one in rows.items():
+        if len(one.unmatched_queries):
+            what = "texts" if name == "t2i" else "images"
+            lines.append(f"{name:>8}  {len(one.unmatched_queries)} {what} without a match left out")
+    return "\n".join(lines)
+
+
+class Report(NamedTuple):
+    """What to report of the ranks, and how many queries at a time."""
+
+    ranks: tuple[int, ...]
+    average_precision: AveragePrecision
+    block_size: int | None
+
+    @classmethod
+    def of(
+        cls, ranks: Sequence[int], average_precision: AveragePrecision = "step", block_size: int | None = None
+    ) -> "Report":
+        return cls(check_ranks(ranks), check_average_precision(average_precision), block_size)
 
 
 @torch.no_grad()
@@ -80,6 +104,7 @@ def retrieval_metrics(
     image_pids: Array,
     *,
     ranks: Sequence[int] = (1, 5, 10),
+    average_precision: AveragePrecision = "step",
     block_size: int | None = None,
     normalize: bool = True,
     device: torch.device | str | None = None,
@@ -95,6 +120,7 @@ def retrieval_metrics(
         text_pids: [T], integer person ids, on any device.
         image_pids: [I], likewise.
         ranks: the k of CMC@k.
+        average_precision: "step", or "trapezoidal" as SSAN, LGUR and PLIP report it.
         block_size: queries compared at a time.
         normalize: cosine similarity; False takes the inner product.
         device: where the blocks are computed; default: where the features are.
@@ -111,12 +137,12 @@ def retrieval_metrics(
              t2i  100.00  100.00  100.00  100.00  100.00
              i2t  100.00  100.00  100.00  100.00  100.00
     """
-    ranks = check_ranks(ranks)
-    texts = _Items("text", text_features, text_pids)
-    images = _Items("image", image_features, image_pids)
+    report = Report.of(ranks, average_precision, block_size)
+    texts = Items("text", text_features, text_pids)
+    images = Items("image", image_features, image_pids)
     return RetrievalMetrics(
-        t2i=_feature_metrics(texts, images, ranks, block_size, normalize, device),
-        i2t=_feature_metrics(images, texts, ranks, block_size, normalize, device),
+        t2i=feature_metrics(texts, images, report, normalize, device),
+        i2t=feature_metrics(images, texts, report, normalize, device),
     )
 
 
@@ -128,6 +154,7 @@ def ranking_metrics(
     gallery_pids: Array,
     *,
     ranks: Sequence[int] = (1, 5, 10),
+    average_precision: AveragePrecision = "step",
     block_size: int | None = None,
     normalize: bool = True,
     device: torch.device | str | None = None,
@@ -149,6 +176,7 @@ def ranking_metrics(
         query_pids: [Q], integer person ids, on any device.
         gallery_pids: [G], likewise.
         ranks: the k of CMC@k.
+        average_precision: "step", or "trapezoidal" as SSAN, LGUR and PLIP report it.
         block_size: queries compared at a time; default: as many as fill a block.
         normalize: cosine similarity; False takes the inner product.
         device: where the blocks are computed; default: where the features are.
@@ -162,9 +190,9 @@ def ranking_metrics(
         >>> metrics.cmc[1], metrics.mAP, metrics.unmatched_queries
         (100.0, 100.0, tensor([1]))
     """
-    queries = _Items("query", query_features, query_pids)
-    gallery = _Items("gallery", gallery_features, gallery_pids)
-    return _feature_metrics(queries, gallery, check_ranks(ranks), block_size, normalize, device)
+    queries = Items("query", query_features, query_pids)
+    gallery = Items("gallery", gallery_features, gallery_pids)
+    return feature_metrics(queries, gallery, Report.of(ranks, average_precision, block_size), normalize, device)
 
 
 @torch.no_grad()
@@ -174,6 +202,7 @@ def similarity_metrics(
     gallery_pids: Array,
     *,
     ranks: Sequence[int] = (1, 5, 10),
+    average_precision: AveragePrecision = "step",
     block_size: int | None = None,
 ) -> RankingMetrics:
     """CMC, mAP and mINP of scores that exist already: `ranking_metrics` without the product.
@@ -184,6 +213,7 @@ def similarity_metrics(
         query_pids: [Q], integer person ids, on any device.
         gallery_pids: [G], likewise.
         ranks: the k of CMC@k.
+        average_precision: "step", or "trapezoidal" as SSAN, LGUR and PLIP report it.
         block_size: queries ranked at a time.
     Returns:
         RankingMetrics, in percent.
@@ -204,10 +234,10 @@ def similarity_metrics(
 
     sizes = similarity.shape[0], similarity.shape[1]
     ids = checked_ids("query", query_pids, "gallery", gallery_pids, sizes, device)
-    return block_metrics(scores, *ids, check_ranks(ranks), block_size)
+    return block_metrics(scores, *ids, Report.of(ranks, average_precision, block_size))
 
 
-class _Items(NamedTuple):
+class Items(NamedTuple):
     """Queries or gallery; messages call them by their kind: "text", "image", "query", "gallery"."""
 
     kind: str
@@ -215,13 +245,9 @@ class _Items(NamedTuple):
     pids: Array
 
 
-def _feature_metrics(
-    queries: _Items,
-    gallery: _Items,
-    ranks: tuple[int, ...],
-    block_size: int | None,
-    normalize: bool,
-    device: torch.device | str | None,
+@torch.no_grad()
+def feature_metrics(
+    queries: Items, gallery: Items, report: Report, normalize: bool = True, device: torch.device | str | None = None
 ) -> RankingMetrics:
     scores, target = feature_scores(
         (f"{queries.kind}_features", queries.features),
@@ -231,12 +257,10 @@ def _feature_metrics(
     )
     sizes = len(queries.features), len(gallery.features)
     ids = checked_ids(queries.kind, queries.pids, gallery.kind, gallery.pids, sizes, target)
-    return block_metrics(scores, *ids, ranks, block_size)
+    return block_metrics(scores, *ids, report)
 
 
-def block_metrics(
-    scores: Scores, query_ids: Tensor, gallery_ids: Tensor, ranks: tuple[int, ...], block_size: int | None
-) -> RankingMetrics:
+def block_metrics(scores: Scores, query_ids: Tensor, gallery_ids: Tensor, report: Report) -> RankingMetrics:
     """Of scores that come a block at a time; ids [Q] and [G] as `checked_ids` returns them."""
     sizes, device = (len(query_ids), len(gallery_ids)), query_ids.device
     # Gallery indices grouped by person, ascending in a group: a query's matches are one run of `by_person`.
@@ -249,7 +273,7 @@ def block_metrics(
             "at least one query must share its pid with the gallery, got none; number both with the same pids"
         )
 
-    query_block, gallery_block = block_sizes(*sizes, block_size, most_matches=int(count.max()))
+    query_block, gallery_block = block_sizes(*sizes, report.block_size, most_matches=int(count.max()))
     best_rank, precision, penalty = torch.zeros(3, sizes[0], dtype=torch.float64, device=device)
     for rows in slices(sizes[0], query_block):
         matches = count[rows, None]  # [q, 1]
@@ -263,11 +287,11 @@ def block_metrics(
         last = rank.gather(1, (matches - 1).clamp(min=0))
         rank, last = (r.masked_fill(has_nan[:, None], math.nan) for r in (rank, last))
         best_rank[rows] = rank[:, 0]
-        precision[rows] = ((slot + 1) / rank).masked_fill(~valid, 0).sum(1) / matches[:, 0]
+        precision[rows] = average_precisions(rank, valid, report.average_precision)
         penalty[rows] = (matches / last)[:, 0]
 
     best_rank, precision, penalty = best_rank[matched], precision[matched], penalty[matched]
-    hits = {k: (best_rank <= k).double().masked_fill(best_rank.isnan(), math.nan) for k in ranks}
+    hits = {k: (best_rank <= k).double().masked_fill(best_rank.isnan(), math.nan) for k in report.ranks}
     return RankingMetrics(
         cmc={k: 100 * float(hit.mean()) for k, hit in hits.items()},
         mAP=100 * float(precision.mean()),

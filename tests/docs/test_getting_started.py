@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import codebases
-from test_recipes import IDENTITIES, V, apply, arguments, load, make_batch, train_one_step
+from helpers.recipes import apply, load
+from test_recipes import IDENTITIES, V, arguments, make_batch, train_one_step
 
 from benchmarks import ROOT
 from fmfa_losses import ASDMLoss, EFALoss, IDHead, IRRHead

@@ -1,9 +1,11 @@
 """README, CONTRIBUTING and docs: links lead somewhere, the examples run, sentences keep to common words."""
 
 import re
+import socket
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +81,77 @@ def test_the_page_of_losses_has_all_of_them_and_its_examples_run():
         namespace: dict[str, torch.Tensor] = {}
         exec(block, namespace)
         assert namespace["loss"].isfinite()
+
+
+@pytest.mark.parametrize("page", ["compat.md", "fine_grained.md", "heads.md", "measuring.md"])
+def test_examples_of_a_family_run(page, monkeypatch):
+    """Each by itself, as somebody who copies it would run it; measuring.md's from a checkout."""
+    monkeypatch.chdir(ROOT)
+    for block in blocks(f"docs/{page}"):
+        namespace: dict[str, object] = {}
+        exec(compile(block, page, "exec"), namespace)
+        loss = namespace.get("loss")
+        assert loss is None or torch.isfinite(torch.as_tensor(loss))
+
+
+def test_examples_of_the_global_batch_run_one_after_the_other(monkeypatch):
+    """In one process, under the environment of torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    namespace: dict[str, object] = {}
+    try:
+        for block in blocks("docs/distributed.md"):
+            exec(compile(block, "distributed.md", "exec"), namespace)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.isfinite(torch.as_tensor(namespace["loss"]))
+
+
+class Encoder(torch.nn.Module):
+    """Every name by which the examples of retrieval.md call a model."""
+
+    def encode(self, x):
+        return x
+
+    encode_image = encode_text = encode_image_tse = encode_text_tse = get_image_features = get_text_features = encode
+
+
+def test_examples_of_retrieval_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image, text, pids = torch.randn(4, 64), torch.randn(6, 64), torch.tensor([0, 0, 1, 1, 2, 2])
+    np.save("gallery.npy", image.numpy().repeat(3, axis=0))
+    namespace = {"image_loader": [(pids[2:], image)], "text_loader": [(pids, text)], "model": Encoder()}
+    ours = [block for block in blocks("docs/retrieval.md") if "import faiss" not in block]  # which nothing here needs
+    assert len(ours) == len(blocks("docs/retrieval.md")) - 1
+    for block in ours:
+        exec(compile(block, "retrieval.md", "exec"), namespace)
+    assert namespace["scores"].shape == (6, 10)
+    assert 0 <= namespace["rank_1"] <= 100
+
+
+def measured_rows() -> set[str]:
+    """Every case of the CPU run as the pages write it: case, provider, milliseconds of both passes, MiB."""
+    records = results.read(ROOT / "benchmarks/results/micro_cpu.json")["records"]
+    rows = set()
+    for record in records:
+        if "both" in record:
+            ms = record["both"]["median"]
+            told = f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+            memory = f"{record['process_mib']} | {record['above_inputs_mib']}"
+            rows.add(f"| {record['case']} | {record['provider']} | {told} | {memory} |")
+    return rows
+
+
+@pytest.mark.parametrize("page", ["fine_grained.md", "heads.md", "losses.md"])
+def test_rows_of_measurements_are_those_of_the_results(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \w+, B \d.*\|$", text, re.M)
+    assert len(rows) > 5
+    assert set(rows) <= measured_rows()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """docs/recipes, run: the diffs apply to models of the codebases' interfaces, the code blocks to real CLIP models."""
 
 import re
-import sys
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from helpers import codebases
 from helpers.compare import assert_close, assert_finite
+from helpers.recipes import RECIPES, apply, blocks, load, run_recipe
 from torch import nn
 
 from fmfa_losses import IRRHead, mask_tokens
@@ -17,51 +16,16 @@ from fmfa_losses.compat.irra import rank
 from fmfa_losses.noise import consensus_division
 from fmfa_losses.retrieval import Evaluator
 
-RECIPES = Path(__file__).parents[2] / "docs/recipes"
 B, N, L, D, P, V, IDENTITIES = 6, 8, 10, 64, 12, 60, 5
 MASK, START, END = V - 3, V - 2, V - 1
-
-
-def blocks(recipe, language):
-    """Fenced blocks of a recipe: {label or running number: text}."""
-    found = re.findall(rf"```{language}(?: (\S+))?\n(.*?)```", (RECIPES / f"{recipe}.md").read_text(), re.S)
-    return {label or str(number): text for number, (label, text) in enumerate(found)}
-
-
-def apply(diff, source):
-    """The source after the diff; a removed or context line must be there exactly once, `...` stands for anything."""
-    for hunk in re.split(r"^@@.*\n", diff, flags=re.M):
-        lines = [line for line in hunk.splitlines() if line]
-        there = [line[1:].rstrip() for line in lines if line[0] in " -"]
-        pattern = "\n".join(r"[\s\S]*?".join(map(re.escape, line.split("..."))) for line in there)
-        matches = list(re.finditer(rf"^{pattern}[ ]*$", source, re.M))
-        assert len(matches) == 1, f"{len(matches)} places for the hunk\n{hunk}"
-        kept = [line[1:] for line in lines if line[0] in " +"]
-        source = source[: matches[0].start()] + "\n".join(kept) + source[matches[0].end() :]
-    return source
-
-
-def load(monkeypatch, source):
-    """The names that a codebase's module defines; its own `model` package has nothing left to call."""
-    package = types.ModuleType("model")
-    package.objectives = SimpleNamespace()
-    loss = types.ModuleType("model.loss")
-    loss.compute_simclr_loss = None
-    monkeypatch.setitem(sys.modules, "model", package)
-    monkeypatch.setitem(sys.modules, "model.loss", loss)
-    layers = types.ModuleType("model.CrossEmbeddingLayer_tse")
-    exec(compile(codebases.RDE_LAYERS, "model/CrossEmbeddingLayer_tse.py", "exec"), layers.__dict__)
-    monkeypatch.setitem(sys.modules, layers.__name__, layers)
-    namespace = {"__name__": "model.build", "__package__": "model"}
-    exec(compile(source, "model/build.py", "exec"), namespace)
-    return SimpleNamespace(**namespace)
 
 
 def arguments(**kwargs):
     defaults = {
         "loss_names": "sdm", "patch_dim": P, "vocab_size": V, "embed_dim": D, "temperature": 0.02, "cmt_depth": 2,
         "lr": 1e-3, "dataset_name": "RSTPReid", "minmax_loss_weight": 1.0, "tau": 0.02, "margin": 0.1,
-        "select_ratio": 0.3,
+        "select_ratio": 0.3, "efa_loss_weight": 1.0, "margin_t2e": 0.1, "margin_i2e": 0.1, "alpha_i2t": 10.0,
+        "alpha_t2i": 10.0,
     }  # fmt: skip
     return SimpleNamespace(**{**defaults, **kwargs})
 
@@ -174,23 +138,44 @@ def test_irra_evaluates(irra_fmfa):
         text, image = (nn.functional.normalize(x) for x in (
             model.encode_text(batch["caption_ids"]), model.encode_image(batch["images"])))  # fmt: skip
     assert top1 == pytest.approx(rank(text @ image.T, batch["pids"], batch["pids"])[0][0].item())
-    assert "from fmfa_losses.retrieval import Evaluator" in (RECIPES / "irra.md").read_text()
 
 
-def test_fmfa_keeps_its_losses(monkeypatch):
-    module = load(monkeypatch, apply(blocks("fmfa", "diff")["fmfa-same"], codebases.IRRA))
-    model = module.IRRA(arguments(loss_names="a-sdm+efa+id+mlm"), IDENTITIES)
+def fmfa(monkeypatch, source, *diffs, **kwargs):
+    """The module and the model of one version after the diffs, each of its recipe."""
+    for recipe, diff in diffs:
+        source = apply(blocks(recipe, "diff")[diff], source)
+    module = load(monkeypatch, source)
+    model = getattr(module, "FMFA", None) or module.IRRA
+    model = model(arguments(**kwargs), IDENTITIES)
     module.convert_weights(model)
-    ret = train_one_step(model, module.build_optimizer(model.args, model), make_batch())
-    assert {key for key in ret if "loss" in key} == {"a-sdm_loss", "efa_loss", "id_loss", "mlm_loss"}
+    return module, model
 
 
-def test_fmfa_takes_the_paper(monkeypatch):
-    module = load(monkeypatch, apply(blocks("fmfa", "diff")["fmfa-paper"], codebases.IRRA))
-    model = module.IRRA(arguments(loss_names="a-sdm+efa"), IDENTITIES)
-    module.convert_weights(model)
+@pytest.mark.parametrize("diff", ["fmfa-same", "fmfa-paper"])
+@pytest.mark.parametrize(("version", "key"), [("2025-08", "a-sdm_loss"), ("2025-04", "a_sdm_loss")])
+def test_fmfa(monkeypatch, diff, version, key):
+    """Both versions, with the same results and with the paper's."""
+    source = {"2025-08": codebases.FMFA_2025_08, "2025-04": codebases.FMFA_2025_04}[version]
+    label = diff if version == "2025-08" else f"{diff}-2025-04"
+    names = "a-sdm+efa" + "+id+mlm" * (diff == "fmfa-same")
+    module, model = fmfa(monkeypatch, source, ("fmfa", label), loss_names=names)
     ret = train_one_step(model, module.build_optimizer(model.args, model), make_batch())
-    assert {key for key in ret if "loss" in key} == {"a-sdm_loss", "efa_loss"}
+    expected = {key, "efa_loss"} | ({"id_loss", "mlm_loss"} if diff == "fmfa-same" else set())
+    assert {name for name in ret if "loss" in name} == expected
+    assert ("temperature" in ret) == (version == "2025-04")
+    with pytest.raises(AssertionError, match="0 places"):  # the diff of the other version does not fit by accident
+        apply(blocks("fmfa", "diff")["fmfa-paper-2025-04" if version == "2025-08" else "fmfa-paper"], source)
+
+
+@pytest.mark.parametrize("version", ["FMFA_2025_08", "FMFA_2025_04"])
+def test_fmfa_takes_the_four_objectives(monkeypatch, version):
+    """The diff of irra.md fits both; in 2025-08 no head has a learning rate of its own, as fmfa.md says."""
+    module, model = fmfa(monkeypatch, getattr(codebases, version), ("irra", "irra-fmfa"), loss_names="fmfa")
+    optimizer = module.build_optimizer(model.args, model)
+    ret = train_one_step(model, optimizer, make_batch())
+    assert {key for key in ret if "loss" in key} == {"id_loss", "irr_loss", "efa_loss", "asdm_loss"}
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert rates == ({1e-3} if version == "FMFA_2025_08" else {1e-3, 2e-3, 5e-3})
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.01])
@@ -289,7 +274,6 @@ def test_rde_evaluates(monkeypatch):
             image = getattr(model, f"encode_image{branch}")(batch["images"])
             scores.append(nn.functional.normalize(text) @ nn.functional.normalize(image).T)
     assert top1 == pytest.approx(rank(sum(scores) / 2, batch["pids"], batch["pids"])[0][0].item())
-    assert "Evaluator(val_img_loader, val_txt_loader, fused=True)" in (RECIPES / "rde.md").read_text()
 
 
 TBPS_EXPERIMENT = {
@@ -312,7 +296,8 @@ def tbps_clip(monkeypatch, *diffs):
     module = load(monkeypatch, source)
     module.CLIP.forward.__globals__["compute_simclr_loss"] = simclr_as_written
     torch.manual_seed(0)
-    return module.CLIP(arguments(experiment=SimpleNamespace(**TBPS_EXPERIMENT)))
+    config = arguments(experiment=SimpleNamespace(**TBPS_EXPERIMENT), model=SimpleNamespace(use_gather=True))
+    return module.CLIP(config)
 
 
 def test_tbps_clip(monkeypatch):
@@ -344,13 +329,6 @@ def test_tbps_clip(monkeypatch):
                 for ret, model in ((got, ours), (expected, theirs))
             )
             assert_close(*gradients, 1e-5)
-
-
-def run_recipe(recipe, **namespace):
-    """All Python blocks of a recipe, one after the other; returns what they defined."""
-    for number, text in blocks(recipe, "python").items():
-        exec(compile(text, f"docs/recipes/{recipe}.md, block {number}", "exec"), namespace)
-    return SimpleNamespace(**namespace)
 
 
 def check_step(done, model):
@@ -422,12 +400,20 @@ def test_open_clip():
 
 def test_every_recipe_is_run():
     """A block that no test names would rot."""
-    text = Path(__file__).read_text()
+    text = "".join(file.read_text() for file in Path(__file__).parent.glob("test_recipes*.py"))
     for file in RECIPES.glob("*.md"):
         for label in blocks(file.stem, "diff"):
-            assert label.isdigit() or f'"{label}"' in text, f"{file.name}: {label}"
+            assert re.search(rf'"{label.removesuffix("-2025-04")}"', text), f"{file.name}: {label}"
         if blocks(file.stem, "python"):
             assert f'"{file.stem}"' in text, file.name
+
+
+@pytest.mark.parametrize("page", sorted(RECIPES.glob("*.md")), ids=lambda page: page.stem)
+def test_every_page_says_what_it_is_for_and_has_names(page):
+    title, _, use, *_ = page.read_text().split("\n")
+    assert title.startswith("# Coming from ") and use.startswith("For ")
+    assert re.search(r"^\|.* \| here \|$", page.read_text(), re.M)
+    assert "irra.md#the-size-of-a-sdms-gradients" in page.read_text() or page.stem in ("irra", "pylate")
 
 
 def test_the_patcher_finds_its_place_or_fails():

@@ -6,6 +6,7 @@ from helpers.compare import default_dtype, value_and_grads
 from helpers.gpu import (
     DTYPES,
     assert_function_within_budget,
+    assert_usually_within_budget,
     captured_step,
     clear_tokens,
     compiled,
@@ -35,6 +36,7 @@ SIMILARITIES += [(SHAPES[2], pool, precision) for pool in ("sum", "mean") for pr
 IMAGES = [(1, 1, 1, 16), (3, 63, 7, 64), (2, 193, 77, 96), (2, 192, 77, 512), (2, 432, 77, 768)]
 AGGREGATIONS = [(shape, precision) for shape in IMAGES for precision in ("fp32", "bf16")]
 AGGREGATIONS += [(IMAGES[2], precision) for precision in ("tf32", "fp16")]
+AGGREGATIONS += [((5, N, 29, 64), "bf16") for N in (65, 96, 128)]
 
 
 def tokens(Bx, Be, P, Q, D):
@@ -48,8 +50,8 @@ def tokens(Bx, Be, P, Q, D):
     return x.cuda(), e.cuda(), x_mask.cuda(), e_mask.cuda()
 
 
-def random_tokens(B, N, L, D, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
+def random_tokens(B, N, L, D, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randn(B, T, D, generator=generator).to("cuda", dtype) for T in (N, L)]
 
 
@@ -94,13 +96,13 @@ def test_threshold_in_float32():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_whole_loss(precision, masked):
-    """Winners among random tokens are close: many pairs, so that what rounding flips averages out on both sides."""
-    image, text = random_tokens(16, 65, 33, 128)
+    """Winners among random tokens are close, and a hardest negative is one of many: several draws."""
+    draws = [random_tokens(16, 65, 33, 128, seed=seed) for seed in range(7)]
     text_mask = torch.arange(33, device="cuda") < torch.arange(5, 21, device="cuda")[:, None] if masked else None
-    assert_function_within_budget(
+    assert_usually_within_budget(
         lambda v, t: efa_loss(v, t, text_mask=text_mask, backend="triton"),
         lambda v, t: plain_efa(hard_similarity_reference, v, t, text_mask),
-        [image, text],
+        draws,
         precision,
     )
 

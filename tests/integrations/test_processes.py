@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import processes
+from helpers.errors import explains
 from helpers.pages import code_blocks, run_blocks
 from helpers.tiny_clip import IDENTITIES, TinyCLIP, pooled_images, pooled_texts, rows, training_batch
 from torch import Tensor, nn
@@ -231,6 +232,9 @@ def fsdp() -> dict[str, object]:
     found["cached"] = difference(gradients(step), expected)
     evaluator = Evaluator(*evaluation(), encode_image=pooled_images, encode_text=pooled_texts, progress=False)
     found["evaluated"] = str(evaluator.metrics(step.model)) == expected_metrics(TinyCLIP())
+    for head in (step.objective.irr, step.objective.identity):
+        with explains(TypeError, "plain parameters", "DTensors", "before fully_shard"):
+            head.load_irra_state_dict({"mlm_head.fc.bias": torch.zeros(49408)})
     return found | checkpoints(step, data) | scaled(mine) | layers(mine, expected)
 
 

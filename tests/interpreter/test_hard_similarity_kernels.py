@@ -563,12 +563,12 @@ def test_the_gradient_through_the_normalisation_in_place(D, masked, dtype):
     chosen = F.one_hot(winners_of(matches).clamp(min=0).long(), e.shape[1]).double()
     dx = torch.einsum("ijl,ijlk,jkd->ild", w, chosen, e.double())
     de = torch.einsum("ijl,ijlk,ild->jkd", w, chosen, units.double())
-    exact = dx - units.double() * (units.double() * dx).sum(-1, keepdim=True)
-    exact = exact / lengths.unsqueeze(-1)
+    rows = tokens.double() / lengths.double().unsqueeze(-1)  # not `units`, which are rounded
+    exact = (dx - rows * (rows * dx).sum(-1, keepdim=True)) / lengths.unsqueeze(-1)
     before = torch.randn(e.shape)
     added, lists = before.clone(), [buffer_of(mask, None) for mask in (x_mask, e_mask)]
     hard_similarity.add_gradients(
-        dsim, matches, units, e, x_mask, "lse", *lists, (1 / lengths).float(), added, accumulate=True
+        dsim, matches, units, tokens, e, x_mask, "lse", *lists, (1 / lengths).float(), added, accumulate=True
     )
     assert_close([units.float()], [exact.float()], 2e-6 if dtype == torch.float32 else 1e-3)
     assert_close([added], [(before + de).float()], 2e-6 if dtype == torch.float32 else 1e-3)

@@ -22,7 +22,7 @@ def exact(x, dunit):
 
 def by_kernels(x, dunit, mask=None, dtype=None):
     unit, inverse = unit_rows.forward(x, mask, dtype or x.dtype)
-    return unit, unit_rows.backward(dunit, unit, inverse, mask, torch.empty_like(x))
+    return unit, unit_rows.backward(dunit, x, inverse, mask, torch.empty_like(x))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -87,11 +87,29 @@ def test_nan_stays_in_its_row():
 def test_in_place(D):
     x, dunit = torch.randn(5, D), torch.randn(5, D)
     unit, inverse = unit_rows.forward(x, None, torch.float32)
-    expected = unit_rows.backward(dunit, unit, inverse, None, torch.empty_like(x))
-    over_dunit = dunit.clone()
-    assert torch.equal(unit_rows.backward(over_dunit, unit, inverse, None, over_dunit), expected)
-    assert torch.equal(unit_rows.backward(dunit, unit, inverse, None, unit), expected)
-    assert torch.equal(unit, expected)
+    for rows, are_units in ((x, False), (unit, True)):
+        expected = unit_rows.backward(dunit, rows, inverse, None, torch.empty_like(x), unit=are_units)
+        over_dunit = dunit.clone()
+        assert torch.equal(unit_rows.backward(over_dunit, rows, inverse, None, over_dunit, unit=are_units), expected)
+        assert torch.equal(unit_rows.backward(dunit, rows, inverse, None, rows, unit=are_units), expected)
+        assert torch.equal(rows, expected)
+
+
+def test_unit_rows_give_the_gradient_of_what_they_were_made_of():
+    x, dunit = torch.randn(5, 24), torch.randn(5, 24)
+    unit, inverse = unit_rows.forward(x, None, torch.float32)
+    got = unit_rows.backward(dunit, unit, inverse, None, torch.empty_like(x), unit=True)
+    assert_within_budget(got, exact(x, dunit)[1].float(), exact(x, dunit)[1], amplification=4)
+
+
+def test_a_gradient_along_its_row_keeps_its_digits():
+    """u and du nearly parallel: what is left is a hundredth of both, and a rounded unit row would lose two digits."""
+    x = torch.randn(8, 64).half()
+    dunit = torch.nn.functional.normalize(x.float(), dim=-1) + 0.01 * torch.randn(8, 64) / 8
+    inverse = unit_rows.forward(x, None, torch.float16)[1]
+    got = unit_rows.backward(dunit, x, inverse, None, torch.empty(8, 64))
+    truth = exact(x, dunit)[1]
+    assert (got - truth).norm() < 1e-4 * truth.norm()
 
 
 def test_strided_rows():

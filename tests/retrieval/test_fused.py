@@ -175,12 +175,16 @@ def test_evaluator_returns_rank_one_of_the_mean(caplog):
     image_loader, text_loader, inputs, model = loaders()
     evaluator = Evaluator(image_loader, text_loader, fused=True, progress=False)
     with caplog.at_level(logging.INFO, logger="fmfa_losses.retrieval"):
-        top1 = evaluator.eval(model.train())
+        top1 = evaluator.eval(model.train(), i2t_metric=True)
     assert (image_loader.reads, text_loader.reads) == (1, 1)
     assert model.training and model.dropout.training
     expected = fused_metrics(*inputs)
     assert top1 == expected.fused.t2i.cmc[1] != expected.bge.t2i.cmc[1]
     assert str(expected) in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="fmfa_losses.retrieval"):
+        assert evaluator.eval(model) == top1
+    assert caplog.messages == ["\n" + "\n".join(line for line in str(expected).split("\n") if "i2t" not in line)]
     assert_is_rde(evaluator.fused_metrics(model), *inputs)
     assert numbers(evaluator.metrics(model, ranks=(2,)).i2t) == numbers(fused_metrics(*inputs, ranks=(2,)).fused.i2t)
 

@@ -512,7 +512,13 @@ def test_evaluator_returns_rank_one_and_logs_the_table(caplog):
     evaluator = Evaluator(image_loader, text_loader, progress=False)
     with caplog.at_level(logging.INFO, logger="fmfa_losses.retrieval"):
         assert evaluator.eval(model) == expected.t2i.cmc[1]  # dropout is off
-    assert str(expected) in caplog.text
+        without_images = str(expected).rsplit("\n", 1)[0]
+        assert without_images in caplog.text and "i2t" not in caplog.text
+        caplog.clear()
+        assert evaluator.eval(model, i2t_metric=True) == expected.t2i.cmc[1]
+        assert str(expected) in caplog.text
+    with explains(TypeError, "i2t_metric must be True or False", "1"):
+        evaluator.eval(model, 1)
     assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
     assert numbers(evaluator.metrics(model).i2t) == numbers(expected.i2t)
 
