@@ -13,18 +13,21 @@ OLDEST_TESTS := tests/losses tests/heads tests/noise tests/retrieval tests/compa
 # A stamp that make would take for an intermediate file.
 .PRECIOUS: .venv/triton-%/installed
 
-.PHONY: demo test test-versions test-oldest lint compile-check record-compiled launches bench gpu-bench wheel-check clean help
+.PHONY: demo test test-versions test-oldest lint compile-check record-compiled docs launches bench gpu-bench release-check clean help
 
 help:
 	@echo "make demo   fine-tune on rendered pedestrians and show where the pictures are"
 	@echo "make test   all tests          make lint   ruff, mypy"
 	@echo "make bench  time and memory of every loss on this machine"
+	@echo "make docs   the site, in site/      make release-check   the archives of a release"
 
-# torch first: a bare requirement on it would otherwise pull the newest build, whatever TORCH says.
+# pip first: it has --group from 25.1 on. torch next: a bare requirement on it would otherwise pull the newest build,
+# whatever TORCH says.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "pip>=25.1"
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,demo,bench,plot,triton]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[plot,noise,triton]" --group dev
 	touch $@
 
 test: .venv/installed
@@ -71,6 +74,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation, with warnings as errors; the variable leaves out an advertisement.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 # Every kernel, compiled for every architecture of the block table, without a GPU; CHIPS="sm_90" KINDS="tf32" for some.
 CHIPS ?=
 KINDS ?=
@@ -81,7 +88,7 @@ compile-check: .venv/installed
 launches: .venv/installed
 	$(RUN) -m benchmarks launches --out docs/launches.md
 
-# Other packages of MaxSim take part when they are there: .venv/bin/pip install -e ".[peers]"
+# Other packages of MaxSim take part when they are there: .venv/bin/pip install --group peers
 bench: .venv/installed
 	$(RUN) -m benchmarks micro
 	$(RUN) -m benchmarks busy
@@ -89,16 +96,25 @@ bench: .venv/installed
 gpu-bench: .venv/installed
 	$(RUN) -m benchmarks gpu --out runs/gpu
 
-# The wheel, installed into a clean environment and used from outside the checkout, without triton and with it.
-wheel-check: .venv/installed
-	rm -rf build dist /tmp/fmfa-losses-wheel && mkdir -p /tmp/fmfa-losses-wheel
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
-	$(PYTHON) -m venv /tmp/fmfa-losses-wheel/venv
-	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check dist/*.whl
-	cp .ci/outside.py /tmp/fmfa-losses-wheel/ && cd /tmp/fmfa-losses-wheel && venv/bin/python outside.py
-	/tmp/fmfa-losses-wheel/venv/bin/pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[triton]" numpy  # of its interpreter
-	cd /tmp/fmfa-losses-wheel && TRITON_INTERPRET=1 venv/bin/python outside.py triton
+# The archives of a release: whole, the same wheel from both, tests that run in the unpacked one, and the wheel installed
+# into a clean environment and used from outside the checkout, without triton and with it. TAG=v0.1.0: also its date.
+TAG ?=
+SAMPLE := tests/test_package.py tests/docs/test_readme.py tests/heads/test_identity.py
+CLEAN := /tmp/fmfa-losses-wheel
+release-check: .venv/installed
+	rm -rf build dist $(CLEAN) && mkdir -p $(CLEAN)
+	$(RUN) -m build --outdir dist . > /dev/null
+	$(RUN) -m twine check --strict dist/*
+	$(RUN) .ci/archives.py dist build/unpacked $(TAG)
+	cd build/unpacked/fmfa_losses-* && $(CURDIR)/$(RUN) -m pytest -q -p no:cacheprovider --collect-only > $(CURDIR)/build/collected
+	tail -1 build/collected
+	cd build/unpacked/fmfa_losses-* && OMP_NUM_THREADS=1 $(CURDIR)/$(RUN) -m pytest -q -p no:cacheprovider $(SAMPLE)
+	$(PYTHON) -m venv $(CLEAN)/venv
+	$(CLEAN)/venv/bin/pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
+	$(CLEAN)/venv/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	cp .ci/outside.py $(CLEAN)/ && cd $(CLEAN) && venv/bin/python outside.py
+	$(CLEAN)/venv/bin/pip install --quiet --disable-pip-version-check --no-compile "$$(ls dist/*.whl)[triton]" numpy  # of its interpreter
+	cd $(CLEAN) && TRITON_INTERPRET=1 venv/bin/python outside.py triton
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

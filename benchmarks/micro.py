@@ -4,7 +4,7 @@
 
 Each (case, provider) runs in a process of its own, so that its peak memory is its own. Providers of one case must agree
 in value and gradient, or their times are not reported. The rate of a large torch.mm, measured before and after, is what
-operations are compared with. Packages of the extra `peers` are measured where they are installed.
+operations are compared with. Packages of the group `peers` are measured where they are installed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """MaxSim of other packages, and the plain product that a MaxSim cannot do without.
 
-The extra `peers` installs those that run on a CPU: `pip install -e ".[bench,peers]"`. All of them score unit tokens.
+The group `peers` installs those that run on a CPU: `pip install --group peers`. All of them score unit tokens.
 late-interaction-kernels and flash-maxsim have a gradient, so the tokens are normalised by PyTorch while the clock runs,
 as ours are; on a CPU that is what late-interaction-kernels would do itself, on a GPU its own normalisation would make
 float32 tiles in the inner loop, which spill at D 512. maxsim-cpu and maxsim-fast are compiled code without a gradient,

@@ -184,9 +184,13 @@ class TexualEmbeddingLayer(TokenSelection):
     """`TokenSelection("text")` with the published constructor and order of arguments.
 
     Args:
-        input_dim: D. embed_dim: E. ratio: share of the tokens that is chosen.
+        input_dim: D.
+        embed_dim: E.
+        ratio: share of the tokens that is chosen.
     Inputs:
-        features: [B, T, D]. text: [B, T] token ids. atten: [B, T, T].
+        features: [B, T, D].
+        text: [B, T] token ids.
+        atten: [B, T, T].
     Returns:
         [B, E], float32 or better.
     Example:
@@ -206,9 +210,12 @@ class VisualEmbeddingLayer(TokenSelection):
     """`TokenSelection("image")` with the published constructor and names of arguments.
 
     Args:
-        input_dim: D. embed_dim: E. ratio: share of the tokens that is chosen.
+        input_dim: D.
+        embed_dim: E.
+        ratio: share of the tokens that is chosen.
     Inputs:
-        base_features: [B, T, D], token 0 is [CLS]. atten: [B, T, T].
+        base_features: [B, T, D], token 0 is [CLS].
+        atten: [B, T, T].
     Returns:
         [B, E], float32 or better.
     Example:

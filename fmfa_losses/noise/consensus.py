@@ -33,14 +33,20 @@ __all__ = ["ConsensusDivision", "clean_probability", "consensus_division"]
 
 
 class ConsensusDivision(NamedTuple):
-    """Of N pairs, in the order of the losses and on their device; every pair is clean, noisy or uncertain."""
+    """Of N pairs, in the order of the losses and on their device; every pair is clean, noisy or uncertain.
 
-    label_hat: Tensor  # [N] float32, 1 for clean pairs, 0 for noisy ones: the sample_weight of a loss
-    clean: Tensor  # [N] bool
-    noisy: Tensor  # [N] bool
-    uncertain: Tensor  # [N] bool
-    bge_probability: Tensor  # [N] float64, p of the branch
-    tse_probability: Tensor  # [N] float64
+    Attributes:
+        label_hat: [N] float32, 1 for clean pairs, 0 for noisy ones: the sample_weight of a loss.
+        clean, noisy, uncertain: [N] bool.
+        bge_probability, tse_probability: [N] float64, p of each branch.
+    """
+
+    label_hat: Tensor
+    clean: Tensor
+    noisy: Tensor
+    uncertain: Tensor
+    bge_probability: Tensor
+    tse_probability: Tensor
 
 
 def clean_probability(
