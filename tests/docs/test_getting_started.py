@@ -1,6 +1,5 @@
 """docs/getting_started.md, step by step, on the small model with IRRA's interface."""
 
-import math
 import re
 from types import SimpleNamespace
 
@@ -8,10 +7,10 @@ import pytest
 import torch
 from helpers import codebases
 from helpers.recipes import apply, load
-from test_recipes import IDENTITIES, V, arguments, make_batch, train_one_step
+from test_recipes import IDENTITIES, arguments, make_batch, train_one_step
 
 from benchmarks import ROOT
-from fmfa_losses import ASDMLoss, EFALoss, IDHead, IRRHead
+from fmfa_losses.retrieval import Evaluator
 
 PAGE = (ROOT / "docs/getting_started.md").read_text(encoding="utf-8")
 DIFFS = dict(re.findall(r"^```diff (\w+)\n(.*?)^```", PAGE, re.M | re.S))
@@ -64,35 +63,10 @@ def test_the_first_batch_is_checked(adopted, capsys):
 def test_it_evaluates(adopted, capsys):
     batch = make_batch()
     names = {
-        "Evaluator": __import__("fmfa_losses.retrieval", fromlist=["Evaluator"]).Evaluator,
+        "Evaluator": Evaluator,
         "model": adopted.model,
         "val_img_loader": [(batch["pids"], batch["images"])],
         "val_txt_loader": [(batch["pids"], batch["caption_ids"])],
     }
     exec(EVALUATE, names)
     assert 0 <= names["top1"] <= 100 and "mINP" in capsys.readouterr().out
-
-
-def test_values_of_features_that_say_nothing():
-    """The table of step 7: its formulas here, its numbers there."""
-    pairs, words, persons = 64, 49408, 11003
-    image, text, pids = torch.ones(pairs, 8), torch.ones(pairs, 8), torch.arange(pairs)
-    asdm = ASDMLoss()(image, text, pids)
-    torch.testing.assert_close(asdm.item(), 2 * ((1 - 1 / pairs) * math.log(1e8) - math.log(pairs)), rtol=1e-4, atol=0)
-    efa = EFALoss(margin_text=0.1, margin_image=0.1)(image[:, None], text[:, None])
-    torch.testing.assert_close(efa.item(), 4 * math.log(pairs - 1) + 0.4, rtol=1e-5, atol=0)
-    for row, value in (
-        ("id_loss", math.log(persons)),
-        ("irr_loss", math.log(words)),
-        ("efa_loss", efa.item()),
-        ("asdm_loss", asdm.item()),
-    ):
-        assert re.search(rf"^\| `{row}` \|.*\| {value:.2f}\b.*\|$", PAGE, re.M), f"{row} {value:.2f}"
-    head = IDHead(8, 5)
-    torch.nn.init.zeros_(head.classifier.weight)
-    assert head(image, text, pids % 5).loss.item() == pytest.approx(math.log(5))
-    irr = IRRHead(64, V, depth=1)
-    for parameter in irr.mlm_head.fc.parameters():
-        torch.nn.init.zeros_(parameter)
-    labels = torch.ones(2, 3, dtype=torch.int64)
-    assert irr(torch.randn(2, 4, 64), torch.randn(2, 3, 64), labels).loss.item() == pytest.approx(math.log(V))
