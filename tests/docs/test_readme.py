@@ -78,6 +78,18 @@ def test_a_row_that_loses_says_when_that_matters():
     assert "{} ms against {} ms".format(*(number(row["both"]["median"]) for row in graphs)) in README
 
 
+def test_the_training_step_is_what_was_measured():
+    records = [r for r in results.read(ROOT / "benchmarks/results" / GPU)["records"] if r.get("stage") == "i"]
+    of = {(r["case"], r["provider"]): r for r in records}
+    ours, released = ((name, of["step, B 128", name]) for name in ("fmfa-losses (triton)", "released formulation"))
+    step = " ".join(README.split())
+    for _, row in (ours, released):
+        assert f"{number(row['step']['median'])} ms and {row['peak_gib']:.1f} GiB" in step
+    for card in (24, 80):
+        pairs, before = (of[f"step, card of {card} GB", name]["largest"] for name, _ in (ours, released))
+        assert re.search(rf"{card} GB (?:takes )?{pairs} (?:pairs a step )?instead of {before}", step)
+
+
 def test_no_link_and_no_picture_is_relative():
     assert LINKS
     assert [link for link in LINKS if not link.startswith("https://")] == []
@@ -113,7 +125,7 @@ def test_the_addresses_are_those_of_the_package():
 def test_the_first_screen():
     """What it is, the six lines, where the documentation is; and the whole is short."""
     lines = README.splitlines()
-    assert len(lines) <= 110
+    assert len(lines) <= 115
     first = "\n".join(lines[:30])
     for part in ("pip install fmfa-losses", "from fmfa_losses import", SITE, REPOSITORY, "arxiv.org/abs/2509.13754"):
         assert part in first
