@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from fmfa_losses.kernels._asdm import SMALL
 from fmfa_losses.kernels.token_lists import SHORT
 from torch import Tensor
 
@@ -40,7 +41,7 @@ class Limit(NamedTuple):
 
     launches: int  # on the device: Triton's, and torch's, whatever the batch
     kernels: int  # compiled by the first step of a data type and choice of masks; other steps compile none, but:
-    short: int  # by the first one of at most SHORT tokens, a class of its own; a text mask has compiled it before
+    other: int  # by the first one of `other_class`; a text mask has compiled it before
     moved: (
         float  # MB that torch reads and writes at the largest batch; a smaller one may need its share, here and below
     )
@@ -52,7 +53,7 @@ class Limit(NamedTuple):
 # What was counted, and 5 % (A-SDM launches: none); every kernel of the first step. `--suggest` prints these lines anew.
 LIMITS = {
     ("asdm", NO_MASK, "bf16"): Limit(4, 3, 0, 0.01, 12, 0.05, 0.02),
-    ("asdm", NO_MASK, "fp32"): Limit(4, 3, 0, 0.01, 12, 0.08, 0.02),
+    ("asdm", NO_MASK, "fp32"): Limit(6, 3, 4, 0.01, 15, 0.36, 0.15),
     ("efa", NO_MASK, "bf16"): Limit(26, 15, 1, 0.01, 34, 61.5, 36.03),
     ("efa", NO_MASK, "fp32"): Limit(29, 16, 1, 0.01, 36, 101.53, 69.12),
     ("efa", TEXT, "bf16"): Limit(32, 23, 0, 0.01, 36, 61.67, 36.15),
@@ -90,7 +91,7 @@ class Row:
     B: int
     L: int
     D: int
-    first: bool  # of its data type and masks, and of at most SHORT tokens or more
+    first: bool  # of its data type and masks, and of `other_class` or not
     triton: int
     torch: int
     kernels: int  # compiled at this step
@@ -118,19 +119,25 @@ class Row:
         limit = LIMITS[self.loss, self.masks, self.dtype]
         share = self.B / max(BATCHES)
         megabytes = {what: round(share * getattr(limit, what), 2) for what in ("moved", "allocated", "peak")}
-        kernels = 0 if not self.first else limit.short if self.L <= SHORT else limit.kernels
+        other = other_class(self.loss, self.dtype, self.B, self.L)
+        kernels = 0 if not self.first else limit.other if other else limit.kernels
         return {"launches": limit.launches, "kernels": kernels, "buffers": limit.buffers, "waits": 0} | megabytes
+
+
+def other_class(loss: str, dtype: str, B: int, L: int) -> bool:
+    """Whether a step has kernels of its own: captions of at most SHORT tokens; in A-SDM, cosines kept in memory."""
+    return B > SMALL["ieee" if dtype == "fp32" else "half"] if loss == "asdm" else L <= SHORT
 
 
 def steps(loss: str, masks: str, dtype: str) -> Iterator[Row]:
     """The steps of a training run, on one device that has compiled nothing before."""
     sizes = [(B, L) for B in BATCHES] + ([(BATCHES[0], length) for length in LENGTHS] if loss == "efa" else [])
-    short_before: set[bool] = set()
+    before: set[bool] = set()
     with stand_in.gpu() as device:
         for batch, length in sizes:
-            short = length <= SHORT
-            yield counted(device, loss, masks, dtype, batch, length, D, first=short not in short_before)
-            short_before.add(short)
+            other = other_class(loss, dtype, batch, length)
+            yield counted(device, loss, masks, dtype, batch, length, D, first=other not in before)
+            before.add(other)
 
 
 def wide_step(loss: str, masks: str, dtype: str) -> Row:
@@ -201,7 +208,7 @@ torch's alike, and so does every kernel that is compiled: they decide how fast a
 torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
 "Compiled" is what a step compiles that none before it did. Captions of at most {SHORT} tokens are a class of their own:
 a text mask compiles both classes at once (beside 16-bit tokens one kernel for all lengths, packed_match.py), without
-one the first short batch compiles its own. Limits at width {D} are 5 % above the largest step of a group, for smaller
+one the first short batch compiles its own. So does A-SDM's first batch of more than {SMALL["ieee"]} pairs in IEEE float32. Limits at width {D} are 5 % above the largest step of a group, for smaller
 batches their share. Those at width {WIDE}, the paper's, are targets:
 {MOVED:g} MB moved, and {PEAK:g} MB (60 MiB) of memory above inputs and gradients.
 """
@@ -236,11 +243,13 @@ def suggestion(measured: list[Row]) -> str:
     lines = []
     for loss, masks, dtype in LIMITS:
         run = [row for row in measured if (row.loss, row.masks, row.dtype, row.D) == (loss, masks, dtype, D)]
-        most = {what: max(getattr(row, what) for row in run) for what in Limit._fields if what != "short"}
+        most = {what: max(getattr(row, what) for row in run) for what in Limit._fields if what != "other"}
         limit = Limit(
             launches=ceil(1.05 * most["launches"]),
-            kernels=max(row.kernels for row in run if row.first and row.L > SHORT),
-            short=max((row.kernels for row in run if row.first and row.L <= SHORT), default=0),
+            kernels=max(row.kernels for row in run if row.first and not other_class(row.loss, row.dtype, row.B, row.L)),
+            other=max(
+                (row.kernels for row in run if row.first and other_class(row.loss, row.dtype, row.B, row.L)), default=0
+            ),
             moved=roomy(most["moved"]),
             buffers=ceil(1.05 * most["buffers"]),
             allocated=roomy(most["allocated"]),

@@ -441,7 +441,9 @@ def document(tmp_path, monkeypatch, containing: str) -> dict[str, object]:
 
 def test_document_metrics(tmp_path, monkeypatch):
     scope = document(tmp_path, monkeypatch, "import retrieval_metrics")
-    assert numbers(scope["metrics"].t2i) == numbers(ranking_metrics(*features()))
+    assert numbers(scope["metrics"].t2i) == numbers(
+        ranking_metrics(*(scope[name] for name in ("text_features", "image_features", "text_pids", "image_pids")))
+    )
 
 
 def test_document_evaluators(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ["LeftOut", "Limits", "Unreadable", "contents", "files"]
@@ -55,9 +55,9 @@ class LeftOut:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Limits:
-    """How much of a tree is read, and when that began.
+    """How much of a tree is read.
 
     Args:
         entries: names in folders. files: Python files and notebooks. size: their bytes. seconds: of all.
@@ -69,11 +69,10 @@ class Limits:
     size: int = 2**29
     seconds: float = 300.0
     calls: int = 20_000
-    begun: float = field(default_factory=time.monotonic)
 
-    def reached(self, entries: int, files: int, size: int) -> str | None:
-        """Which limit is reached, in words; None when none is."""
-        if time.monotonic() - self.begun > self.seconds:
+    def reached(self, begun: float, entries: int, files: int, size: int) -> str | None:
+        """Which limit is reached by a reading that began at time.monotonic() = `begun`, in words; None when none is."""
+        if time.monotonic() - begun > self.seconds:
             return f"the limit of {self.seconds:g} s is reached"
         for count, limit, name in (
             (entries, self.entries, "names in folders"),
@@ -91,6 +90,7 @@ def files(path: Path, limits: Limits) -> Iterator[tuple[Path, bytes] | Unreadabl
         source = contents(path)
         yield source if isinstance(source, Unreadable) else (path, source)
         return
+    begun = time.monotonic()
     pending, entries, read, size = [path], 0, 0, 0
     while pending:
         folder = pending.pop()
@@ -106,7 +106,7 @@ def files(path: Path, limits: Limits) -> Iterator[tuple[Path, bytes] | Unreadabl
             continue
         installed = {name for n in folders if n.endswith(".dist-info") for name in _names_of(n)}
         for name in names:
-            reason = limits.reached(entries, read, size)
+            reason = limits.reached(begun, entries, read, size)
             if reason is not None:
                 yield LeftOut(folder / name, f"{reason}: this and what comes after was not read")
                 return
@@ -123,7 +123,7 @@ def files(path: Path, limits: Limits) -> Iterator[tuple[Path, bytes] | Unreadabl
                 yield LeftOut(folder / name, "an installed package: its dist-info is beside it")
             else:
                 pending.append(folder / name)
-        if pending and (reason := limits.reached(entries, read, size)) is not None:
+        if pending and (reason := limits.reached(begun, entries, read, size)) is not None:
             yield LeftOut(pending[-1], f"{reason}: this and what comes after was not read")
             return
 
