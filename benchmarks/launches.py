@@ -208,9 +208,9 @@ torch's alike, and so does every kernel that is compiled: they decide how fast a
 torch's operators between the kernels read and write, which grows with the width; `a / b` is a figure and its limit.
 "Compiled" is what a step compiles that none before it did. Captions of at most {SHORT} tokens are a class of their own:
 a text mask compiles both classes at once (beside 16-bit tokens one kernel for all lengths, packed_match.py), without
-one the first short batch compiles its own. So does A-SDM's first batch of more than {SMALL["ieee"]} pairs in IEEE float32. Limits at width {D} are 5 % above the largest step of a group, for smaller
-batches their share. Those at width {WIDE}, the paper's, are targets:
-{MOVED:g} MB moved, and {PEAK:g} MB (60 MiB) of memory above inputs and gradients.
+one the first short batch compiles its own. So does A-SDM's first batch of more than {SMALL["ieee"]} pairs in IEEE
+float32. Limits at width {D} are 5 % above the largest step of a group, for smaller batches their share. Those at width
+{WIDE}, the paper's, are targets: {MOVED:g} MB moved, and {PEAK:g} MB (60 MiB) of memory above inputs and gradients.
 """
 COLUMNS = (
     "loss", "masks", "dtype", "B", "L", "D", "launches", "Triton", "torch", "compiled", "moved, MB", "buffers",

@@ -57,7 +57,7 @@ def test_a_figure_over_its_limit_is_named_and_bold():
     assert "**" not in launches.table([fits])
     assert replace(fits, first=False).exceeded == [f"kernels {limit.kernels} > 0"]
     assert replace(fits, L=12).exceeded == [f"kernels {limit.kernels} > 0"]  # a text mask has compiled both classes
-    short = launches.LIMITS["efa", launches.NO_MASK, "bf16"].short
+    short = launches.LIMITS["efa", launches.NO_MASK, "bf16"].other
     unmasked = replace(fits, masks=launches.NO_MASK, L=12, torch=0, moved=0, buffers=0, allocated=0, peak=0)
     assert replace(unmasked, kernels=short).exceeded == []
     assert replace(unmasked, kernels=short + 1).exceeded == [f"kernels {short + 1} > {short}"]
@@ -72,7 +72,7 @@ def test_a_figure_over_its_limit_is_named_and_bold():
 
 def test_a_short_batch_compiles_nothing_under_a_text_mask():
     assert all(
-        limit.short == 0 for (_, masks, _), limit in launches.LIMITS.items() if masks in (launches.TEXT, launches.BOTH)
+        limit.other == 0 for (_, masks, _), limit in launches.LIMITS.items() if masks in (launches.TEXT, launches.BOTH)
     )
 
 
