@@ -173,7 +173,8 @@ class FMFALoss(Module):
         """The paper's hyperparameters for "CUHK-PEDES", "ICFG-PEDES" or "RSTPReid"; keywords override them."""
         if name not in tuple(DATASETS):
             near = did_you_mean(name, DATASETS, cutoff=0.5)  # "cuhk" is one half of "CUHK-PEDES"
-            raise ValueError(f"name must be one of {', '.join(map(repr, DATASETS))}, got {name!r}{near}")
+            other = near or "; for another data set build FMFALoss(embed_dim, num_identities) with your asdm and efa"
+            raise ValueError(f"name must be one of {', '.join(map(repr, DATASETS))}, got {name!r}{other}")
         for term, preset in zip(("asdm", "efa"), DATASETS[name], strict=True):
             given = kwargs.get(term)
             if given is None or isinstance(given, Mapping):

@@ -267,8 +267,8 @@ BAD = [
     (lambda: FMFALoss.for_dataset("cuhk", D, 10), "got 'cuhk'; did you mean 'CUHK-PEDES'"),
     (lambda: FMFALoss.for_dataset("ICFG_pedes", D, 10), "got 'ICFG_pedes'; did you mean 'ICFG-PEDES'"),
     (lambda: FMFALoss.for_dataset("rstp", D, 10), "got 'rstp'; did you mean 'RSTPReid'"),
-    (lambda: FMFALoss.for_dataset("MSMT17", D, 10), "got 'MSMT17'$"),
-    (lambda: FMFALoss.for_dataset(7, D, 10), "got 7$"),
+    (lambda: FMFALoss.for_dataset("MSMT17", D, 10), "got 'MSMT17'; for another data set build FMFALoss"),
+    (lambda: FMFALoss.for_dataset(7, D, 10), "got 7; for another data set build FMFALoss"),
     (lambda: FMFALoss(D, 10.5, irr={"depth": 1}), ("num_identities must be an integer >= 1", "10.5")),
     # What the caller of FMFALoss wrote, not what its parts call it.
     (lambda: small()(**{**batch(), "masked_labels": torch.zeros(B, L)}), "^masked_labels must be an integer tensor"),

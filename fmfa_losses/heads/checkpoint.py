@@ -11,6 +11,7 @@ __all__ = ["LoadReport", "checkpoint_entries", "load_entries"]
 
 NESTS = ("model", "state_dict")  # what a checkpoint calls the entry that holds its weights
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before every name
+SHOWN = 6  # of the names that are missing: another transformer's would fill the screen
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class LoadReport:
         else:
             text = f"loaded {len(self.loaded)} of {total} tensors"
             if self.missing:
-                text += f"; missing, left as they were: {', '.join(self.missing)}"
+                text += f"; missing, left as they were: {', '.join(self.missing[:SHOWN])}"
+                if len(self.missing) > SHOWN:
+                    text += f" and {len(self.missing) - SHOWN} more, all in report.missing"
         return f"{text}; ignored {len(self.ignored)} other entries of the checkpoint"
 
 

@@ -206,3 +206,60 @@ def test_the_nearest_definition_counts(codebase):
     files = {"a/model/objectives.py": right, "a/model/build.py": call}
     found = codebase(files | {"b/model/objectives.py": wrong, "b/model/build.py": call})
     assert [finding.file.parts[-3] for finding in found.findings] == ["a"]
+
+
+SDM = """
+def compute_sdm(image_features, text_features, pid, logit_scale, image_id=None, factor=0.3, epsilon=1e-8):
+    same = (pid.view(-1, 1) == pid.view(1, -1)).float()
+    if image_id is not None:
+        image = (image_id.view(-1, 1) == image_id.view(1, -1)).float()
+        same = (same - image) * factor + image
+    image = F.normalize(image_features, dim=1)
+    text = F.normalize(text_features, dim=1)
+    logits = logit_scale * text @ image.t()
+    goal = torch.log(same / same.sum(dim=1) + epsilon)
+    a = (logits.softmax(1) * (logits.log_softmax(1) - goal)).sum(1).mean()
+    b = (logits.t().softmax(1) * (logits.t().log_softmax(1) - goal)).sum(1).mean()
+    return a + b
+"""
+BY_LINE = "SDMLoss()(i, t, p, logit_scale=s)"
+SMALL = "SDMLoss(eps=0.001)(i, t, p, logit_scale=s)"
+# What is changed in the published function and its call: what to write, and why the import does not do.
+CHANGES = {
+    (): ("i, t, p, s", BY_LINE, None),  # IRRA's image_fetures, corrected
+    ("factor=0.3", "factor=0.5"): ("i, t, p, s", BY_LINE, None),  # not used without image_id
+    ("epsilon=1e-8", "epsilon=0.00000001"): ("i, t, p, s", BY_LINE, None),
+    ("epsilon=1e-8", "epsilon=0.001"): ("i, t, p, s", SMALL, "yours has epsilon=0.001, the published one epsilon=1e-8"),
+    ("+ epsilon", "+ 0.001", ", epsilon=1e-8", ""): ("i, t, p, s", SMALL, "yours has epsilon=0.001"),
+    ("image_features, text_features, pid", "pid, text_features, image_features"): (
+        "p, t, i, s",
+        BY_LINE,
+        "yours takes",
+    ),
+    ("factor=0.3,", "factor=0.3, *,"): ("i, t, pid=p, logit_scale=s, epsilon=0.001", SMALL, None),
+    ("pid", "ids"): ("i, t, ids=p, logit_scale=s", BY_LINE, "the published one takes no ids"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_published_body_with_other_names_or_defaults(codebase, change):
+    arguments, write, why = CHANGES[change]
+    body = SDM
+    for old, new in zip(change[::2], change[1::2], strict=True):
+        body = body.replace(old, new)
+    call = f"from model import objectives\nobjectives.compute_sdm({arguments})\nobjectives.compute_id(a, b, c)"
+    found = codebase({"model/objectives.py": body, "model/build.py": call})
+    assert writes(found)[0] == write and not found.findings[0].note
+    (imported,) = found.imports
+    assert [why in missing.why for missing in imported.missing] == [True] if why else not imported.missing
+
+
+@pytest.mark.parametrize("default", ["0.015", "TAU"])
+def test_the_defaults_of_another_body_are_passed_on(codebase, default):
+    body = f"def compute_TRL_per(scores, pid, margin=0.2, tau={default}):\n    return scores\n"
+    call = "from model import objectives\nobjectives.compute_TRL_per(s, p)\nobjectives.compute_TAL_per(s, p, 1, 2)"
+    found = codebase({"model/objectives.py": body, "model/build.py": call})
+    (missing,) = found.imports[0].missing
+    assert missing.name == "compute_TRL_per" and f"yours has tau={default}" in missing.why
+    assert [finding.name for finding in found.findings] == ["compute_TRL_per", "compute_TAL_per"]
+    assert f"temperature={default}" in found.findings[0].suggestions[0].write

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
+from .differences import own_defaults, published_shape, why_not
 from .files import LeftOut, Limits, Unreadable, files
 from .findings import Examination, Finding, Import, Suggestion
 from .imports import Imported, import_advice
@@ -112,10 +113,22 @@ def _judge_call(
         elif imported is not None and callee["name"].startswith("compute_"):
             imported.missing[callee["name"], NOT_OURS].append(call["line"])
         return
-    why_not = _why_not(call, name, definition)
-    if why_not is not None:
-        if imported is not None:
-            imported.missing[callee["name"], why_not].append(call["line"])
+    other = why_not(call, name, definition)
+    changed = {} if other is not None else own_defaults(call, name, definition)
+    if changed:
+        ours = ", ".join(f"{key}={PUBLISHED[name].defaults[key]}" for key in changed)
+        other = f"yours has {', '.join(f'{key}={value}' for key, value in changed.items())}, the published one {ours}"
+    if other is not None and imported is not None:
+        imported.missing[callee["name"], other].append(call["line"])
+        imported = None
+    if other is not None and not changed:
+        found = shape_advice(shapes, call) if shapes else None
+        if found is not None:  # by position or name it is another function, and yet the same equation
+            findings.append(_finding(file, call, *found))
+        return
+    if changed and not call["unpacked"]:
+        call = {**call, "keywords": call["keywords"] | changed}
+    elif changed:
         return
     if not call["unpacked"]:
         arguments, passed = _arguments(call, name)
@@ -156,32 +169,6 @@ def _imported(imports: dict[tuple[int, str], Imported], call: dict[str, Any]) ->
     return imports[key]
 
 
-def _why_not(call: dict[str, Any], name: str, definition: dict[str, Any] | None) -> str | None:
-    """Why a call of a published name is not for the published function; None when it is."""
-    published = PUBLISHED[name]
-    if definition is not None:
-        there = definition["parameters"]
-        if there != list(published.parameters)[: len(there)] or len(there) < len(published.required):
-            return f"yours takes ({', '.join(there)}), the published one ({', '.join(published.parameters)})"
-        if definition["results"] not in (published.results, None):
-            return f"yours returns {definition['results']} results, the published one {published.results}"
-    if call["targets"] not in (None, published.results):
-        return f"{call['targets']} results are taken, the published one has {published.results}"
-    if call["unpacked"]:
-        return None
-    given = list(zip(published.parameters, call["arguments"], strict=False))
-    names = [name for name, _ in given] + list(call["keywords"])
-    if len(call["arguments"]) > len(published.parameters) or len(set(names)) < len(names):
-        return f"{len(call['arguments'])} arguments are passed, the published one takes {len(published.parameters)}"
-    unknown = sorted(set(names) - set(published.parameters))
-    if unknown:
-        return f"the published one takes no {', '.join(unknown)}"
-    lacking = [name for name in published.required if name not in names]
-    if lacking:
-        return f"the published one needs {', '.join(lacking)} too"
-    return None
-
-
 def _arguments(call: dict[str, Any], name: str) -> tuple[dict[str, str], str]:
     """The text of every argument, defaults included, and what the call passes, in brackets."""
     published = PUBLISHED[name]
@@ -191,10 +178,7 @@ def _arguments(call: dict[str, Any], name: str) -> tuple[dict[str, str], str]:
 
 
 def _note(name: str, definition: dict[str, Any] | None) -> str:
-    equation = next((key for key, published in SHAPES.items() if published == name), None)
-    if definition is None or equation is None:
-        return ""
-    if any(shape["name"] == equation and shape["given"] is None for shape in definition["shapes"]):
+    if definition is None or name not in SHAPES.values() or published_shape(name, definition) is not None:
         return ""
     where = f"{PurePath(definition['file']).name}:{definition['line']}"
     return f"your {name} ({where}) is not written as the published one: compare both on a batch before you replace it"

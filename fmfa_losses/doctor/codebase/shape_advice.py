@@ -5,7 +5,7 @@ from typing import Any
 from .findings import Suggestion
 from .suggestions import advice, operand
 
-__all__ = ["SHAPES", "chosen", "shape_advice"]
+__all__ = ["PARAMETERS", "SHAPES", "chosen", "shape_advice"]
 
 # The published function that an equation of `source/equations.py` is.
 SHAPES = {

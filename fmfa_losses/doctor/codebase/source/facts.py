@@ -12,7 +12,7 @@ from .bindings import Callee, Scopes, chain
 from .evaluation import inline, rankings
 from .expressions import Values, is_normalised, values
 from .published import ALIASES, PUBLISHED
-from .shapes import Shape, recognise
+from .shapes import Shape, defaults, recognise
 
 __all__ = ["Cell", "facts", "short"]
 
@@ -115,6 +115,7 @@ class _Visitor(ast.NodeVisitor):
                 self.definitions[node.name] = {
                     "line": node.lineno,
                     "parameters": _parameters(node),
+                    "defaults": defaults(node),
                     "results": _results(node),
                     "ranks": self.ranks and inline(node) is not None,
                     "shapes": [shape._asdict() for shape in shapes],

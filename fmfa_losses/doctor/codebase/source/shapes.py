@@ -9,10 +9,16 @@ from .algebra import Tree, UnknownError
 from .canonical import result
 from .equations import EQUATIONS
 
-__all__ = ["Shape", "recognise"]
+__all__ = ["Shape", "defaults", "recognise"]
 
 STEPS = 20_000  # of matching one function with one equation
 NODES = 1500  # a longer function is no equation
+SYMMETRIC = {
+    "sdm": ("image", "text"),
+    "cmpm": ("image", "text"),
+    "itc": ("image", "text"),
+    "identity": ("image_logits", "text_logits"),
+}
 Bound = dict[str, Tree]
 
 
@@ -41,6 +47,13 @@ def _patterns() -> dict[str, Tree]:
     return _PATTERNS
 
 
+def defaults(function: ast.FunctionDef) -> dict[str, str]:
+    """The text of every default."""
+    a = function.args
+    found = {p.arg: ast.unparse(d) for p, d in zip(a.args[::-1], a.defaults[::-1], strict=False)}
+    return found | {p.arg: ast.unparse(d) for p, d in zip(a.kwonlyargs, a.kw_defaults, strict=True) if d is not None}
+
+
 def recognise(function: ast.FunctionDef, *, method: bool = False) -> list[Shape]:
     """The equation of a function with its optional arguments left out, and with one of them passed."""
     a = function.args
@@ -55,9 +68,8 @@ def recognise(function: ast.FunctionDef, *, method: bool = False) -> list[Shape]
     parameters = [argument.arg for argument in (*a.args, *a.kwonlyargs)][1 if method else 0 :]
     if not 2 <= len(parameters) <= 14:
         return []
-    defaults = {p.arg: ast.unparse(d) for p, d in zip(a.args[::-1], a.defaults[::-1], strict=False)}
-    defaults |= {p.arg: ast.unparse(d) for p, d in zip(a.kwonlyargs, a.kw_defaults, strict=True) if d is not None}
-    optional = [name for name, default in defaults.items() if default in ("None", "False")]
+    values = defaults(function)
+    optional = [name for name, default in values.items() if default in ("None", "False")]
     found = []
     for given in (None, *optional):
         try:
@@ -66,8 +78,20 @@ def recognise(function: ast.FunctionDef, *, method: bool = False) -> list[Shape]
             continue
         matched = _matched(tree)
         if matched is not None:
-            found.append(Shape(*matched, parameters, defaults, optional, given))
+            name, arguments = matched
+            found.append(Shape(name, _image_first(name, arguments, parameters), parameters, values, optional, given))
     return found
+
+
+def _image_first(name: str, arguments: dict[str, str], parameters: list[str]) -> dict[str, str]:
+    """The arguments of an equation with the same value when image and text change places: by name, then by order."""
+    if name not in SYMMETRIC or not {arguments[key] for key in SYMMETRIC[name]} <= set(parameters):
+        return arguments
+    pair = sorted(
+        (arguments[key] for key in SYMMETRIC[name]),
+        key=lambda own: ("text" in own or "txt" in own, parameters.index(own)),
+    )
+    return arguments | dict(zip(SYMMETRIC[name], pair, strict=True))
 
 
 def _matched(tree: Tree) -> tuple[str, dict[str, str]] | None:
