@@ -19,8 +19,8 @@ CHECK, EVALUATE = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 
 @pytest.fixture
 def adopted(monkeypatch):
-    """The model after step 4."""
-    module = load(monkeypatch, apply(DIFFS["fmfa"], codebases.IRRA))
+    """The model after steps 3 and 4."""
+    module = load(monkeypatch, apply(DIFFS["fmfa"], apply(DIFFS["same"], codebases.IRRA)))
     model = module.IRRA(arguments(loss_names="fmfa"), IDENTITIES)
     module.convert_weights(model)
     return SimpleNamespace(model=model, optimizer=module.build_optimizer(model.args, model))
