@@ -4,6 +4,7 @@ python -m benchmarks report [--results DIR] [--out FILE]
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,13 @@ def other_section(name: str, result: dict[str, Any]) -> str:
     return f"### [{what}]({page})\n\n{describe(name, result)}"
 
 
+def contents(parts: list[str]) -> str:
+    """Links to the sections; on a phone the page shows no other table of contents."""
+    titles = [part.splitlines()[0].removeprefix("## ") for part in parts if part.startswith("## ")]
+    links = [f"[{title}](#{re.sub(r'[^a-z0-9_ -]', '', title.lower()).replace(' ', '-')})" for title in titles]
+    return "On this page: " + " · ".join(links) + "."
+
+
 def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     """The report as Markdown; `folder` is where the plots go."""
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
@@ -122,7 +130,7 @@ def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     others = [other_section(name, result) for kind in kinds.values() for name, result in kind.items()]
     if others:
         parts += ["## Other results", *others]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([parts[0], contents(parts[1:]), *parts[1:]]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -656,6 +656,8 @@ def test_two_gpu_runs_have_two_headings_and_one_legend(tmp_path):
         f"## On a GPU: FAKE DEVICE, commit {commit}" for commit in ("abc", "def")
     ]
     assert text.count(report.LEGEND) == 1
+    for commit in ("abc", "def"):
+        assert f"[On a GPU: FAKE DEVICE, commit {commit}](#on-a-gpu-fake-device-commit-{commit})" in text
 
 
 def test_gpu_targets_without_a_figure():
