@@ -1,14 +1,17 @@
 """Names of code between backticks lead to the API reference: `ASDMLoss`, `functional.asdm_loss`, `TALLoss(margin=0.2)`.
 
-A link whose text is the name of a page's file, as GitHub shows it, gets the title of that page.
+Paths of this repository between backticks lead to the file: `benchmarks/results/micro_cpu.json`. A link whose text is
+the name of a page's file, as GitHub shows it, gets the title of that page.
 """
 
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 CODE = re.compile(r"<code>([\w.]+)(\([^<]*\))?</code>")
+PATH = re.compile(r"<code>((?:benchmarks|fmfa_losses|kernels|tests)/[\w./]+)</code>")
 # No links within links, headings and blocks of code.
 CLOSED = re.compile(r"(<(a|pre|h[1-6]|autoref)\b.*?</\2>)", re.S)
 FILE = re.compile(r'(<a href="([^":#]+)\.html(?:#[^"]*)?">)[\w/]+\.md</a>')
@@ -28,6 +31,21 @@ def identifiers(api: Path) -> dict[str, str]:
     return {name: identifier for name, identifier in names.items() if endings[name] == 1}
 
 
+def in_open_text(content: str, pattern: re.Pattern, one: Callable[[re.Match], str]) -> str:
+    pieces = CLOSED.split(content)  # open text, closed text, its tag, open text ...
+    return "".join(pattern.sub(one, piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
+
+
+def leading_to_files(content: str, root: Path, repository: str) -> str:
+    def one(match: re.Match) -> str:
+        path = root / match[1]
+        if not path.exists():
+            return match[0]
+        return f'<a href="{repository}/{"tree" if path.is_dir() else "blob"}/main/{match[1]}">{match[0]}</a>'
+
+    return in_open_text(content, PATH, one)
+
+
 def linked(content: str, names: dict[str, str]) -> str:
     def one(match: re.Match) -> str:
         name, call = match[1], match[2]
@@ -35,8 +53,7 @@ def linked(content: str, names: dict[str, str]) -> str:
             return match[0]
         return f'<autoref identifier="{names[name]}" optional>{match[0]}</autoref>'
 
-    pieces = CLOSED.split(content)  # open text, closed text, its tag, open text ...
-    return "".join(CODE.sub(one, piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
+    return in_open_text(content, CODE, one)
 
 
 def titled(content: str, page: str, docs: Path) -> str:
@@ -50,4 +67,5 @@ def titled(content: str, page: str, docs: Path) -> str:
 
 def on_page_content(content, page, config, **_):
     docs = Path(config.docs_dir)
+    content = leading_to_files(content, docs.parent, config.repo_url)
     return titled(linked(content, identifiers(docs / "api")), page.file.src_uri, docs)

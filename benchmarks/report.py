@@ -4,6 +4,7 @@ python -m benchmarks report [--results DIR] [--out FILE]
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ Written by `python -m benchmarks report` from the files in `benchmarks/results/`
   product over operands expanded to [B, B, tokens, D]. **reference**: the library's own specification, one product for
   all pairs, everything in memory, gradients by autograd (for A-SDM, ID and IRR: whole matrices, whole vocabulary).
 - Providers of one case must agree in value and gradient norm; one that does not gets no time.
+- What the runs on a GPU found wrong and what is open: [The EFA kernels](kernels.md#what-is-open). How to run them:
+  [On a GPU](kernels.md#on-a-gpu).
 """
 
 CPU = """- Every measurement has a process of its own. A step of more than 10 s is measured once. *process* is its whole
@@ -70,7 +73,7 @@ PAGES = {
 
 def describe(name: str, result: dict[str, Any]) -> str:
     """Where the figures come from."""
-    return described(result, f"`benchmarks/results/{name}`, ")
+    return described(result, f"[`benchmarks/results/{name}`](../benchmarks/results/{name}), ")
 
 
 def cpu_section(name: str, result: dict[str, Any]) -> str:
@@ -86,12 +89,12 @@ def busy_section(name: str, result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, busy_tables(result["records"])])
 
 
-def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
+def gpu_section(name: str, result: dict[str, Any], folder: Path, legend: str = LEGEND) -> str:
     """Also draws the plots, into a folder beside the report."""
     images = plots.draw_gpu(result, folder, Path(name).stem)
     parts = [
-        f"## On a GPU: {result['machine'].get('gpu', 'none')}",
-        LEGEND,
+        f"## On a GPU: {result['machine'].get('gpu', 'none')}, commit {result['commit']}",
+        legend,
         describe(name, result),
         *(f"![{image.stem}]({folder.name}/{image.name})" for image in images),
         gpu_report(result),
@@ -105,6 +108,13 @@ def other_section(name: str, result: dict[str, Any]) -> str:
     return f"### [{what}]({page})\n\n{describe(name, result)}"
 
 
+def contents(parts: list[str]) -> str:
+    """Links to the sections; on a phone the page shows no other table of contents."""
+    titles = [part.splitlines()[0].removeprefix("## ") for part in parts if part.startswith("## ")]
+    links = [f"[{title}](#{re.sub(r'[^a-z0-9_ -]', '', title.lower()).replace(' ', '-')})" for title in titles]
+    return "On this page: " + " · ".join(links) + "."
+
+
 def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     """The report as Markdown; `folder` is where the plots go."""
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
@@ -114,11 +124,13 @@ def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     parts = [HEAD.strip()]
     parts += [cpu_section(name, result) for name, result in micro.items()]
     parts += [busy_section(name, result) for name, result in busy.items()]
-    parts += [gpu_section(name, result, folder) for name, result in gpu.items()] or [NOT_MEASURED]
+    legends = [LEGEND] + ["What the columns say is above."] * (len(gpu) - 1)
+    parts += [gpu_section(*run, folder, legend) for run, legend in zip(gpu.items(), legends, strict=False)]
+    parts += [] if gpu else [NOT_MEASURED]
     others = [other_section(name, result) for kind in kinds.values() for name, result in kind.items()]
     if others:
         parts += ["## Other results", *others]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([parts[0], contents(parts[1:]), *parts[1:]]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -594,7 +594,9 @@ def test_every_result_has_the_same_head(tmp_path):
     assert all(result["records"] for result in committed.values())
     assert all({"cpu", "cores", "threads"} <= result["machine"].keys() for result in committed.values())
     text = report.render(committed, tmp_path)
-    assert all(f"`benchmarks/results/{name}`, `{result['command']}`" in text for name, result in committed.items())
+    for name, result in committed.items():
+        file = f"benchmarks/results/{name}"
+        assert f"[`{file}`](../{file}), `{result['command']}`" in text
     results.write(tmp_path / "half.json", {"kind": "micro", "records": []})
     with pytest.raises(ValueError, match=r"half\.json lacks command, date"):
         results.load_all(tmp_path)
@@ -635,7 +637,7 @@ def test_gpu_report(tmp_path):
     out = tmp_path / "docs" / "benchmarks.md"
     assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
     text = out.read_text()
-    assert "On a GPU: FAKE DEVICE" in text
+    assert "On a GPU: FAKE DEVICE, commit abc\n" in text
     assert "Not measured" not in text
     assert gpu_report(result) in text
     assert gpu_tables(result) in gpu_report(result)
@@ -645,6 +647,17 @@ def test_gpu_report(tmp_path):
     for name in ("time", "memory", "roof"):
         assert f"(benchmarks/gpu_fake_{name}.png)" in text
         assert (out.parent / f"benchmarks/gpu_fake_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_gpu_runs_have_two_headings_and_one_legend(tmp_path):
+    result = head() | {"records": [fake_result()["records"][0]]}
+    text = report.render({"gpu_a.json": result, "gpu_b.json": result | {"commit": "def"}}, tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## On a GPU: FAKE DEVICE, commit {commit}" for commit in ("abc", "def")
+    ]
+    assert text.count(report.LEGEND) == 1
+    for commit in ("abc", "def"):
+        assert f"[On a GPU: FAKE DEVICE, commit {commit}](#on-a-gpu-fake-device-commit-{commit})" in text
 
 
 def test_gpu_targets_without_a_figure():

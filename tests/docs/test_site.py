@@ -156,6 +156,21 @@ def test_names_lead_to_the_reference():
         assert linked(same, names) == same
 
 
+def test_paths_lead_to_files():
+    def of(text):
+        return hook("references").leading_to_files(text, ROOT, "https://host/us")
+
+    file, folder = "benchmarks/results/micro_cpu.json", "tests/gpu"
+    assert of(f"<code>{file}</code>") == f'<a href="https://host/us/blob/main/{file}"><code>{file}</code></a>'
+    assert of(f"<code>{folder}</code>") == f'<a href="https://host/us/tree/main/{folder}"><code>{folder}</code></a>'
+    for text in (
+        "<code>benchmarks/none.json</code>",
+        f"<pre><code>{file}</code></pre>",
+        f'<a href="x"><code>{file}</code></a>',
+    ):
+        assert of(text) == text
+
+
 def test_names_of_files_become_titles():
     titled = hook("references").titled
     shown = titled('<a href="../pitfalls.html#x">pitfalls.md</a>', "recipes/irra.md", ROOT / "docs")
