@@ -124,9 +124,9 @@ def test_names_that_are_missing_are_said_and_the_own_import_stays(codebase):
     (imported,) = found.imports
     assert imported.keep and imported.line == 2
     assert imported.write == ("from fmfa_losses.compat import irra as irra_objectives",)
-    assert [(call.write, call.there, call.lines) for call in imported.calls] == [
+    assert [(call.write, call.name, call.lines) for call in imported.calls] == [
         ("irra_objectives.compute_sdm", "compute_sdm", (6,)),
-        ("irra_objectives.compute_mlm", "compute_mcm_or_mlm", (11,)),
+        ("irra_objectives.compute_mcm_or_mlm", "compute_mcm_or_mlm", (11,)),
     ]
     missing = {item.name: (item.lines, item.why) for item in imported.missing}
     assert missing.keys() == {"compute_triplet", "compute_sdm_ddp", "compute_id", "compute_rbs"}

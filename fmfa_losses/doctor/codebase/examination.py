@@ -14,7 +14,7 @@ from .imports import Imported, import_advice
 from .parser import Parser
 from .ranking_advice import ranking_advice
 from .shape_advice import SHAPES, shape_advice
-from .source.published import ALIASES, MODULES, PUBLISHED
+from .source.published import MODULES, PUBLISHED
 from .suggestions import advice
 from .tree import Tree
 
@@ -98,7 +98,7 @@ def _judge_call(
     file: Path, call: dict[str, Any], tree: Tree, findings: list[Finding], imports: dict[tuple[int, str], Imported]
 ) -> None:
     callee = call["callee"]
-    name = ALIASES.get(callee["name"], callee["name"])
+    name = callee["name"]
     if call["class"] is not None:
         definition, shapes = None, tree.method(file, call["class"], callee["name"])
     else:
@@ -130,10 +130,8 @@ def _judge_call(
     findings.append(_finding(file, call, name, returns, suggestions, note))
     if imported is not None:
         imported.notes += [note] if note else []
-        if callee["name"] in ALIASES:
-            imported.renamed[callee["name"], name].append(call["line"])
         if imported.names:
-            imported.aliases[name] = call["function"] if callee["name"] == name else name
+            imported.aliases[name] = call["function"]
         weighted = name == "compute_sdm" and (arguments.get("use_weight", "False") != "False")
         imported.called["compute_sdm(use_weight)" if weighted else name].append(call["line"])
 
@@ -141,7 +139,7 @@ def _judge_call(
 def _miss(callee: dict[str, Any], line: int, imports: dict[tuple[int, str], Imported]) -> None:
     """What a module of objectives has besides, such as a class: its import must stay."""
     imported = imports.get((callee["line"], callee["text"]))
-    if imported is not None and callee["name"] not in ALIASES:
+    if imported is not None:
         lines = imported.missing[callee["name"], NOT_OURS]
         if line not in lines:
             lines.append(line)
@@ -191,6 +189,7 @@ def _arguments(call: dict[str, Any], name: str) -> tuple[dict[str, str], str]:
 
 
 def _note(name: str, definition: dict[str, Any] | None) -> str:
+    name = "compute_mlm" if name == "compute_mcm_or_mlm" else name
     equation = next((key for key, published in SHAPES.items() if published == name), None)
     if definition is None or equation is None:
         return ""

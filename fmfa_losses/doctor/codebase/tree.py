@@ -98,8 +98,12 @@ class Tree:
         return not facts["script"] and not _uses_ours(facts) and len(self.files) > 1
 
     def _targets(self) -> set[Path]:
-        """Files that another file imports."""
-        pairs = ((file, self.module(file, *name)) for file, facts in self.files.items() for name in facts["imports"])
+        """Files that another file imports and uses; a package's own imports are for others to use."""
+        pairs = (
+            (file, self.module(file, *name))
+            for file, facts in self.files.items()
+            for name in facts["imports" if file.stem == "__init__" else "used"]
+        )
         return {target for file, target in pairs if target is not None and target != file}
 
 

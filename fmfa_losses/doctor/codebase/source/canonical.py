@@ -281,6 +281,8 @@ class _Evaluator:
             if found["dim"] != 1:
                 raise UnknownError
             return (name, x)
+        if not isinstance(found["dim"], (int, float)):  # dim=[1, 2]
+            raise UnknownError
         dim = int(found["dim"])
         if name == "norm":
             return ("norm", x, dim, bool(found["keepdim"]))

@@ -5,7 +5,7 @@ Nothing is imported here but the standard library: the process that parses forei
 
 from typing import NamedTuple
 
-__all__ = ["ALIASES", "MODULES", "PUBLISHED", "Published"]
+__all__ = ["MODULES", "PUBLISHED", "Published"]
 
 
 class Published(NamedTuple):
@@ -34,6 +34,7 @@ PUBLISHED = {
     "compute_cmpm": _published("image_embeddings, text_embeddings, labels, epsilon=1e-8"),
     "compute_id": _published("image_logits, text_logits, labels"),
     "compute_mlm": _published("scores, labels"),
+    "compute_mcm_or_mlm": _published("scores, labels"),
     "compute_efa": _published("text_feat, image_feat, multimodal_feat, margin_t2e, margin_i2e"),
     "compute_minmax_info_loss": _published("A, B, C, margin=0.1"),
     "compute_TAL_per": _published("scores, pid, tau, margin"),
@@ -51,13 +52,10 @@ PUBLISHED = {
     "rank": _published("similarity, q_pids, g_pids, max_rank=10, get_mAP=True", 4),
 }
 
-# A published name that compat has under another one.
-ALIASES = {"compute_mcm_or_mlm": "compute_mlm"}
-
 _IRRA = {"compute_cmpm", "compute_id", "compute_itc", "compute_mlm", "compute_sdm", "rank"}
 # The modules of fmfa_losses.compat, the most general first; `compute_sdm` takes `use_weight` in fmfa alone.
 MODULES = {
-    "irra": _IRRA,
+    "irra": _IRRA | {"compute_mcm_or_mlm"},
     "fmfa": _IRRA | {"compute_minmax_info_loss", "compute_sdm(use_weight)"},
     "fmfa_2025_04": _IRRA | {"compute_a_sdm", "compute_efa"},
     "rde": {
