@@ -245,3 +245,33 @@ def test_a_published_name_with_another_body_is_noted(tmp_path, body, noted):
     assert ("compare both on a batch" in finding.note and "losses.py:5" in finding.note) == noted
     assert bool(finding.note) == noted
     assert examine(tmp_path).imports[0].notes == ((finding.note,) if noted else ())
+
+
+PER = """
+def compute_InfoNCE_per(scores, logit_scale):
+    # cosine similarity as logits
+    logits_per_image = logit_scale * scores
+    logits_per_text = logits_per_image.t()
+
+    p1 = F.softmax(logits_per_image, dim=1)
+    p2 = F.softmax(logits_per_text, dim=1)
+
+    loss = (-p1.diag().log() - (p2.diag().log())) / 2
+    return loss.cuda()
+
+
+def compute_rbs(i_feats, t_feats, i_tse_f, t_tse_f, pid, label_hat=None, tau=0.02, margin=0.1, loss_type="TAL",
+                logit_scale=50):
+    return label_hat, label_hat
+"""
+
+
+def test_a_body_without_an_equation_is_compared_as_text(tmp_path):
+    (tmp_path / "build.py").write_text("import losses\nx = losses.compute_InfoNCE_per(scores, scale)\n")
+    (finding,) = examined(tmp_path, PER)
+    assert not finding.note
+    (finding,) = examined(tmp_path, PER.replace("/ 2", "/ 3"))
+    assert "your compute_InfoNCE_per (losses.py:" in finding.note
+    (tmp_path / "build.py").write_text("import losses\nx, y = losses.compute_rbs(i, t, i2, t2, p, w)\n")
+    (finding,) = examined(tmp_path, PER)
+    assert "your compute_rbs (losses.py:" in finding.note

@@ -14,7 +14,7 @@ from .imports import Imported, import_advice
 from .parser import Parser
 from .ranking_advice import ranking_advice
 from .shape_advice import SHAPES, shape_advice
-from .source.published import MODULES, PUBLISHED
+from .source.published import BODIES, MODULES, PUBLISHED, USES
 from .suggestions import advice
 from .tree import Tree
 
@@ -126,13 +126,13 @@ def _judge_call(
         passed = "(" + call["code"].partition("(")[2]
         suggestions = (Suggestion(f"compat.{module}.{name}{passed}", True, "its arguments are unpacked: not read"),)
         returns = "what the published function returns"
-    note = _note(name, definition)
+    weighted = name == "compute_sdm" and arguments.get("use_weight", "False") != "False"
+    note = _note(name, definition, weighted)
     findings.append(_finding(file, call, name, returns, suggestions, note))
     if imported is not None:
         imported.notes += [note] if note else []
         if imported.names:
             imported.aliases[name] = call["function"]
-        weighted = name == "compute_sdm" and (arguments.get("use_weight", "False") != "False")
         imported.called["compute_sdm(use_weight)" if weighted else name].append(call["line"])
 
 
@@ -188,15 +188,23 @@ def _arguments(call: dict[str, Any], name: str) -> tuple[dict[str, str], str]:
     return published.defaults | given, f"({', '.join(passed)})"
 
 
-def _note(name: str, definition: dict[str, Any] | None) -> str:
-    name = "compute_mlm" if name == "compute_mcm_or_mlm" else name
-    equation = next((key for key, published in SHAPES.items() if published == name), None)
-    if definition is None or equation is None:
+def _note(name: str, definition: dict[str, Any] | None, weighted: bool) -> str:
+    """What to compare first: a body that is neither the equation nor written as published, its own or one it calls."""
+    if definition is None:
         return ""
-    if any(shape["name"] == equation and shape["given"] is None for shape in definition["shapes"]):
+    published = "compute_mlm" if name == "compute_mcm_or_mlm" else name
+    equation = next((key for key, of in SHAPES.items() if of == published), None)
+    other = None
+    if equation is not None and not any(s["name"] == equation and s["given"] is None for s in definition["shapes"]):
+        other = name
+    for part in (name, *USES.get(name, ())):
+        there = definition["beside"].get(part)
+        if other is None and there is not None and part in BODIES and (part != "compute_sdm" or weighted):
+            other = None if there["digest"] in BODIES[part] else part
+    if other is None:
         return ""
-    where = f"{PurePath(definition['file']).name}:{definition['line']}"
-    return f"your {name} ({where}) is not written as the published one: compare both on a batch before you replace it"
+    where = f"{PurePath(definition['file']).name}:{definition['beside'][other]['line']}"
+    return f"your {other} ({where}) is not written as the published one: compare both on a batch before you replace it"
 
 
 def _finding(

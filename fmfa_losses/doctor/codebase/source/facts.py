@@ -4,6 +4,7 @@ Plain dictionaries and lists, as they leave this process as JSON. What they mean
 """
 
 import ast
+import hashlib
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -12,10 +13,10 @@ from .aggregation import aggregation
 from .bindings import Callee, Scopes, chain
 from .evaluation import inline, rankings
 from .expressions import Values, is_normalised, values
-from .published import PUBLISHED
+from .published import BODIES, PUBLISHED
 from .shapes import Shape, recognise
 
-__all__ = ["Cell", "facts", "short"]
+__all__ = ["Cell", "digest", "facts", "short"]
 
 LENGTH = 300  # characters of code that are quoted
 MOST = 2000  # calls of one source that are reported
@@ -98,6 +99,13 @@ def _results(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
+def digest(node: ast.FunctionDef) -> str:
+    """Of a function's body without its docstring; spaces, brackets and a move to the GPU change nothing."""
+    documented = ast.get_docstring(node, clean=False) is not None
+    text = "\n".join(ast.unparse(statement) for statement in node.body[documented:])
+    return hashlib.sha256(re.sub(r"[\s()]", "", text.replace(".cuda()", "")).encode()).hexdigest()[:16]
+
+
 class _Visitor(ast.NodeVisitor):
     def __init__(self, cells: list[Cell], source: bytes) -> None:
         # Most files have no such word, and need not be searched for what is made of it.
@@ -129,6 +137,7 @@ class _Visitor(ast.NodeVisitor):
                     "results": _results(node),
                     "ranks": self.ranks and inline(node) is not None,
                     "shapes": [shape._asdict() for shape in shapes],
+                    "digest": digest(node) if node.name in BODIES else "",
                 }
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
