@@ -108,6 +108,7 @@ def test_a_module_that_is_still_imported_is_still_reported(tmp_path):
     text = applied("irra", "irra-same", source=codebases.IRRA)
     (finding,) = (item for item in codebase(tmp_path, text).findings if item.kind == "ranking")
     assert finding.file.name == "metrics.py"
+    assert "compare one evaluation" in finding.note  # this rank computes something else than IRRA's
 
 
 def test_an_import_that_nothing_uses_does_not_keep_a_module(tmp_path):

@@ -260,3 +260,32 @@ def evaluate(x, y, b, pids, g):
 """
     finding = suggestions_for(tmp_path, source)
     assert [s.write for s in finding.suggestions][1:] == ["similarity_metrics(s, pids, g)"]
+
+
+ORDERED = """
+def evaluate(q, g, qids, gids, unit):
+    {before}
+    similarity = q @ g.t()
+    {after}
+    order = torch.argsort(similarity, dim=1, descending=True)
+    matches = gids[order].eq(qids.view(-1, 1))
+"""
+FEATURES_OF = {
+    ("pass", "pass"): "retrieval_metrics(q, g, qids, gids, normalize=False).t2i",
+    ("q = F.normalize(q); g = F.normalize(g)", "pass"): "retrieval_metrics(q, g, qids, gids).t2i",
+    (
+        "if unit: q = F.normalize(q); g = F.normalize(g)",
+        "pass",
+    ): "retrieval_metrics(q, g, qids, gids, normalize=False).t2i",
+    ("pass", "q = F.normalize(q)"): None,
+    ("q = F.normalize(q); g = F.normalize(g)", "g = g[:5]"): None,
+    ("q = F.normalize(q); g = F.normalize(g)", "g[0] = 0"): None,
+}
+
+
+@pytest.mark.parametrize("change", FEATURES_OF)
+def test_features_are_those_of_the_product(tmp_path, change):
+    finding = suggestions_for(tmp_path, ORDERED.format(before=change[0], after=change[1]))
+    written = [s.write for s in finding.suggestions if s.write.startswith("retrieval_metrics")]
+    assert written == ([] if FEATURES_OF[change] is None else [FEATURES_OF[change]])
+    assert "compare one evaluation" in finding.note  # what becomes of `matches` is not read

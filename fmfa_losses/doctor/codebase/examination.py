@@ -21,6 +21,7 @@ from .tree import Tree
 __all__ = ["examine", "scan"]
 
 NOT_OURS = "fmfa_losses.compat has no function of this name"
+NOT_READ = "which metrics your own code makes of the ranking is not read: compare one evaluation before you replace it"
 
 
 def scan(path: Path, limits: Limits | None = None) -> Iterator[Finding | Import | Unreadable | LeftOut]:
@@ -228,7 +229,7 @@ def _aggregation(file: Path, item: dict[str, Any]) -> Finding:
 
 
 def _ranking(file: Path, item: dict[str, Any], tree: Tree) -> Iterator[Finding]:
-    published = False
+    published, note = False, NOT_READ
     if not item["inline"]:
         parameters = list(PUBLISHED["rank"].parameters)
         definition = tree.definition(file, item["callee"])
@@ -240,5 +241,7 @@ def _ranking(file: Path, item: dict[str, Any], tree: Tree) -> Iterator[Finding]:
         alike = definition is not None and definition["ranks"] and definition["parameters"][:3] == parameters[:3]
         if not published and not alike:
             return
+        if published and (definition is None or definition["digest"] in BODIES["rank"]):
+            note = ""
     returns, suggestions = ranking_advice(item, published)
-    yield Finding(file, item["line"], item["code"], "ranking", "rank", returns, suggestions, "", item["cell"])
+    yield Finding(file, item["line"], item["code"], "ranking", "rank", returns, suggestions, note, item["cell"])

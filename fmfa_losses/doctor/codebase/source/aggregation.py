@@ -30,6 +30,7 @@ def aggregation(function: ast.AST) -> Iterator[dict[str, Any]]:
     """line, last line, name of the result, text and patches of every aggregation in a function's own statements."""
     found: dict[str, _Similarity] = {}
     known: dict[str, str] = {}  # other names: what they were assigned
+    made_of: dict[str, set[str]] = {}  # of which values
     targets: set[ast.AST] = set()
     for node in own_nodes(function):
         pairs = _pairs(node)
@@ -39,17 +40,24 @@ def aggregation(function: ast.AST) -> Iterator[dict[str, Any]]:
             targets.add(target)
             name = target.id
             similarity = _next(name, value, found, known)
-            for stale in [key for key, text in known.items() if re.search(rf"\b{name}\b(?!\.size|\.shape)", text)]:
+            for stale in [key for key in known if name in made_of[key]]:
                 del known[stale]  # it was of the value before
             found.pop(name, None)
             if len(known) >= NAMES:
                 known.clear()
-            known[name] = ast.unparse(value)
+            known[name], made_of[name] = ast.unparse(value), _values_in(value)
             if similarity is not None:
                 found[name] = similarity
         if node not in targets and not pairs and (other := changed(node)) is not None:
             found.pop(other, None)
             known.pop(other, None)
+
+
+def _values_in(node: ast.expr) -> set[str]:
+    """Names in an expression, but for those of which it takes the size alone."""
+    nodes = list(ast.walk(node))
+    sized = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("size", "shape")]
+    return {n.id for n in nodes if isinstance(n, ast.Name) and n not in sized}
 
 
 def _pairs(node: ast.AST) -> list[tuple[ast.Name, ast.expr]]:

@@ -51,7 +51,7 @@ def values(function: ast.AST) -> Values:
             simple.add(node.targets[0])
             found.setdefault(node.targets[0].id, []).append(node.value)
         elif node not in simple and (other := changed(node)) is not None:
-            found.setdefault(other, []).append(ast.Constant(None))
+            found.setdefault(other, []).append(ast.copy_location(ast.Constant(None), node))
     return found
 
 

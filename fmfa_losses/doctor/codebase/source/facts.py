@@ -100,10 +100,10 @@ def _results(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int | None:
 
 
 def digest(node: ast.FunctionDef) -> str:
-    """Of a function's body without its docstring; spaces, brackets and a move to the GPU change nothing."""
+    """Of a function's body without its docstring; spaces, brackets and moves to a device change nothing."""
     documented = ast.get_docstring(node, clean=False) is not None
     text = "\n".join(ast.unparse(statement) for statement in node.body[documented:])
-    return hashlib.sha256(re.sub(r"[\s()]", "", text.replace(".cuda()", "")).encode()).hexdigest()[:16]
+    return hashlib.sha256(re.sub(r"[\s()]", "", re.sub(r"\.(cuda|cpu)\(\)", "", text)).encode()).hexdigest()[:16]
 
 
 class _Visitor(ast.NodeVisitor):

@@ -70,6 +70,7 @@ MODULES = {
 
 # `digest` of the published bodies that `equations.py` has no equation for; of `compute_sdm` FMFA's, with `use_weight`.
 BODIES = {
+    "rank": {"2303e1453fd553d6"},
     "compute_InfoNCE_per": {"9631d9d937c1c336"},
     "compute_TAL_per": {"c83179c96d3d081e"},
     "compute_TRL_per": {"2f74aacd2f5ff055"},
