@@ -206,3 +206,18 @@ def test_the_nearest_definition_counts(codebase):
     files = {"a/model/objectives.py": right, "a/model/build.py": call}
     found = codebase(files | {"b/model/objectives.py": wrong, "b/model/build.py": call})
     assert [finding.file.parts[-3] for finding in found.findings] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("source", "written", "called"),
+    [
+        ("import model.objectives\nmodel.objectives.{}", "from fmfa_losses.compat import irra", "irra.compute_itc"),
+        ("import model.objectives as o\no.{}", "from fmfa_losses.compat import irra as o", None),
+        ("from model.objectives import compute_itc\n{}", "from fmfa_losses.compat.irra import compute_itc", None),
+    ],
+)
+def test_a_call_that_must_change_is_said(codebase, source, written, called):
+    report = "\n".join(as_text(codebase({"build.py": source.format("compute_itc(i, t, s)")})))
+    assert f"    write         {written}\n" in report
+    assert ("    call          " in report) == (called is not None)
+    assert called is None or f"    call          {called} for compute_itc, line 2" in report

@@ -275,3 +275,22 @@ def test_a_body_without_an_equation_is_compared_as_text(tmp_path):
     (tmp_path / "build.py").write_text("import losses\nx, y = losses.compute_rbs(i, t, i2, t2, p, w)\n")
     (finding,) = examined(tmp_path, PER)
     assert "your compute_rbs (losses.py:" in finding.note
+
+
+INFO = """
+def info(image, text, scale):
+    logits = scale * F.normalize(image) @ F.normalize(text).t()
+    own = torch.arange({}, device=image.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+
+loss = info(x, y, 20.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [("len_", False), ("image.shape[0]", True), ("0, image.shape[0]", True), ("start=0, end=image.size(0)", True),
+     ("1, image.shape[0]", False), ("start=1, end=image.size(0)", False), ("end=image.size(0), step=2", False)],
+)  # fmt: skip
+def test_targets_that_are_shifted_are_others(tmp_path, arguments, found):
+    assert bool(examined(tmp_path, INFO.format(arguments))) == found

@@ -218,7 +218,8 @@ class _Evaluator:
             return ("cross_entropy", self(operands[0]), self(operands[1]), *self._options(keywords, []))
         if name == "arange":
             end = self(operands[-1])
-            if end[0] != "rows":
+            start = [ast.unparse(a) for a in operands[:-1]] or [ast.unparse(keywords.get("start", ast.Constant(0)))]
+            if end[0] != "rows" or start != ["0"] or "step" in keywords:
                 raise UnknownError
             return ("arange",)
         x = self(operands[0])
