@@ -206,7 +206,9 @@ class _Evaluator:
         ignored = options.pop("ignore_index", "-100")
         if options or positional or reduction != "'mean'":
             raise UnknownError
-        return [] if ignored == "-100" else [("ignore", float(ast.literal_eval(ignored)))]
+        if not ignored.removeprefix("-").isdigit():  # a name
+            raise UnknownError
+        return [] if ignored == "-100" else [("ignore", float(ignored))]
 
     def _known(self, name: str, operands: list[ast.expr], keywords: dict[str | None, ast.expr]) -> Tree:
         if not operands:
