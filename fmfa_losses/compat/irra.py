@@ -14,7 +14,7 @@ from ..ops.precision import accumulation_dtype
 from ..retrieval.metrics import similarity_metrics
 from .released import flat_ids, released_asdm
 
-__all__ = ["compute_cmpm", "compute_id", "compute_itc", "compute_mlm", "compute_sdm", "rank"]
+__all__ = ["compute_cmpm", "compute_id", "compute_itc", "compute_mcm_or_mlm", "compute_mlm", "compute_sdm", "rank"]
 
 # Rows of similarities that are sorted at a time hold about this many numbers.
 SORT_ELEMENTS = 2**24
@@ -72,6 +72,10 @@ def compute_mlm(scores: Tensor, labels: Tensor) -> Tensor:
     check_float("scores", scores, "BL V")
     labels = check_ids("labels", labels, scores.shape[0], scores.device)
     return F.cross_entropy(scores.to(accumulation_dtype(scores)), labels.long(), ignore_index=0)
+
+
+compute_mcm_or_mlm = compute_mlm
+"""`compute_mlm` by the name that IRRA's first `model/build.py` calls, and codebases made of that."""
 
 
 def compute_itc(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:

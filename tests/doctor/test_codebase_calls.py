@@ -124,9 +124,9 @@ def test_names_that_are_missing_are_said_and_the_own_import_stays(codebase):
     (imported,) = found.imports
     assert imported.keep and imported.line == 2
     assert imported.write == ("from fmfa_losses.compat import irra as irra_objectives",)
-    assert [(call.write, call.there, call.lines) for call in imported.calls] == [
+    assert [(call.write, call.name, call.lines) for call in imported.calls] == [
         ("irra_objectives.compute_sdm", "compute_sdm", (6,)),
-        ("irra_objectives.compute_mlm", "compute_mcm_or_mlm", (11,)),
+        ("irra_objectives.compute_mcm_or_mlm", "compute_mcm_or_mlm", (11,)),
     ]
     missing = {item.name: (item.lines, item.why) for item in imported.missing}
     assert missing.keys() == {"compute_triplet", "compute_sdm_ddp", "compute_id", "compute_rbs"}
@@ -263,3 +263,18 @@ def test_the_defaults_of_another_body_are_passed_on(codebase, default):
     assert missing.name == "compute_TRL_per" and f"yours has tau={default}" in missing.why
     assert [finding.name for finding in found.findings] == ["compute_TRL_per", "compute_TAL_per"]
     assert f"temperature={default}" in found.findings[0].suggestions[0].write
+
+
+@pytest.mark.parametrize(
+    ("source", "written", "called"),
+    [
+        ("import model.objectives\nmodel.objectives.{}", "from fmfa_losses.compat import irra", "irra.compute_itc"),
+        ("import model.objectives as o\no.{}", "from fmfa_losses.compat import irra as o", None),
+        ("from model.objectives import compute_itc\n{}", "from fmfa_losses.compat.irra import compute_itc", None),
+    ],
+)
+def test_a_call_that_must_change_is_said(codebase, source, written, called):
+    report = "\n".join(as_text(codebase({"build.py": source.format("compute_itc(i, t, s)")})))
+    assert f"    write         {written}\n" in report
+    assert ("    call          " in report) == (called is not None)
+    assert called is None or f"    call          {called} for compute_itc, line 2" in report

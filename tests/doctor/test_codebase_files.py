@@ -220,3 +220,25 @@ def test_packages_of_others_are_left_out_and_named(tmp_path):
     left_out = {str(item.file.relative_to(tmp_path)) for item in found.left_out}
     assert left_out == {*copies, "target/some_package"}
     assert examine(tmp_path / "lib/clip").findings  # asked for by name, it is read
+
+
+def test_an_odd_reduction_does_not_lose_the_rest_of_its_file(tmp_path):
+    file = tmp_path / "odd.py"
+    odd = "def f(a, b):\n    return {}\n\nfrom model import objectives\nobjectives.compute_sdm(i, t, pids, scale)\n"
+    for expression in (
+        "torch.sum(a * b, dim=[1, 2])",
+        "a.view(*b)",
+        "a.view(dtype=b)",
+        "a.mean(dim=None)",
+        "F.cross_entropy(a, b, ignore_index=a)",
+        "a / 1e-400",
+        "a * 1e999 * 0",
+        "a[:, None][b:c]",
+        "a.view()",
+        "F.one_hot(a)",
+        "torch.cat()",
+        "f()()",
+    ):
+        file.write_text(odd.format(expression))
+        found = examine(file)
+        assert not found.unreadable and [item.line for item in found.findings] == [5]

@@ -36,7 +36,7 @@ TRAIN = """from utils.metrics import Evaluator
 from model.build import build_model
 
 if __name__ == '__main__':
-    main()
+    main(Evaluator)
 """
 EVALUATOR = "from fmfa_losses.retrieval import Evaluator\n"
 
@@ -108,3 +108,13 @@ def test_a_module_that_is_still_imported_is_still_reported(tmp_path):
     text = applied("irra", "irra-same", source=codebases.IRRA)
     (finding,) = (item for item in codebase(tmp_path, text).findings if item.kind == "ranking")
     assert finding.file.name == "metrics.py"
+    assert "compare one evaluation" in finding.note  # this rank computes something else than IRRA's
+
+
+def test_an_import_that_nothing_uses_does_not_keep_a_module(tmp_path):
+    """IRRA's and RDE's test.py import an Evaluator and never name it again; no recipe touches that line."""
+    (tmp_path / "test.py").write_text("from utils.metrics import Evaluator\nif __name__ == '__main__':\n    run()\n")
+    text = applied("irra", "irra-same", source=codebases.IRRA)
+    assert not codebase(tmp_path, text, evaluator=True).findings
+    (tmp_path / "test.py").write_text("from utils.metrics import Evaluator\nprint(Evaluator())\n")
+    assert [item.kind for item in codebase(tmp_path, text, evaluator=True).findings] == ["ranking"]

@@ -245,3 +245,52 @@ def test_a_published_name_with_another_body_is_noted(tmp_path, body, noted):
     assert ("compare both on a batch" in finding.note and "losses.py:5" in finding.note) == noted
     assert bool(finding.note) == noted
     assert examine(tmp_path).imports[0].notes == ((finding.note,) if noted else ())
+
+
+PER = """
+def compute_InfoNCE_per(scores, logit_scale):
+    # cosine similarity as logits
+    logits_per_image = logit_scale * scores
+    logits_per_text = logits_per_image.t()
+
+    p1 = F.softmax(logits_per_image, dim=1)
+    p2 = F.softmax(logits_per_text, dim=1)
+
+    loss = (-p1.diag().log() - (p2.diag().log())) / 2
+    return loss.cuda()
+
+
+def compute_rbs(i_feats, t_feats, i_tse_f, t_tse_f, pid, label_hat=None, tau=0.02, margin=0.1, loss_type="TAL",
+                logit_scale=50):
+    return label_hat, label_hat
+"""
+
+
+def test_a_body_without_an_equation_is_compared_as_text(tmp_path):
+    (tmp_path / "build.py").write_text("import losses\nx = losses.compute_InfoNCE_per(scores, scale)\n")
+    (finding,) = examined(tmp_path, PER)
+    assert not finding.note
+    (finding,) = examined(tmp_path, PER.replace("/ 2", "/ 3"))
+    assert "your compute_InfoNCE_per (losses.py:" in finding.note
+    (tmp_path / "build.py").write_text("import losses\nx, y = losses.compute_rbs(i, t, i2, t2, p, w)\n")
+    (finding,) = examined(tmp_path, PER)
+    assert "your compute_rbs (losses.py:" in finding.note
+
+
+INFO = """
+def info(image, text, scale):
+    logits = scale * F.normalize(image) @ F.normalize(text).t()
+    own = torch.arange({}, device=image.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+
+loss = info(x, y, 20.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [("len_", False), ("image.shape[0]", True), ("0, image.shape[0]", True), ("start=0, end=image.size(0)", True),
+     ("1, image.shape[0]", False), ("start=1, end=image.size(0)", False), ("end=image.size(0), step=2", False)],
+)  # fmt: skip
+def test_targets_that_are_shifted_are_others(tmp_path, arguments, found):
+    assert bool(examined(tmp_path, INFO.format(arguments))) == found

@@ -194,3 +194,11 @@ def test_environment_names_the_reason(monkeypatch, choice, line):
     report = "\n".join(doctor.environment())
     assert f"device       cpu\n{line}" in report
     assert (f"FMFA_LOSSES_BACKEND={choice} is set" in report) == (choice is not None)
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(codebase):
+    command = [sys.executable, "-m", "fmfa_losses", "doctor", str(codebase)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

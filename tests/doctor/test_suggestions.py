@@ -10,7 +10,7 @@ from helpers import released_formulas
 import fmfa_losses
 from fmfa_losses import compat, functional, retrieval
 from fmfa_losses.doctor.codebase import examine
-from fmfa_losses.doctor.codebase.source.published import ALIASES, MODULES, PUBLISHED
+from fmfa_losses.doctor.codebase.source.published import MODULES, PUBLISHED
 
 B, D, L, N = 6, 16, 5, 9
 
@@ -53,6 +53,7 @@ CALLS = {
     "compute_cmpm(i, t, pids, args.eps)": (1, 1),
     "compute_id(logits, 2 * logits, words)": (1, 0),
     "compute_mlm(logits, words)": (1, 0),
+    "compute_mcm_or_mlm(logits, words)": (1, 0),
     "compute_minmax_info_loss(text, patches, agg)": (1, 1),
     "compute_efa(text, patches, agg, 0.2, args.margin)": (1, 1),
     "compute_TAL_per(scores, pids, args.tau, margin=args.margin)": (1, 0),
@@ -125,7 +126,6 @@ def test_what_is_known_of_published_functions_is_what_compat_has():
             for key, parameter in parameters.items():
                 assert (key in known.defaults) == (parameter.default is not parameter.empty)
                 assert key not in known.defaults or eval(known.defaults[key]) == parameter.default
-    assert set(ALIASES.values()) <= PUBLISHED.keys()
 
 
 AGGREGATION = """
@@ -156,6 +156,24 @@ def test_the_aggregation_is_found_by_what_it_does(tmp_path):
     known |= {"text": torch.tensor([[[1.0]]]), "patches": torch.tensor([[[0.0], [2.0], [1.0], [0.5]]])}
     expected = namespace["forward"](known["text"], known["patches"])
     torch.testing.assert_close(eval(exact.write, known), expected)
+
+
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        ("s = (s - low) / (high - low)", "s = torch.softmax(s, dim=2)"),
+        ("s = (s - low) / (high - low)", "s = (s - low) / (high - low + 1e-6)"),
+        ("limit = 1.0 / s.size(2)", "limit = 20.0 / s.size(2)"),
+        ("    s = s / s.sum(dim=2, keepdim=True)\n", ""),
+        ("    s = s / s.sum(dim=2, keepdim=True)\n", "    s = s / s.sum(dim=2, keepdim=True)\n    s *= 2\n"),
+        ("s > limit", "s >= limit"),
+    ],
+)
+def test_another_aggregation_is_left_alone(tmp_path, there, instead):
+    assert there in AGGREGATION
+    file = tmp_path / "build.py"
+    file.write_text(AGGREGATION.replace(there, instead))
+    assert not examine(file).findings
 
 
 RANK = "from utils.metrics import rank\ncmc, mAP, mINP, _ = rank(similarity=similarity, q_pids=pids, g_pids=g{})\n"
@@ -242,3 +260,32 @@ def evaluate(x, y, b, pids, g):
 """
     finding = suggestions_for(tmp_path, source)
     assert [s.write for s in finding.suggestions][1:] == ["similarity_metrics(s, pids, g)"]
+
+
+ORDERED = """
+def evaluate(q, g, qids, gids, unit):
+    {before}
+    similarity = q @ g.t()
+    {after}
+    order = torch.argsort(similarity, dim=1, descending=True)
+    matches = gids[order].eq(qids.view(-1, 1))
+"""
+FEATURES_OF = {
+    ("pass", "pass"): "retrieval_metrics(q, g, qids, gids, normalize=False).t2i",
+    ("q = F.normalize(q); g = F.normalize(g)", "pass"): "retrieval_metrics(q, g, qids, gids).t2i",
+    (
+        "if unit: q = F.normalize(q); g = F.normalize(g)",
+        "pass",
+    ): "retrieval_metrics(q, g, qids, gids, normalize=False).t2i",
+    ("pass", "q = F.normalize(q)"): None,
+    ("q = F.normalize(q); g = F.normalize(g)", "g = g[:5]"): None,
+    ("q = F.normalize(q); g = F.normalize(g)", "g[0] = 0"): None,
+}
+
+
+@pytest.mark.parametrize("change", FEATURES_OF)
+def test_features_are_those_of_the_product(tmp_path, change):
+    finding = suggestions_for(tmp_path, ORDERED.format(before=change[0], after=change[1]))
+    written = [s.write for s in finding.suggestions if s.write.startswith("retrieval_metrics")]
+    assert written == ([] if FEATURES_OF[change] is None else [FEATURES_OF[change]])
+    assert "compare one evaluation" in finding.note  # what becomes of `matches` is not read

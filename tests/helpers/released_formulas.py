@@ -61,6 +61,9 @@ def compute_mlm(scores, labels):
     return F.cross_entropy(scores[masked], labels[masked])
 
 
+compute_mcm_or_mlm = compute_mlm
+
+
 def aggregate(text, patches):
     similarity = text @ patches.transpose(1, 2)
     low, high = similarity.amin(2, keepdim=True), similarity.amax(2, keepdim=True)

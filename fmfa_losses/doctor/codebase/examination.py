@@ -15,13 +15,14 @@ from .imports import Imported, import_advice
 from .parser import Parser
 from .ranking_advice import ranking_advice
 from .shape_advice import SHAPES, shape_advice
-from .source.published import ALIASES, MODULES, PUBLISHED
+from .source.published import BODIES, MODULES, PUBLISHED, USES
 from .suggestions import advice
 from .tree import Tree
 
 __all__ = ["examine", "scan"]
 
 NOT_OURS = "fmfa_losses.compat has no function of this name"
+NOT_READ = "which metrics your own code makes of the ranking is not read: compare one evaluation before you replace it"
 
 
 def scan(path: Path, limits: Limits | None = None) -> Iterator[Finding | Import | Unreadable | LeftOut]:
@@ -99,7 +100,7 @@ def _judge_call(
     file: Path, call: dict[str, Any], tree: Tree, findings: list[Finding], imports: dict[tuple[int, str], Imported]
 ) -> None:
     callee = call["callee"]
-    name = ALIASES.get(callee["name"], callee["name"])
+    name = callee["name"]
     if call["class"] is not None:
         definition, shapes = None, tree.method(file, call["class"], callee["name"])
     else:
@@ -139,22 +140,20 @@ def _judge_call(
         passed = "(" + call["code"].partition("(")[2]
         suggestions = (Suggestion(f"compat.{module}.{name}{passed}", True, "its arguments are unpacked: not read"),)
         returns = "what the published function returns"
-    note = _note(name, definition)
+    weighted = name == "compute_sdm" and arguments.get("use_weight", "False") != "False"
+    note = _note(name, definition, weighted)
     findings.append(_finding(file, call, name, returns, suggestions, note))
     if imported is not None:
         imported.notes += [note] if note else []
-        if callee["name"] in ALIASES:
-            imported.renamed[callee["name"], name].append(call["line"])
         if imported.names:
-            imported.aliases[name] = call["function"] if callee["name"] == name else name
-        weighted = name == "compute_sdm" and (arguments.get("use_weight", "False") != "False")
+            imported.aliases[name] = call["function"]
         imported.called["compute_sdm(use_weight)" if weighted else name].append(call["line"])
 
 
 def _miss(callee: dict[str, Any], line: int, imports: dict[tuple[int, str], Imported]) -> None:
     """What a module of objectives has besides, such as a class: its import must stay."""
     imported = imports.get((callee["line"], callee["text"]))
-    if imported is not None and callee["name"] not in ALIASES:
+    if imported is not None:
         lines = imported.missing[callee["name"], NOT_OURS]
         if line not in lines:
             lines.append(line)
@@ -177,11 +176,22 @@ def _arguments(call: dict[str, Any], name: str) -> tuple[dict[str, str], str]:
     return published.defaults | given, f"({', '.join(passed)})"
 
 
-def _note(name: str, definition: dict[str, Any] | None) -> str:
-    if definition is None or name not in SHAPES.values() or published_shape(name, definition) is not None:
+def _note(name: str, definition: dict[str, Any] | None, weighted: bool) -> str:
+    """What to compare first: a body that is neither the equation nor written as published, its own or one it calls."""
+    if definition is None:
         return ""
-    where = f"{PurePath(definition['file']).name}:{definition['line']}"
-    return f"your {name} ({where}) is not written as the published one: compare both on a batch before you replace it"
+    published = "compute_mlm" if name == "compute_mcm_or_mlm" else name
+    other = None
+    if published in SHAPES.values() and published_shape(published, definition) is None:
+        other = name
+    for part in (name, *USES.get(name, ())):
+        there = definition["beside"].get(part)
+        if other is None and there is not None and part in BODIES and (part != "compute_sdm" or weighted):
+            other = None if there["digest"] in BODIES[part] else part
+    if other is None:
+        return ""
+    where = f"{PurePath(definition['file']).name}:{definition['beside'][other]['line']}"
+    return f"your {other} ({where}) is not written as the published one: compare both on a batch before you replace it"
 
 
 def _finding(
@@ -205,7 +215,7 @@ def _aggregation(file: Path, item: dict[str, Any]) -> Finding:
 
 
 def _ranking(file: Path, item: dict[str, Any], tree: Tree) -> Iterator[Finding]:
-    published = False
+    published, note = False, NOT_READ
     if not item["inline"]:
         parameters = list(PUBLISHED["rank"].parameters)
         definition = tree.definition(file, item["callee"])
@@ -217,5 +227,7 @@ def _ranking(file: Path, item: dict[str, Any], tree: Tree) -> Iterator[Finding]:
         alike = definition is not None and definition["ranks"] and definition["parameters"][:3] == parameters[:3]
         if not published and not alike:
             return
+        if published and (definition is None or definition["digest"] in BODIES["rank"]):
+            note = ""
     returns, suggestions = ranking_advice(item, published)
-    yield Finding(file, item["line"], item["code"], "ranking", "rank", returns, suggestions, "", item["cell"])
+    yield Finding(file, item["line"], item["code"], "ranking", "rank", returns, suggestions, note, item["cell"])

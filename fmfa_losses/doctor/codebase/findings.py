@@ -59,15 +59,13 @@ class Calls:
     """Calls that go to this library after an import was changed.
 
     Args:
-        write: how the function is called then. module: of fmfa_losses.compat. name: of the function there.
-        there: its name in the codebase, as a rule the same.
+        write: how the function is called then. module: of fmfa_losses.compat. name: of the function in both.
     """
 
     write: str
     module: str
     name: str
     lines: tuple[int, ...]
-    there: str
 
 
 @dataclass(frozen=True)

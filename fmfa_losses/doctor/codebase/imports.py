@@ -25,7 +25,6 @@ class Imported:
     aliases: dict[str, str] = field(default_factory=dict)  # what a function that is imported by name is called
     missing: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))  # (name, why)
     notes: list[str] = field(default_factory=list)
-    renamed: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))  # (there, here)
 
 
 def modules_for(names: Iterable[str]) -> dict[str, str]:
@@ -54,10 +53,9 @@ def import_advice(file: Path, imported: Imported) -> Import:
     write = _by_name(grouped, imported.aliases) if imported.names else _by_module(grouped, imported, keep)
     missing = tuple(Missing(name, tuple(lines), why) for (name, why), lines in sorted(imported.missing.items()))
     notes = tuple(dict.fromkeys(imported.notes))
-    renamed = {line: there for (there, _), lines in imported.renamed.items() for line in lines}
     calls = tuple(
         Calls(_called(module, imported, len(grouped) > 1 or keep) + imported.aliases.get(name, name), module, name,
-              tuple(sorted(lines)), next((renamed[line] for line in lines if line in renamed), name))
+              tuple(sorted(lines)))
         for module, names in grouped.items() for name, lines in names.items()
     )  # fmt: skip
     return Import(file, imported.line, imported.code, tuple(write), keep, calls, missing, notes, imported.cell)
@@ -68,7 +66,7 @@ def _besides(imported: Imported) -> set[str]:
     if not imported.names:
         return set()
     names = {part.partition(" as ")[0].strip() for part in imported.code.partition(" import ")[2].split(",")}
-    return names - {name.partition("(")[0] for name in imported.called} - {there for there, _ in imported.renamed}
+    return names - {name.partition("(")[0] for name in imported.called}
 
 
 def _called(module: str, imported: Imported, aliased: bool) -> str:

@@ -54,8 +54,9 @@ def _import(item: Import) -> Iterator[str]:
     yield f"    {'write below' if item.keep else 'write':<13} {item.write[0]}"
     yield from (f"                  {line}" for line in item.write[1:])
     for call in item.calls:
-        if item.keep or not one or call.there != call.name:
-            yield f"    call          {call.write} for {call.there}, {_lines(call.lines)}"
+        renamed = "." in call.write and " as " not in item.write[0]  # `import model.objectives` has no such name here
+        if item.keep or not one or renamed:
+            yield f"    call          {call.write} for {call.name}, {_lines(call.lines)}"
     for missing in item.missing:
         yield f"    keep yours    {missing.name}, {_lines(missing.lines)}: {missing.why}"
     for note in item.notes:

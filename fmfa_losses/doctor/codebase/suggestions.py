@@ -254,6 +254,7 @@ RULES: dict[str, Callable[[str, Arguments], Advice]] = {
     "compute_cmpm": _cmpm,
     "compute_id": _id,
     "compute_mlm": _mlm,
+    "compute_mcm_or_mlm": _mlm,
     "compute_minmax_info_loss": _minmax,
     "compute_efa": _efa,
     "compute_TAL_per": _tal_per,

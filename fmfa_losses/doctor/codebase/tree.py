@@ -51,9 +51,12 @@ class Tree:
         return max(matches, key=lambda match: _shared(match[0], own))[1] if matches else None
 
     def definition(self, file: Path, callee: dict[str, Any]) -> dict[str, Any] | None:
-        """The function that is called, where the tree has it: line, parameters, results, shapes and file."""
+        """The function that is called, where the tree has it, with its file and the functions beside it."""
         home = self._home(file, callee, "definitions")
-        return None if home is None else {**self.files[home]["definitions"][callee["name"]], "file": str(home)}
+        if home is None:
+            return None
+        beside = self.files[home]["definitions"]
+        return {**beside[callee["name"]], "file": str(home), "beside": beside}
 
     def method(self, file: Path, owner: str, name: str) -> list[dict[str, Any]]:
         """The shapes of a method that a class, or the nearest of its bases, defines; none where none does."""
@@ -98,8 +101,12 @@ class Tree:
         return not facts["script"] and not _uses_ours(facts) and len(self.files) > 1
 
     def _targets(self) -> set[Path]:
-        """Files that another file imports."""
-        pairs = ((file, self.module(file, *name)) for file, facts in self.files.items() for name in facts["imports"])
+        """Files that another file imports and uses; a package's own imports are for others to use."""
+        pairs = (
+            (file, self.module(file, *name))
+            for file, facts in self.files.items()
+            for name in facts["imports" if file.stem == "__init__" else "used"]
+        )
         return {target for file, target in pairs if target is not None and target != file}
 
 

@@ -142,6 +142,8 @@ def linear(operation: tuple[str, int], x: Tree) -> Tree:
 
 
 def reshaped(x: Tree, arguments: list[str]) -> Tree:
+    if not arguments:  # `x.view(*shape)` has one, `x.view(size=shape)` none
+        raise UnknownError
     shape = arguments[0].strip("()[]").split(", ") if len(arguments) == 1 else arguments
     if shape[-1] == "1" and len(shape) <= 2:  # [B, 1], and unsqueeze(1)
         return ("col", x) if x[0] != "col" else x

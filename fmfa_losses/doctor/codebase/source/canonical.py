@@ -206,7 +206,9 @@ class _Evaluator:
         ignored = options.pop("ignore_index", "-100")
         if options or positional or reduction != "'mean'":
             raise UnknownError
-        return [] if ignored == "-100" else [("ignore", float(ast.literal_eval(ignored)))]
+        if not ignored.removeprefix("-").isdigit():  # a name
+            raise UnknownError
+        return [] if ignored == "-100" else [("ignore", float(ignored))]
 
     def _known(self, name: str, operands: list[ast.expr], keywords: dict[str | None, ast.expr]) -> Tree:
         if not operands:
@@ -218,7 +220,8 @@ class _Evaluator:
             return ("cross_entropy", self(operands[0]), self(operands[1]), *self._options(keywords, []))
         if name == "arange":
             end = self(operands[-1])
-            if end[0] != "rows":
+            start = [ast.unparse(a) for a in operands[:-1]] or [ast.unparse(keywords.get("start", ast.Constant(0)))]
+            if end[0] != "rows" or start != ["0"] or "step" in keywords:
                 raise UnknownError
             return ("arange",)
         x = self(operands[0])
@@ -281,6 +284,8 @@ class _Evaluator:
             if found["dim"] != 1:
                 raise UnknownError
             return (name, x)
+        if not isinstance(found["dim"], (int, float)):  # dim=[1, 2]
+            raise UnknownError
         dim = int(found["dim"])
         if name == "norm":
             return ("norm", x, dim, bool(found["keepdim"]))

@@ -21,8 +21,9 @@ def rankings(function: ast.AST, scopes: Scopes) -> Iterator[dict[str, Any]]:
     own = inline(function)
     found += [own] if own is not None else []
     known = values(function) if found else {}
+    always = {node.value for node in getattr(function, "body", []) if isinstance(node, ast.Assign)}
     for scores, ranking in found:
-        yield {**ranking, **_origin(scores, known)}
+        yield {**ranking, **_origin(scores, known, always)}
 
 
 def _calls(function: ast.AST, scopes: Scopes) -> Iterator[tuple[ast.expr, dict[str, Any]]]:
@@ -132,8 +133,11 @@ def _column(node: ast.expr) -> str | None:
 # Where scores come from
 
 
-def _origin(scores: ast.expr, known: Values) -> dict[str, Any]:
-    """features: [queries, gallery] that the scores are a product of; normalised; fused: the scores are a sum."""
+def _origin(scores: ast.expr, known: Values, always: set[ast.expr]) -> dict[str, Any]:
+    """features: [queries, gallery] that the scores are a product of; normalised; fused: the scores are a sum.
+
+    Features that change after the product are none; what is normalised under a condition counts as not normalised.
+    """
     node, turned = scores, False
     for _ in range(10):  # names that stand for each other
         if isinstance(node, ast.Call) and called(node) == "t" and isinstance(node.func, ast.Attribute):
@@ -150,7 +154,11 @@ def _origin(scores: ast.expr, known: Values) -> dict[str, Any]:
         sums = (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, (ast.Add, ast.Sub)))
         return {"features": None, "normalised": False, "fused": any(sums)}
     features = [operands[0], gallery]
+    assigned = [known[n.id] for f in features for n in ast.walk(f) if isinstance(n, ast.Name) and n.id in known]
+    if any(value.lineno > node.lineno for every in assigned for value in every):
+        return {"features": None, "normalised": False, "fused": False}
     normalised = all(is_normalised(feature, known) for feature in features)
+    normalised &= all(every[-1] in always for every in assigned)
     names = [ast.unparse(feature) for feature in features]
     return {"features": names[::-1] if turned else names, "turned": turned, "normalised": normalised, "fused": False}
 

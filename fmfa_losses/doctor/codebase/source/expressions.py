@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from .bindings import FUNCTIONS, chain
 
-__all__ = ["Values", "assignments", "called", "is_normalised", "own_nodes", "product", "values"]
+__all__ = ["Values", "called", "changed", "is_normalised", "own_nodes", "product", "values"]
 
 Values = dict[str, list[ast.expr]]
 
@@ -18,13 +18,6 @@ def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
         yield node
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             pending += reversed(list(ast.iter_child_nodes(node)))
-
-
-def assignments(function: ast.AST) -> Iterator[tuple[str, ast.Assign]]:
-    """(name, statement) of every `name = value` in a function's own statements."""
-    for node in own_nodes(function):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            yield node.targets[0].id, node
 
 
 def called(node: ast.expr) -> str | None:
@@ -57,12 +50,12 @@ def values(function: ast.AST) -> Values:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             simple.add(node.targets[0])
             found.setdefault(node.targets[0].id, []).append(node.value)
-        elif node not in simple and (changed := _changed(node)) is not None:
-            found.setdefault(changed, []).append(ast.Constant(None))
+        elif node not in simple and (other := changed(node)) is not None:
+            found.setdefault(other, []).append(ast.copy_location(ast.Constant(None), node))
     return found
 
 
-def _changed(node: ast.AST) -> str | None:
+def changed(node: ast.AST) -> str | None:
     """The name that `x += y`, `x[i] = y`, `for x in y` or `x.add_(y)` changes."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         return node.id

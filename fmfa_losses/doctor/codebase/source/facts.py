@@ -4,17 +4,19 @@ Plain dictionaries and lists, as they leave this process as JSON. What they mean
 """
 
 import ast
+import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from .aggregation import aggregation
 from .bindings import Callee, Scopes, chain
 from .evaluation import inline, rankings
 from .expressions import Values, is_normalised, values
-from .published import ALIASES, PUBLISHED
+from .published import BODIES, PUBLISHED
 from .shapes import Shape, defaults, recognise
 
-__all__ = ["Cell", "facts", "short"]
+__all__ = ["Cell", "digest", "facts", "short"]
 
 LENGTH = 300  # characters of code that are quoted
 MOST = 2000  # calls of one source that are reported
@@ -39,7 +41,8 @@ def facts(cells: list[Cell], source: bytes) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"calls": visitor.calls, "rankings": visitor.rankings,
                                               "aggregations": visitor.aggregations}  # fmt: skip
     return {
-        "imports": sorted({name for tree in trees for name in _imports(tree)}),
+        "imports": sorted({name for tree in trees for name in _imports(ast.walk(tree))}),
+        "used": sorted(_used(trees)),
         "definitions": visitor.definitions,
         "classes": visitor.classes,
         "script": any(cell.number is not None or _is_script(cell.tree) for cell in cells),
@@ -57,10 +60,19 @@ def _quoted(node: ast.AST) -> str:
     return short(ast.unparse(node))
 
 
-def _imports(tree: ast.Module) -> list[tuple[int, str]]:
+def _used(trees: list[ast.Module]) -> set[tuple[int, str]]:
+    """The imports without those of `from a import b` where nothing reads b: test.py of IRRA imports an Evaluator."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    kept = [node for node in nodes if not isinstance(node, ast.ImportFrom)
+            or any(alias.name == "*" or (alias.asname or alias.name) in read for alias in node.names)]  # fmt: skip
+    return set(_imports(kept))
+
+
+def _imports(nodes: Iterable[ast.AST]) -> list[tuple[int, str]]:
     """(level, dotted name) of modules that may be imported: of `from a import b` both a and a.b."""
     found: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found += ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -85,6 +97,13 @@ def _results(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int | None:
     returned = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return) and inner.value]
     counts = {len(value.elts) if isinstance(value, ast.Tuple) else 1 for value in returned}
     return counts.pop() if len(counts) == 1 else None
+
+
+def digest(node: ast.FunctionDef) -> str:
+    """Of a function's body without its docstring; spaces, brackets and moves to a device change nothing."""
+    documented = ast.get_docstring(node, clean=False) is not None
+    text = "\n".join(ast.unparse(statement) for statement in node.body[documented:])
+    return hashlib.sha256(re.sub(r"[\s()]", "", re.sub(r"\.(cuda|cpu)\(\)", "", text)).encode()).hexdigest()[:16]
 
 
 class _Visitor(ast.NodeVisitor):
@@ -119,11 +138,12 @@ class _Visitor(ast.NodeVisitor):
                     "results": _results(node),
                     "ranks": self.ranks and inline(node) is not None,
                     "shapes": [shape._asdict() for shape in shapes],
+                    "digest": digest(node) if node.name in BODIES else "",
                 }
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         # The body of a published function is replaced with it; a method of the same name belongs to the model.
-        replaced = node in self.top and node.name in {*PUBLISHED, *ALIASES} and node.name != "rank"
+        replaced = node in self.top and node.name in PUBLISHED and node.name != "rank"
         if not replaced and not (node in self.top and node.name in self.shapes):
             self.scopes.enter(node)
             self._statements(node)
@@ -184,7 +204,7 @@ class _Visitor(ast.NodeVisitor):
 
     def others(self) -> list[dict[str, Any]]:
         """What is used besides of modules of which published functions are called."""
-        callees = [call["callee"] for call in self.calls if call["callee"]["name"] in {*PUBLISHED, *ALIASES}]
+        callees = [call["callee"] for call in self.calls if call["callee"]["name"] in PUBLISHED]
         modules = {(callee["line"], callee["text"], callee["module"]) for callee in callees}
         found = ((c, line) for c, line in self.attributes if (c.line, c.text, c.module) in modules)
         return [{"callee": callee._asdict(), "line": line} for callee, line in found][:MOST]
@@ -201,7 +221,7 @@ class _Visitor(ast.NodeVisitor):
         if callee is None or callee.name == "rank":
             return
         shapes = self.shapes.get(callee.name, []) if callee.defined else []
-        known = callee.name in {*PUBLISHED, *ALIASES}
+        known = callee.name in PUBLISHED
         imported = callee.module is not None and not callee.star
         if shapes or known or (imported and (callee.name.startswith("compute_") or callee.name.endswith("_loss"))):
             self._add(node, callee, shapes)

@@ -74,8 +74,8 @@ def recognise(function: ast.FunctionDef, *, method: bool = False) -> list[Shape]
     for given in (None, *optional):
         try:
             tree = result(function, given)
-        except (UnknownError, RecursionError):
-            continue
+        except (UnknownError, RecursionError, ArithmeticError, LookupError, TypeError, ValueError):
+            continue  # an unforeseen expression makes the function unknown, and not its file unread
         matched = _matched(tree)
         if matched is not None:
             name, arguments = matched
