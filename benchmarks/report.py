@@ -86,11 +86,11 @@ def busy_section(name: str, result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, busy_tables(result["records"])])
 
 
-def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
+def gpu_section(name: str, result: dict[str, Any], folder: Path, many: bool) -> str:
     """Also draws the plots, into a folder beside the report."""
     images = plots.draw_gpu(result, folder, Path(name).stem)
     parts = [
-        f"## On a GPU: {result['machine'].get('gpu', 'none')}",
+        f"## On a GPU: {result['machine'].get('gpu', 'none')}" + (f", {name}" if many else ""),
         LEGEND,
         describe(name, result),
         *(f"![{image.stem}]({folder.name}/{image.name})" for image in images),
@@ -99,10 +99,10 @@ def gpu_section(name: str, result: dict[str, Any], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def other_section(name: str, result: dict[str, Any]) -> str:
-    """Where the figures of another page come from."""
+def other_section(name: str, result: dict[str, Any], many: bool) -> str:
+    """Where the figures of another page come from; the file is in the heading where the kind has several."""
     page, what = PAGES[result["kind"]]
-    return f"### [{what}]({page})\n\n{describe(name, result)}"
+    return f"### [{what}]({page}){f': {name}' if many else ''}\n\n{describe(name, result)}"
 
 
 def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
@@ -114,8 +114,8 @@ def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     parts = [HEAD.strip()]
     parts += [cpu_section(name, result) for name, result in micro.items()]
     parts += [busy_section(name, result) for name, result in busy.items()]
-    parts += [gpu_section(name, result, folder) for name, result in gpu.items()] or [NOT_MEASURED]
-    others = [other_section(name, result) for kind in kinds.values() for name, result in kind.items()]
+    parts += [gpu_section(name, result, folder, len(gpu) > 1) for name, result in gpu.items()] or [NOT_MEASURED]
+    others = [other_section(name, result, len(kind) > 1) for kind in kinds.values() for name, result in kind.items()]
     if others:
         parts += ["## Other results", *others]
     return "\n\n".join(parts) + "\n"

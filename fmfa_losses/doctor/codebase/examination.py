@@ -23,9 +23,9 @@ __all__ = ["examine", "scan"]
 NOT_OURS = "fmfa_losses.compat has no function of this name"
 
 
-def scan(path: Path, limits: Limits | None = None) -> Iterator[Finding | Import | Unreadable | LeftOut]:
-    """Everything that `examine` finds, one after the other."""
-    found = examine(path, limits)
+def scan(path: Path | str, limits: Limits | None = None) -> Iterator[Finding | Import | Unreadable | LeftOut]:
+    """Every line under `path` that this library can replace, then imports to change, then what was not read."""
+    found = examine(Path(path), limits)
     yield from found.findings
     yield from found.imports
     yield from found.unreadable
