@@ -112,6 +112,7 @@ release-check: .venv/installed
 	$(PYTHON) -m venv $(CLEAN)/venv
 	$(CLEAN)/venv/bin/pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
 	$(CLEAN)/venv/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	$(CLEAN)/venv/bin/pip uninstall --quiet --yes triton  # a CUDA build of torch brings it
 	cp .ci/outside.py $(CLEAN)/ && cd $(CLEAN) && venv/bin/python outside.py
 	$(CLEAN)/venv/bin/pip install --quiet --disable-pip-version-check --no-compile "$$(ls dist/*.whl)[triton]" numpy  # of its interpreter
 	cd $(CLEAN) && TRITON_INTERPRET=1 venv/bin/python outside.py triton

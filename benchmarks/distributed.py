@@ -159,23 +159,32 @@ def table(records: list[dict[str, Any]]) -> str:
         alone, every, ring = (by_way[way] for way in GATHER)
         growth = " / ".join(str(row["peak_growth_mib"]) for row in (alone, every, ring))
         rows.append(
-            [LOSSES[term].__name__, _seconds(alone), _bytes(every), _seconds(every), _bytes(ring), _seconds(ring)]
+            [
+                LOSSES[term].__name__,
+                _milliseconds(alone),
+                _bytes(every),
+                _milliseconds(every),
+                _bytes(ring),
+                _milliseconds(ring),
+            ]
         )
         rows[-1].append(growth)
     head = [
         "loss",
-        "alone, seconds",
+        "alone, ms",
         f"True, {ranks} ranks: bytes",
-        "seconds",
+        "ms",
         f"ring, {ranks} ranks: bytes",
-        "seconds",
+        "ms",
     ]
     return markdown([*head, "growth of peak, MiB: alone / True / ring"], rows)
 
 
-def _seconds(record: dict[str, Any]) -> str:
+def _milliseconds(record: dict[str, Any]) -> str:
     """Medians of forward and backward."""
-    return " + ".join(f"{sorted(record[key])[REPEATS // 2]:.3f}" for key in ("forward_seconds", "backward_seconds"))
+    return " + ".join(
+        f"{1e3 * sorted(record[key])[REPEATS // 2]:.1f}" for key in ("forward_seconds", "backward_seconds")
+    )
 
 
 def _bytes(record: dict[str, Any]) -> str:

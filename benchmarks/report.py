@@ -102,10 +102,10 @@ def gpu_section(name: str, result: dict[str, Any], folder: Path, legend: str = L
     return "\n\n".join(parts)
 
 
-def other_section(name: str, result: dict[str, Any]) -> str:
-    """Where the figures of another page come from."""
+def other_section(name: str, result: dict[str, Any], many: bool) -> str:
+    """Where the figures of another page come from; the file is in the heading where the kind has several."""
     page, what = PAGES[result["kind"]]
-    return f"### [{what}]({page})\n\n{describe(name, result)}"
+    return f"### [{what}]({page}){f': {name}' if many else ''}\n\n{describe(name, result)}"
 
 
 def contents(parts: list[str]) -> str:
@@ -127,7 +127,7 @@ def render(results: dict[str, dict[str, Any]], folder: Path) -> str:
     legends = [LEGEND] + ["What the columns say is above."] * (len(gpu) - 1)
     parts += [gpu_section(*run, folder, legend) for run, legend in zip(gpu.items(), legends, strict=False)]
     parts += [] if gpu else [NOT_MEASURED]
-    others = [other_section(name, result) for kind in kinds.values() for name, result in kind.items()]
+    others = [other_section(name, result, len(kind) > 1) for kind in kinds.values() for name, result in kind.items()]
     if others:
         parts += ["## Other results", *others]
     return "\n\n".join([parts[0], contents(parts[1:]), *parts[1:]]) + "\n"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..losses.loss import Loss
-from ..ops.checks import check_flag, describe
+from ..ops.checks import check_flag, describe, integer_ids
 from ..ops.module import Module
 
 __all__ = ["PairLoss"]
@@ -35,7 +35,7 @@ class PairLoss(Module):
     Returns:
         What `loss` returns.
     Raises:
-        TypeError: a loss that does not take image features, text features and pids.
+        TypeError: a loss that does not take image features, text features and pids; labels that are no integer tensor.
         ValueError: indices of a miner, no ref_emb (or, with stacked=True, one), labels of a pair that differ.
     Example:
         >>> from fmfa_losses import ASDMLoss
@@ -80,8 +80,7 @@ class PairLoss(Module):
                 "ref_emb must be the text features [B, D] of the images in embeddings, got None; pass "
                 "ref_emb=text_features, or build PairLoss(..., stacked=True) and pass images and texts in one tensor"
             )
-        same = ref_labels is None or ref_labels is labels
-        if not same and (labels is None or not torch.equal(labels, ref_labels.to(labels.device))):  # type: ignore[union-attr]
+        if not (ref_labels is None or ref_labels is labels) and not _equal(labels, ref_labels):
             raise ValueError(
                 "labels of image i and text i must be equal, because they are a pair, got "
                 f"{describe(labels)} and {describe(ref_labels)} with other values; for negatives of earlier batches "
@@ -89,6 +88,11 @@ class PairLoss(Module):
             )
         value: Tensor = self.loss(embeddings, ref_emb, labels)
         return value
+
+
+def _equal(labels: Tensor | None, ref_labels: Tensor) -> bool:
+    of_images, of_texts = integer_ids("labels", labels, "B"), integer_ids("ref_labels", ref_labels, "B")
+    return torch.equal(of_images, of_texts.to(of_images))
 
 
 def _halves(name: str, both: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:

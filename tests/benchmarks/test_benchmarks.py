@@ -660,6 +660,17 @@ def test_two_gpu_runs_have_two_headings_and_one_legend(tmp_path):
         assert f"[On a GPU: FAKE DEVICE, commit {commit}](#on-a-gpu-fake-device-commit-{commit})" in text
 
 
+def test_two_results_of_one_kind_have_two_headings():
+    files = {name: head() | {"kind": "step", "records": []} for name in ("step.json", "step_before.json")}
+    host = {"host.json": head() | {"kind": "host", "records": []}}
+    headings = re.findall(r"^### .*", report.render(files | host, ROOT), re.M)
+    assert headings == [
+        "### [One training step: kernels, launches, bytes](kernels.md): step.json",
+        "### [One training step: kernels, launches, bytes](kernels.md): step_before.json",
+        "### [Host time of a step](kernels.md)",
+    ]
+
+
 def test_gpu_targets_without_a_figure():
     assert {(entry["measured"], entry["met"]) for entry in gpu_targets([], None)} == {("not measured", None)}
     assert plots.gpu_figures({"records": [], "machine": MACHINE}) == {}

@@ -232,7 +232,7 @@ def test_values_at_the_start():
     batch = a_batch(64, 512)
     image, text, pids = batch["image"], batch["text"], batch["pids"]
     generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randn(64, count, 64, generator=generator) for count in (192, 77)]
+    tokens = [torch.randn(64, count, 512, generator=generator) for count in (192, 77)]
     expected = {
         "ITC": itc_loss(image, text),
         "SDM": sdm_loss(image, text, pids),

@@ -19,7 +19,7 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "python2.py").write_text("print 'hello'\n")
     (tmp_path / "latin.py").write_bytes(b"name = '\xe9'\n")
     (tmp_path / "null.py").write_bytes(b"x = 1\0\n")
-    unreadable = {item.file.name: item.reason for item in scan(tmp_path) if isinstance(item, Unreadable)}
+    unreadable = {item.file.name: item.reason for item in scan(str(tmp_path)) if isinstance(item, Unreadable)}
     assert unreadable.keys() == {"python2.py", "latin.py", "null.py"}
     assert unreadable["python2.py"].startswith("SyntaxError") and unreadable["python2.py"].endswith(" (line 1)")
 

@@ -69,6 +69,9 @@ def test_what_cannot_work():
         loss(image, pids)
     with explains(ValueError, "labels of image i and text i must be equal", (), "NegativesQueue"):
         loss(image, pids, None, text, pids.flip(0))
+    for labels, ref_labels in ((pids, pids.tolist()), (pids.tolist(), pids)):
+        with explains(TypeError, "labels must be an integer tensor", "list", "torch.as_tensor"):
+            loss(image, labels, None, text, ref_labels)
     stacked = PairLoss(ASDMLoss(), stacked=True)
     with explains(ValueError, "embeddings must hold the images and then their texts", (), "without stacked"):
         stacked(image, pids, None, text)

@@ -25,9 +25,9 @@ NOT_OURS = "fmfa_losses.compat has no function of this name"
 NOT_READ = "which metrics your own code makes of the ranking is not read: compare one evaluation before you replace it"
 
 
-def scan(path: Path, limits: Limits | None = None) -> Iterator[Finding | Import | Unreadable | LeftOut]:
-    """Everything that `examine` finds, one after the other."""
-    found = examine(path, limits)
+def scan(path: Path | str, limits: Limits | None = None) -> Iterator[Finding | Import | Unreadable | LeftOut]:
+    """Every line under `path` that this library can replace, then imports to change, then what was not read."""
+    found = examine(Path(path), limits)
     yield from found.findings
     yield from found.imports
     yield from found.unreadable
