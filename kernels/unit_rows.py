@@ -88,17 +88,17 @@ def _unit_gradient_kernel(
     """Grid (row blocks): dx = (du - u (u . du)) / |x|."""
     row, exists, kept = _rows_and_kept(mask_ptr, rows, ROWS)
     inverse = tl.load(inverse_ptr + row, mask=kept, other=0.0)
-    length = inverse  # what makes unit rows of x
+    to_unit = inverse
     if UNIT:
-        length = tl.full((ROWS,), 1.0, tl.float32)
+        to_unit = tl.full((ROWS,), 1.0, tl.float32)
     products = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        products += _load(dunit_ptr, row, kept, d, D) * (_load(x_ptr, row, kept, d, D) * length[:, None])
+        products += _load(dunit_ptr, row, kept, d, D) * (_load(x_ptr, row, kept, d, D) * to_unit[:, None])
     along = tl.sum(products, 1)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        dunit, unit = _load(dunit_ptr, row, kept, d, D), _load(x_ptr, row, kept, d, D) * length[:, None]
+        dunit, unit = _load(dunit_ptr, row, kept, d, D), _load(x_ptr, row, kept, d, D) * to_unit[:, None]
         dx = (dunit - unit * along[:, None]) * inverse[:, None]
         tl.store(
             out_ptr + row[:, None] * D + d[None, :],

@@ -39,26 +39,24 @@ def _matches(
 
 def _words(folder: Path, tiny: Alignment) -> None:
     board = Board(5.3, "5  Each word takes its best joint embedding")
-    for j in range(2):
-        y = 1.2 + 2.25 * j
-        board.text(
-            0.15, y - 0.5, f"words of text 0, joint embeddings e of pair {j}", size=10.5, colour=GREEN, bold=True
-        )
-        _matches(board, 0.95, y, tiny.text_cos[0, j], WORDS[0], WORDS[j], BLUE)
+    _of_both_pairs(board, 2.25, "words of text 0", tiny.text_cos[0], WORDS[0], BLUE)
     board.text(0.15, 5.1, "cosines; one winner a row, also where it is the wrong one", size=9.5, colour=GREY)
     board.save(folder, "how_hard_words")
 
 
 def _patches(folder: Path, tiny: Alignment) -> None:
     board = Board(6.75, "6  So does each patch")
-    for j in range(2):
-        y = 1.2 + 2.95 * j
-        board.text(
-            0.15, y - 0.5, f"patches of image 0, joint embeddings e of pair {j}", size=10.5, colour=GREEN, bold=True
-        )
-        _matches(board, 0.95, y, tiny.image_cos[0, j], PATCHES[0], WORDS[j], ORANGE)
+    _of_both_pairs(board, 2.95, "patches of image 0", tiny.image_cos[0], PATCHES[0], ORANGE)
     board.text(0.15, 6.52, "The columns are the same e; image 0 has four joint embeddings.", size=9.5, colour=GREY)
     board.save(folder, "how_hard_patches")
+
+
+def _of_both_pairs(board: Board, step: float, what: str, cos: torch.Tensor, rows: list[str], colour: str) -> None:
+    """Tokens with the joint embeddings of pair 0, and `step` below them with those of pair 1; cos [2, tokens, e]."""
+    for j in range(2):
+        y = 1.2 + step * j
+        board.text(0.15, y - 0.5, f"{what}, joint embeddings e of pair {j}", size=10.5, colour=GREEN, bold=True)
+        _matches(board, 0.95, y, cos[j], rows, WORDS[j], colour)
 
 
 def _pool(folder: Path, tiny: Alignment) -> None:

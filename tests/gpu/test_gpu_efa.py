@@ -96,15 +96,15 @@ def test_threshold_in_float32():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_whole_loss(precision, masked):
-    """Winners among random tokens are close, and a hardest negative is one of many: several draws."""
+    """Winners among random tokens are close, a hardest negative is one of many: several draws where digits are few."""
     draws = [random_tokens(16, 65, 33, 128, seed=seed) for seed in range(7)]
     text_mask = torch.arange(33, device="cuda") < torch.arange(5, 21, device="cuda")[:, None] if masked else None
-    assert_usually_within_budget(
-        lambda v, t: efa_loss(v, t, text_mask=text_mask, backend="triton"),
-        lambda v, t: plain_efa(hard_similarity_reference, v, t, text_mask),
-        draws,
-        precision,
-    )
+    ours = lambda v, t: efa_loss(v, t, text_mask=text_mask, backend="triton")  # noqa: E731
+    plain = lambda v, t: plain_efa(hard_similarity_reference, v, t, text_mask)  # noqa: E731
+    if precision in ("fp32", "tf32x3"):
+        assert_function_within_budget(ours, plain, draws[0], precision)
+    else:
+        assert_usually_within_budget(ours, plain, draws, precision)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
